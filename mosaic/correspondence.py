@@ -1,0 +1,194 @@
+"""Correspondence points (Eq. 1), their disjointness (Eq. 2), change of grid, and the global index G(u) (Eq. 9).
+
+A point is (u, v): u = token index in one reference, v = token index in the target. Lists of `[P_k, 2]` tensors, one per
+reference, describe a sample; `Points` holds a batch of samples, flat over their references.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mosaic.tokens import Grid
+
+
+@dataclass(frozen=True)
+class Points:
+    """The supervised points of a batch, flat over the references of each sample and padded to the longest sample.
+
+    Attributes:
+        global_index: int64 [B, P], G(u) in [0, K * N_ref) (Eq. 9); 0 where padded.
+        target_index: int64 [B, P], v in [0, N_tgt); 0 where padded.
+        reference: int64 [B, P], the reference k in [0, K); 0 where padded.
+        mask: bool [B, P], False where padded.
+        num_references: K, shared by the batch.
+    """
+
+    global_index: Tensor
+    target_index: Tensor
+    reference: Tensor
+    mask: Tensor
+    num_references: int
+
+    @property
+    def reference_mask(self) -> Tensor:
+        """bool [B, K]: which references have points."""
+        counts = torch.zeros(len(self.mask), self.num_references, device=self.mask.device)
+        return counts.scatter_add(1, self.reference, self.mask.float()) > 0
+
+    def to(self, device: torch.device | str) -> "Points":
+        """The same points on another device."""
+        return Points(
+            self.global_index.to(device), self.target_index.to(device), self.reference.to(device), self.mask.to(device), self.num_references
+        )
+
+
+def global_index(u: Tensor, reference: Tensor | int, num_reference_tokens: int) -> Tensor:
+    """G(u) = k * N_ref + u (Eq. 9; k counted from 0, all references share one grid)."""
+    return reference * num_reference_tokens + u
+
+
+def validate_points(points: Sequence[Tensor], num_reference_tokens: int, num_target_tokens: int, where: str = "points") -> None:
+    """Check the points of one sample.
+
+    Args:
+        points: Per reference an integer tensor [P_k, 2] of (u, v).
+        num_reference_tokens: N_ref; u must lie in [0, N_ref).
+        num_target_tokens: N_tgt; v must lie in [0, N_tgt).
+        where: The sample's name for the message.
+
+    Raises:
+        ValueError: Wrong shape or dtype, an index out of range, u twice within one reference, v in two references (Eq. 2).
+    """
+    owner: dict[int, int] = {}
+    for k, pairs in enumerate(points):
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+            raise ValueError(f"{where}[{k}]: must be an integer tensor of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}.")
+        for column, name, limit in ((0, "u", num_reference_tokens), (1, "v", num_target_tokens)):
+            bad = pairs[(pairs[:, column] < 0) | (pairs[:, column] >= limit)]
+            if len(bad):
+                raise ValueError(f"{where}[{k}]: {name} must lie in [0, {limit}), got {int(bad[0, column])} in point {bad[0].tolist()}.")
+        if len(pairs[:, 0].unique()) != len(pairs):
+            raise ValueError(f"{where}[{k}]: a reference token u may carry one point only; some u stands twice. Use reduce_points().")
+        for v in pairs[:, 1].unique().tolist():
+            if owner.setdefault(v, k) != k:
+                raise ValueError(
+                    f"{where}: target token v = {v} belongs to references {owner[v]} and {k}; points must be disjoint (Eq. 2). "
+                    "Use make_disjoint()."
+                )
+
+
+def batch_points(
+    samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, device: torch.device | str | None = None
+) -> Points:
+    """Join the points of several samples, which share K and both grids, into one `Points`.
+
+    Args:
+        samples: Per sample, per reference, an integer tensor [P_k, 2] of (u, v); P_k may be 0.
+        num_reference_tokens: N_ref.
+        num_target_tokens: N_tgt.
+        device: Where the result lives.
+
+    Raises:
+        ValueError: If the samples differ in K, or by `validate_points`.
+    """
+    counts = {len(sample) for sample in samples}
+    if len(counts) != 1:
+        raise ValueError(f"all samples of a batch must have one number of references K, got {sorted(counts)}. Group samples by K.")
+    rows = []
+    for index, sample in enumerate(samples):
+        validate_points(sample, num_reference_tokens, num_target_tokens, where=f"points[{index}]")
+        pairs = [torch.cat([p.long(), torch.full((len(p), 1), k, dtype=torch.long)], dim=1) for k, p in enumerate(sample)]
+        rows.append(torch.cat(pairs) if pairs else torch.zeros(0, 3, dtype=torch.long))
+    flat = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, P, 3): u, v, k
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(flat.shape[1])[None] < lengths[:, None]
+    u, v, k = flat.unbind(-1)
+    index = global_index(u, k, num_reference_tokens) * mask
+    return Points(index, v, k, mask, counts.pop()).to(device or "cpu")
+
+
+def draw_points(samples: Sequence[Sequence[Tensor]], max_points: int, generator: torch.Generator | None = None) -> list[list[Tensor]]:
+    """Keep at most `max_points` points of each sample, drawn anew and uniformly over all its references."""
+    drawn = []
+    for sample in samples:
+        total = sum(len(pairs) for pairs in sample)
+        if total <= max_points:
+            drawn.append(list(sample))
+            continue
+        keep = torch.zeros(total, dtype=torch.bool)
+        keep[torch.randperm(total, generator=generator)[:max_points]] = True
+        parts = keep.split([len(pairs) for pairs in sample])
+        drawn.append([pairs[part] for pairs, part in zip(sample, parts, strict=True)])
+    return drawn
+
+
+def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_reference_grid: Grid, to_target_grid: Grid) -> Tensor:
+    """Carry the points of one reference to coarser grids by majority vote.
+
+    Every fine point votes for the pair of coarse cells it falls into. Each coarse v keeps the u with most votes (ties: the
+    lowest u); then each u keeps the v with most votes (ties: the lowest v). So u is unique; nothing is averaged.
+
+    Args:
+        points: int64 [P, 2] (u, v) on `reference_grid` and `target_grid`.
+        reference_grid: The grid that u was found on.
+        target_grid: The grid that v was found on.
+        to_reference_grid: The grid wanted for u; its sides must divide those of `reference_grid`.
+        to_target_grid: The grid wanted for v; likewise.
+
+    Returns:
+        int64 [P', 2], sorted by u.
+
+    Raises:
+        ValueError: If a grid does not divide into the coarser one.
+    """
+    u = _coarsen(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
+    v = _coarsen(points[:, 1].long(), target_grid, to_target_grid, "target grid")
+    num_u, num_v = to_reference_grid.num_tokens, to_target_grid.num_tokens
+    pairs, votes = torch.unique(u * num_v + v, return_counts=True)  # sorted by u, then v
+    u, v = pairs // num_v, pairs % num_v
+    keep = _winners(group=v, votes=votes, tie=u, num_groups=num_v, num_ties=num_u)
+    u, v, votes = u[keep], v[keep], votes[keep]
+    keep = _winners(group=u, votes=votes, tie=v, num_groups=num_u, num_ties=num_v)
+    return torch.stack([u[keep], v[keep]], dim=1)
+
+
+def _coarsen(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
+    if grid.rows % to_grid.rows or grid.columns % to_grid.columns:
+        raise ValueError(f"{name} {grid.rows} x {grid.columns} must be a whole multiple of {to_grid.rows} x {to_grid.columns} in both sides.")
+    row = torch.div(index, grid.columns, rounding_mode="floor") // (grid.rows // to_grid.rows)
+    column = (index % grid.columns) // (grid.columns // to_grid.columns)
+    return row * to_grid.columns + column
+
+
+def _winners(group: Tensor, votes: Tensor, tie: Tensor, num_groups: int, num_ties: int) -> Tensor:
+    """bool [N]: per group, the entry with most votes, ties to the lowest `tie` (unique within a group)."""
+    score = votes * num_ties + (num_ties - 1 - tie)
+    best = torch.full((num_groups,), -1, dtype=score.dtype).scatter_reduce(0, group, score, reduce="amax")
+    return score == best[group]
+
+
+def make_disjoint(points: Sequence[Tensor]) -> list[Tensor]:
+    """Establish Eq. 2: every target token v keeps the points of one reference only.
+
+    The reference with most points on v keeps it, ties to the lowest reference. To be applied after every change of grid.
+
+    Args:
+        points: Per reference int64 [P_k, 2] (u, v).
+
+    Returns:
+        Per reference int64 [P'_k, 2], in the given order.
+    """
+    if not points:
+        return []
+    reference = torch.cat([torch.full((len(pairs),), k, dtype=torch.long) for k, pairs in enumerate(points)])
+    v = torch.cat([pairs[:, 1].long() for pairs in points])
+    if not len(v):
+        return list(points)
+    num_references = len(points)
+    claims = torch.zeros(int(v.max()) + 1, num_references, dtype=torch.long)
+    claims.index_put_((v, reference), torch.ones_like(v), accumulate=True)
+    score = claims * num_references + torch.arange(num_references - 1, -1, -1)  # ties: the lowest reference
+    keep = (score.argmax(dim=1)[v] == reference).split([len(pairs) for pairs in points])
+    return [pairs[part] for pairs, part in zip(points, keep, strict=True)]

@@ -1,0 +1,53 @@
+"""Where weights come from: a local file, a local folder, or a repository of the Hugging Face Hub."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+DEFAULT_WEIGHT_NAME = "reference_lora.safetensors"
+PUBLISHED_WEIGHT_NAMES = {"ByteDance-FanQie/MOSAIC": "subject_512.safetensors"}
+POCKET_MODEL = "assets/pocket/flux"
+POCKET_LORA = "assets/pocket/lora.safetensors"
+
+
+def unreachable_message(name: str, error: Exception) -> str:
+    """What to do when a model id cannot be had: gated, misspelt, or no network."""
+    if isinstance(error, GatedRepoError) or "gated" in str(error).lower():
+        cure = f"it is gated: accept its licence at https://huggingface.co/{name}, then log in with `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        cure = "there is no such repository, or it is private: check the spelling, or log in with `hf auth login`"
+    else:
+        cure = "it is neither a local folder nor reachable on the Hub: check the path, the network and HF_HUB_OFFLINE"
+    return (
+        f"model {name!r} could not be loaded; {cure}. To try everything without a download, use the pocket model: "
+        f"--model {POCKET_MODEL} --lora {POCKET_LORA}. ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+    )
+
+
+def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None, revision: str | None = None) -> Path:
+    """Path of a reference LoRA file, downloaded if `source` is a hub repository.
+
+    Args:
+        source: A .safetensors file, a folder, or a repository `user/name`.
+        weight_name: File inside the folder or repository. None: `reference_lora.safetensors`, or the published file's name
+            for the published repository.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: If a local file is missing.
+        OSError: If the repository is gated, missing or unreachable.
+    """
+    path = Path(source)
+    name = weight_name or PUBLISHED_WEIGHT_NAMES.get(str(source), DEFAULT_WEIGHT_NAME)
+    if path.is_dir():
+        path = path / name
+    if path.is_file():
+        return path
+    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+        raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, a folder, or a hub repository as user/name.")
+    try:
+        return Path(hf_hub_download(str(source), name, revision=revision))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise OSError(unreachable_message(str(source), error)) from error

@@ -1,0 +1,44 @@
+"""Between pictures and VAE latents, for any `AutoencoderKL`: shift and scale are the VAE's own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+
+def images_to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size -> [B, 3, H, W] float32 in [-1, 1].
+
+    Raises:
+        ValueError: If the pictures differ in size.
+    """
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"pictures of one batch must have one size, got (width, height) {sorted(sizes)}.")
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Encode pictures to shifted and scaled latents.
+
+    Args:
+        vae: The frozen VAE.
+        images: [B, 3, H, W] in [-1, 1], in the VAE's dtype and on its device.
+        generator: Draws a posterior sample (training targets); None takes the posterior mode (references, reproducible).
+
+    Returns:
+        [B, C, H / f, W / f].
+    """
+    posterior = vae.encode(images).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Inverse of `encode_images`: [B, C, h, w] -> pictures [B, 3, H, W] in about [-1, 1]."""
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents, return_dict=False)[0]

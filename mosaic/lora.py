@@ -1,0 +1,234 @@
+"""The reference LoRA (Eq. 6): PEFT adapters on a FLUX transformer that act on reference tokens only.
+
+`branch_linear` is the whole mechanism: one base matmul over the packed sequence, the reference delta on the reference
+slice, every other adapter (a style LoRA) on the rest. Nothing is switched at run time. Files keep the published keys
+`transformer.<module>.lora_A.weight` / `.lora_B.weight`; there is no alpha in them, so the scale is 1.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.utils import recurse_remove_peft_layers
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ADAPTER_NAME = "reference"
+METADATA_KEY = "mosaic"  # key of the safetensors metadata that marks a file as a reference LoRA
+PREFIX = "transformer."
+DOUBLE_STREAM_TARGETS = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
+SINGLE_STREAM_TARGETS = ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
+
+
+def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int) -> Tensor:
+    """Apply a linear layer to [main; references]: base everywhere, the reference LoRA from `start` on, other adapters before it.
+
+    y = W x + b;  y[:, start:] += B_ref A_ref x[:, start:];  y[:, :start] += s B A x[:, :start] for every other active adapter.
+
+    Args:
+        layer: A linear layer, adapted by PEFT or not.
+        hidden_states: [B, S, d_in].
+        start: Index of the first reference token; S if there is none.
+
+    Returns:
+        [B, S, d_out].
+    """
+    if not isinstance(layer, LoraLayer):
+        return layer(hidden_states)
+    output = layer.base_layer(hidden_states)
+    deltas = []
+    if ADAPTER_NAME in layer.lora_A and start < hidden_states.shape[1]:
+        deltas.append((start, hidden_states.shape[1], ADAPTER_NAME))
+    if not layer.disable_adapters:
+        deltas += [(0, start, name) for name in layer.active_adapters if name != ADAPTER_NAME and name in layer.lora_A]
+    for first, last, name in deltas:
+        tokens = hidden_states[:, first:last].to(layer.lora_A[name].weight.dtype)  # PEFT's rule: adapters compute in their own dtype
+        delta = layer.lora_B[name](layer.lora_A[name](tokens)) * layer.scaling[name]
+        output[:, first:last] += delta.to(output.dtype)
+    return output
+
+
+def reference_lora_modules(transformer: FluxTransformer2DModel) -> list[str]:
+    """Names of all modules that carry the reference LoRA; 343 on FLUX.1-dev."""
+    names = ["x_embedder"]
+    for index in range(len(transformer.transformer_blocks)):
+        names += [f"transformer_blocks.{index}.{target}" for target in DOUBLE_STREAM_TARGETS]
+    for index in range(len(transformer.single_transformer_blocks)):
+        names += [f"single_transformer_blocks.{index}.{target}" for target in SINGLE_STREAM_TARGETS]
+    return names
+
+
+def has_reference_lora(transformer: nn.Module) -> bool:
+    """Whether the reference LoRA is attached."""
+    return ADAPTER_NAME in getattr(transformer, "peft_config", {})
+
+
+def attach_reference_lora(transformer: FluxTransformer2DModel, rank: int) -> None:
+    """Attach a fresh reference LoRA: A gaussian, B zero, alpha = rank, no dropout. Base weights are frozen by this.
+
+    Raises:
+        ValueError: If the rank is not a positive integer, or a reference LoRA is attached already.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"lora.rank must be a positive integer, got {rank!r}.")
+    if has_reference_lora(transformer):
+        raise ValueError("a reference LoRA is attached already; detach_reference_lora() it first.")
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=reference_lora_modules(transformer))
+    transformer.requires_grad_(False)
+    transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
+
+
+def detach_reference_lora(transformer: FluxTransformer2DModel) -> None:
+    """Remove the reference LoRA; the base weights, never written to, are what they were. Other adapters stay."""
+    if not has_reference_lora(transformer):
+        return
+    if set(transformer.peft_config) == {ADAPTER_NAME}:
+        recurse_remove_peft_layers(transformer)
+        del transformer.peft_config
+        transformer._hf_peft_config_loaded = None
+    else:
+        transformer.delete_adapters(ADAPTER_NAME)
+
+
+def reference_lora_parameters(transformer: FluxTransformer2DModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters by file key (`transformer.<module>.lora_A.weight`).
+
+    Raises:
+        ValueError: If no reference LoRA is attached.
+    """
+    if not has_reference_lora(transformer):
+        raise ValueError("no reference LoRA is attached; call attach_reference_lora() or load_reference_lora() first.")
+    parameters = {}
+    for name in reference_lora_modules(transformer):
+        layer = transformer.get_submodule(name)
+        parameters[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
+        parameters[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
+    return parameters
+
+
+def save_reference_lora(transformer: FluxTransformer2DModel, path: str | os.PathLike, config: Mapping | None = None) -> Path:
+    """Write the reference LoRA as one safetensors file, aside first, then renamed.
+
+    Args:
+        transformer: With the reference LoRA attached.
+        path: The file to write; its folder is made.
+        config: JSON-able description (the resolved config), kept in the file's metadata.
+
+    Raises:
+        ValueError: If no reference LoRA is attached.
+    """
+    tensors = {key: p.detach().cpu().contiguous() for key, p in reference_lora_parameters(transformer).items()}
+    return write_reference_lora(tensors, path, config)
+
+
+def write_reference_lora(tensors: Mapping[str, Tensor], path: str | os.PathLike, config: Mapping | None = None) -> Path:
+    """Write reference LoRA tensors (keys as in the file) to `path`, aside first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    metadata = {"format": "pt", METADATA_KEY: json.dumps({"adapter": ADAPTER_NAME, "config": dict(config or {})})}
+    save_file(dict(tensors), partial, metadata=metadata)
+    os.replace(partial, path)
+    return path
+
+
+def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DModel) -> tuple[dict[str, Tensor], int]:
+    """Read and check a reference LoRA file against a transformer; nothing is attached.
+
+    Args:
+        path: A safetensors file with keys `transformer.<module>.lora_A.weight` and `.lora_B.weight`.
+        transformer: Whose modules and widths the file must fit.
+
+    Returns:
+        The tensors by file key, and the rank.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no safetensors file, keys are missing or unexpected, ranks differ, or a shape does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, or a hub repository as user/name.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}). Reference LoRAs are read from .safetensors only.") from error
+    return tensors, check_reference_lora(tensors, transformer, str(path))
+
+
+def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransformer2DModel, where: str) -> int:
+    """Check keys and shapes of a reference LoRA against a transformer; returns its rank.
+
+    Raises:
+        ValueError: If keys are missing or unexpected, ranks differ between modules, or a shape does not fit.
+    """
+    modules = reference_lora_modules(transformer)
+    expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
+    missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: keys do not match this transformer's reference LoRA ({len(modules)} modules). "
+            f"Missing {len(missing)}: {_shorten(missing)}. Unexpected {len(unexpected)}: {_shorten(unexpected)}."
+        )
+    ranks = {tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in modules}
+    if len(ranks) != 1:
+        raise ValueError(f"{where}: all modules must have one rank, got ranks {sorted(ranks)}.")
+    rank = ranks.pop()
+    for name in modules:
+        layer = transformer.get_submodule(name)
+        for side, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
+            key = f"{PREFIX}{name}.lora_{side}.weight"
+            if tuple(tensors[key].shape) != shape:
+                raise ValueError(f"{where}: {key} must have shape {shape}, got {tuple(tensors[key].shape)}. Is it for another base model?")
+    return rank
+
+
+def _shorten(keys: list[str], most: int = 6) -> str:
+    if not keys:
+        return "none"
+    return ", ".join(keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")
+
+
+def load_reference_lora(transformer: FluxTransformer2DModel, path: str | os.PathLike, pipeline: object | None = None) -> int:
+    """Load a reference LoRA file, replacing one that is attached; the rank is read from the file.
+
+    Args:
+        transformer: Gets the adapter, in its own dtype and on its own device.
+        path: A safetensors file.
+        pipeline: The diffusers pipeline that owns the transformer, if any, so that offload hooks are renewed.
+
+    Returns:
+        The rank.
+
+    Raises:
+        FileNotFoundError: See `read_reference_lora`.
+        ValueError: See `read_reference_lora`.
+    """
+    tensors, rank = read_reference_lora(path, transformer)
+    detach_reference_lora(transformer)
+    dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.bfloat16
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    styles = active_styles(transformer)
+    transformer.load_lora_adapter(tensors, prefix="transformer", adapter_name=ADAPTER_NAME, _pipeline=pipeline)
+    activate_styles(transformer, styles)
+    transformer.requires_grad_(False)
+    return rank
+
+
+def active_styles(transformer: FluxTransformer2DModel) -> list[str]:
+    """Names of the active adapters other than the reference LoRA."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    return sorted({name for layer in layers for name in layer.active_adapters if name != ADAPTER_NAME})
+
+
+def activate_styles(transformer: FluxTransformer2DModel, styles: list[str]) -> None:
+    """Make these adapters the active ones again: loading an adapter leaves only that one active."""
+    if styles:
+        transformer.set_adapter(styles)

@@ -1,0 +1,365 @@
+"""`MosaicFluxPipeline`: prompt + reference pictures -> picture, as a diffusers pipeline.
+
+The FLUX sampler of diffusers with the reference branch inside; every habit of `FluxPipeline` (loading, offloading, callbacks,
+style LoRAs) is inherited.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from mosaic import lora
+from mosaic.hub import resolve_lora_file, unreachable_message
+from mosaic.images import prepare_reference
+from mosaic.latents import decode_latents, encode_images, images_to_tensor
+from mosaic.pipeline_inputs import PipelineInputs, check_inputs, group_by_num_references
+from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
+from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+
+DEFAULT_SIZE = 512  # px; target and references, unless the loaded reference LoRA says otherwise
+
+
+@dataclass
+class MosaicPipelineOutput(BaseOutput):
+    """Output of `MosaicFluxPipeline`.
+
+    Attributes:
+        images: One picture per prompt and image, prompts first; PIL, numpy or torch by `output_type`.
+        attention: With `output_attention=True` one float32 tensor [K, N_ref, N_tgt] per picture (rows sum to 1; mean over
+            heads, blocks and steps), None for a picture without references. Otherwise None.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    attention: list[Tensor | None] | None = None
+
+
+@dataclass
+class _Group:
+    """Pictures that share K and run as one batch; all tensors lead with the batch dimension."""
+
+    latents: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    reference_latents: Tensor | None  # packed [B, K, N_ref, C]
+    reference_grid: Grid | None
+
+
+class MosaicFluxPipeline(FluxPipeline):
+    """Text and reference pictures to picture. Load with `from_pretrained`, then `load_reference_lora`."""
+
+    @functools.wraps(FluxPipeline.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reference_config: dict[str, Any] = {}  # the resolved training config that a reference LoRA file carries
+        if self.transformer is not None:
+            MosaicFluxTransformer2DModel.adopt(self.transformer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MosaicFluxPipeline":
+        """Load any diffusers FLUX folder or repository; see `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            OSError: If the id is gated, missing or unreachable; the message says what to do.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            raise OSError(unreachable_message(str(pretrained_model_name_or_path), error)) from error
+
+    # ---- the reference LoRA, and style LoRAs beside it
+
+    def load_reference_lora(self, source: str | os.PathLike, weight_name: str | None = None, revision: str | None = None) -> int:
+        """Load the reference LoRA, replacing one that is loaded. It acts on reference tokens only.
+
+        Args:
+            source: A .safetensors file, a folder, or a hub repository such as "ByteDance-FanQie/MOSAIC".
+            weight_name: File inside the folder or repository.
+            revision: Branch, tag or commit of the repository.
+
+        Returns:
+            The rank, read from the file.
+
+        Raises:
+            FileNotFoundError, OSError: If there is no such file.
+            ValueError: If the file does not fit this transformer, listing missing and unexpected keys.
+        """
+        path = resolve_lora_file(source, weight_name, revision)
+        rank = lora.load_reference_lora(self.transformer, path, pipeline=self)
+        self.reference_config = _reference_metadata(path).get("config", {})
+        return rank
+
+    def save_reference_lora(self, path: str | os.PathLike) -> None:
+        """Write the reference LoRA as one safetensors file with the published keys.
+
+        Raises:
+            ValueError: If no reference LoRA is loaded.
+        """
+        lora.save_reference_lora(self.transformer, path, self.reference_config)
+
+    def unload_reference_lora(self) -> None:
+        """Remove the reference LoRA; style LoRAs stay."""
+        lora.detach_reference_lora(self.transformer)
+        self.reference_config = {}
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor], adapter_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """Load a style LoRA, with diffusers' meaning: it acts on text and target, never on references.
+
+        Raises:
+            ValueError: If the file is a reference LoRA; on every token it would give plausible but wrong pictures.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        state_dict = self.lora_state_dict(source.copy() if isinstance(source, dict) else source, **kwargs)
+        modules = {key.removeprefix(lora.PREFIX).split(".lora_")[0] for key in state_dict if key.startswith(lora.PREFIX)}
+        if modules == set(lora.reference_lora_modules(self.transformer)) or _carries_reference_metadata(source, kwargs.get("weight_name")):
+            name = "the given state dict" if isinstance(source, dict) else repr(str(source))
+            raise ValueError(f"{name} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
+        super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+
+    def unload_lora_weights(self, **kwargs: Any) -> None:
+        """Remove all style LoRAs; the reference LoRA stays (see `unload_reference_lora`)."""
+        if not lora.has_reference_lora(self.transformer):
+            super().unload_lora_weights(**kwargs)
+            return
+        styles = [name for name in self.transformer.peft_config if name != lora.ADAPTER_NAME]
+        if styles:
+            self.transformer.delete_adapters(styles)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but refused while a reference LoRA is loaded: fused weights would reach the reference tokens.
+
+        Raises:
+            ValueError: If a reference LoRA is loaded.
+        """
+        if lora.has_reference_lora(self.transformer):
+            raise ValueError("fuse_lora() would apply style LoRAs to reference tokens too; leave them unfused, or unload_reference_lora() first.")
+        super().fuse_lora(*args, **kwargs)
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        reference_images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        reference_latents: Tensor | Sequence[Tensor] | None = None,
+        reference_size: int | None = None,
+        reference_scale: float = 0.9,
+        reference_attention: str | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        output_attention: bool = False,
+        callback_on_step_end: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> MosaicPipelineOutput:
+        """Generate pictures.
+
+        Args:
+            prompt: One prompt or a list.
+            reference_images: For one prompt its pictures; for a list of prompts one list each (they may differ in K, and be
+                empty). Each is prepared by `prepare_reference`.
+            height: In px, a multiple of the token size. None: as the reference LoRA was trained, else 512.
+            width: Likewise.
+            num_inference_steps: Sampling steps.
+            guidance_scale: Embedded guidance of the target; without effect on models that have no guidance embedding.
+            num_images_per_prompt: Pictures per prompt.
+            generator: One generator, or one per picture. Start noise is drawn on the generator's device, by default the CPU.
+            latents: Start noise, packed [B * num_images_per_prompt, N, C], instead of drawing it.
+            prompt_embeds: [B, T, d], instead of `prompt`; with `pooled_prompt_embeds`.
+            pooled_prompt_embeds: [B, d_pooled].
+            reference_latents: Per prompt a tensor [K, C, h, w] of VAE latents, shifted and scaled, instead of `reference_images`.
+            reference_size: Side of the references in px. None: as trained, else 512.
+            reference_scale: Share of that side that the subject's long side takes.
+            reference_attention: "target", "joint" or "isolated". None: as trained, else "target".
+            max_sequence_length: T5 tokens. None: as many as the tokenizer allows, at most 512.
+            output_type: "pil", "np", "pt" or "latent" (packed [B, N, C]).
+            output_attention: Whether to return the attention of every reference token to the target.
+            callback_on_step_end: Called as f(pipeline, step, timestep, tensors) and may return changed tensors.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets.
+
+        Raises:
+            ValueError: If arguments do not fit each other, before anything is computed.
+        """
+        inputs = check_inputs(
+            prompt=prompt,
+            reference_images=reference_images,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            reference_latents=reference_latents,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            has_reference_lora=lora.has_reference_lora(self.transformer),
+            callback_tensors=callback_on_step_end_tensor_inputs,
+            allowed_callback_tensors=self._callback_tensor_inputs,
+        )
+        image_size = self._trained("data", "image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
+        grid = token_grid(height or image_size[0], width or image_size[1], self.vae_scale_factor)
+        reference_size = reference_size or self._trained("data", "reference_size") or DEFAULT_SIZE
+        token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
+        attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
+        self._guidance_scale, self._interrupt, self._current_timestep = guidance_scale, False, None
+
+        prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
+        references = self._encode_references(inputs, reference_size, reference_scale)
+        latents = self._start_noise(inputs, grid, prompt_embeds.dtype)
+        results: list[Tensor] = [None] * len(latents)
+        attention: list[Tensor | None] = [None] * len(latents)
+        for prompts in group_by_num_references(references):
+            pictures = [p * num_images_per_prompt + i for p in prompts for i in range(num_images_per_prompt)]
+            repeated = [p for p in prompts for _ in range(num_images_per_prompt)]
+            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None)
+            if references[prompts[0]] is not None:
+                stacked = torch.stack([references[p] for p in repeated])  # (B, K, C, h, w)
+                group.reference_grid = Grid(stacked.shape[-2] // 2, stacked.shape[-1] // 2)
+                group.reference_latents = pack_latents(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]).to(group.latents)
+            maps = self._denoise(
+                group, grid, num_inference_steps, attention_mode, output_attention, callback_on_step_end, callback_on_step_end_tensor_inputs
+            )
+            for row, picture in enumerate(pictures):
+                results[picture] = group.latents[row]
+                attention[picture] = None if maps is None else maps[row]
+        images = torch.stack(results)
+        if output_type != "latent":
+            images = decode_latents(self.vae, unpack_latents(images, grid))
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return MosaicPipelineOutput(images=images, attention=attention if output_attention else None)
+
+    def _trained(self, section: str, key: str) -> Any:
+        """A setting that the loaded reference LoRA was trained with, or None."""
+        return self.reference_config.get(section, {}).get(key)
+
+    def _encode_prompts(self, inputs: PipelineInputs, max_sequence_length: int | None) -> tuple[Tensor, Tensor]:
+        """[B, T, d] and [B, d_pooled], one row per prompt."""
+        if max_sequence_length is None:
+            max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
+        embeds, pooled, _ = self.encode_prompt(
+            prompt=inputs.prompts,
+            device=self._execution_device,
+            prompt_embeds=inputs.prompt_embeds,
+            pooled_prompt_embeds=inputs.pooled_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+        )
+        return embeds.to(self._execution_device), pooled.to(self._execution_device)
+
+    def _encode_references(self, inputs: PipelineInputs, size: int, scale: float) -> list[Tensor | None]:
+        """Per prompt [K, C, h, w] latents (posterior mode, shifted and scaled), or None without references."""
+        if inputs.reference_latents is not None:
+            return [x.to(self._execution_device) if x is not None and len(x) else None for x in inputs.reference_latents]
+        encoded = []
+        for pictures in inputs.reference_images:
+            prepared = [prepare_reference(picture, size, scale) for picture in pictures]
+            tensor = images_to_tensor(prepared).to(self._execution_device, self.vae.dtype) if prepared else None
+            encoded.append(None if tensor is None else encode_images(self.vae, tensor))
+        return encoded
+
+    def _start_noise(self, inputs: PipelineInputs, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """Packed noise [B * num_images_per_prompt, N, C], drawn for all pictures at once, whatever their groups."""
+        channels = self.transformer.config.in_channels // 4
+        if inputs.latents is None:
+            shape = (inputs.num_pictures, channels, grid.rows * 2, grid.columns * 2)
+            noise = pack_latents(randn_tensor(shape, generator=inputs.generator, device=torch.device("cpu"), dtype=dtype))
+        else:
+            noise = inputs.latents
+            expected = (inputs.num_pictures, grid.num_tokens, channels * 4)
+            if tuple(noise.shape) != expected:
+                raise ValueError(f"latents must be packed noise of shape {expected} for this call, got {tuple(noise.shape)}.")
+        return noise.to(self._execution_device, dtype)
+
+    def _denoise(
+        self,
+        group: _Group,
+        grid: Grid,
+        num_inference_steps: int,
+        reference_attention: str,
+        output_attention: bool,
+        callback: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None,
+        callback_tensors: Sequence[str],
+    ) -> Tensor | None:
+        """Run the sampler on `group.latents` in place; returns attention [B, K, N_ref, N_tgt] or None."""
+        device, batch = group.latents.device, len(group.latents)
+        timesteps = self._timesteps(grid.num_tokens, num_inference_steps, device)
+        guidance = torch.full([batch], self._guidance_scale, device=device) if self.transformer.config.guidance_embeds else None
+        text_ids = torch.zeros(group.prompt_embeds.shape[1], 3, device=device)
+        references: dict[str, Any] = {}
+        if group.reference_latents is not None:
+            num_references = group.reference_latents.shape[1]
+            references["reference_hidden_states"] = group.reference_latents
+            references["reference_ids"] = reference_position_ids(group.reference_grid, num_references, device)
+            references["reference_attention"] = reference_attention
+            if output_attention:
+                every_token = torch.arange(num_references * group.reference_grid.num_tokens, device=device)
+                references["capture"] = CaptureRequest(every_token.expand(batch, -1))
+        attention = 0
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                output = self.transformer(
+                    hidden_states=group.latents,
+                    timestep=t.expand(batch).to(group.latents.dtype) / 1000,
+                    guidance=guidance,
+                    pooled_projections=group.pooled_prompt_embeds,
+                    encoder_hidden_states=group.prompt_embeds,
+                    txt_ids=text_ids,
+                    img_ids=position_ids(grid, device=device),
+                    **references,
+                )
+                group.latents = self.scheduler.step(output.sample, t, group.latents, return_dict=False)[0]
+                if "capture" in references:
+                    attention = attention + output.attention_rows / len(timesteps)
+                if callback is not None:
+                    changed = callback(self, step, t, {name: getattr(group, name) for name in callback_tensors}) or {}
+                    for name in callback_tensors:
+                        setattr(group, name, changed.get(name, getattr(group, name)))
+                progress.update()
+        self._current_timestep = None
+        return attention.unflatten(1, (num_references, -1)).cpu() if "capture" in references else None
+
+    def _timesteps(self, num_tokens: int, num_inference_steps: int, device: torch.device) -> Tensor:
+        """Timesteps of FLUX: sigmas linspace(1, 1/steps) through the resolution shift."""
+        config = self.scheduler.config
+        mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
+        self.scheduler.set_begin_index(0)
+        self._num_timesteps = len(timesteps)
+        return timesteps
+
+
+def _reference_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Our metadata of a safetensors file; empty if it has none, as the published file."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(lora.METADATA_KEY, "{}"))
+
+
+def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], weight_name: str | None) -> bool:
+    if isinstance(source, dict):
+        return False
+    path = os.path.join(source, weight_name) if weight_name else os.fspath(source)
+    return os.path.isfile(path) and path.endswith(".safetensors") and bool(_reference_metadata(path))

@@ -1,0 +1,129 @@
+"""Checks of a pipeline call, before anything is computed, and its grouping by number of references."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PipelineInputs:
+    """A checked call: everything is a list with one entry per prompt.
+
+    Attributes:
+        prompts: The prompts, or None if embeddings are given.
+        reference_images: Per prompt its pictures, maybe none.
+        reference_latents: Per prompt [K, C, h, w], or None if pictures are given.
+        prompt_embeds: [B, T, d] or None.
+        pooled_prompt_embeds: [B, d_pooled] or None.
+        latents: Packed start noise or None.
+        generator: As given.
+        num_pictures: Prompts x pictures per prompt.
+    """
+
+    prompts: list[str] | None
+    reference_images: list[list[Image.Image]]
+    reference_latents: list[Tensor | None] | None
+    prompt_embeds: Tensor | None
+    pooled_prompt_embeds: Tensor | None
+    latents: Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+    num_pictures: int
+
+
+def check_inputs(
+    *,
+    prompt: str | Sequence[str] | None,
+    reference_images: Sequence | None,
+    latents: Tensor | None,
+    prompt_embeds: Tensor | None,
+    pooled_prompt_embeds: Tensor | None,
+    reference_latents: Tensor | Sequence[Tensor] | None,
+    num_images_per_prompt: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    has_reference_lora: bool,
+    callback_tensors: Sequence[str],
+    allowed_callback_tensors: Sequence[str],
+) -> PipelineInputs:
+    """Check the arguments of a call against each other; see `MosaicFluxPipeline.__call__` for their meaning.
+
+    Raises:
+        ValueError: Naming what must hold, what was given and the cure.
+    """
+    prompts = _check_prompts(prompt, prompt_embeds, pooled_prompt_embeds)
+    num_prompts = len(prompts) if prompts is not None else len(prompt_embeds)
+    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
+    num_pictures = num_prompts * num_images_per_prompt
+    if isinstance(generator, list) and len(generator) != num_pictures:
+        raise ValueError(f"a list of generators must hold one per picture: {num_pictures}, got {len(generator)}.")
+    unknown = sorted(set(callback_tensors) - set(allowed_callback_tensors))
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs may name {list(allowed_callback_tensors)}, got {unknown}.")
+    if reference_images is not None and reference_latents is not None:
+        raise ValueError("give reference_images or reference_latents, not both.")
+    images = _per_prompt_images(reference_images, num_prompts, single=not isinstance(prompt, (list, tuple)))
+    tensors = _per_prompt_latents(reference_latents, num_prompts)
+    if (any(images) or any(x is not None and len(x) for x in tensors or [])) and not has_reference_lora:
+        raise ValueError("references need a reference LoRA: call load_reference_lora(...) first, or leave the references out.")
+    return PipelineInputs(prompts, images, tensors, prompt_embeds, pooled_prompt_embeds, latents, generator, num_pictures)
+
+
+def _check_prompts(
+    prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None
+) -> list[str] | None:
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give prompt or prompt_embeds (with pooled_prompt_embeds), one of the two.")
+    if prompt is None:
+        if pooled_prompt_embeds is None or len(pooled_prompt_embeds) != len(prompt_embeds):
+            raise ValueError("prompt_embeds need pooled_prompt_embeds with as many rows.")
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for index, text in enumerate(prompts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"prompt[{index}] must be a non-empty string, got {text!r}.")
+    if not prompts:
+        raise ValueError("prompt must not be an empty list.")
+    return prompts
+
+
+def _per_prompt_images(images: Sequence | None, num_prompts: int, single: bool) -> list[list[Image.Image]]:
+    if images is None:
+        return [[] for _ in range(num_prompts)]
+    if isinstance(images, Image.Image):
+        raise ValueError("reference_images must be a list of pictures, got a single picture: write reference_images=[picture].")
+    nested = [list(images)] if single and not any(isinstance(x, (list, tuple)) for x in images) else list(images)
+    if len(nested) != num_prompts or not all(isinstance(x, (list, tuple)) for x in nested):
+        raise ValueError(
+            f"reference_images must hold one list of pictures per prompt: {num_prompts} lists, got {len(images)} entries "
+            f"({', '.join(type(x).__name__ for x in list(images)[:4])})."
+        )
+    for p, pictures in enumerate(nested):
+        for k, picture in enumerate(pictures):
+            if not isinstance(picture, Image.Image):
+                raise ValueError(f"reference_images[{p}][{k}] must be a PIL picture, got {type(picture).__name__}; see mosaic.load_image().")
+    return [list(pictures) for pictures in nested]
+
+
+def _per_prompt_latents(latents: Tensor | Sequence[Tensor] | None, num_prompts: int) -> list[Tensor | None] | None:
+    if latents is None:
+        return None
+    tensors = [latents] if isinstance(latents, Tensor) and latents.ndim == 4 else list(latents)
+    if len(tensors) != num_prompts:
+        raise ValueError(f"reference_latents must hold one tensor [K, C, h, w] per prompt: {num_prompts}, got {len(tensors)}.")
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and (tensor.ndim != 4 or tensor.shape[-1] % 2 or tensor.shape[-2] % 2):
+            raise ValueError(f"reference_latents[{index}] must have shape [K, C, h, w] with even h and w, got {tuple(tensor.shape)}.")
+    if len({tuple(t.shape[1:]) for t in tensors if t is not None and len(t)}) > 1:
+        raise ValueError("all references of a call share one size; reference_latents differ in [C, h, w].")
+    return tensors
+
+
+def group_by_num_references(references: Sequence[Tensor | None]) -> list[list[int]]:
+    """Prompt indices grouped by K, in order of first appearance; None counts as K = 0."""
+    groups: dict[int, list[int]] = {}
+    for index, reference in enumerate(references):
+        groups.setdefault(0 if reference is None else len(reference), []).append(index)
+    return list(groups.values())
