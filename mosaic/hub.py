@@ -1,6 +1,7 @@
 """Where weights come from: a local file, a local folder, or a repository of the Hugging Face Hub."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -8,8 +9,22 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTP
 
 DEFAULT_WEIGHT_NAME = "reference_lora.safetensors"
 PUBLISHED_WEIGHT_NAMES = {"ByteDance-FanQie/MOSAIC": "subject_512.safetensors"}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 POCKET_MODEL = "assets/pocket/flux"
 POCKET_LORA = "assets/pocket/lora.safetensors"
+
+
+def require_model_name(name: str | os.PathLike) -> None:
+    """Check that a model name is a local folder or has the form of a hub id.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(str(name)):
+        raise FileNotFoundError(
+            f"model {str(name)!r}: no such folder, and not a hub id of the form user/name. Paths are relative to the current directory; "
+            f"the pocket model is {POCKET_MODEL}."
+        )
 
 
 def unreachable_message(name: str, error: Exception) -> str:
@@ -45,7 +60,7 @@ def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None,
         path = path / name
     if path.is_file():
         return path
-    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+    if path.suffix == ".safetensors" or not HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, a folder, or a hub repository as user/name.")
     try:
         return Path(hf_hub_download(str(source), name, revision=revision))

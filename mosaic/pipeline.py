@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mosaic import lora
-from mosaic.hub import resolve_lora_file, unreachable_message
+from mosaic.hub import require_model_name, resolve_lora_file, unreachable_message
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.pipeline_inputs import PipelineInputs, check_inputs, group_by_num_references
@@ -72,8 +72,10 @@ class MosaicFluxPipeline(FluxPipeline):
         """Load any diffusers FLUX folder or repository; see `DiffusionPipeline.from_pretrained`.
 
         Raises:
+            FileNotFoundError: If it is neither a folder nor of a hub id's form.
             OSError: If the id is gated, missing or unreachable; the message says what to do.
         """
+        require_model_name(pretrained_model_name_or_path)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:

@@ -1,0 +1,110 @@
+"""Render a cases file: `python inference.py` draws example_cases.json with the shipped pocket weights.
+
+FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. Per case: the picture, a panel references | result, and with
+--save-attention the attention maps with lines from reference points to their peaks.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mosaic.cases import Case, load_cases
+from mosaic.config import Config, load_config
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pocket.json"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; every flag but --config and --set stands for one setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="JSON file (default: configs/pocket.json)")
+    parser.add_argument("--model", help="model.pretrained: a diffusers FLUX folder or hub id")
+    parser.add_argument("--lora", help="inference.lora: a .safetensors file, a folder or a hub id")
+    parser.add_argument("--cases", help="inference.cases: the cases file")
+    parser.add_argument("--output-dir", help="inference.output_dir: where pictures go")
+    parser.add_argument("--seed", type=int, help="inference.seed")
+    parser.add_argument("--steps", type=int, help="inference.num_inference_steps")
+    parser.add_argument("--save-attention", action="store_true", help="also write attention maps")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
+    return parser.parse_args(argv)
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The flags as `--set` overrides; flags win over --set."""
+    settings = {
+        "model.pretrained": arguments.model,
+        "inference.lora": arguments.lora,
+        "inference.cases": arguments.cases,
+        "inference.output_dir": arguments.output_dir,
+        "inference.seed": arguments.seed,
+        "inference.num_inference_steps": arguments.steps,
+        "inference.save_attention": arguments.save_attention or None,
+    }
+    return arguments.set + [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+
+
+def render(config: Config, cases: list[Case]) -> list[Path]:
+    """Render all cases; returns the paths of the pictures."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from mosaic.figures import attention_panel, case_panel, save_picture
+    from mosaic.images import load_image, prepare_reference
+    from mosaic.pipeline import MosaicFluxPipeline
+    from mosaic.tokens import token_grid
+
+    settings, folder = config.inference, Path(config.inference.output_dir)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]
+    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=dtype)
+    grid = token_grid(settings.height, settings.width, pipeline.vae_scale_factor, where="inference.height, inference.width")
+    size = config.data.reference_size
+    reference_grid = token_grid(size, size, pipeline.vae_scale_factor, where="data.reference_size")
+    if settings.lora is not None:
+        pipeline.load_reference_lora(settings.lora, settings.lora_weight_name)
+    if torch.cuda.is_available():
+        pipeline.enable_model_cpu_offload() if settings.cpu_offload else pipeline.to("cuda")
+    pipeline.set_progress_bar_config(leave=False)
+    written = []
+    for case in tqdm(cases, desc="cases", unit="case"):
+        references = [load_image(path) for path in case.image_paths]
+        result = pipeline(
+            case.prompt,
+            references if settings.lora is not None else None,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator().manual_seed(settings.seed),
+            reference_size=size,
+            reference_scale=settings.reference_scale,
+            reference_attention=config.model.reference_attention,
+            max_sequence_length=config.model.text_length,
+            output_attention=settings.save_attention,
+        )
+        picture = result.images[0]
+        written.append(save_picture(picture, folder / f"case_{case.index:03d}.png"))
+        save_picture(case_panel(references, picture, case.prompt), folder / f"case_{case.index:03d}_panel.png")
+        if result.attention is not None and result.attention[0] is not None:
+            prepared = [prepare_reference(reference, size, settings.reference_scale) for reference in references]
+            maps = attention_panel(prepared, picture, result.attention[0], reference_grid, grid)
+            save_picture(maps, folder / f"case_{case.index:03d}_attention.png")
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = parse_arguments(argv)
+    try:
+        config = load_config(arguments.config, overrides(arguments))
+        cases = load_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
+        written = render(config, cases)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(written)} pictures in {config.inference.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Pictures for people: panels references | result, and attention maps with lines from reference points to their peaks."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mosaic.images import to_rgb
+from mosaic.tokens import Grid
+
+TILE = 256  # px, side of a picture in a panel
+MARGIN = 12
+CAPTION = 26
+INK = (40, 40, 48)
+LINE_COLOURS = ((230, 57, 70), (29, 120, 216), (46, 160, 67), (244, 148, 6), (142, 68, 173), (0, 160, 160))
+
+
+def tensor_to_image(image: Tensor) -> Image.Image:
+    """float [3, H, W] in [-1, 1] -> RGB picture."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike) -> Path:
+    """Write a PNG aside, then rename it; the folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+    return path
+
+
+def tile(image: Image.Image, side: int = TILE) -> Image.Image:
+    """The picture inside a white square of `side` px; small pictures are enlarged by whole pixels, so that they stay crisp."""
+    image = to_rgb(image)
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(image.resize(size, method), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return canvas
+
+
+def case_panel(references: Sequence[Image.Image], result: Image.Image, caption: str = "") -> Image.Image:
+    """References in a row, the result at the right, the caption below."""
+    tiles = [tile(reference, TILE // 2 if len(references) > 1 else TILE) for reference in references]
+    rows = 2 if len(references) > 1 else 1
+    columns = -(-len(tiles) // rows)
+    side = TILE // rows
+    width = MARGIN * 3 + columns * side + TILE
+    canvas = Image.new("RGB", (width, TILE + 2 * MARGIN + (CAPTION if caption else 0)), "white")
+    for index, picture in enumerate(tiles):
+        canvas.paste(picture, (MARGIN + (index // rows) * side, MARGIN + (index % rows) * side))
+    canvas.paste(tile(result), (width - MARGIN - TILE, MARGIN))
+    if caption:
+        _caption(canvas, caption, MARGIN, TILE + MARGIN + 4)
+    return canvas
+
+
+def attention_panel(
+    references: Sequence[Image.Image], result: Image.Image, attention: Tensor, reference_grid: Grid, target_grid: Grid, num_lines: int = 4
+) -> Image.Image:
+    """One row per reference: its picture with points, lines to the rows' peaks in the result, and a heat map of its mean row.
+
+    Args:
+        references: K prepared reference pictures (square).
+        result: The generated picture.
+        attention: float32 [K, N_ref, N_tgt], rows sum to 1.
+        reference_grid: Grid of N_ref.
+        target_grid: Grid of N_tgt.
+        num_lines: Points per reference: the subject's tokens with the sharpest rows.
+    """
+    width, height = 3 * TILE + 4 * MARGIN, len(references) * (TILE + MARGIN) + MARGIN
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, reference in enumerate(references):
+        top = MARGIN + k * (TILE + MARGIN)
+        subject = subject_tokens(reference, reference_grid)
+        rows = attention[k][subject]
+        left, right = MARGIN, 2 * MARGIN + TILE
+        canvas.paste(tile(reference), (left, top))
+        canvas.paste(tile(result), (right, top))
+        canvas.paste(heat_map(result, rows.mean(dim=0), target_grid), (3 * MARGIN + 2 * TILE, top))
+        strongest = rows.max(dim=-1).values.argsort(descending=True)[:num_lines].tolist()
+        for position in strongest:
+            start = token_centre(int(subject[position]), reference_grid)
+            end = token_centre(int(rows[position].argmax()), target_grid)
+            _line(draw, (left + start[0] * TILE, top + start[1] * TILE), (right + end[0] * TILE, top + end[1] * TILE), LINE_COLOURS[k % 6])
+    return canvas
+
+
+def subject_tokens(reference: Image.Image, grid: Grid) -> np.ndarray:
+    """Indices of the tokens of a prepared reference that are not plain white; all tokens if every one is white."""
+    pixels = np.asarray(to_rgb(reference).resize((grid.columns * 4, grid.rows * 4), Image.Resampling.BOX)).min(axis=-1) < 235
+    share = pixels.reshape(grid.rows, 4, grid.columns, 4).mean(axis=(1, 3)).reshape(-1)
+    found = np.flatnonzero(share >= 0.5)
+    return found if len(found) else np.arange(grid.num_tokens)
+
+
+def token_centre(index: int, grid: Grid) -> tuple[float, float]:
+    """(x, y) of a token's centre as shares of the picture's sides."""
+    return ((index % grid.columns + 0.5) / grid.columns, (index // grid.columns + 0.5) / grid.rows)
+
+
+def heat_map(image: Image.Image, row: Tensor, grid: Grid) -> Image.Image:
+    """A tile of the picture, greyed, with a row of attention over it in red; the row's maximum is fully red."""
+    weights = row.reshape(grid.rows, grid.columns).float().cpu().numpy()
+    weights = weights / max(float(weights.max()), 1e-8)
+    mask = tile(Image.fromarray((255 * weights).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR).convert("RGB")).convert("L")
+    grey = Image.blend(tile(image).convert("L").convert("RGB"), Image.new("RGB", (TILE, TILE), "white"), 0.35)
+    return Image.composite(Image.blend(grey, Image.new("RGB", (TILE, TILE), (214, 40, 57)), 0.75), grey, mask)
+
+
+def _line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: tuple[int, int, int]) -> None:
+    draw.line([start, end], fill=colour, width=3)
+    for x, y in (start, end):
+        draw.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour, outline="white", width=2)
+
+
+def _caption(canvas: Image.Image, text: str, left: int, top: int) -> None:
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    while len(text) > 4 and draw.textlength(text, font=font) > canvas.width - 2 * left:
+        text = text[: text.rfind(" ")] + " ..." if " " in text[:-4] else text[:-5] + " ..."
+        text = text.replace(" ... ...", " ...")
+    draw.text((left, top), text, fill=INK, font=font)

@@ -1,0 +1,134 @@
+"""Loading pictures from files, and preparing reference pictures. Needs Pillow and numpy only."""
+
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps
+
+WHITE = (255, 255, 255)
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
+"""Formats read, by Pillow's names. Others are left out on purpose: some of their readers start outside programs (EPS)."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read a picture and turn it upright by its EXIF orientation.
+
+    Args:
+        path: A file in one of `FORMATS`. Of an animation the first frame is read.
+
+    Returns:
+        The decoded picture in the mode of the file (transparency is kept), detached from the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a folder, empty, damaged, not a picture, or cannot be read. The messages begin with the problem, so that a caller
+            can put the place before them.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"file not found: {path}.") from error
+    except (OSError, ValueError) as error:  # a ValueError: the path holds a NUL or a letter that no file name can hold
+        raise ValueError(f"the file cannot be read: {path} ({error}).") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"must be a picture file, but it is a folder: {path}.")
+    if status.st_size == 0:
+        raise ValueError(f"the picture file is empty (0 bytes): {path}.")
+    try:
+        with Image.open(path, formats=_readable_formats()) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except PermissionError as error:
+        raise ValueError(f"the file cannot be read: {path} ({error.strerror}).") from error
+    except Exception as error:  # decoders of damaged files raise all kinds of errors, and each of them means the same here
+        raise ValueError(f"the file cannot be decoded as a picture: {path} ({_reason(error)}).") from error
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an RGB picture, transparency composited on white.
+
+    Palette, greyscale, CMYK and bilevel pictures are converted as Pillow does. Pictures of 16 bits per pixel are scaled to 8 bits, where
+    Pillow would clip nearly all of them to white.
+
+    Args:
+        image: A picture of any mode except "F", whose range is not known.
+
+    Raises:
+        ValueError: The mode cannot be converted.
+    """
+    if image.mode == "F":
+        raise ValueError('a picture of mode "F" (32-bit floats) has no known range of values; save it with 8 bits per channel.')
+    if image.mode.startswith("I"):
+        image = _from_16_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":  # premultiplied grey, which Pillow converts to LA only
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    background = Image.new("RGBA", image.size, (*WHITE, 255))
+    return Image.alpha_composite(background, image).convert("RGB")
+
+
+def prepare_reference(image: Image.Image, size: int, scale: float = 0.9) -> Image.Image:
+    """Put a subject, cut out by its white background, in the middle of a white square.
+
+    Transparency is composited on white; the picture is cropped to the bounding box of its pixels that are not exactly (255, 255, 255), or
+    kept whole if there is none; resized (Lanczos) by f = size * scale / long side to (int(width * f), int(height * f)); and pasted in the
+    centre. EXIF rotation is not looked at: `load_image` does that.
+
+    Args:
+        image: The reference picture, any size; any mode that `to_rgb` takes.
+        size: Side of the result in pixels.
+        scale: Long side of the subject in the result as a share of `size`, in (0, 1].
+
+    Returns:
+        RGB picture of `size` x `size`.
+
+    Raises:
+        ValueError: `size` or `scale` is out of range, or the picture is so narrow that a side would become 0 pixels.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}.")
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale must be more than 0 and at most 1, got {scale}.")
+    if 0 in image.size:
+        raise ValueError(f"the picture must have pixels, got {image.width} x {image.height} (width x height).")
+    image = to_rgb(image)
+    box = ImageChops.difference(image, Image.new("RGB", image.size, WHITE)).getbbox()
+    if box is not None:
+        image = image.crop(box)
+    factor = size * scale / max(image.size)
+    width, height = int(image.width * factor), int(image.height * factor)
+    if width == 0 or height == 0:
+        raise ValueError(
+            f"the subject is too narrow: its {image.width} x {image.height} pixels (width x height) would become {width} x {height} "
+            f"in a square of {size}. Use a picture whose subject is less elongated, or a larger size."
+        )
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    result = Image.new("RGB", (size, size), WHITE)
+    result.paste(image, ((size - width) // 2, (size - height) // 2))
+    return result
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Return an "I" or "I;16" picture (0 to 65535) as 8-bit greyscale, its transparent value, if it has one, as white."""
+    values = np.asarray(image).astype(np.int64)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values = np.where(values == transparent, 65535, values)
+    return Image.fromarray((values.clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+
+
+def _readable_formats() -> list[str]:
+    """Return those of `FORMATS` that this build of Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of a decoding error in a few words; Pillow's "cannot identify" repeats the path."""
+    return "no known picture format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or type(error).__name__

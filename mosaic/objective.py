@@ -1,0 +1,184 @@
+"""The objective on one batch: `train_step` reads top to bottom as Section 4 of the paper."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mosaic.config import Config, LossConfig
+from mosaic.correspondence import batch_points, draw_points
+from mosaic.data import MosaicBatch
+from mosaic.flow import add_noise, sample_timesteps
+from mosaic.latents import encode_images
+from mosaic.losses import MosaicLoss, correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, text_position_ids, token_grid
+from mosaic.transformer import CaptureRequest, MosaicTransformerOutput
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Token grids of a run."""
+
+    target: Grid
+    reference: Grid
+
+
+def disentanglement_weight(loss: LossConfig, step: int) -> float:
+    """beta at a step: 0 until `disentanglement_start_step`, then linear over the warm-up to `disentanglement_weight`."""
+    done = step - loss.disentanglement_start_step
+    if loss.disentanglement_warmup_steps == 0:
+        return loss.disentanglement_weight if done >= 0 else 0.0
+    return loss.disentanglement_weight * min(max(done / loss.disentanglement_warmup_steps, 0.0), 1.0)
+
+
+def step_generator(seed: int, step: int, micro_step: int, process_index: int) -> torch.Generator:
+    """A CPU generator that depends only on (seed, step, micro-step, process): ranks differ, and a resumed run repeats nothing."""
+    words = torch.tensor([seed % 2**31, step, micro_step, process_index], dtype=torch.int64)
+    mixed = 0
+    for word in words.tolist():
+        mixed = (mixed * 6364136223846793005 + word + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+def train_step(
+    pipeline: MosaicFluxPipeline,
+    transformer: nn.Module,
+    batch: MosaicBatch,
+    config: Config,
+    step: int,
+    generator: torch.Generator,
+) -> MosaicLoss:
+    """The objective on one batch.
+
+    Args:
+        pipeline: Frozen VAE and text encoders, and their device and dtype.
+        transformer: The transformer with its reference LoRA, maybe wrapped for several processes.
+        batch: Pictures, prompts and points; one K.
+        config: The run's settings.
+        step: Optimizer step, for the schedule of the disentanglement weight.
+        generator: CPU generator of everything random in this step.
+    """
+    device, loss = pipeline.transformer.device, config.loss
+    batch_size, num_references = batch.reference_images.shape[:2]
+    grids = run_grids(pipeline, config)
+
+    # Condition dropout: a dropped reference is zero latents, and its points go with it.
+    drop_image, drop_text = _draw_dropout(batch_size, config, generator)
+    prompts = ["" if dropped else prompt for prompt, dropped in zip(batch.prompts, drop_text.tolist(), strict=True)]
+    lists = [[p[:0] if dropped else p for p in sample] for sample, dropped in zip(batch.points, drop_image.tolist(), strict=True)]
+    lists = draw_points(lists, loss.max_points, generator)
+    points = batch_points(lists, grids.reference.num_tokens, grids.target.num_tokens, device)
+
+    # Encode (Eq. 3): targets are drawn from the VAE posterior, references take its mode. All frozen.
+    encoded = encode_batch(pipeline, batch, prompts, config.model.text_length, generator)
+    kept = (~drop_image).to(encoded.references)[:, None, None, None]
+    encoded = replace(encoded, references=encoded.references * kept)
+
+    # Noise the target: x_t = (1 - t) x_0 + t eps.
+    timesteps = sample_timesteps(batch_size, grids.target.num_tokens, generator).to(device)
+    noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
+    noisy_latents = add_noise(encoded.latents, noise, timesteps)
+
+    # One joint sequence through all blocks (Eq. 4-8); the supervised rows come back with the velocity.
+    capture = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
+    output = predict(pipeline, transformer, encoded, noisy_latents, timesteps, capture, config)
+
+    # The three terms (Eq. 10-15).
+    if loss.disentanglement_rows == "all":
+        distributions, counted = output.reference_rows, (~drop_image).to(device)[:, None].expand(-1, num_references)
+    else:
+        distributions, counted = reference_distributions(output.attention_rows, points), points.reference_mask
+    return mosaic_loss(
+        flow_matching_loss(output.sample, noise, encoded.latents),
+        correspondence_loss(output.attention_rows, points, loss.correspondence_reduction),
+        disentanglement_loss(distributions, counted, loss.divergence, loss.disentanglement_cap),
+        loss.correspondence_weight,
+        disentanglement_weight(loss, step),
+    )
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the frozen encoders make of a batch.
+
+    Attributes:
+        latents: [B, N_tgt, C], packed clean target latents.
+        references: [B, K, N_ref, C], packed clean reference latents.
+        prompt_embeds: [B, T, d_text].
+        pooled: [B, d_pooled].
+    """
+
+    latents: Tensor
+    references: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+
+@torch.no_grad()
+def encode_batch(
+    pipeline: MosaicFluxPipeline, batch: MosaicBatch, prompts: list[str], text_length: int, generator: torch.Generator | None
+) -> EncodedBatch:
+    """Pictures to packed latents, prompts to embeddings (Eq. 3).
+
+    Args:
+        pipeline: Frozen VAE and text encoders.
+        batch: Pictures.
+        prompts: B prompts, maybe dropped ones.
+        text_length: T5 tokens.
+        generator: Draws the targets from the VAE posterior; None takes its mode. References always take the mode.
+    """
+    device, dtype = pipeline.transformer.device, pipeline.vae.dtype
+    latents = pack_latents(encode_images(pipeline.vae, batch.images.to(device, dtype), generator))
+    references = pack_latents(encode_images(pipeline.vae, batch.reference_images.flatten(0, 1).to(device, dtype)))
+    prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=text_length)
+    return EncodedBatch(latents, references.unflatten(0, (len(latents), -1)), prompt_embeds, pooled)
+
+
+def predict(
+    pipeline: MosaicFluxPipeline,
+    transformer: nn.Module,
+    encoded: EncodedBatch,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    capture: CaptureRequest,
+    config: Config,
+) -> MosaicTransformerOutput:
+    """Velocity and attention rows of a batch; embedded guidance is 1, as always in training."""
+    device, grids = noisy_latents.device, run_grids(pipeline, config)
+    return transformer(
+        hidden_states=noisy_latents,
+        encoder_hidden_states=encoded.prompt_embeds,
+        pooled_projections=encoded.pooled,
+        timestep=timesteps,
+        guidance=torch.ones_like(timesteps) if pipeline.transformer.config.guidance_embeds else None,
+        img_ids=position_ids(grids.target, device=device),
+        txt_ids=text_position_ids(encoded.prompt_embeds.shape[1], device),
+        reference_hidden_states=encoded.references,
+        reference_ids=reference_position_ids(grids.reference, encoded.references.shape[1], device),
+        reference_attention=config.model.reference_attention,
+        capture=capture,
+    )
+
+
+def run_grids(pipeline: MosaicFluxPipeline, config: Config) -> Grids:
+    """Token grids that a config asks for with this VAE.
+
+    Raises:
+        ValueError: If a size is not divisible by the token size.
+    """
+    factor, data = pipeline.vae_scale_factor, config.data
+    return Grids(
+        token_grid(*data.image_size, factor, where="data.image_size"),
+        token_grid(data.reference_size, data.reference_size, factor, where="data.reference_size"),
+    )
+
+
+def _draw_dropout(batch_size: int, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """bool [B] each: which samples lose their references, which their prompt; the three cases exclude one another."""
+    data = config.data
+    u = torch.rand(batch_size, generator=generator)
+    image_only, text_only = data.image_dropout, data.image_dropout + data.text_dropout
+    both = text_only + data.both_dropout
+    drop_both = (u >= text_only) & (u < both)
+    return (u < image_only) | drop_both, ((u >= image_only) & (u < text_only)) | drop_both

@@ -1,0 +1,267 @@
+"""The sections of a config: frozen dataclasses whose defaults are the paper's values (arXiv:2509.01977v1). Standard library only.
+
+Every field is followed by its description. `mosaic.config` puts the sections together and reads them from JSON.
+"""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
+
+from mosaic.schema import Bounds, FieldError, NotEmpty, Section, shown
+
+Text = Annotated[str, NotEmpty()]
+Count = Annotated[int, Bounds(minimum=1)]
+CountOrZero = Annotated[int, Bounds(minimum=0)]
+Seed = Annotated[int, Bounds(minimum=0, below=2**63)]
+Probability = Annotated[float, Bounds(minimum=0, maximum=1)]
+Momentum = Annotated[float, Bounds(minimum=0, below=1)]
+NotNegative = Annotated[float, Bounds(minimum=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Blocks = Literal["all", "double"] | tuple[CountOrZero, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The frozen base model and how references take part in its attention."""
+
+    path: ClassVar[str] = "model"
+
+    pretrained: Text = "black-forest-labs/FLUX.1-dev"
+    """Folder of a diffusers FLUX pipeline, or its id on the Hugging Face hub."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the frozen weights. The adapter itself is always trained in float32."""
+    reference_attention: Literal["target", "joint", "isolated"] = "target"
+    """What a reference's tokens attend to. "target": text, target and that reference; "joint": everything (Eq. 7 as written);
+    "isolated": that reference only."""
+    gradient_checkpointing: bool = True
+    """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
+    text_length: Count = 512
+    """Length in tokens to which prompts are padded or cut for the T5 encoder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """The reference adapter, the only thing that learns. Its scale is 1: alpha equals the rank."""
+
+    path: ClassVar[str] = "lora"
+
+    rank: Count = 128
+    """Rank of the adapter in every module."""
+    pretrained: Text | None = None
+    """Adapter to start training from: a safetensors file, a folder or a hub id. None: a fresh adapter (A gaussian, B zero)."""
+    weight_name: Text | None = None
+    """Name of the file inside `pretrained`, needed where that is a folder or a hub id with several files."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The training samples and what is left out of them at random."""
+
+    path: ClassVar[str] = "data"
+
+    root: Text = "data/train"
+    """Folder of a data set in the multi-reference format, version 1."""
+    split: Text = "train"
+    """Split of the data set to train on."""
+    image_size: tuple[Count, Count] = (512, 512)
+    """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1)."""
+    reference_size: Count = 512
+    """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
+    max_references: Count = 6
+    """Samples with more references than this are refused."""
+    num_workers: CountOrZero = 4
+    """Processes that load data, per training process. 0: load in the training process."""
+    image_dropout: Probability = 0.05
+    """Probability that a sample loses all its references (zero latents) and its points, and keeps its prompt."""
+    text_dropout: Probability = 0.05
+    """Probability that a sample loses its prompt only."""
+    both_dropout: Probability = 0.05
+    """Probability that a sample loses references, points and prompt."""
+
+    def __post_init__(self) -> None:
+        """Validate; the three dropouts exclude one another, so they must add up to at most 1."""
+        super().__post_init__()
+        total = self.image_dropout + self.text_dropout + self.both_dropout
+        if total > 1:
+            raise FieldError("data.image_dropout", f"+ text_dropout + both_dropout must be at most 1, got {total:g}")
+
+
+LOSS_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "correspondence_weight": 0.4,
+        "disentanglement_weight": 0.6,
+        "correspondence_reduction": "reference",
+        "disentanglement_rows": "points",
+        "divergence": "symmetric_kl",
+        "disentanglement_start_step": 0,
+        "disentanglement_warmup_steps": 0,
+        "capture_blocks": "all",
+    },
+    "release": {
+        "correspondence_weight": 0.1,
+        "disentanglement_weight": 1.0,
+        "correspondence_reduction": "point",
+        "disentanglement_rows": "all",
+        "divergence": "jensen_shannon",
+        "disentanglement_start_step": 10_000,
+        "disentanglement_warmup_steps": 1_000,
+        "capture_blocks": "double",
+    },
+}
+"""What each preset sets: the losses as the paper states them, and as the released training code computes them."""
+
+
+def _from_preset() -> Any:
+    """Default of a loss field that takes its value from the preset when it is not given; it never stays None."""
+    return dataclasses.field(default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """The attention losses beside flow matching. `preset` fills every field that is not given; each can also be set by itself."""
+
+    path: ClassVar[str] = "loss"
+
+    preset: Literal["paper", "release"] = "paper"
+    """Source of the fields that are not given (`LOSS_PRESETS`)."""
+    correspondence_weight: NotNegative = _from_preset()
+    """Weight of the correspondence loss (alpha of Eq. 15). paper 0.4, release 0.1."""
+    disentanglement_weight: NotNegative = _from_preset()
+    """Weight of the disentanglement loss after its warm-up (beta of Eq. 15). paper 0.6, release 1.0."""
+    correspondence_reduction: Literal["reference", "point"] = _from_preset()
+    """The mean of Eq. 10. "reference": over the points of a reference, then over the references (paper); "point": over all points
+    pooled (release)."""
+    disentanglement_rows: Literal["points", "all"] = _from_preset()
+    """Rows averaged per reference (Eq. 11). "points": those at its points, renormalised (paper); "all": those of all its tokens, as
+    they are (release)."""
+    divergence: Literal["symmetric_kl", "jensen_shannon"] = _from_preset()
+    """Divergence between two references' mean rows (Eq. 13). paper "symmetric_kl", release "jensen_shannon"."""
+    disentanglement_start_step: CountOrZero = _from_preset()
+    """Optimizer step until which the disentanglement weight is 0. paper 0, release 10000."""
+    disentanglement_warmup_steps: CountOrZero = _from_preset()
+    """Optimizer steps over which that weight then rises linearly to its full value. paper 0, release 1000."""
+    capture_blocks: Blocks = _from_preset()
+    """Blocks whose attention is supervised. "all" (paper), "double" (release): the double-stream ones; or block numbers from 0,
+    double-stream blocks first."""
+    disentanglement_cap: Positive | None = None
+    """Largest divergence that is still rewarded, in nats; None: no cap. Symmetric KL has no upper bound of its own."""
+    max_points: Count = 1024
+    """Correspondence points per sample that are supervised in a step; a larger number is subsampled anew each step."""
+
+    def __post_init__(self) -> None:
+        """Fill from the preset, then validate."""
+        for name, value in LOSS_PRESETS.get(self.preset if isinstance(self.preset, str) else "", LOSS_PRESETS["paper"]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        if not isinstance(self.capture_blocks, str) and len(set(self.capture_blocks)) != len(self.capture_blocks):
+            raise FieldError("loss.capture_blocks", f"must name each block once, got {shown(self.capture_blocks)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """AdamW on the adapter's weights, with a constant learning rate after an optional warm-up."""
+
+    path: ClassVar[str] = "optimizer"
+
+    learning_rate: Positive = 1e-4
+    """Learning rate after the warm-up."""
+    weight_decay: NotNegative = 1e-2
+    """Decoupled weight decay."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decay rates of the two running means."""
+    eps: Positive = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Positive | None = 1.0
+    """Norm to which the gradient is clipped; None: no clipping."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    ema_decay: Momentum | None = None
+    """Decay of an exponential moving average of the adapter, which is then what is validated and exported; None: no average."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section):
+    """Length, batch, precision and outputs of a training run."""
+
+    path: ClassVar[str] = "training"
+
+    max_steps: Count | None = 100_000
+    """Optimizer steps after which training ends; None: `max_epochs` alone decides."""
+    max_epochs: Count | None = None
+    """Passes over the data after which training ends, if `max_steps` has not ended it before; None: no such limit."""
+    batch_size: Count = 1
+    """Samples per process and micro-batch."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches per optimizer step."""
+    seed: Seed = 42
+    """Seed of the adapter's start, the order of the data, noise, timesteps and dropout."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Number format of the matrix products; losses, softmax rows and position ids stay float32."""
+    output_dir: Text = "outputs/training"
+    """Folder of the run: resolved config, logs, validation panels, checkpoints."""
+    log_every: Count = 10
+    """Optimizer steps between two log entries."""
+    checkpoint_every: Count = 1000
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: Count | None = 3
+    """Number of newest checkpoints that are kept; None: all."""
+
+    def __post_init__(self) -> None:
+        """Validate; a run must have an end."""
+        super().__post_init__()
+        if self.max_steps is None and self.max_epochs is None:
+            raise FieldError("training.max_steps", "must be an integer of at least 1 where max_epochs is null, got null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Section):
+    """Pictures and attention accuracy of cases the training has not seen."""
+
+    path: ClassVar[str] = "validation"
+
+    every: Count | None = 1000
+    """Optimizer steps between two validations; None: never."""
+    split: Text = "heldout"
+    """Split of `data.root` that gives the cases where `cases` is None, and the samples on which attention accuracy is measured."""
+    cases: Text | None = None
+    """Cases file for the panels; None: the first samples of `split`."""
+    num_cases: Count = 4
+    """Number of cases per validation."""
+    num_inference_steps: Count = 28
+    """Sampling steps."""
+    guidance_scale: NotNegative = 3.5
+    """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
+    seed: Seed = 42
+    """Seed of the start noise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferenceConfig(Section):
+    """Rendering of a cases file. The size of the references is `data.reference_size`."""
+
+    path: ClassVar[str] = "inference"
+
+    cases: Text = "example_cases.json"
+    """Cases file: a list of {"index", "prompt", "image_paths"}."""
+    output_dir: Text = "outputs/inference"
+    """Folder for the pictures and panels."""
+    lora: Text | None = None
+    """Reference adapter: a safetensors file, a folder or a hub id. None: the bare base model, on reference tokens too."""
+    lora_weight_name: Text | None = None
+    """Name of the file inside `lora`, needed where that is a folder or a hub id with several files."""
+    height: Count = 512
+    """Height of the picture in pixels; a multiple of the model's token size."""
+    width: Count = 512
+    """Width of the picture in pixels; a multiple of the model's token size."""
+    num_inference_steps: Count = 28
+    """Sampling steps."""
+    guidance_scale: NotNegative = 3.5
+    """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
+    seed: Seed = 42
+    """Seed of the start noise; every case starts from it anew."""
+    reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9
+    """Long side of the subject in a prepared reference, as a share of the picture's side."""
+    save_attention: bool = False
+    """Also save the attention maps of the references."""
+    cpu_offload: bool = False
+    """Keep models in CPU memory and move each to the GPU when it is needed, for GPUs with little memory."""

@@ -1,0 +1,77 @@
+"""Validation of a run: panels of held-out cases, and attention accuracy on held-out samples at fixed noise."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from mosaic.cases import load_cases
+from mosaic.config import Config
+from mosaic.correspondence import batch_points
+from mosaic.data import KBatchSampler, MosaicBatch, MultiReferenceDataset, collate
+from mosaic.figures import case_panel, save_picture, tensor_to_image
+from mosaic.flow import add_noise, sample_timesteps
+from mosaic.images import load_image
+from mosaic.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
+from mosaic.objective import encode_batch, predict, run_grids
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.transformer import CaptureRequest
+
+ACCURACY_BATCHES = 4  # batches of held-out samples on which attention accuracy is measured
+
+
+@torch.no_grad()
+def validate(pipeline: MosaicFluxPipeline, dataset: MultiReferenceDataset, config: Config, folder: Path) -> AttentionAccuracy:
+    """Render panels into `folder` and measure attention accuracy.
+
+    Args:
+        pipeline: With the adapter attached.
+        dataset: Held-out samples.
+        config: The run's settings; `validation` and `model` are used.
+        folder: Gets `case_<i>.png`.
+    """
+    validation = config.validation
+    for index, (prompt, references) in enumerate(_cases(dataset, config)):
+        result = pipeline(
+            prompt,
+            references,
+            height=config.data.image_size[0],
+            width=config.data.image_size[1],
+            reference_size=config.data.reference_size,
+            reference_attention=config.model.reference_attention,
+            num_inference_steps=validation.num_inference_steps,
+            guidance_scale=validation.guidance_scale,
+            max_sequence_length=config.model.text_length,
+            generator=torch.Generator().manual_seed(validation.seed + index),
+        )
+        save_picture(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
+    sampler = KBatchSampler(dataset.num_references, max(config.training.batch_size, 4), seed=validation.seed)
+    batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
+    generator = torch.Generator().manual_seed(validation.seed)
+    return pool_accuracies([batch_attention_accuracy(pipeline, batch, config, generator) for batch in batches])
+
+
+def _cases(dataset: MultiReferenceDataset, config: Config) -> list[tuple[str, list]]:
+    """(prompt, reference pictures) of the panels: from a cases file, or spread over the held-out samples."""
+    validation = config.validation
+    if validation.cases is not None:
+        cases = load_cases(validation.cases, config.data.reference_size)[: validation.num_cases]
+        return [(case.prompt, [load_image(path) for path in case.image_paths]) for case in cases]
+    count = min(validation.num_cases, len(dataset))
+    samples = [dataset[index * len(dataset) // count] for index in range(count)]
+    return [(sample.prompt, [tensor_to_image(reference) for reference in sample.reference_images]) for sample in samples]
+
+
+@torch.no_grad()
+def batch_attention_accuracy(
+    pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator
+) -> AttentionAccuracy:
+    """Attention accuracy of one batch at timesteps drawn as in training, without dropout."""
+    grids = run_grids(pipeline, config)
+    points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, pipeline.transformer.device)
+    encoded = encode_batch(pipeline, batch, batch.prompts, config.model.text_length, generator=None)
+    timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
+    noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
+    capture = CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
+    output = predict(pipeline, pipeline.transformer, encoded, add_noise(encoded.latents, noise, timesteps), timesteps, capture, config)
+    return attention_accuracy(output.attention_rows, points, grids.target)

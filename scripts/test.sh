@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes the environment if needed and runs all tests. Arguments go to pytest: bash scripts/test.sh -k losses
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/environment.sh
+# The tests' tensors are tiny: one thread each is fastest, and does not suffer when other programs run.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+echo "test: python -m pytest $*"
+exec .venv/bin/python -m pytest "$@"
