@@ -1,7 +1,7 @@
 """Render a cases file: `python inference.py` draws example_cases.json with the shipped pocket weights.
 
-FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. Per case: the picture, a panel references | result, and with
---save-attention the attention maps with lines from reference points to their peaks.
+FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. Per case: the picture, a panel references | result (all of them in
+overview.png), and with --save-attention the attention maps with lines from reference points to their peaks.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def render(config: Config, cases: list[Case]) -> list[Path]:
     import torch
     from tqdm.auto import tqdm
 
-    from mosaic.figures import attention_panel, case_panel, save_picture
+    from mosaic.figures import attention_panel, case_panel, contact_sheet, save_picture
     from mosaic.images import load_image, prepare_reference
     from mosaic.pipeline import MosaicFluxPipeline
     from mosaic.tokens import token_grid
@@ -65,7 +65,7 @@ def render(config: Config, cases: list[Case]) -> list[Path]:
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload() if settings.cpu_offload else pipeline.to("cuda")
     pipeline.set_progress_bar_config(leave=False)
-    written = []
+    written, panels = [], []
     for case in tqdm(cases, desc="cases", unit="case"):
         references = [load_image(path) for path in case.image_paths]
         result = pipeline(
@@ -84,11 +84,13 @@ def render(config: Config, cases: list[Case]) -> list[Path]:
         )
         picture = result.images[0]
         written.append(save_picture(picture, folder / f"case_{case.index:03d}.png"))
-        save_picture(case_panel(references, picture, case.prompt), folder / f"case_{case.index:03d}_panel.png")
+        panels.append(case_panel(references, picture, case.prompt))
+        save_picture(panels[-1], folder / f"case_{case.index:03d}_panel.png")
         if result.attention is not None and result.attention[0] is not None:
             prepared = [prepare_reference(reference, size, settings.reference_scale) for reference in references]
             maps = attention_panel(prepared, picture, result.attention[0], reference_grid, grid)
             save_picture(maps, folder / f"case_{case.index:03d}_attention.png")
+    save_picture(contact_sheet(panels), folder / "overview.png")
     return written
 
 

@@ -60,6 +60,18 @@ def case_panel(references: Sequence[Image.Image], result: Image.Image, caption: 
     return canvas
 
 
+def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:
+    """Pictures in rows of `columns`, each at its own size, on white."""
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    widths = [max(row[c].width for row in rows if c < len(row)) for c in range(min(columns, len(pictures)))]
+    heights = [max(picture.height for picture in row) for row in rows]
+    canvas = Image.new("RGB", (sum(widths), sum(heights)), "white")
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            canvas.paste(picture, (sum(widths[:c]), sum(heights[:r])))
+    return canvas
+
+
 def attention_panel(
     references: Sequence[Image.Image], result: Image.Image, attention: Tensor, reference_grid: Grid, target_grid: Grid, num_lines: int = 4
 ) -> Image.Image:

@@ -50,7 +50,7 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int) -> Tensor
     for first, last, name in deltas:
         tokens = hidden_states[:, first:last].to(layer.lora_A[name].weight.dtype)  # PEFT's rule: adapters compute in their own dtype
         delta = layer.lora_B[name](layer.lora_A[name](tokens)) * layer.scaling[name]
-        output[:, first:last] += delta.to(output.dtype)
+        output.narrow(1, first, last - first).add_(delta.to(output.dtype))
     return output
 
 
@@ -80,8 +80,12 @@ def attach_reference_lora(transformer: FluxTransformer2DModel, rank: int) -> Non
     if has_reference_lora(transformer):
         raise ValueError("a reference LoRA is attached already; detach_reference_lora() it first.")
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=reference_lora_modules(transformer))
-    transformer.requires_grad_(False)
+    styles = active_styles(transformer)
     transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
+    activate_styles(transformer, styles)
+    transformer.requires_grad_(False)
+    for parameter in reference_lora_parameters(transformer).values():
+        parameter.requires_grad_(True)
 
 
 def detach_reference_lora(transformer: FluxTransformer2DModel) -> None:
@@ -93,7 +97,7 @@ def detach_reference_lora(transformer: FluxTransformer2DModel) -> None:
         del transformer.peft_config
         transformer._hf_peft_config_loaded = None
     else:
-        transformer.delete_adapters(ADAPTER_NAME)
+        delete_adapters(transformer, [ADAPTER_NAME])
 
 
 def reference_lora_parameters(transformer: FluxTransformer2DModel) -> dict[str, nn.Parameter]:
@@ -167,7 +171,8 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
     """Check keys and shapes of a reference LoRA against a transformer; returns its rank.
 
     Raises:
-        ValueError: If keys are missing or unexpected, ranks differ between modules, or a shape does not fit.
+        ValueError: If keys are missing or unexpected, a tensor is no floating point matrix, ranks differ between modules or are 0,
+            or a shape does not fit.
     """
     modules = reference_lora_modules(transformer)
     expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
@@ -177,10 +182,15 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
             f"{where}: keys do not match this transformer's reference LoRA ({len(modules)} modules). "
             f"Missing {len(missing)}: {_shorten(missing)}. Unexpected {len(unexpected)}: {_shorten(unexpected)}."
         )
+    for key in sorted(expected):
+        if tensors[key].ndim != 2 or not tensors[key].is_floating_point():
+            raise ValueError(f"{where}: {key} must be a floating point matrix, got {tensors[key].dtype} of shape {tuple(tensors[key].shape)}.")
     ranks = {tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in modules}
     if len(ranks) != 1:
         raise ValueError(f"{where}: all modules must have one rank, got ranks {sorted(ranks)}.")
     rank = ranks.pop()
+    if rank == 0:
+        raise ValueError(f"{where}: the rank must be positive, got matrices of rank 0.")
     for name in modules:
         layer = transformer.get_submodule(name)
         for side, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
@@ -232,3 +242,15 @@ def activate_styles(transformer: FluxTransformer2DModel, styles: list[str]) -> N
     """Make these adapters the active ones again: loading an adapter leaves only that one active."""
     if styles:
         transformer.set_adapter(styles)
+
+
+def delete_adapters(transformer: FluxTransformer2DModel, names: list[str]) -> None:
+    """Delete adapters and leave the others as they are, active or not.
+
+    An active adapter is made inactive first: PEFT puts another one in the place of a deleted one, wanted or not.
+    """
+    trainable = {id(parameter) for parameter in transformer.parameters() if parameter.requires_grad}
+    transformer.set_adapter([name for name in active_styles(transformer) if name not in names])
+    transformer.delete_adapters(names)
+    for parameter in transformer.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)

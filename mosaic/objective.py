@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,11 +35,8 @@ def disentanglement_weight(loss: LossConfig, step: int) -> float:
 
 def step_generator(seed: int, step: int, micro_step: int, process_index: int) -> torch.Generator:
     """A CPU generator that depends only on (seed, step, micro-step, process): ranks differ, and a resumed run repeats nothing."""
-    words = torch.tensor([seed % 2**31, step, micro_step, process_index], dtype=torch.int64)
-    mixed = 0
-    for word in words.tolist():
-        mixed = (mixed * 6364136223846793005 + word + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(mixed)
+    words = np.random.SeedSequence([seed, step, micro_step, process_index]).generate_state(1)
+    return torch.Generator().manual_seed(int(words[0]))
 
 
 def train_step(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline
+from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -122,8 +123,11 @@ class MosaicFluxPipeline(FluxPipeline):
         """Load a style LoRA, with diffusers' meaning: it acts on text and target, never on references.
 
         Raises:
-            ValueError: If the file is a reference LoRA; on every token it would give plausible but wrong pictures.
+            ValueError: If the file is a reference LoRA (on every token it would give plausible but wrong pictures), or the adapter's
+                name is that of the reference LoRA.
         """
+        if adapter_name == lora.ADAPTER_NAME:
+            raise ValueError(f"adapter_name {adapter_name!r} is taken by the reference LoRA; give the style LoRA another name.")
         source = pretrained_model_name_or_path_or_dict
         state_dict = self.lora_state_dict(source.copy() if isinstance(source, dict) else source, **kwargs)
         modules = {key.removeprefix(lora.PREFIX).split(".lora_")[0] for key in state_dict if key.startswith(lora.PREFIX)}
@@ -139,7 +143,9 @@ class MosaicFluxPipeline(FluxPipeline):
             return
         styles = [name for name in self.transformer.peft_config if name != lora.ADAPTER_NAME]
         if styles:
-            self.transformer.delete_adapters(styles)
+            lora.delete_adapters(self.transformer, styles)
+        if self.text_encoder is not None:
+            _remove_text_encoder_monkey_patch(self.text_encoder)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but refused while a reference LoRA is loaded: fused weights would reach the reference tokens.

@@ -18,7 +18,7 @@ from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.data import KBatchSampler, MosaicBatch, MultiReferenceDataset, collate
 from mosaic.hub import resolve_lora_file
-from mosaic.lora import attach_reference_lora, load_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
+from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.objective import Grids, run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
@@ -94,19 +94,20 @@ class Trainer:
         settings, transformer = self.config.lora, self.pipeline.transformer
         for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2, transformer):
             module.requires_grad_(False)
+        start = None
         if settings.pretrained is None:
             torch.manual_seed(self.config.training.seed)
             attach_reference_lora(transformer, settings.rank)
         else:
             path = resolve_lora_file(settings.pretrained, settings.weight_name)
-            _, rank = read_reference_lora(path, transformer)
+            start, rank = read_reference_lora(path, transformer)
             if rank != settings.rank:
                 raise ValueError(f"lora.rank is {settings.rank}, but {path} has rank {rank}. Set lora.rank={rank}.")
-            load_reference_lora(transformer, path)
+            attach_reference_lora(transformer, rank)
         if self.config.model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        for parameter in reference_lora_parameters(transformer).values():
-            parameter.data = parameter.data.float()
+        for key, parameter in reference_lora_parameters(transformer).items():
+            parameter.data = parameter.data.float() if start is None else start[key].float()
             parameter.requires_grad_(True)
 
     # ---- checkpoints
@@ -118,9 +119,9 @@ class Trainer:
             logger.info("no checkpoint in %s yet: starting anew", self.run_dir)
             return
         self.step, ema = load_checkpoint(path, self.pipeline.transformer, self.parameters, self.optimizer)
-        if self.ema is not None and ema is not None:
-            self.ema.shadow_params = [ema[key].to(p) for key, p in self.parameters.items()]
-            self.ema.optimization_step = self.step
+        if self.ema is not None:  # a checkpoint without an average starts one from its weights
+            self.ema.shadow_params = [(ema[key] if ema else p.detach()).to(p, copy=True) for key, p in self.parameters.items()]
+            self.ema.optimization_step = self.step if ema else 0
         logger.info("resumed from %s at step %d", path, self.step)
 
     def save(self) -> None:
@@ -182,6 +183,8 @@ class Trainer:
         limits = (training.max_steps, training.max_epochs and training.max_epochs * steps_per_epoch)
         total = min(limit for limit in limits if limit is not None)
         self._start_logs()
+        if validation.every and self.step == 0:
+            self.validate()  # what the run starts from
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         for batches in islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0)):
             loss = self.optimizer_step(batches)

@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaic.attention import AttentionRows, Capture, Layout, branch_attention, capture_rows, resolve_capture_blocks
 from mosaic.lora import branch_linear
@@ -277,16 +277,24 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
     def _conditioning(
         self, dtype: torch.dtype, timestep: Tensor, guidance: Tensor | None, pooled_projections: Tensor, layout: Layout
     ) -> Tensor:
-        """The branches' conditioning vectors, [B, 1 or 2, d]: (t, guidance), and (0, 1) for the references."""
-        timestep = timestep.to(dtype) * 1000
-        branches = [(timestep, guidance)]
-        if layout.num_references:
-            branches.append((torch.zeros_like(timestep), None if guidance is None else torch.ones_like(guidance)))
-        vectors = []
-        for branch_timestep, branch_guidance in branches:
-            scaled = () if branch_guidance is None else (branch_guidance.to(dtype) * 1000,)
-            vectors.append(self.time_text_embed(branch_timestep, *scaled, pooled_projections))
-        return torch.stack(vectors, dim=1)
+        """The branches' conditioning vectors, [B, 1 or 2, d]: (t, guidance), and (0, 1) for the references.
+
+        As `time_text_embed`, layer by layer, because a style LoRA on these layers must not reach the references' vector.
+        """
+        embed, branches = self.time_text_embed, 2 if layout.num_references else 1
+
+        def sinusoid(main: Tensor, reference: float) -> Tensor:
+            both = torch.stack([main.to(dtype), torch.full_like(main, reference, dtype=dtype)][:branches], dim=1) * 1000
+            return embed.time_proj(both.flatten()).unflatten(0, both.shape).to(pooled_projections.dtype)
+
+        def mlp(layers: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+            return branch_linear(layers.linear_2, activation(branch_linear(layers.linear_1, x, 1)), 1)
+
+        vectors = mlp(embed.timestep_embedder, embed.timestep_embedder.act, sinusoid(timestep, 0.0))
+        if guidance is not None:
+            vectors = vectors + mlp(embed.guidance_embedder, embed.guidance_embedder.act, sinusoid(guidance, 1.0))
+        pooled = pooled_projections[:, None].expand(-1, branches, -1)
+        return vectors + mlp(embed.text_embedder, embed.text_embedder.act_1, pooled)
 
 
 def _accumulate(total: list[Tensor], rows: Tensor | None, count: int) -> None:

@@ -1,0 +1,112 @@
+"""Measure the shipped pocket weights on held-out identities: `python scripts/evaluate.py`.
+
+For every K: subject identification among 8 candidates of the same class (chance 12.5 %), attribute leakage, class presence and
+attention accuracy, with the adapter and without references, and the judge's own accuracy on real renderings of the same scenes.
+Intervals are 95 % Wilson intervals over subjects. Prints the README's table; --output also writes JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from mosaic.config import Config, load_config  # noqa: E402
+from mosaic.pipeline import MosaicFluxPipeline  # noqa: E402
+from scripts.pocket import world  # noqa: E402
+from scripts.pocket.evaluation import (  # noqa: E402
+    MIN_VISIBLE,
+    Result,
+    generate,
+    held_out_scenes,
+    judge_pictures,
+    scene_attention_accuracy,
+)
+from scripts.pocket.judge import load_judge  # noqa: E402
+
+HEADER = (
+    "| K | cases | identification | without references | leakage | without references | class present | without references "
+    "| attention exact (chance) | within one token (chance) | judge on real renderings |"
+)
+
+
+def evaluate(config: Config, ks: list[int], num_cases: int, batch_size: int, seed: int, attention_cases: int) -> list[dict]:
+    """One entry per K: both arms, attention accuracy and the judge's own accuracy."""
+    judge = load_judge()
+    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
+    pipeline.load_reference_lora(config.inference.lora)
+    pipeline.set_progress_bar_config(disable=True)
+    entries = []
+    for k in tqdm(ks, desc="K", unit="K"):
+        scenes = held_out_scenes(k, num_cases)
+        real = [world.render_scene(scene, 64).image for scene in scenes]
+        arms = {
+            name: judge_pictures(judge, generate(pipeline, scenes, config, with_references, batch_size, seed), scenes)
+            for name, with_references in (("adapter", True), ("without_references", False))
+        }
+        accuracy = scene_attention_accuracy(pipeline, scenes[:attention_cases], config, batch_size, seed)
+        entries.append(
+            {
+                "num_references": k,
+                "num_cases": num_cases,
+                **{name: result.to_dict() for name, result in arms.items()},
+                "attention": accuracy._asdict(),
+                "judge_on_real": judge_pictures(judge, real, scenes, MIN_VISIBLE).to_dict(),
+            }
+        )
+    return entries
+
+
+def _share(entry: dict) -> str:
+    if not entry["count"]:
+        return "-"
+    return f"{100 * entry['share']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+
+
+def table(entries: list[dict]) -> str:
+    """Markdown table in percent, 95 % intervals in brackets."""
+    lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
+    for entry in entries:
+        cells = [str(entry["num_references"]), str(entry["num_cases"])]
+        for measure in Result.__dataclass_fields__:
+            cells += [_share(entry["adapter"][measure]), _share(entry["without_references"][measure])]
+        attention = entry["attention"]
+        cells += [f"{100 * attention[name]:.1f} ({100 * attention[name + '_chance']:.1f})" for name in ("exact", "near")]
+        cells.append(_share(entry["judge_on_real"]["identification"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/pocket.json")
+    parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
+    parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of references")
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=42, help="seed of the start noise")
+    parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else [])
+        entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(entries))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.output.with_suffix(".partial")
+        partial.write_text(json.dumps({"lora": config.inference.lora, "seed": arguments.seed, "entries": entries}, indent=2))
+        os.replace(partial, arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

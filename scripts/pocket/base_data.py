@@ -1,0 +1,250 @@
+"""Pictures and latents of the pocket base: rendered once, encoded once, drawn again and again.
+
+Three kinds of pictures, see `scripts.pocket.world`: scenes; sheets (a scene with columns of panels to its left that show
+its subjects alone); strips of panels. Every panel and every scene is encoded by itself, so the latents of a panel
+are exactly those that the same picture has as a reference. Tokens of a sample: scene first, then the panels.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from scripts.pocket.model import TOKEN_PIXELS
+
+SCENE_PIXELS, PANEL_PIXELS = 64, 32
+SCENE_GRID, PANEL_GRID = SCENE_PIXELS // TOKEN_PIXELS, PANEL_PIXELS // TOKEN_PIXELS
+_SHARD = 500
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One arrangement of pictures.
+
+    Args:
+        name: also the name of its files.
+        columns: panel columns beside a scene, two panels each; strips have no scene and four columns of one panel.
+        scene: whether there is a scene.
+        count: distinct samples to render.
+        weight: share of the training batches.
+    """
+
+    name: str
+    columns: int
+    scene: bool
+    count: int
+    weight: float
+
+    @property
+    def panels(self) -> int:
+        """Panels per sample."""
+        return self.columns * (2 if self.scene else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per sample."""
+        return self.scene * SCENE_GRID**2 + self.panels * PANEL_GRID**2
+
+
+LAYOUTS = (
+    Layout("scene", 0, True, 24_000, 0.45),
+    Layout("sheet1", 1, True, 24_000, 0.22),
+    Layout("sheet2", 2, True, 12_000, 0.13),
+    Layout("sheet3", 3, True, 4_000, 0.06),
+    Layout("sheet4", 4, True, 4_000, 0.06),
+    Layout("strip", 4, False, 8_000, 0.08),
+)
+
+
+def position_ids(layout: Layout) -> Tensor:
+    """Position ids (0, row, column) of a sample's tokens, in order, float32 [tokens, 3].
+
+    A scene starts at (0, 0). Column k of panels, counted leftwards from the scene, sits where reference k will
+    sit: at columns -(k + 1) * 4 and on, the second panel below the first. Strips run to the right from (0, 0).
+    """
+    corners = [(0, 0, SCENE_GRID)] if layout.scene else []
+    for column in range(layout.columns):
+        if layout.scene:
+            corners += [(row, -(column + 1) * PANEL_GRID, PANEL_GRID) for row in (0, PANEL_GRID)]
+        else:
+            corners.append((0, column * PANEL_GRID, PANEL_GRID))
+    ids = []
+    for row, column, side in corners:
+        grid = torch.cartesian_prod(torch.arange(side) + row, torch.arange(side) + column)
+        ids.append(torch.nn.functional.pad(grid, (1, 0)))
+    return torch.cat(ids).float()
+
+
+def cut(layout: Layout, pictures: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Cuts whole pictures uint8 [n, height, width, 3] into scenes [n, 64, 64, 3] and panels [n, panels, 32, 32, 3]."""
+    width, side = pictures.shape[2], PANEL_PIXELS
+    if not layout.scene:
+        return None, np.stack([pictures[:, :, k * side : (k + 1) * side] for k in range(layout.columns)], 1)
+    scenes = pictures[:, :, width - SCENE_PIXELS :]
+    panels = []
+    for column in range(layout.columns):
+        left = width - SCENE_PIXELS - (column + 1) * side
+        panels += [pictures[:, top : top + side, left : left + side] for top in (0, side)]
+    return scenes, np.stack(panels, 1) if panels else None
+
+
+def draw(layout: Layout, seed: int) -> tuple[np.ndarray, str]:
+    """Renders one sample of the training split: picture uint8 [height, width, 3] and its caption."""
+    from scripts.pocket import world
+
+    if not layout.scene:
+        strip = world.sample_strip(seed, "train")
+        return np.asarray(world.render_strip(strip, SCENE_PIXELS)), world.strip_caption(strip)
+    if layout.columns:
+        sheet = world.sample_sheet(seed, layout.columns, "train")
+        return np.asarray(world.render_sheet(sheet, SCENE_PIXELS)), world.sheet_caption(sheet)
+    scene = world.sample_scene(seed, "train")
+    return np.asarray(world.render_scene(scene, SCENE_PIXELS).image), world.caption(scene)
+
+
+def _render_shard(job: tuple[Path, int, int]) -> None:
+    """Renders one shard of a layout; a shard that exists is kept."""
+    folder, layout_index, shard = job
+    layout = LAYOUTS[layout_index]
+    file = folder / f"{layout.name}-{shard:03d}.safetensors"
+    if file.exists():
+        return
+    first = layout_index * 10_000_000 + shard * _SHARD
+    samples = [draw(layout, first + offset) for offset in range(_SHARD)]
+    pictures = torch.from_numpy(np.stack([picture for picture, _ in samples]))
+    captions = json.dumps([caption for _, caption in samples])
+    aside = file.with_suffix(".partial")
+    save_file({"pictures": pictures}, aside, metadata={"captions": captions})
+    os.replace(aside, file)
+
+
+def render_all(folder: Path, workers: int, scale: float = 1.0) -> Iterator[tuple[int, int]]:
+    """Renders every shard that is missing, all layouts in turn. Yields (shards done, shards in all)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        ((shard + 0.5) / layout.count, (folder, index, shard))
+        for index, layout in enumerate(LAYOUTS)
+        for shard in range(max(1, round(scale * layout.count / _SHARD)))
+    ]
+    # Sorted so that at any time each layout is rendered to the same share: a reader can start early.
+    ordered = [job for _, job in sorted(jobs)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for done, _ in enumerate(pool.imap_unordered(_render_shard, ordered), start=1):
+            yield done, len(ordered)
+
+
+def read_shard(file: Path) -> tuple[np.ndarray, list[str]]:
+    """Pictures uint8 [n, height, width, 3] and captions of one shard."""
+    with safe_open(file, framework="pt") as content:
+        return content.get_tensor("pictures").numpy(), json.loads(content.metadata()["captions"])
+
+
+def shard_files(folder: Path, layout: Layout) -> list[Path]:
+    """The finished shards of one layout, in order."""
+    return sorted(folder.glob(f"{layout.name}-*.safetensors"))
+
+
+def to_unit(pictures: np.ndarray) -> Tensor:
+    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pictures, -1, -3))).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
+    """Pictures uint8 [n, side, side, 3] -> packed tokens float16 [n, (side / 8)^2, 32], shifted and scaled."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = vae.encode(to_unit(pictures)).latent_dist.mode().float()
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return FluxPipeline._pack_latents(latents, *latents.shape).half()
+
+
+@torch.no_grad()
+def decode_tokens(vae: AutoencoderKL, tokens: Tensor) -> np.ndarray:
+    """Packed tokens [n, side^2, 32] of square pictures -> uint8 [n, 8 side, 8 side, 3]."""
+    pixels = round(tokens.shape[1] ** 0.5) * TOKEN_PIXELS
+    latents = FluxPipeline._unpack_latents(tokens.float(), pixels, pixels, TOKEN_PIXELS // 2)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pictures = vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
+    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def encode_samples(vae: AutoencoderKL, layout: Layout, pictures: np.ndarray) -> Tensor:
+    """Whole pictures of a layout -> tokens float16 [n, tokens, 32] in the order of `position_ids`."""
+    scenes, panels = cut(layout, pictures)
+    parts = [encode_pictures(vae, scenes)] if scenes is not None else []
+    if panels is not None:
+        flat = encode_pictures(vae, panels.reshape(-1, *panels.shape[2:]))
+        parts.append(flat.reshape(len(pictures), -1, flat.shape[-1]))
+    return torch.cat(parts, dim=1)
+
+
+def decode_samples(vae: AutoencoderKL, layout: Layout, tokens: Tensor) -> np.ndarray:
+    """Tokens [n, tokens, 32] -> whole pictures uint8 [n, height, width, 3]: the inverse of `encode_samples`."""
+    count, scene_tokens = len(tokens), layout.scene * SCENE_GRID**2
+    scenes = decode_tokens(vae, tokens[:, :scene_tokens]) if layout.scene else None
+    if not layout.panels:
+        return scenes
+    flat = tokens[:, scene_tokens:].reshape(count * layout.panels, PANEL_GRID**2, -1)
+    panels = decode_tokens(vae, flat).reshape(count, layout.panels, PANEL_PIXELS, PANEL_PIXELS, 3)
+    if scenes is None:
+        return np.concatenate(list(np.moveaxis(panels, 1, 0)), axis=2)
+    columns = [np.concatenate([panels[:, 2 * k], panels[:, 2 * k + 1]], axis=1) for k in range(layout.columns)]
+    return np.concatenate([*reversed(columns), scenes], axis=2)
+
+
+def encode_all(pictures: Path, folder: Path, vae: AutoencoderKL) -> Iterator[tuple[int, int]]:
+    """Encodes every picture shard that has no token shard yet. Yields (shards done, shards in all)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [(layout, file) for layout in LAYOUTS for file in shard_files(pictures, layout)]
+    for done, (layout, file) in enumerate(files, start=1):
+        target = folder / file.name
+        if not target.exists():
+            whole, captions = read_shard(file)
+            tokens = torch.cat([encode_samples(vae, layout, part) for part in np.array_split(whole, 5)])
+            aside = target.with_suffix(".partial")
+            save_file({"tokens": tokens}, aside, metadata={"captions": json.dumps(captions)})
+            os.replace(aside, target)
+        yield done, len(files)
+
+
+class TokenStore:
+    """All encoded samples in memory: per layout tokens float16 [n, tokens, 32] and caption ids of both encoders."""
+
+    def __init__(self, folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: T5Tokenizer) -> None:
+        self.tokens: dict[str, Tensor] = {}
+        self.captions: dict[str, list[str]] = {}
+        self.ids: dict[str, tuple[Tensor, Tensor]] = {}
+        for layout in LAYOUTS:
+            tensors, captions = [], []
+            for file in shard_files(folder, layout):
+                with safe_open(file, framework="pt") as content:
+                    tensors.append(content.get_tensor("tokens"))
+                    captions += json.loads(content.metadata()["captions"])
+            if not tensors:
+                raise FileNotFoundError(f"{folder} holds no shard of layout {layout.name!r}: encode the pictures first.")
+            self.tokens[layout.name] = torch.cat(tensors)
+            self.captions[layout.name] = captions
+            self.ids[layout.name] = (caption_ids(tokenizer, captions), caption_ids(tokenizer_2, captions))
+
+
+def caption_ids(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str]) -> Tensor:
+    """Token ids int64 [n, text length], padded.
+
+    Raises:
+        ValueError: a caption is longer than the text length, so that its end would never be seen.
+    """
+    encoded = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length).input_ids
+    for caption, ids in zip(captions, encoded, strict=True):
+        if len(ids) > tokenizer.model_max_length:
+            raise ValueError(f"{caption!r} has {len(ids)} tokens, the text length is {tokenizer.model_max_length}.")
+    return torch.tensor(encoded)

@@ -1,0 +1,158 @@
+"""Measures of the pocket world: are subjects recognised as their references, do looks leak, where does attention peak?"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mosaic.config import Config
+from mosaic.correspondence import make_disjoint, reduce_points
+from mosaic.data import MosaicBatch
+from mosaic.latents import images_to_tensor
+from mosaic.metrics import AttentionAccuracy, pool_accuracies
+from mosaic.objective import run_grids
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.tokens import Grid
+from mosaic.validation import batch_attention_accuracy
+from scripts.pocket import world
+from scripts.pocket.judge import Judge, make_candidates
+
+FIRST_SEED = 50_000_000  # scenes of the evaluation; far from the seeds of data sets
+REFERENCE_GRID = 32  # side of the grid on which reference points are found
+MIN_VISIBLE = 0.5  # share of a subject that must be visible when the judge itself is judged
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share with its 95 % Wilson interval, over subjects."""
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def proportion(hits: Sequence[bool]) -> Proportion:
+    """Share of True with its 95 % Wilson interval."""
+    n, z = len(hits), 1.959964
+    if n == 0:
+        return Proportion(math.nan, math.nan, math.nan, 0)
+    p = sum(hits) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Proportion(p, max(centre - half, 0.0), min(centre + half, 1.0), n)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Measures of one arm at one K.
+
+    Attributes:
+        identification: Subjects recognised as their reference among 8 candidates (chance 12.5 %).
+        leakage: Subjects nearer to another reference's looks than to their own; none at K = 1.
+        presence: Subjects whose class the judge finds in the picture.
+    """
+
+    identification: Proportion
+    leakage: Proportion
+    presence: Proportion
+
+    def to_dict(self) -> dict:
+        """JSON-able."""
+        return asdict(self)
+
+
+def held_out_scenes(num_references: int, count: int) -> list[world.Scene]:
+    """Scenes of K distinct classes with identities that training never saw."""
+    first = FIRST_SEED + num_references * 1_000_000
+    return [world.sample_scene(first + i, "heldout", num_references, True) for i in range(count)]
+
+
+def generate(
+    pipeline: MosaicFluxPipeline, scenes: Sequence[world.Scene], config: Config, with_references: bool, batch_size: int, seed: int
+) -> list[Image.Image]:
+    """Pictures for the scenes' captions, with their references or without; the start noise is the same in both."""
+    pictures = []
+    settings = config.inference
+    for start in range(0, len(scenes), batch_size):
+        part = scenes[start : start + batch_size]
+        references = [[world.render_reference(p.identity, world.REFERENCE_SIZE) for p in scene.placements] for scene in part]
+        pictures += pipeline(
+            [world.caption(scene) for scene in part],
+            references if with_references else None,
+            height=settings.height,
+            width=settings.width,
+            reference_size=config.data.reference_size,
+            reference_scale=settings.reference_scale,
+            reference_attention=config.model.reference_attention,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            max_sequence_length=config.model.text_length,
+            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
+        ).images
+    return pictures
+
+
+def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
+    """Ask the judge about every subject; it sees the whole picture and the class, never the layout.
+
+    Args:
+        judge: The identity judge.
+        pictures: One per scene.
+        scenes: Whose identities are the truth.
+        min_visible: Leave out subjects of which less is visible in the scene as drawn (for real renderings).
+    """
+    hits, leaks, present = [], [], []
+    tensors = images_to_tensor([picture.resize((64, 64), Image.Resampling.LANCZOS) for picture in pictures])
+    for index, scene in enumerate(scenes):
+        identities = [placement.identity for placement in scene.placements]
+        visible = world.visible_fractions(scene) if min_visible else [1.0] * len(identities)
+        picture, rng = tensors[index : index + 1], np.random.default_rng([17, scene.seed])
+        probabilities = judge.presence_probability(picture)[0]
+        for k, identity in enumerate(identities):
+            candidates = make_candidates(identity, rng)
+            if visible[k] < min_visible:
+                continue
+            hits.append(candidates[int(judge.identify(picture, identity.class_name, candidates))] == identity)
+            present.append(bool(probabilities[world.CLASSES.index(identity.class_name)] > 0.5))
+            if len(identities) > 1:
+                looks = judge.score(picture, identity.class_name, identities)[0]
+                leaks.append(bool(max(looks[j] for j in range(len(identities)) if j != k) > looks[k]))
+    return Result(proportion(hits), proportion(leaks), proportion(present))
+
+
+def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, config: Config) -> MosaicBatch:
+    """Rendered scenes of one K as a training batch."""
+    height, size = config.data.image_size[0], config.data.reference_size
+    grids = run_grids(pipeline, config)
+    images = [world.render_scene(scene, height).image for scene in scenes]
+    references = [[world.render_reference(p.identity, size) for p in scene.placements] for scene in scenes]
+    return MosaicBatch(
+        ids=[str(scene.seed) for scene in scenes],
+        prompts=[world.caption(scene) for scene in scenes],
+        images=images_to_tensor(images),
+        reference_images=torch.stack([images_to_tensor(pictures) for pictures in references]),
+        points=[_token_points(scene, height, size, grids.reference, grids.target) for scene in scenes],
+    )
+
+
+def _token_points(scene: world.Scene, height: int, size: int, reference_grid: Grid, target_grid: Grid) -> list[Tensor]:
+    fine_reference, fine_target = Grid(REFERENCE_GRID, REFERENCE_GRID), Grid(height, height)
+    fine = [torch.as_tensor(world.correspondences(scene, k, REFERENCE_GRID, height, size)) for k in range(len(scene.placements))]
+    return make_disjoint([reduce_points(pairs, fine_reference, fine_target, reference_grid, target_grid) for pairs in fine])
+
+
+def scene_attention_accuracy(
+    pipeline: MosaicFluxPipeline, scenes: Sequence[world.Scene], config: Config, batch_size: int, seed: int
+) -> AttentionAccuracy:
+    """Attention accuracy on rendered scenes at timesteps drawn as in training."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [scene_batch(scenes[start : start + batch_size], pipeline, config) for start in range(0, len(scenes), batch_size)]
+    return pool_accuracies([batch_attention_accuracy(pipeline, batch, config, generator) for batch in batches])

@@ -1,0 +1,151 @@
+"""What the long pocket trainings share: schedule, moving average, checkpoints that a killed run resumes from, logs."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Clock:
+    """Progress of a run in [0, 1], by steps or by minutes, counted over all its restarts.
+
+    Args:
+        steps: length of the run in optimiser steps, or None.
+        minutes: length of the run in minutes of running time, or None.
+        step: steps done.
+        seconds: running time of earlier starts.
+    """
+
+    steps: int | None
+    minutes: float | None
+    step: int = 0
+    seconds: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Exactly one length must be given: with both, it would be unclear which one the decay follows."""
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"give either --steps or --max-minutes, got {self.steps} and {self.minutes}.")
+
+    def elapsed(self) -> float:
+        """Running time in seconds."""
+        return self.seconds + time.monotonic() - self._started
+
+    def progress(self) -> float:
+        """Share of the run that is done."""
+        if self.steps is not None:
+            return min(1.0, self.step / max(1, self.steps))
+        return min(1.0, self.elapsed() / (60.0 * self.minutes))
+
+    def remaining(self) -> float:
+        """Estimated seconds to the end."""
+        done = self.progress()
+        return self.elapsed() * (1.0 - done) / done if done > 0 else float("nan")
+
+
+def learning_rate(step: int, progress: float, warmup: int, decay_from: float) -> float:
+    """Factor of the peak learning rate: linear warm-up, constant, then half a cosine from `decay_from` down to 1 %."""
+    warm = min(1.0, (step + 1) / max(1, warmup))
+    late = max(0.0, (progress - decay_from) / max(1e-9, 1.0 - decay_from))
+    return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * late)))
+
+
+class MovingAverage:
+    """Exponential moving average of named parameters, in float32.
+
+    The decay grows from 0 as (1 + n) / (10 + n), so that the average forgets the initial weights early on.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self.values = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Moves the average towards the present values."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        present = [parameters[name].detach() for name in self.values]
+        torch._foreach_lerp_(list(self.values.values()), present, 1.0 - decay)
+
+    @contextmanager
+    def applied(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Puts the averaged values into the parameters, and the present ones back at the end."""
+        kept = {name: parameters[name].detach().clone() for name in self.values}
+        with torch.no_grad():
+            for name, value in self.values.items():
+                parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    parameters[name].copy_(value)
+
+
+def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All parameters of several modules, named `<module>.<parameter>`."""
+    return {
+        f"{key}.{name}": parameter for key, module in modules.items() for name, parameter in module.named_parameters()
+    }
+
+
+def save_checkpoint(
+    file: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    average: MovingAverage,
+    clock: Clock,
+) -> None:
+    """Writes everything that a resumed run needs, aside and then renamed."""
+    state = {
+        "modules": {key: module.state_dict() for key, module in modules.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "average": average.values,
+        "average_count": average.count,
+        "step": clock.step,
+        "seconds": clock.elapsed(),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".partial")
+    torch.save(state, aside)
+    os.replace(aside, file)
+
+
+def load_checkpoint(
+    file: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    average: MovingAverage,
+    clock: Clock,
+) -> bool:
+    """Restores the state that `save_checkpoint` wrote. Returns False where there is none yet."""
+    if not file.exists():
+        return False
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    for key, module in modules.items():
+        module.load_state_dict(state["modules"][key])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for name, value in state["average"].items():
+        average.values[name].copy_(value)
+    average.count = state["average_count"]
+    clock.step, clock.seconds = state["step"], state["seconds"]
+    clock._started = time.monotonic()
+    return True
+
+
+def append_log(file: Path, **entry: float | int | str) -> None:
+    """Adds one JSON line to a log file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write(json.dumps(entry) + "\n")

@@ -1,0 +1,92 @@
+"""Velocity and sampling of the pocket base on any layout, with the schedule of FLUX."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scripts.pocket.base_data import Layout, caption_ids, decode_samples, position_ids
+
+#: FLUX.1's resolution shift: mu is linear in the number of image tokens through these two points.
+_SHIFT_POINTS = ((256, 0.5), (4096, 1.15))
+
+
+def shift_exponent(tokens: int) -> float:
+    """mu of the resolution shift for a number of image tokens, extrapolated below 256 as FLUX's pipeline does."""
+    (low, start), (high, end) = _SHIFT_POINTS
+    return start + (end - start) * (tokens - low) / (high - low)
+
+
+def time_shift(time: Tensor, tokens: int) -> Tensor:
+    """t' = e^mu / (e^mu + 1 / t - 1) (FLUX's resolution shift); 0 and 1 stay where they are."""
+    factor = math.exp(shift_exponent(tokens))
+    return factor * time / (1.0 + (factor - 1.0) * time)
+
+
+@contextmanager
+def explicit_attention() -> Iterator[None]:
+    """Replaces unmasked `scaled_dot_product_attention` by two matmuls and a float32 softmax.
+
+    At these tiny sizes and in bfloat16 on a CPU, the fused kernel's backward takes longer than this.
+    """
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        if arguments or settings.get("attn_mask") is not None or settings.get("is_causal"):
+            return fused(query, key, value, *arguments, **settings)
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = fused
+
+
+def predict_velocity(
+    components: dict[str, Any], layout: Layout, noisy: Tensor, time: Tensor, ids: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Velocity of noisy tokens.
+
+    Args:
+        components: see `scripts.pocket.model.build_pocket_flux`.
+        layout: gives the position ids.
+        noisy: [batch, tokens, 32].
+        time: [batch], 1 = pure noise.
+        ids: caption ids of the CLIP and the T5 encoder, each [batch, text length].
+
+    Returns:
+        [batch, tokens, 32], float32.
+    """
+    pooled = components["text_encoder"](ids[0]).pooler_output
+    text = components["text_encoder_2"](ids[1])[0]
+    output = components["transformer"](
+        hidden_states=noisy,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=time,
+        img_ids=position_ids(layout),
+        txt_ids=torch.zeros(text.shape[1], 3),
+    )
+    return output.sample.float()
+
+
+@torch.no_grad()
+def sample_pictures(
+    components: dict[str, Any], layout: Layout, captions: list[str], seed: int, steps: int = 20
+) -> np.ndarray:
+    """Euler sampling over FLUX's sigmas: whole pictures of a layout, uint8 [n, height, width, 3]."""
+    ids = tuple(caption_ids(components[name], captions) for name in ("tokenizer", "tokenizer_2"))
+    channels = components["transformer"].config.in_channels
+    tokens = torch.randn((len(captions), layout.tokens, channels), generator=torch.Generator().manual_seed(seed))
+    times = torch.cat([time_shift(torch.linspace(1.0, 1.0 / steps, steps), layout.tokens), torch.zeros(1)])
+    for now, after in zip(times[:-1], times[1:], strict=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            velocity = predict_velocity(components, layout, tokens, now.expand(len(captions)), ids)
+        tokens = tokens + (after - now) * velocity
+    return decode_samples(components["vae"], layout, tokens)

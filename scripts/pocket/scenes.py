@@ -1,0 +1,200 @@
+"""Scenes of the pocket world: identities and their split, poses, layouts, captions, and which subject is seen where.
+
+Everything is a pure function of its arguments and independent of the resolution. A subject lives in the canonical
+square [-1, 1]^2 (x right, y down; the long side of its bounding box is 2) and reaches a picture by an affine map:
+mirror, then rotate, then scale, then move.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import cos, radians, sin
+
+import numpy as np
+
+from scripts.pocket import art, backgrounds, creatures
+
+CLASSES: tuple[str, ...] = tuple(creatures.DRAWINGS)
+PALETTES: tuple[str, ...] = tuple(art.PALETTES)
+PATTERNS: tuple[str, ...] = tuple(art.PATTERNS)
+MARKINGS: tuple[str, ...] = art.MARKINGS
+BACKGROUNDS: tuple[str, ...] = tuple(backgrounds.DRAWERS)
+SPLITS: tuple[str, ...] = ("train", "heldout")
+MAX_SUBJECTS = 6
+
+DISTINCT_SHARE = 0.85  # scenes whose subjects are all of different classes, unless asked otherwise
+MIN_VISIBLE = 0.45
+MAX_ANGLE = 25.0  # degrees
+_LAYOUT_GRID = 28  # cells per side on which layouts are checked
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One individual: what it is and how it looks."""
+
+    class_name: str
+    palette: str
+    pattern: str
+    marking: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a subject stands.
+
+    Attributes:
+        identity: who.
+        x, y: centre, as a fraction of the canvas.
+        scale: long side of the subject / side of the canvas.
+        angle: degrees, clockwise on the picture.
+        mirrored: left and right swapped, before rotating.
+    """
+
+    identity: Identity
+    x: float
+    y: float
+    scale: float
+    angle: float
+    mirrored: bool
+
+    def matrix(self) -> np.ndarray:
+        """Canonical (x, y, 1) -> canvas fractions, float64 `[2, 3]`."""
+        c, s, half = cos(radians(self.angle)), sin(radians(self.angle)), self.scale / 2
+        m = -1.0 if self.mirrored else 1.0
+        return np.array([[half * c * m, -half * s, self.x], [half * s * m, half * c, self.y]])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Subjects on a background, drawn in order: later ones stand in front."""
+
+    background: str
+    seed: int
+    placements: tuple[Placement, ...]
+
+
+def is_held_out(identity: Identity) -> bool:
+    """Whether an identity is kept from training: one pattern per class and palette, 1 in 5 combinations."""
+    shift = 2 * PALETTES.index(identity.palette) + CLASSES.index(identity.class_name)
+    return PATTERNS.index(identity.pattern) == shift % len(PATTERNS)
+
+
+def sample_identity(rng: np.random.Generator, class_name: str, split: str) -> Identity:
+    """Draw an identity of a class from one split ("train" or "heldout")."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    while True:
+        palette, pattern, marking = (names[rng.integers(len(names))] for names in (PALETTES, PATTERNS, MARKINGS))
+        identity = Identity(class_name, palette, pattern, marking)
+        if is_held_out(identity) == (split == "heldout"):
+            return identity
+
+
+def _sample_identities(rng: np.random.Generator, split: str, count: int, distinct: bool) -> list[Identity]:
+    """Draw different identities, of different classes or (two and more, not `distinct`) with some class repeated."""
+    names = [CLASSES[i] for i in rng.permutation(len(CLASSES))[:count]]
+    if not distinct and count > 1:  # few classes, so that some repeat
+        kinds = int(rng.integers(1, count))
+        names = [names[i % kinds] for i in range(count)]
+        rng.shuffle(names)
+    identities: list[Identity] = []
+    while len(identities) < count:
+        identity = sample_identity(rng, names[len(identities)], split)
+        if identity not in identities:
+            identities.append(identity)
+    return identities
+
+
+def sample_pose(rng: np.random.Generator, identity: Identity, low: float, high: float) -> Placement:
+    """Draw a pose whose bounding box stays on the canvas."""
+    scale, angle = rng.uniform(low, high), rng.uniform(-MAX_ANGLE, MAX_ANGLE)
+    wide, tall = creatures.half_extents(identity.class_name, identity.marking)
+    c, s = abs(cos(radians(angle))), abs(sin(radians(angle)))
+    turned = np.array([wide * c + tall * s, wide * s + tall * c])  # half extents of the turned box
+    scale = min(scale, 0.98 / turned.max())
+    x, y = rng.uniform(turned * scale / 2, 1 - turned * scale / 2)
+    return Placement(identity, float(x), float(y), float(scale), float(angle), bool(rng.random() < 0.5))
+
+
+def sample_scene(
+    seed: int, split: str = "train", num_subjects: int | None = None, distinct_classes: bool | None = None,
+) -> Scene:
+    """Draw a scene; the same arguments always give the same one.
+
+    Args:
+        seed: non-negative integer.
+        split: whose identities stand in it, "train" or "heldout".
+        num_subjects: 1..6, None draws 1..4.
+        distinct_classes: all subjects of different classes; None: in 85 % of the scenes.
+    """
+    if num_subjects is not None and not 1 <= num_subjects <= MAX_SUBJECTS:
+        raise ValueError(f"num_subjects must be within 1..{MAX_SUBJECTS}; got {num_subjects}")
+    choice = 2 if distinct_classes is None else int(distinct_classes)
+    rng = np.random.default_rng([seed, SPLITS.index(split) if split in SPLITS else 9, num_subjects or 0, choice])
+    count = num_subjects or int(rng.integers(1, 5))
+    drawn = rng.random() < DISTINCT_SHARE
+    identities = _sample_identities(rng, split, count, drawn if distinct_classes is None else distinct_classes)
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    low, high = (0.36, 0.5) if count <= 2 else (0.3, 0.4)
+    shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
+    while True:
+        for _ in range(30):
+            scene = Scene(background, seed, tuple(sample_pose(rng, i, low * shrink, high * shrink) for i in identities))
+            if count == 1 or visible_fractions(scene, _LAYOUT_GRID).min() >= wanted:
+                return scene
+        shrink, wanted = shrink * 0.97, max(MIN_VISIBLE, wanted - 0.1)
+
+
+def caption(scene: Scene) -> str:
+    """Say what is in a scene and where, never how the subjects look, e.g. "a cat and two mugs on a beach"."""
+    return f"{count_phrase([p.identity for p in scene.placements])} {scene.background}"
+
+
+def count_phrase(identities: list[Identity]) -> str:
+    """Count the classes in words, in order of first appearance, e.g. "a cat, two mugs and a fish"."""
+    parts = []
+    for name, count in Counter(identity.class_name for identity in identities).items():
+        parts.append(f"a {name}" if count == 1 else f"{_NUMBERS[count]} {creatures.DRAWINGS[name].plural}")
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def cell_centres(grid: int) -> np.ndarray:
+    """(x, y) of the cell centres in canvas fractions, row-major, float64 `[grid * grid, 2]`."""
+    axis = (np.arange(grid) + 0.5) / grid
+    across, down = np.meshgrid(axis, axis)
+    return np.stack([across.ravel(), down.ravel()], axis=1)
+
+
+def to_canonical(placement: Placement, points: np.ndarray) -> np.ndarray:
+    """Map canvas fractions `[N, 2]` back to the canonical square of a subject."""
+    matrix = placement.matrix()
+    return (points - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
+
+
+def covers(identity: Identity, canonical: np.ndarray) -> np.ndarray:
+    """Whether canonical points `[N, 2]` lie on the subject, bool `[N]`."""
+    silhouette = creatures.silhouette(identity.class_name, identity.marking)
+    side = silhouette.shape[0]
+    cells = np.floor((canonical / art.CANVAS_REACH + 1) / 2 * side).astype(np.int64)
+    inside = ((cells >= 0) & (cells < side)).all(axis=1)
+    cells = cells.clip(0, side - 1)
+    return inside & silhouette[cells[:, 1], cells[:, 0]]
+
+
+def front_index(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the subject seen at each cell centre (-1: background) `[grid^2]`, and covered cells per subject `[K]`."""
+    centres = cell_centres(grid)
+    front = np.full(len(centres), -1, dtype=np.int64)
+    areas = np.zeros(len(scene.placements))
+    for k, placement in enumerate(scene.placements):
+        covered = covers(placement.identity, to_canonical(placement, centres))
+        front[covered] = k
+        areas[k] = covered.sum()
+    return front, areas
+
+
+def visible_fractions(scene: Scene, grid: int) -> np.ndarray:
+    """Visible share of each subject's area, counted at the cell centres of a `grid` x `grid` raster, float64 `[K]`."""
+    front, areas = front_index(scene, grid)
+    seen = np.bincount(front[front >= 0], minlength=len(scene.placements))
+    return seen / np.maximum(areas, 1)

@@ -1,0 +1,266 @@
+"""Trains the pocket FLUX from scratch as a text-to-image model of the pocket world: transformer and both text encoders.
+
+Takes the pictures and the VAE that `scripts/train_pocket_vae.py` left in VAE_DIR, encodes the pictures once (kept in
+RUN_DIR/tokens), and trains by flow matching on scenes, sheets and strips (`scripts.pocket.base_data`), so that the
+model learns to look sideways: panels and scene of a sheet show the same subjects and are denoised together. There are
+no reference branches here. A run that was stopped goes on when it is started again; `--export FOLDER` writes the
+averaged weights of the latest checkpoint as a diffusers folder and ends, also while a run is going on.
+"""
+
+import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.pocket import base_data, runs  # noqa: E402
+from scripts.pocket.base_data import LAYOUTS, Layout, TokenStore, caption_ids  # noqa: E402
+from scripts.pocket.model import build_pocket_flux, save_pocket_flux  # noqa: E402
+from scripts.pocket.sampling import explicit_attention, predict_velocity, sample_pictures, time_shift  # noqa: E402
+from scripts.pocket.tokenizers import caption_words  # noqa: E402
+
+TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+#: Share of samples whose caption is replaced by the empty one.
+EMPTY_CAPTIONS = 0.05
+CHECKPOINT_MINUTES, SAMPLE_MINUTES, EXPORT_MINUTES = 3.0, 5.0, 10.0
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of tokens, checkpoints, samples, export")
+    parser.add_argument("--vae-dir", type=Path, help="run folder of scripts/train_pocket_vae.py")
+    parser.add_argument("--max-minutes", type=float, help="length of the training; the learning rate decays to its end")
+    parser.add_argument("--steps", type=int, help="the same, in steps")
+    parser.add_argument("--stop-at", help="the same, as a clock time HH:MM")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=300, help="steps")
+    parser.add_argument("--decay-from", type=float, default=0.4, help="share of the run after which the rate decays")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--export", type=Path, help="write the latest checkpoint here as a diffusers folder, and end")
+    return parser.parse_args(argv)
+
+
+def build_components(run_dir: Path, seed: int) -> dict[str, Any]:
+    """A fresh pocket FLUX with the trained VAE and the caption words that the run keeps."""
+    words = (run_dir / "words.txt").read_text().split()
+    components = build_pocket_flux(seed, words)
+    components["vae"] = AutoencoderKL.from_pretrained(run_dir / "vae").eval().requires_grad_(False)
+    return components
+
+
+def prepare_tokens(run_dir: Path, vae_dir: Path) -> None:
+    """Encodes the pictures that are not encoded yet; keeps the VAE and the caption words beside the tokens."""
+    pictures = vae_dir / "pictures"
+    if not (run_dir / "vae").exists():
+        AutoencoderKL.from_pretrained(vae_dir / "export").save_pretrained(run_dir / "vae")
+    vae = AutoencoderKL.from_pretrained(run_dir / "vae").eval()
+    for _, _ in tqdm(base_data.encode_all(pictures, run_dir / "tokens", vae), desc="encoding", mininterval=5.0):
+        pass
+    if not (run_dir / "words.txt").exists():
+        files = [file for layout in LAYOUTS for file in base_data.shard_files(pictures, layout)]
+        words = caption_words(caption for file in files for caption in base_data.read_shard(file)[1])
+        (run_dir / "words.txt").write_text("\n".join(words) + "\n")
+
+
+def draw_batch(
+    store: TokenStore, layout: Layout, size: int, empty: tuple[Tensor, Tensor], generator: torch.Generator
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Clean tokens [size, tokens, 32] and caption ids of random samples, some with the empty caption."""
+    chosen = torch.randint(len(store.tokens[layout.name]), (size,), generator=generator)
+    dropped = (torch.rand(size, generator=generator) < EMPTY_CAPTIONS)[:, None]
+    ids = tuple(
+        torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True)
+    )
+    return store.tokens[layout.name][chosen].float(), ids
+
+
+def flow_matching_loss(
+    components: dict[str, Any], layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the velocity (METHOD.md section 5): x_t = (1 - t) x_0 + t eps, target eps - x_0."""
+    time_ = time_shift(torch.sigmoid(torch.randn(len(clean), generator=generator)), layout.tokens)
+    noise = torch.randn(clean.shape, generator=generator)
+    mixed = time_[:, None, None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        velocity = predict_velocity(components, layout, (1 - mixed) * clean + mixed * noise, time_, ids)
+    return (velocity - (noise - clean)).square().mean()
+
+
+def build_optimizers(modules: dict[str, nn.Module], kind: str, rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the attention and feed-forward matrices of the transformer's blocks."""
+    matrices, others = [], []
+    for name, parameter in runs.named_parameters(modules).items():
+        inner = "_blocks." in name and parameter.ndim == 2 and ".norm" not in name
+        (matrices if kind == "muon" and inner else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+class BaseTraining:
+    """The state of one training run."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.run_dir = arguments, arguments.run_dir
+        self.components = build_components(arguments.run_dir, arguments.seed)
+        self.modules = {name: self.components[name].train() for name in TRAINED}
+        self.parameters = runs.named_parameters(self.modules)
+        self.optimizers = build_optimizers(self.modules, arguments.optimizer, arguments.lr)
+        self.average = runs.MovingAverage(self.parameters, 0.999)
+        minutes = 1.0 if arguments.stop_at else arguments.max_minutes
+        self.clock = runs.Clock(arguments.steps, minutes)
+        runs.load_checkpoint(self.checkpoint, self.modules, self.optimizers, self.average, self.clock)
+        if arguments.stop_at:
+            self.clock.minutes = (self.clock.seconds + seconds_until(arguments.stop_at)) / 60.0
+        tokenizers = (self.components["tokenizer"], self.components["tokenizer_2"])
+        self.store = TokenStore(arguments.run_dir / "tokens", *tokenizers)
+        self.empty = tuple(caption_ids(tokenizer, [""]) for tokenizer in tokenizers)
+        self.last = {"checkpoint": time.monotonic(), "samples": time.monotonic(), "export": time.monotonic() - 420}
+        if arguments.compile:
+            torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.recompile_limit = 32
+            self.modules["transformer"].compile_repeated_blocks()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run keeps its state."""
+        return self.run_dir / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        runs.save_checkpoint(self.checkpoint, self.modules, self.optimizers, self.average, self.clock)
+
+    def step(self) -> tuple[str, float]:
+        """One optimiser step on a batch of one layout; everything random follows from seed and step number."""
+        generator = torch.Generator().manual_seed(self.arguments.seed * 1_000_003 + self.clock.step)
+        weights = torch.tensor([layout.weight for layout in LAYOUTS])
+        layout = LAYOUTS[int(torch.multinomial(weights, 1, generator=generator))]
+        clean, ids = draw_batch(self.store, layout, self.arguments.batch_size, self.empty, generator)
+        loss = flow_matching_loss(self.components, layout, clean, ids, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        factor = runs.learning_rate(
+            self.clock.step, self.clock.progress(), self.arguments.warmup, self.arguments.decay_from
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.parameters)
+        self.clock.step += 1
+        return layout.name, loss.item()
+
+    def due(self, what: str, minutes: float) -> bool:
+        """Whether something that is done every so many minutes is to be done now."""
+        if time.monotonic() - self.last[what] < 60.0 * minutes:
+            return False
+        self.last[what] = time.monotonic()
+        return True
+
+    def sample(self) -> None:
+        """Writes pictures drawn with the averaged weights, one row per layout, beside the checkpoint."""
+        rows = []
+        with self.average.applied(self.parameters), torch.compiler.set_stance("force_eager"):
+            for layout in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[3], LAYOUTS[5]):
+                captions = self.store.captions[layout.name][:: len(self.store.captions[layout.name]) // 8][:8]
+                rows.append(np.concatenate(list(sample_pictures(self.components, layout, captions, 42)), axis=1))
+        width = 768
+        rows = [np.pad(row[:, :width], ((0, 0), (0, width - min(width, row.shape[1])), (0, 0))) for row in rows]
+        picture = Image.fromarray(np.concatenate(rows))
+        (self.run_dir / "samples").mkdir(exist_ok=True)
+        large = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+        large.save(self.run_dir / "samples" / f"step-{self.clock.step:06d}.png")
+
+    def run(self) -> None:
+        """Trains to the end, with logs, checkpoints, samples and exports on their intervals."""
+        bar = tqdm(initial=self.clock.step, total=self.arguments.steps, desc="base", mininterval=10.0)
+        losses: dict[str, list[float]] = {}
+        while self.clock.progress() < 1.0:
+            name, loss = self.step()
+            losses.setdefault(name, []).append(loss)
+            bar.update()
+            if self.clock.step % 50 == 0:
+                means = {key: round(float(np.mean(values)), 5) for key, values in losses.items()}
+                seconds = round(self.clock.elapsed(), 1)
+                runs.append_log(self.run_dir / "log.jsonl", step=self.clock.step, seconds=seconds, **means)
+                bar.set_postfix(scene=means.get("scene"), left=f"{self.clock.remaining() / 60:.1f} min")
+                losses = {}
+            if self.due("checkpoint", CHECKPOINT_MINUTES):
+                self.save()
+            if self.due("samples", SAMPLE_MINUTES):
+                self.sample()
+            if self.due("export", EXPORT_MINUTES):
+                self.save()
+                export(self.run_dir, self.run_dir / "export")
+        self.save()
+        self.sample()
+        export(self.run_dir, self.run_dir / "export")
+
+
+def seconds_until(clock_time: str) -> float:
+    """Seconds from now to the next time the clock shows HH:MM."""
+    now = datetime.datetime.now()
+    hour, minute = (int(part) for part in clock_time.split(":"))
+    target = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return ((target - now).total_seconds()) % 86_400
+
+
+def export(run_dir: Path, folder: Path) -> int:
+    """Writes the averaged weights of the latest checkpoint as a diffusers folder (the transformer's in bfloat16).
+
+    Returns:
+        The step of the checkpoint.
+    """
+    state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    components = build_components(run_dir, 0)
+    parameters = runs.named_parameters({name: components[name] for name in TRAINED})
+    with torch.no_grad():
+        for name, value in state["average"].items():
+            parameters[name].copy_(value)
+    # Only the transformer: a stock pipeline loaded without a dtype would else mix types between its parts.
+    components["transformer"].to(torch.bfloat16)
+    save_pocket_flux(components, folder)
+    (folder / "training.txt").write_text(f"{state['step']} steps\n")
+    return state["step"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepares the data, trains, exports."""
+    arguments = parse_arguments(argv)
+    if arguments.export:
+        step = export(arguments.run_dir, arguments.export)
+        print(f"{arguments.export}: step {step}")
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    if arguments.vae_dir:
+        prepare_tokens(arguments.run_dir, arguments.vae_dir)
+    with explicit_attention():
+        BaseTraining(arguments).run()
+
+
+if __name__ == "__main__":
+    main()

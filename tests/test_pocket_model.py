@@ -1,0 +1,229 @@
+"""The pocket FLUX: tokenizers, folder, layouts, and a training run that resumes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+from scripts import train_pocket_base, train_pocket_vae
+from scripts.pocket import base_data, runs, sampling
+from scripts.pocket.base_data import LAYOUTS, caption_ids, position_ids
+from scripts.pocket.model import build_pocket_flux, build_vae, save_pocket_flux
+from scripts.pocket.tokenizers import TEXT_LENGTH, build_clip_tokenizer, build_t5_tokenizer, caption_words
+
+CAPTIONS = [
+    "a cat, two mugs and a fish on a beach",
+    "three birds under a night sky",
+    "a mug, a fish, a mushroom, a snail, a rocket and a bird under a night sky",
+    "drawings of two cats and two cars",
+]
+SCENE = LAYOUTS[0]
+
+#: Autocast meets float32 norm weights on a CPU: torch warns that it takes its slower path.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
+
+@pytest.fixture(scope="module")
+def components() -> dict:
+    """A freshly initialised pocket FLUX."""
+    return build_pocket_flux(0, caption_words(CAPTIONS))
+
+
+@pytest.mark.parametrize("build", [build_clip_tokenizer, build_t5_tokenizer])
+def test_tokenizers_give_one_token_per_word_and_survive_a_round_trip(build, tmp_path: Path) -> None:
+    tokenizer = build(caption_words(CAPTIONS))
+    tokenizer.save_pretrained(tmp_path)
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    assert loaded.model_max_length == TEXT_LENGTH
+    special = 2 if tokenizer.bos_token_id is not None and build is build_clip_tokenizer else 1
+    for caption in CAPTIONS:
+        ids = loaded(caption).input_ids
+        assert ids == tokenizer(caption).input_ids
+        assert len(ids) == len(caption.replace(",", " ,").split()) + special
+        assert loaded.decode(ids, skip_special_tokens=True).replace(" ,", ",") == caption
+
+
+@pytest.mark.parametrize("build", [build_clip_tokenizer, build_t5_tokenizer])
+def test_unknown_words_are_spelt_out(build) -> None:
+    tokenizer = build(caption_words(CAPTIONS))
+    ids = tokenizer("a zebra").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a zebra"
+    assert len(ids) > len(tokenizer("a cat").input_ids)
+
+
+def test_a_caption_that_does_not_fit_is_refused() -> None:
+    tokenizer = build_t5_tokenizer(caption_words(CAPTIONS), length=8)
+    with pytest.raises(ValueError, match="the text length is 8"):
+        caption_ids(tokenizer, [CAPTIONS[0]])
+
+
+def test_the_folder_loads_in_a_stock_pipeline_and_draws(components: dict, tmp_path: Path) -> None:
+    save_pocket_flux(components, tmp_path / "flux")
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "flux", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for name in train_pocket_base.TRAINED:
+        for key, value in components[name].state_dict().items():
+            torch.testing.assert_close(getattr(pipeline, name).state_dict()[key], value, rtol=0, atol=0)
+    assert pipeline.scheduler.config.use_dynamic_shifting
+    length = pipeline.tokenizer_2.model_max_length
+    picture = pipeline(
+        CAPTIONS[0], height=64, width=64, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=length
+    ).images[0]
+    assert picture.size == (64, 64)
+    assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.old"))
+
+
+def test_our_sampler_equals_the_stock_pipeline(components: dict, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    torch.nn.init.normal_(components["transformer"].proj_out.weight, std=0.05)
+    pipeline = FluxPipeline(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 64, 32), generator=torch.Generator().manual_seed(5))
+    length = components["tokenizer_2"].model_max_length
+    settings = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": length}
+    stock = pipeline(CAPTIONS[0], latents=noise, output_type="np", **settings).images[0]
+    ours = sampling.sample_pictures(components, SCENE, CAPTIONS[:1], seed=5, steps=3)[0]
+    assert np.abs(stock * 255 - ours).mean() < 1.5  # ours runs in bfloat16
+
+
+def test_positions_put_column_k_where_reference_k_will_sit() -> None:
+    sheet = next(layout for layout in LAYOUTS if layout.name == "sheet2")
+    ids = position_ids(sheet)
+    assert ids.shape == (sheet.tokens, 3) and ids.dtype == torch.float32
+    assert ids[:64].tolist() == [[0, row, column] for row in range(8) for column in range(8)]
+    starts = ids[64::16].tolist()
+    assert starts == [[0, 0, -4], [0, 4, -4], [0, 0, -8], [0, 4, -8]]
+    strip = position_ids(LAYOUTS[-1])
+    assert strip[::16].tolist() == [[0, 0, 4 * k] for k in range(4)]
+
+
+def test_cutting_finds_the_scene_right_and_the_first_column_next_to_it() -> None:
+    sheet = next(layout for layout in LAYOUTS if layout.name == "sheet2")
+    picture = np.zeros((1, 64, 128, 3), np.uint8)
+    picture[:, :, 64:], picture[:, :32, 32:64], picture[:, 32:, 32:64] = 1, 2, 3
+    picture[:, :32, :32], picture[:, 32:, :32] = 4, 5
+    scenes, panels = base_data.cut(sheet, picture)
+    assert (scenes == 1).all()
+    assert [int(panels[0, k].mean()) for k in range(4)] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_encoding_and_decoding_keep_every_part_in_its_place(layout, monkeypatch) -> None:
+    # With a lossless stand-in for the VAE (pixels as tokens), decoding must give back the picture.
+    monkeypatch.setattr(base_data, "encode_pictures", lambda _, part: _as_tokens(part))
+    monkeypatch.setattr(base_data, "decode_tokens", lambda _, tokens: _as_pictures(tokens))
+    size = (64, 64 + 32 * layout.columns) if layout.scene else (32, 128)
+    picture = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    tokens = base_data.encode_samples(None, layout, picture)
+    assert tokens.shape[1] == layout.tokens
+    np.testing.assert_array_equal(base_data.decode_samples(None, layout, tokens), picture)
+
+
+def _as_tokens(pictures: np.ndarray) -> torch.Tensor:
+    count, side = pictures.shape[:2]
+    grid = pictures.reshape(count, side // 8, 8, side // 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    return torch.from_numpy(grid.reshape(count, (side // 8) ** 2, -1).copy())
+
+
+def _as_pictures(tokens: torch.Tensor) -> np.ndarray:
+    count, side = len(tokens), round(tokens.shape[1] ** 0.5)
+    grid = tokens.numpy().reshape(count, side, side, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(count, side * 8, side * 8, 3)
+
+
+def test_time_shift_follows_the_formula_and_keeps_the_ends() -> None:
+    mu = sampling.shift_exponent(256)
+    assert mu == pytest.approx(0.5) and sampling.shift_exponent(4096) == pytest.approx(1.15)
+    assert sampling.shift_exponent(64) == pytest.approx(0.5 - 192 * 0.65 / 3840)
+    time = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    expected = torch.tensor([0.0, np.exp(mu) / (np.exp(mu) + 3.0), 1.0], dtype=torch.float64)
+    torch.testing.assert_close(sampling.time_shift(time, 256), expected)
+
+
+def test_explicit_attention_equals_the_fused_one() -> None:
+    query, key, value = torch.randn(3, 2, 4, 6, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    with sampling.explicit_attention():
+        torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(query, key, value), expected)
+
+
+def test_learning_rate_warms_up_holds_and_decays() -> None:
+    factors = [runs.learning_rate(step, step / 100, warmup=10, decay_from=0.5) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[30] == 1.0
+    assert factors[100] == pytest.approx(0.01) and factors[75] == pytest.approx(0.01 + 0.99 * 0.5)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run folder with a random VAE and a few random tokens per layout."""
+    folder = tmp_path / "run"
+    (folder / "tokens").mkdir(parents=True)
+    build_vae(0).save_pretrained(folder / "vae")
+    (folder / "words.txt").write_text("\n".join(caption_words(CAPTIONS)))
+    generator = torch.Generator().manual_seed(0)
+    for layout in LAYOUTS:
+        tokens = torch.randn((8, layout.tokens, 32), generator=generator).half()
+        file = folder / "tokens" / f"{layout.name}-000.safetensors"
+        save_file({"tokens": tokens}, file, metadata={"captions": json.dumps(CAPTIONS * 2)})
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, optimizer: str) -> None:
+    def train(stops: list[int]) -> tuple[list[tuple[str, float]], dict[str, torch.Tensor]]:
+        (run_folder / "checkpoint.pt").unlink(missing_ok=True)
+        steps = []
+        for stop in stops:
+            arguments = ["--run-dir", str(run_folder), "--steps", "3", "--batch-size", "2", "--optimizer", optimizer]
+            arguments += ["--warmup", "1"]
+            training = train_pocket_base.BaseTraining(train_pocket_base.parse_arguments(arguments))
+            while training.clock.step < stop:
+                steps.append(training.step())
+            training.save()
+        state = {name: value.clone() for name, value in training.average.values.items()}
+        for optimizer_ in training.optimizers:
+            for index, moments in optimizer_.state_dict()["state"].items():
+                state |= {f"{type(optimizer_).__name__}.{index}.{key}": value for key, value in moments.items()}
+        return steps, state
+
+    (whole_steps, whole), (resumed_steps, resumed) = train([3]), train([2, 3])
+    assert [name for name, _ in whole_steps] == [name for name, _ in resumed_steps]
+    for (_, loss), (_, again) in zip(whole_steps, resumed_steps, strict=True):
+        assert again == pytest.approx(loss, rel=1e-3)
+    # Kernels in bfloat16 do not repeat bit by bit, so states are compared in the norm.
+    assert whole.keys() == resumed.keys()
+    for name in ("transformer.proj_out.weight", "transformer.x_embedder.weight"):
+        assert (whole[name] - resumed[name]).norm() < 0.02 * whole[name].norm(), name
+    for name in [name for name in whole if name.split(".")[0] in ("AdamW", "Muon")]:
+        scale = whole[name].float().norm()
+        assert (whole[name] - resumed[name]).float().norm() <= 0.1 * scale + 1e-7, name
+
+
+def test_export_writes_a_loadable_folder_in_bfloat16(run_folder: Path, tmp_path: Path) -> None:
+    arguments = train_pocket_base.parse_arguments(["--run-dir", str(run_folder), "--steps", "1"])
+    train_pocket_base.BaseTraining(arguments).save()
+    assert train_pocket_base.export(run_folder, tmp_path / "flux") == 0
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "flux", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(CAPTIONS[0], height=64, width=64, num_inference_steps=1, max_sequence_length=TEXT_LENGTH)
+    weights = load_file(tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert sum(file.stat().st_size for file in (tmp_path / "flux").rglob("*") if file.is_file()) < 25e6
+
+
+def test_the_vae_learns_and_its_latent_statistics_are_set() -> None:
+    rng = np.random.default_rng(0)
+    scenes = np.repeat(np.repeat(rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), 4, 1), 4, 2)
+    vae = build_vae(0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
+    batch = base_data.to_unit(scenes)
+    losses = [train_pocket_vae.train_step(vae, optimizer, batch, torch.Generator().manual_seed(0)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    panels = scenes[:, :32, :32]
+    train_pocket_vae.set_latent_statistics(vae.eval(), scenes, panels)
+    tokens = torch.cat([base_data.encode_pictures(vae, part).float().flatten()[:4096] for part in (scenes, panels)])
+    assert abs(tokens.mean()) < 0.2 and abs(tokens.std() - 1.0) < 0.2
