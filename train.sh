@@ -13,6 +13,11 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 NUM_GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 NUM_PROCESSES="${NUM_PROCESSES:-$(( NUM_GPUS > 0 ? NUM_GPUS : 1 ))}"
+if [ "$NUM_GPUS" -eq 0 ] && [ "$NUM_PROCESSES" -gt 1 ]; then
+  # Several processes on one CPU: accelerate launches those through MPI only, so PyTorch's own launcher starts them.
+  export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES" "$here/scripts/train.py" "$@"
+fi
 DEVICE_FLAGS=()
 if [ "$NUM_GPUS" -eq 0 ]; then DEVICE_FLAGS+=(--cpu); fi
 if [ "$NUM_PROCESSES" -gt 1 ] && [ "$NUM_GPUS" -gt 0 ]; then DEVICE_FLAGS+=(--multi_gpu); fi

@@ -136,7 +136,7 @@ def _checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
     """[B, P, H, D], [B, N, H, D] -> [B, H, P, N] float32, outside any autocast."""
-    with torch.autocast(rows.device.type, enabled=False):
+    with torch.autocast("cpu" if rows.is_meta else rows.device.type, enabled=False):  # the meta device knows no autocast
         query, key = rows.float().transpose(1, 2), target_key.float().permute(0, 2, 3, 1)
         return torch.softmax(query @ key * rows.shape[-1] ** -0.5, dim=-1)
 

@@ -28,19 +28,28 @@ def save_picture(image: Image.Image, path: str | os.PathLike) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+    try:
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
+def placed(size: tuple[int, int], side: int = TILE) -> tuple[int, int, int, int]:
+    """Where `tile` puts a picture of (width, height) px in its square: left, top, width, height."""
+    scale = side / max(size)
+    width, height = (max(1, round(length * scale)) for length in size)
+    return (side - width) // 2, (side - height) // 2, width, height
+
+
 def tile(image: Image.Image, side: int = TILE) -> Image.Image:
-    """The picture inside a white square of `side` px; small pictures are enlarged by whole pixels, so that they stay crisp."""
+    """The picture as large as fits in a white square of `side` px; pictures that are enlarged twice or more keep hard pixels."""
     image = to_rgb(image)
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    left, top, width, height = placed(image.size, side)
+    method = Image.Resampling.NEAREST if side >= 2 * max(image.size) else Image.Resampling.LANCZOS
     canvas = Image.new("RGB", (side, side), "white")
-    canvas.paste(image.resize(size, method), ((side - size[0]) // 2, (side - size[1]) // 2))
+    canvas.paste(image.resize((width, height), method), (left, top))
     return canvas
 
 
@@ -92,24 +101,23 @@ def attention_panel(
         top = MARGIN + k * (TILE + MARGIN)
         subject = subject_tokens(reference, reference_grid)
         rows = attention[k][subject]
-        left, right = MARGIN, 2 * MARGIN + TILE
-        canvas.paste(tile(reference), (left, top))
-        canvas.paste(tile(result), (right, top))
+        corners = (MARGIN, top), (2 * MARGIN + TILE, top)
+        canvas.paste(tile(reference), corners[0])
+        canvas.paste(tile(result), corners[1])
         canvas.paste(heat_map(result, rows.mean(dim=0), target_grid), (3 * MARGIN + 2 * TILE, top))
         strongest = rows.max(dim=-1).values.argsort(descending=True)[:num_lines].tolist()
         for position in strongest:
-            start = token_centre(int(subject[position]), reference_grid)
-            end = token_centre(int(rows[position].argmax()), target_grid)
-            _line(draw, (left + start[0] * TILE, top + start[1] * TILE), (right + end[0] * TILE, top + end[1] * TILE), LINE_COLOURS[k % 6])
+            start = token_position(int(subject[position]), reference_grid, reference.size, corners[0])
+            end = token_position(int(rows[position].argmax()), target_grid, result.size, corners[1])
+            _line(draw, start, end, LINE_COLOURS[k % len(LINE_COLOURS)])
     return canvas
 
 
 def subject_tokens(reference: Image.Image, grid: Grid) -> np.ndarray:
-    """Indices of the tokens of a prepared reference that are not plain white; all tokens if every one is white."""
+    """Indices of the tokens that a reference's subject covers at least half; of a thin subject those it touches; all if there is none."""
     pixels = np.asarray(to_rgb(reference).resize((grid.columns * 4, grid.rows * 4), Image.Resampling.BOX)).min(axis=-1) < 235
     share = pixels.reshape(grid.rows, 4, grid.columns, 4).mean(axis=(1, 3)).reshape(-1)
-    found = np.flatnonzero(share >= 0.5)
-    return found if len(found) else np.arange(grid.num_tokens)
+    return next(found for found in map(np.flatnonzero, (share >= 0.5, share > 0, share >= 0)) if len(found))
 
 
 def token_centre(index: int, grid: Grid) -> tuple[float, float]:
@@ -117,11 +125,20 @@ def token_centre(index: int, grid: Grid) -> tuple[float, float]:
     return ((index % grid.columns + 0.5) / grid.columns, (index // grid.columns + 0.5) / grid.rows)
 
 
+def token_position(index: int, grid: Grid, size: tuple[int, int], corner: tuple[int, int]) -> tuple[float, float]:
+    """(x, y) in px of a token's centre on a canvas where the tile of a picture of (width, height) has its upper left corner at `corner`."""
+    left, top, width, height = placed(size)
+    x, y = token_centre(index, grid)
+    return corner[0] + left + x * width, corner[1] + top + y * height
+
+
 def heat_map(image: Image.Image, row: Tensor, grid: Grid) -> Image.Image:
     """A tile of the picture, greyed, with a row of attention over it in red; the row's maximum is fully red."""
     weights = row.reshape(grid.rows, grid.columns).float().cpu().numpy()
     weights = weights / max(float(weights.max()), 1e-8)
-    mask = tile(Image.fromarray((255 * weights).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR).convert("RGB")).convert("L")
+    left, top, width, height = placed(image.size)
+    mask = Image.new("L", (TILE, TILE), 0)  # the margins of a picture that is not square stay white
+    mask.paste(Image.fromarray((255 * weights).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR), (left, top))
     grey = Image.blend(tile(image).convert("L").convert("RGB"), Image.new("RGB", (TILE, TILE), "white"), 0.35)
     return Image.composite(Image.blend(grey, Image.new("RGB", (TILE, TILE), (214, 40, 57)), 0.75), grey, mask)
 
@@ -134,7 +151,8 @@ def _line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[floa
 
 def _caption(canvas: Image.Image, text: str, left: int, top: int) -> None:
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
-    while len(text) > 4 and draw.textlength(text, font=font) > canvas.width - 2 * left:
-        text = text[: text.rfind(" ")] + " ..." if " " in text[:-4] else text[:-5] + " ..."
-        text = text.replace(" ... ...", " ...")
-    draw.text((left, top), text, fill=INK, font=font)
+    text = shown = " ".join(text.split())
+    while text and draw.textlength(shown, font=font) > canvas.width - 2 * left:
+        text = text.rpartition(" ")[0] or text[:-1]  # word by word, then the first word letter by letter
+        shown = f"{text} ..."
+    draw.text((left, top), shown, fill=INK, font=font)

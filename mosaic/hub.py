@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 DEFAULT_WEIGHT_NAME = "reference_lora.safetensors"
@@ -20,24 +20,37 @@ def require_model_name(name: str | os.PathLike) -> None:
     Raises:
         FileNotFoundError: If it is neither.
     """
-    if not Path(name).is_dir() and not HUB_ID.fullmatch(str(name)):
+    if not Path(name).is_dir() and (Path(name).exists() or not HUB_ID.fullmatch(str(name))):
         raise FileNotFoundError(
-            f"model {str(name)!r}: no such folder, and not a hub id of the form user/name. Paths are relative to the current directory; "
-            f"the pocket model is {POCKET_MODEL}."
+            f"model {str(name)!r}: no such folder, and not a hub id of the form user/name. Paths are relative to the current "
+            f"directory; the pocket model is {POCKET_MODEL}."
         )
 
 
-def unreachable_message(name: str, error: Exception) -> str:
-    """What to do when a model id cannot be had: gated, misspelt, or no network."""
-    if isinstance(error, GatedRepoError) or "gated" in str(error).lower():
+def unreachable_message(name: str, error: Exception, what: str = "model") -> str:
+    """What to do when a model or a reference LoRA cannot be had: gated, misspelt, no network, or a damaged folder.
+
+    Args:
+        name: Folder or hub id.
+        error: What its loading raised.
+        what: The thing's name in the message.
+    """
+    if Path(name).is_dir():
+        cure = "the folder is not a complete diffusers FLUX folder: save or download it anew"
+    elif isinstance(error, GatedRepoError) or "gated" in str(error).lower():
         cure = f"it is gated: accept its licence at https://huggingface.co/{name}, then log in with `hf auth login`"
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, RepositoryNotFoundError) or "not a valid model identifier" in str(error):
         cure = "there is no such repository, or it is private: check the spelling, or log in with `hf auth login`"
+    elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        cure = "the repository has no such file: check the file's name (inference.lora_weight_name, lora.weight_name)"
+    elif constants.HF_HUB_OFFLINE:
+        cure = "there is no such local folder, it is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or download it first"
     else:
-        cure = "it is neither a local folder nor reachable on the Hub: check the path, the network and HF_HUB_OFFLINE"
+        cure = "there is no such local folder, and the Hub cannot be reached: check the path and the network"
+    reason = " ".join(str(error).split()) or "no reason given"
     return (
-        f"model {name!r} could not be loaded; {cure}. To try everything without a download, use the pocket model: "
-        f"--model {POCKET_MODEL} --lora {POCKET_LORA}. ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        f"{what} {name!r} cannot be loaded: {cure}. To try everything without a download, use the pocket model: configs/pocket.json, "
+        f"or model {POCKET_MODEL} with reference LoRA {POCKET_LORA}. ({type(error).__name__}: {reason[:200]})"
     )
 
 
@@ -64,5 +77,5 @@ def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None,
         raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, a folder, or a hub repository as user/name.")
     try:
         return Path(hf_hub_download(str(source), name, revision=revision))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise OSError(unreachable_message(str(source), error)) from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise OSError(unreachable_message(str(source), error, "reference LoRA")) from error

@@ -1,5 +1,6 @@
 """Attention accuracy: do supervised rows peak where they should?"""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def attention_accuracy(attention_rows: Tensor, points: Points, target_grid: Grid
     peak = attention_rows.argmax(dim=-1)[points.mask]
     v = points.target_index[points.mask]
     if not len(v):
-        return AttentionAccuracy(0.0, 0.0, 1 / target_grid.num_tokens, 0.0, 0)
+        return pool_accuracies([])
     row, column = v // target_grid.columns, v % target_grid.columns
     near = ((peak // target_grid.columns - row).abs() <= 1) & ((peak % target_grid.columns - column).abs() <= 1)
     neighbours = _span(row, target_grid.rows) * _span(column, target_grid.columns)
@@ -57,8 +58,10 @@ def _span(index: Tensor, length: int) -> Tensor:
 
 
 def pool_accuracies(parts: list[AttentionAccuracy]) -> AttentionAccuracy:
-    """Join accuracies of several batches, weighted by their points."""
+    """Join accuracies of several batches, weighted by their points; the shares of no points at all are not numbers."""
     total = sum(part.num_points for part in parts)
-    weights = [part.num_points / max(total, 1) for part in parts]
-    pooled = [sum(weight * value for weight, value in zip(weights, values, strict=True)) for values in list(zip(*parts, strict=True))[:4]]
+    if not total:
+        return AttentionAccuracy(math.nan, math.nan, math.nan, math.nan, 0)
+    counted = [part for part in parts if part.num_points]
+    pooled = [sum(part.num_points / total * part[field] for part in counted) for field in range(4)]
     return AttentionAccuracy(*pooled, num_points=total)

@@ -5,7 +5,6 @@ style LoRAs) is inherited.
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic import lora
-from mosaic.hub import require_model_name, resolve_lora_file, unreachable_message
+from mosaic.hub import require_model_name, unreachable_message
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
-from mosaic.pipeline_inputs import PipelineInputs, check_inputs, group_by_num_references
+from mosaic.pipeline_lora import ReferenceLoraLoaderMixin
+from mosaic.pipeline_inputs import PipelineInputs, check_inputs, check_sampling, group_by_num_references
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 
@@ -58,7 +57,7 @@ class _Group:
     reference_grid: Grid | None
 
 
-class MosaicFluxPipeline(FluxPipeline):
+class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     """Text and reference pictures to picture. Load with `from_pretrained`, then `load_reference_lora`."""
 
     @functools.wraps(FluxPipeline.__init__)
@@ -74,90 +73,13 @@ class MosaicFluxPipeline(FluxPipeline):
 
         Raises:
             FileNotFoundError: If it is neither a folder nor of a hub id's form.
-            OSError: If the id is gated, missing or unreachable; the message says what to do.
+            OSError: If the id is gated, missing or unreachable, or the folder damaged; the message says what to do.
         """
         require_model_name(pretrained_model_name_or_path)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise OSError(unreachable_message(str(pretrained_model_name_or_path), error)) from error
-
-    # ---- the reference LoRA, and style LoRAs beside it
-
-    def load_reference_lora(self, source: str | os.PathLike, weight_name: str | None = None, revision: str | None = None) -> int:
-        """Load the reference LoRA, replacing one that is loaded. It acts on reference tokens only.
-
-        Args:
-            source: A .safetensors file, a folder, or a hub repository such as "ByteDance-FanQie/MOSAIC".
-            weight_name: File inside the folder or repository.
-            revision: Branch, tag or commit of the repository.
-
-        Returns:
-            The rank, read from the file.
-
-        Raises:
-            FileNotFoundError, OSError: If there is no such file.
-            ValueError: If the file does not fit this transformer, listing missing and unexpected keys.
-        """
-        path = resolve_lora_file(source, weight_name, revision)
-        rank = lora.load_reference_lora(self.transformer, path, pipeline=self)
-        self.reference_config = _reference_metadata(path).get("config", {})
-        return rank
-
-    def save_reference_lora(self, path: str | os.PathLike) -> None:
-        """Write the reference LoRA as one safetensors file with the published keys.
-
-        Raises:
-            ValueError: If no reference LoRA is loaded.
-        """
-        lora.save_reference_lora(self.transformer, path, self.reference_config)
-
-    def unload_reference_lora(self) -> None:
-        """Remove the reference LoRA; style LoRAs stay."""
-        lora.detach_reference_lora(self.transformer)
-        self.reference_config = {}
-
-    def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor], adapter_name: str | None = None, **kwargs: Any
-    ) -> None:
-        """Load a style LoRA, with diffusers' meaning: it acts on text and target, never on references.
-
-        Raises:
-            ValueError: If the file is a reference LoRA (on every token it would give plausible but wrong pictures), or the adapter's
-                name is that of the reference LoRA.
-        """
-        if adapter_name == lora.ADAPTER_NAME:
-            raise ValueError(f"adapter_name {adapter_name!r} is taken by the reference LoRA; give the style LoRA another name.")
-        source = pretrained_model_name_or_path_or_dict
-        state_dict = self.lora_state_dict(source.copy() if isinstance(source, dict) else source, **kwargs)
-        modules = {key.removeprefix(lora.PREFIX).split(".lora_")[0] for key in state_dict if key.startswith(lora.PREFIX)}
-        if modules == set(lora.reference_lora_modules(self.transformer)) or _carries_reference_metadata(source, kwargs.get("weight_name")):
-            name = "the given state dict" if isinstance(source, dict) else repr(str(source))
-            raise ValueError(f"{name} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
-        super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
-
-    def unload_lora_weights(self, **kwargs: Any) -> None:
-        """Remove all style LoRAs; the reference LoRA stays (see `unload_reference_lora`)."""
-        if not lora.has_reference_lora(self.transformer):
-            super().unload_lora_weights(**kwargs)
-            return
-        styles = [name for name in self.transformer.peft_config if name != lora.ADAPTER_NAME]
-        if styles:
-            lora.delete_adapters(self.transformer, styles)
-        if self.text_encoder is not None:
-            _remove_text_encoder_monkey_patch(self.text_encoder)
-
-    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, but refused while a reference LoRA is loaded: fused weights would reach the reference tokens.
-
-        Raises:
-            ValueError: If a reference LoRA is loaded.
-        """
-        if lora.has_reference_lora(self.transformer):
-            raise ValueError("fuse_lora() would apply style LoRAs to reference tokens too; leave them unfused, or unload_reference_lora() first.")
-        super().fuse_lora(*args, **kwargs)
-
-    # ---- sampling
 
     @torch.no_grad()
     def __call__(
@@ -225,10 +147,13 @@ class MosaicFluxPipeline(FluxPipeline):
             allowed_callback_tensors=self._callback_tensor_inputs,
         )
         image_size = self._trained("data", "image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
-        grid = token_grid(height or image_size[0], width or image_size[1], self.vae_scale_factor)
-        reference_size = reference_size or self._trained("data", "reference_size") or DEFAULT_SIZE
+        height, width = (given if given is not None else usual for given, usual in zip((height, width), image_size, strict=True))
+        grid = token_grid(height, width, self.vae_scale_factor)
+        if reference_size is None:
+            reference_size = self._trained("data", "reference_size") or DEFAULT_SIZE
         token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
         attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
+        check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
         self._guidance_scale, self._interrupt, self._current_timestep = guidance_scale, False, None
 
         prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
@@ -293,9 +218,6 @@ class MosaicFluxPipeline(FluxPipeline):
             noise = pack_latents(randn_tensor(shape, generator=inputs.generator, device=torch.device("cpu"), dtype=dtype))
         else:
             noise = inputs.latents
-            expected = (inputs.num_pictures, grid.num_tokens, channels * 4)
-            if tuple(noise.shape) != expected:
-                raise ValueError(f"latents must be packed noise of shape {expected} for this call, got {tuple(noise.shape)}.")
         return noise.to(self._execution_device, dtype)
 
     def _denoise(
@@ -358,16 +280,3 @@ class MosaicFluxPipeline(FluxPipeline):
         self.scheduler.set_begin_index(0)
         self._num_timesteps = len(timesteps)
         return timesteps
-
-
-def _reference_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """Our metadata of a safetensors file; empty if it has none, as the published file."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(lora.METADATA_KEY, "{}"))
-
-
-def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], weight_name: str | None) -> bool:
-    if isinstance(source, dict):
-        return False
-    path = os.path.join(source, weight_name) if weight_name else os.fspath(source)
-    return os.path.isfile(path) and path.endswith(".safetensors") and bool(_reference_metadata(path))

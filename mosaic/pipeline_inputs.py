@@ -7,6 +7,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mosaic.attention import REFERENCE_ATTENTION_MODES
+from mosaic.tokens import Grid
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 
 @dataclass(frozen=True)
 class PipelineInputs:
@@ -69,6 +74,36 @@ def check_inputs(
     if (any(images) or any(x is not None and len(x) for x in tensors or [])) and not has_reference_lora:
         raise ValueError("references need a reference LoRA: call load_reference_lora(...) first, or leave the references out.")
     return PipelineInputs(prompts, images, tensors, prompt_embeds, pooled_prompt_embeds, latents, generator, num_pictures)
+
+
+def check_sampling(
+    inputs: PipelineInputs, num_inference_steps: int, reference_attention: str, output_type: str, grid: Grid, token_channels: int
+) -> None:
+    """Check the sampler's settings, and the tensors of a call against the model.
+
+    Args:
+        inputs: The checked call.
+        num_inference_steps: Must be positive.
+        reference_attention: One of the three modes.
+        output_type: One of `OUTPUT_TYPES`.
+        grid: The target's token grid.
+        token_channels: Channels of a packed token of this model (4 x latent channels).
+
+    Raises:
+        ValueError: Naming what must hold, and what was given.
+    """
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
+    if reference_attention not in REFERENCE_ATTENTION_MODES:
+        raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {reference_attention!r}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+    expected = (inputs.num_pictures, grid.num_tokens, token_channels)
+    if inputs.latents is not None and tuple(inputs.latents.shape) != expected:
+        raise ValueError(f"latents must be packed noise of shape {expected} for this call, got {tuple(inputs.latents.shape)}.")
+    for index, tensor in enumerate(inputs.reference_latents or []):
+        if tensor is not None and len(tensor) and tensor.shape[1] != token_channels // 4:
+            raise ValueError(f"reference_latents[{index}] must have {token_channels // 4} channels, as this model's VAE, got {tensor.shape[1]}.")
 
 
 def _check_prompts(

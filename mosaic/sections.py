@@ -246,7 +246,7 @@ class InferenceConfig(Section):
     output_dir: Text = "outputs/inference"
     """Folder for the pictures and panels."""
     lora: Text | None = None
-    """Reference adapter: a safetensors file, a folder or a hub id. None: the bare base model, on reference tokens too."""
+    """Reference adapter: a safetensors file, a folder or a hub id. None: the bare base model, which sees no references."""
     lora_weight_name: Text | None = None
     """Name of the file inside `lora`, needed where that is a folder or a hub id with several files."""
     height: Count = 512

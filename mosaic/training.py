@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from mosaic.attention import resolve_capture_blocks
+from mosaic.cases import load_cases
 from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.data import KBatchSampler, MosaicBatch, MultiReferenceDataset, collate
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
+from mosaic.manifest import Manifest
 from mosaic.objective import Grids, run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.validation import validate
@@ -33,7 +37,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Args:
         config: The run's settings; `training.output_dir` gets the resolved config, logs, panels, checkpoints and the adapter.
-        resume: A checkpoint folder, or "auto" for the newest one of the run.
+        resume: A checkpoint folder, or "auto" for the newest one of the run, if there is one yet.
 
     Returns:
         The path of the adapter, `<output_dir>/lora.safetensors`.
@@ -41,9 +45,10 @@ def train(config: Config, resume: str | None = None) -> Path:
     Raises:
         FileNotFoundError, OSError, ValueError: For data, weights or settings that do not fit, before any training.
     """
+    checkpoint = find_checkpoint(resume, Path(config.training.output_dir) / "checkpoints")
     trainer = Trainer(config)
-    if resume is not None:
-        trainer.resume(resume)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     return trainer.fit()
 
 
@@ -55,6 +60,8 @@ class Trainer:
         self.config = config
         training = config.training
         self.run_dir = Path(training.output_dir)
+        self.metrics_file = self.run_dir / "metrics.jsonl"
+        check_files(config)
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             log_with="tensorboard",
@@ -62,6 +69,8 @@ class Trainer:
         )
         self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
         self.pipeline.set_progress_bar_config(disable=True)
+        blocks = self.pipeline.transformer.config
+        resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
         self.dataset = self._open(config.data.split, grids)
         self.held_out = self._open(config.validation.split, grids) if config.validation.every else None
@@ -112,12 +121,8 @@ class Trainer:
 
     # ---- checkpoints
 
-    def resume(self, resume: str) -> None:
-        """Continue from a checkpoint ("auto": the newest one, if any)."""
-        path = find_checkpoint(resume, self.run_dir / "checkpoints")
-        if path is None:
-            logger.info("no checkpoint in %s yet: starting anew", self.run_dir)
-            return
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint folder."""
         self.step, ema = load_checkpoint(path, self.pipeline.transformer, self.parameters, self.optimizer)
         if self.ema is not None:  # a checkpoint without an average starts one from its weights
             self.ema.shadow_params = [(ema[key] if ema else p.detach()).to(p, copy=True) for key, p in self.parameters.items()]
@@ -178,7 +183,8 @@ class Trainer:
         steps_per_epoch = len(sampler) // training.gradient_accumulation_steps
         if steps_per_epoch == 0:
             raise ValueError(
-                f"training.gradient_accumulation_steps is {training.gradient_accumulation_steps}, but an epoch has {len(sampler)} batches only."
+                f"training.gradient_accumulation_steps is {training.gradient_accumulation_steps}, "
+                f"but an epoch has {len(sampler)} batches only."
             )
         limits = (training.max_steps, training.max_epochs and training.max_epochs * steps_per_epoch)
         total = min(limit for limit in limits if limit is not None)
@@ -186,17 +192,18 @@ class Trainer:
         if validation.every and self.step == 0:
             self.validate()  # what the run starts from
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
-        for batches in islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0)):
-            loss = self.optimizer_step(batches)
-            progress.update()
-            if self.step % training.log_every == 0 or self.step == total:
-                progress.set_postfix(flow=f"{loss.flow_matching:.3f}", scal=f"{loss.correspondence:.3f}", mdl=f"{loss.disentanglement:.3f}")
-                self._log({f"loss/{name}": value.item() for name, value in loss._asdict().items()})
-            if self.step % training.checkpoint_every == 0 or self.step == total:
-                self.save()
-            if validation.every and (self.step % validation.every == 0 or self.step == total):
-                self.validate()
-        progress.close()
+        with progress:  # closed in any case, so that an error message starts on a line of its own
+            for batches in islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0)):
+                loss = self.optimizer_step(batches)
+                progress.update()
+                if self.step % training.log_every == 0 or self.step == total:
+                    shown = zip(("flow", "scal", "mdl"), loss[1:], strict=True)
+                    progress.set_postfix({name: f"{value:.3f}" for name, value in shown})
+                    self._log({f"loss/{name}": value.item() for name, value in loss._asdict().items()})
+                if self.step % training.checkpoint_every == 0 or self.step == total:
+                    self.save()
+                if validation.every and (self.step % validation.every == 0 or self.step == total):
+                    self.validate()
         return self._finish()
 
     def _batches(self, sampler: KBatchSampler, steps_per_epoch: int) -> Iterator[list[MosaicBatch]]:
@@ -221,13 +228,17 @@ class Trainer:
     def _start_logs(self) -> None:
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.json").write_text(config_to_json(self.config))
+            write_text(self.run_dir / "config.json", config_to_json(self.config))
+            if self.metrics_file.is_file():  # entries beyond the checkpoint will be written again; a new run keeps none
+                lines = self.metrics_file.read_text().splitlines(keepends=True) if self.step else []
+                complete = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
+                write_text(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= self.step))
         self.accelerator.init_trackers("mosaic")
 
     def _log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
-            with open(self.run_dir / "metrics.jsonl", "a") as file:
+            with open(self.metrics_file, "a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
 
     def _finish(self) -> Path:
@@ -237,6 +248,30 @@ class Trainer:
                 save_reference_lora(self.pipeline.transformer, path, resolved_dict(self.config))
         self.accelerator.end_training()
         return path
+
+
+def check_files(config: Config) -> None:
+    """Check what can be checked before the base model is loaded, which may take minutes.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: Those of `Manifest`, `load_cases` and `resolve_lora_file`; or the output folder is a file.
+    """
+    if Path(config.training.output_dir).exists() and not Path(config.training.output_dir).is_dir():
+        raise ValueError(f"training.output_dir: must be a folder, but {config.training.output_dir} is a file.")
+    Manifest(config.data.root, config.data.split)
+    if config.validation.every:
+        Manifest(config.data.root, config.validation.split)
+        if config.validation.cases is not None:
+            load_cases(config.validation.cases, config.data.reference_size)
+    if config.lora.pretrained is not None:
+        resolve_lora_file(config.lora.pretrained, config.lora.weight_name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 @contextlib.contextmanager

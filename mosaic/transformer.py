@@ -251,8 +251,9 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             raise ValueError("attention rows are read from reference tokens: capture needs reference_hidden_states with K >= 1.")
         num_target_tokens = hidden_states.shape[1] - layout.length
 
-        hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
+        # The latents' dtype, as in diffusers, but before the embedder: under autocast its output would round t to 8 bits.
         temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, layout)
+        hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
         rotary = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from mosaic.config import Config, load_config  # noqa: E402
-from mosaic.pipeline import MosaicFluxPipeline  # noqa: E402
-from scripts.pocket import world  # noqa: E402
-from scripts.pocket.evaluation import (  # noqa: E402
+from mosaic.config import Config, load_config
+from mosaic.pipeline import MosaicFluxPipeline
+from scripts.pocket import world
+from scripts.pocket.evaluation import (
     MIN_VISIBLE,
     Result,
     generate,
@@ -27,7 +27,7 @@ from scripts.pocket.evaluation import (  # noqa: E402
     judge_pictures,
     scene_attention_accuracy,
 )
-from scripts.pocket.judge import load_judge  # noqa: E402
+from scripts.pocket.judge import load_judge
 
 HEADER = (
     "| K | cases | identification | without references | leakage | without references | class present | without references "
@@ -39,7 +39,7 @@ def evaluate(config: Config, ks: list[int], num_cases: int, batch_size: int, see
     """One entry per K: both arms, attention accuracy and the judge's own accuracy."""
     judge = load_judge()
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
-    pipeline.load_reference_lora(config.inference.lora)
+    pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
     pipeline.set_progress_bar_config(disable=True)
     entries = []
     for k in tqdm(ks, desc="K", unit="K"):
@@ -94,7 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
     arguments = parser.parse_args(argv)
     try:
+        if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
+            raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
+        if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
+            raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
         config = load_config(arguments.config, [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else [])
+        if config.inference.lora is None:
+            raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
         entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(entries))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_suffix(".partial")
+        partial = arguments.output.with_name(arguments.output.name + ".partial")
         partial.write_text(json.dumps({"lora": config.inference.lora, "seed": arguments.seed, "entries": entries}, indent=2))
         os.replace(partial, arguments.output)
     return 0

@@ -9,6 +9,7 @@ import argparse
 import base64
 import html
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,13 @@ def read_metrics(run: Path) -> list[dict]:
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"--run {run}: metrics.jsonl is missing; give the output_dir of a training run.")
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    try:
+        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{file}: must hold one JSON object per line ({error}).") from error
+    if not entries:
+        raise ValueError(f"{file}: is empty; the run has logged nothing yet.")
+    return entries
 
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> str:
@@ -90,11 +97,11 @@ def run_section(run: Path) -> list[str]:
     metrics = read_metrics(run)
     parts = ["<h2>Training</h2><p>Thin: logged values; bold: their running mean.</p><div class=row>"]
     for key, title in CURVES:
-        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
+        points = [(entry["step"], entry[key]) for entry in metrics if math.isfinite(entry.get(key, math.nan))]
         if points:
             parts.append(curve(points, title))
     parts.append("</div>")
-    accuracies = [entry for entry in metrics if "attention/exact" in entry]
+    accuracies = [entry for entry in metrics if math.isfinite(entry.get("attention/exact", math.nan))]
     if accuracies:
         parts.append("<h2>Attention accuracy on held-out samples</h2><table><tr><th>step</th><th>exact</th><th>chance</th>")
         parts.append("<th>within one token</th><th>chance</th></tr>")
@@ -130,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>MOSAIC report</title><style>{STYLE}</style><h1>MOSAIC report</h1>"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_suffix(".partial")
+    partial = arguments.output.with_name(arguments.output.name + ".partial")
     partial.write_text(page + "\n".join(parts) + "</html>", encoding="utf-8")
     os.replace(partial, arguments.output)
     print(f"report: {arguments.output}")

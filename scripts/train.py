@@ -3,11 +3,12 @@
 import argparse
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.config import config_to_json, load_config  # noqa: E402
+from mosaic.config import config_to_json, load_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMSNorm under autocast: only not fused
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.dry_run:
@@ -28,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
         path = train(config, arguments.resume)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # An error of a data loading process carries that process's traceback; its last line is the message.
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"error: {message[-1].removeprefix(f'{type(error).__name__}: ')}", file=sys.stderr)
         return 2
     print(f"reference LoRA: {path}")
     return 0

@@ -4,7 +4,9 @@ Takes the pictures and the VAE that `scripts/train_pocket_vae.py` left in VAE_DI
 RUN_DIR/tokens), and trains by flow matching on scenes, sheets and strips (`scripts.pocket.base_data`), so that the
 model learns to look sideways: panels and scene of a sheet show the same subjects and are denoised together. There are
 no reference branches here. A run that was stopped goes on when it is started again; `--export FOLDER` writes the
-averaged weights of the latest checkpoint as a diffusers folder and ends, also while a run is going on.
+averaged weights of the latest checkpoint as a diffusers folder and ends, also while a run is going on. Started by
+`torchrun --nproc-per-node N`, N processes share each batch and average their gradients: on a busy CPU, several
+processes of one thread each get much further than one process of several threads.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
@@ -66,15 +69,19 @@ def build_components(run_dir: Path, seed: int) -> dict[str, Any]:
 def prepare_tokens(run_dir: Path, vae_dir: Path) -> None:
     """Encodes the pictures that are not encoded yet; keeps the VAE and the caption words beside the tokens."""
     pictures = vae_dir / "pictures"
-    if not (run_dir / "vae").exists():
-        AutoencoderKL.from_pretrained(vae_dir / "export").save_pretrained(run_dir / "vae")
-    vae = AutoencoderKL.from_pretrained(run_dir / "vae").eval()
-    for _, _ in tqdm(base_data.encode_all(pictures, run_dir / "tokens", vae), desc="encoding", mininterval=5.0):
+    rank, world = runs.processes()
+    vae = AutoencoderKL.from_pretrained(vae_dir / "export").eval()
+    shards = base_data.encode_all(pictures, run_dir / "tokens", vae, rank, world)
+    for _ in tqdm(shards, desc="encoding", mininterval=5.0, disable=rank > 0):
         pass
-    if not (run_dir / "words.txt").exists():
+    if rank == 0:
+        vae.save_pretrained(run_dir / "vae")
+    if rank == 0 and not (run_dir / "words.txt").exists():
         files = [file for layout in LAYOUTS for file in base_data.shard_files(pictures, layout)]
-        words = caption_words(caption for file in files for caption in base_data.read_shard(file)[1])
+        words = caption_words(caption for file in files for caption in base_data.read_captions(file))
         (run_dir / "words.txt").write_text("\n".join(words) + "\n")
+    if world > 1:
+        dist.barrier()
 
 
 def draw_batch(
@@ -92,9 +99,14 @@ def draw_batch(
 def flow_matching_loss(
     components: dict[str, Any], layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the velocity (METHOD.md section 5): x_t = (1 - t) x_0 + t eps, target eps - x_0."""
+    """Mean squared error of the velocity (METHOD.md section 5): x_t = (1 - t) x_0 + t eps, target eps - x_0.
+
+    The noise is drawn for the whole batch, of which each process computes its share.
+    """
     time_ = time_shift(torch.sigmoid(torch.randn(len(clean), generator=generator)), layout.tokens)
     noise = torch.randn(clean.shape, generator=generator)
+    mine = slice(runs.processes()[0], None, runs.processes()[1])
+    clean, noise, time_, ids = clean[mine], noise[mine], time_[mine], (ids[0][mine], ids[1][mine])
     mixed = time_[:, None, None]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         velocity = predict_velocity(components, layout, (1 - mixed) * clean + mixed * noise, time_, ids)
@@ -129,7 +141,7 @@ class BaseTraining:
         self.optimizers = build_optimizers(self.modules, arguments.optimizer, arguments.lr)
         self.average = runs.MovingAverage(self.parameters, 0.999)
         minutes = 1.0 if arguments.stop_at else arguments.max_minutes
-        self.clock = runs.Clock(arguments.steps, minutes)
+        self.clock, self.progress = runs.Clock(arguments.steps, minutes), 0.0
         runs.load_checkpoint(self.checkpoint, self.modules, self.optimizers, self.average, self.clock)
         if arguments.stop_at:
             self.clock.minutes = (self.clock.seconds + seconds_until(arguments.stop_at)) / 60.0
@@ -159,10 +171,9 @@ class BaseTraining:
         clean, ids = draw_batch(self.store, layout, self.arguments.batch_size, self.empty, generator)
         loss = flow_matching_loss(self.components, layout, clean, ids, generator)
         loss.backward()
+        value, progress = runs.average_gradients(self.parameters, loss.item(), self.clock.progress())
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        factor = runs.learning_rate(
-            self.clock.step, self.clock.progress(), self.arguments.warmup, self.arguments.decay_from
-        )
+        factor = runs.learning_rate(self.clock.step, progress, self.arguments.warmup, self.arguments.decay_from)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -170,7 +181,8 @@ class BaseTraining:
             optimizer.zero_grad(set_to_none=True)
         self.average.update(self.parameters)
         self.clock.step += 1
-        return layout.name, loss.item()
+        self.progress = progress
+        return layout.name, value
 
     def due(self, what: str, minutes: float) -> bool:
         """Whether something that is done every so many minutes is to be done now."""
@@ -195,10 +207,14 @@ class BaseTraining:
 
     def run(self) -> None:
         """Trains to the end, with logs, checkpoints, samples and exports on their intervals."""
-        bar = tqdm(initial=self.clock.step, total=self.arguments.steps, desc="base", mininterval=10.0)
+        first = runs.processes()[0] == 0
+        total, start = self.arguments.steps, self.clock.step
+        bar = tqdm(initial=start, total=total, desc="base", mininterval=10.0, disable=not first)
         losses: dict[str, list[float]] = {}
-        while self.clock.progress() < 1.0:
+        while self.progress < 1.0 and self.clock.step != total:
             name, loss = self.step()
+            if not first:
+                continue
             losses.setdefault(name, []).append(loss)
             bar.update()
             if self.clock.step % 50 == 0:
@@ -214,9 +230,10 @@ class BaseTraining:
             if self.due("export", EXPORT_MINUTES):
                 self.save()
                 export(self.run_dir, self.run_dir / "export")
-        self.save()
-        self.sample()
-        export(self.run_dir, self.run_dir / "export")
+        if first:
+            self.save()
+            self.sample()
+            export(self.run_dir, self.run_dir / "export")
 
 
 def seconds_until(clock_time: str) -> float:
@@ -256,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    runs.join_processes()
     if arguments.vae_dir:
         prepare_tokens(arguments.run_dir, arguments.vae_dir)
     with explicit_attention():

@@ -3,6 +3,7 @@
 Renders the pictures that the base needs as well (kept in RUN_DIR/pictures), trains an AutoencoderKL on scenes and
 panels cut from them, and measures the shift and scale that bring its latents to mean 0 and standard deviation 1. The
 result is RUN_DIR/export, an ordinary diffusers VAE folder. A run that was stopped goes on when it is started again.
+Started by `torchrun --nproc-per-node N`, N processes train on a batch each and average their gradients.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from scripts.pocket import base_data, runs  # noqa: E402
 from scripts.pocket.model import build_vae  # noqa: E402
 
 #: Weights of squared error, of differences between neighbouring pixels, and of the KL term, beside L1 with weight 1.
-MSE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 1.0, 0.5, 2e-6
+MSE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 2.0, 0.25, 2e-6
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,9 +71,13 @@ def reconstruction_loss(output: Tensor, target: Tensor, mean: Tensor, log_varian
 
 
 def train_step(
-    vae: AutoencoderKL, optimizer: torch.optim.Optimizer, pictures: Tensor, generator: torch.Generator
-) -> float:
-    """One optimiser step; returns the loss."""
+    vae: AutoencoderKL,
+    optimizer: torch.optim.Optimizer,
+    pictures: Tensor,
+    generator: torch.Generator,
+    progress: float = 0.0,
+) -> tuple[float, float]:
+    """One optimiser step; returns the loss and the progress that all processes agree on."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean, log_variance = vae.encoder(pictures).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-30.0, 20.0)
@@ -80,10 +85,11 @@ def train_step(
         output = vae.decoder(mean + (0.5 * log_variance).exp() * noise)
     loss = reconstruction_loss(output, pictures, mean, log_variance)
     loss.backward()
+    value, progress = runs.average_gradients(dict(vae.named_parameters()), loss.item(), progress)
     torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return value, progress
 
 
 def train(arguments: argparse.Namespace, scenes: np.ndarray, panels: np.ndarray) -> tuple[AutoencoderKL, int]:
@@ -95,21 +101,25 @@ def train(arguments: argparse.Namespace, scenes: np.ndarray, panels: np.ndarray)
     clock = runs.Clock(arguments.steps, arguments.max_minutes)
     file = arguments.run_dir / "checkpoint.pt"
     runs.load_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
-    bar = tqdm(initial=clock.step, total=arguments.steps, desc="vae", mininterval=5.0)
-    while clock.progress() < 1.0:
-        optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(clock.step, clock.progress(), 100, 0.3)
-        key = arguments.seed * 1_000_003 + clock.step
+    rank, world = runs.processes()
+    bar = tqdm(initial=clock.step, total=arguments.steps, desc="vae", mininterval=5.0, disable=rank > 0)
+    progress = clock.progress()
+    while progress < 1.0 and clock.step != arguments.steps:
+        optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(clock.step, progress, 100, 0.3)
+        key = (arguments.seed * 1_000_003 + clock.step) * world + rank
         pictures = draw_batch(scenes, panels, arguments.batch_size, np.random.default_rng(key))
-        loss = train_step(vae, optimizer, pictures, torch.Generator().manual_seed(key))
+        generator = torch.Generator().manual_seed(key)
+        loss, progress = train_step(vae, optimizer, pictures, generator, clock.progress())
         average.update(parameters)
         clock.step += 1
         bar.update()
-        if clock.step % 50 == 0:
+        if clock.step % 50 == 0 and rank == 0:
             bar.set_postfix(loss=f"{loss:.4f}", left=f"{clock.remaining() / 60:.1f} min")
             runs.append_log(arguments.run_dir / "log.jsonl", step=clock.step, loss=loss, seconds=clock.elapsed())
-        if clock.step % 500 == 0:
+        if clock.step % 500 == 0 and rank == 0:
             runs.save_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
-    runs.save_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
+    if rank == 0:
+        runs.save_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
     with torch.no_grad():
         for name, value in average.values.items():
             parameters[name].copy_(value)
@@ -154,6 +164,7 @@ def report(vae: AutoencoderKL, scenes: np.ndarray, panels: np.ndarray, folder: P
 def main(argv: list[str] | None = None) -> None:
     """Renders, trains, measures, exports."""
     arguments = parse_arguments(argv)
+    runs.join_processes()
     folder = arguments.run_dir / "pictures"
     workers = min(arguments.workers, multiprocessing.cpu_count())
     for done, total in base_data.render_all(folder, workers, arguments.scale) if workers else ():
@@ -162,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     scenes, panels = load_pictures(folder)
     # The last pictures of each kind are kept out of the training, for the measurement.
     vae, step = train(arguments, scenes[:-256], panels[:-256])
+    if runs.processes()[0] > 0:
+        return
     set_latent_statistics(vae, scenes[:1024], panels[:4096])
     print(report(vae, scenes[-256:], panels[-256:], arguments.run_dir, step), flush=True)
     vae.save_pretrained(arguments.run_dir / "export")

@@ -88,6 +88,7 @@ def test_the_modules_are_those_of_the_published_file(transformer: MosaicFluxTran
 
 
 def test_only_the_lora_learns(transformer: MosaicFluxTransformer2DModel) -> None:
+    transformer.requires_grad_(True)
     attach_reference_lora(transformer, 4)
     trainable = {id(p) for p in transformer.parameters() if p.requires_grad}
     parameters = reference_lora_parameters(transformer)
@@ -182,9 +183,9 @@ def test_text_and_target_projections_do_not_see_the_lora(transformer: MosaicFlux
     run(transformer, batch)
     bare = list(captured)
     for seed in (1, 2):
-        captured.clear()
         detach_reference_lora(transformer)
         tiny.attach_random_lora(transformer, seed=seed)
+        captured.clear()
         run(transformer, batch)
         assert len(captured) == 6
         assert all(torch.equal(a, b) for a, b in zip(captured, bare, strict=True))
@@ -370,7 +371,7 @@ def test_unloading_the_reference_keeps_the_style(batch: tiny.Batch) -> None:
     tiny.attach_random_lora(pipeline.transformer)
     assert not close(run(pipeline.transformer, batch), styled)
     pipeline.unload_reference_lora()
-    assert torch.equal(run(pipeline.transformer, batch), styled)
+    torch.testing.assert_close(run(pipeline.transformer, batch), styled, atol=3e-5, rtol=1e-4)
     assert set(pipeline.transformer.peft_config) == {"style"}
     pipeline.unload_lora_weights()
     assert not lora_layers(pipeline.transformer)

@@ -1,5 +1,6 @@
 """Tiny models and batches with random, non-trivial weights, shared by the tests."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from mosaic.correspondence import Points, batch_points
 from mosaic.lora import attach_reference_lora, reference_lora_parameters
@@ -20,6 +21,7 @@ from scripts.pocket.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 CHANNELS = 16  # of a token: 4 latent channels x 2 x 2
 TEXT_WIDTH = 32
 TEXT_LENGTH = 8
+TARGET_GRID, REFERENCE_GRID = Grid(4, 6), Grid(3, 3)
 WORDS = ("a", "cat", "mug", "and", "on", "the", "beach", "two", "fish")
 
 
@@ -51,11 +53,14 @@ def randomise(parameters: Iterable[nn.Parameter], seed: int, std: float = 0.2) -
 def build_transformer(
     guidance_embeds: bool = True, seed: int = 0, stock: bool = False, num_layers: int = 2, num_single_layers: int = 2
 ) -> FluxTransformer2DModel:
-    """Our transformer, or with `stock` the one of diffusers; equal weights for equal seeds."""
+    """Our transformer, or with `stock` the one of diffusers; equal weights for equal seeds.
+
+    Frozen from the start: PyTorch may take another kernel for weights that require a gradient, which costs bit-equality.
+    """
     cls = FluxTransformer2DModel if stock else MosaicFluxTransformer2DModel
     transformer = cls(**transformer_config(guidance_embeds, num_layers, num_single_layers)).eval()
     randomise(transformer.parameters(), seed)
-    return transformer
+    return transformer.requires_grad_(False)
 
 
 def attach_random_lora(transformer: FluxTransformer2DModel, rank: int = 3, seed: int = 1) -> dict[str, nn.Parameter]:
@@ -118,8 +123,8 @@ def random_points(num_references: int, counts: list[int], num_reference_tokens: 
 def build_batch(
     num_references: int = 2,
     batch: int = 2,
-    target_grid: Grid = Grid(4, 6),
-    reference_grid: Grid = Grid(3, 3),
+    target_grid: Grid = TARGET_GRID,
+    reference_grid: Grid = REFERENCE_GRID,
     guidance_embeds: bool = True,
     seed: int = 2,
 ) -> Batch:
@@ -174,9 +179,15 @@ def build_vae(seed: int = 3) -> AutoencoderKL:
     return vae.eval()
 
 
+@functools.cache
+def tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Both tokenizers of a few words, learnt once: learning byte pairs may number equally frequent ones anew each time."""
+    return build_clip_tokenizer(list(WORDS), TEXT_LENGTH), build_t5_tokenizer(list(WORDS), TEXT_LENGTH)
+
+
 def build_components(guidance_embeds: bool = True, seed: int = 0) -> dict[str, Any]:
     """All components of a FLUX pipeline with a stock transformer: the real classes, tiny."""
-    tokenizer, tokenizer_2 = build_clip_tokenizer(list(WORDS), TEXT_LENGTH), build_t5_tokenizer(list(WORDS), TEXT_LENGTH)
+    tokenizer, tokenizer_2 = tokenizers()
     torch.manual_seed(seed)
     clip = CLIPTextConfig(
         vocab_size=len(tokenizer),

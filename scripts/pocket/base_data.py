@@ -202,10 +202,22 @@ def decode_samples(vae: AutoencoderKL, layout: Layout, tokens: Tensor) -> np.nda
     return np.concatenate([*reversed(columns), scenes], axis=2)
 
 
-def encode_all(pictures: Path, folder: Path, vae: AutoencoderKL) -> Iterator[tuple[int, int]]:
-    """Encodes every picture shard that has no token shard yet. Yields (shards done, shards in all)."""
+def read_captions(file: Path) -> list[str]:
+    """The captions of one shard, without reading its pictures."""
+    with safe_open(file, framework="pt") as content:
+        return json.loads(content.metadata()["captions"])
+
+
+def encode_all(
+    pictures: Path, folder: Path, vae: AutoencoderKL, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Encodes every picture shard that has no token shard yet; process `rank` of `world` takes its share of them.
+
+    Yields:
+        (shards done, shards in all).
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [(layout, file) for layout in LAYOUTS for file in shard_files(pictures, layout)]
+    files = [(layout, file) for layout in LAYOUTS for file in shard_files(pictures, layout)][rank::world]
     for done, (layout, file) in enumerate(files, start=1):
         target = folder / file.name
         if not target.exists():

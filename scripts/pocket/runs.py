@@ -1,5 +1,6 @@
-"""What the long pocket trainings share: schedule, moving average, checkpoints that a killed run resumes from, logs."""
+"""What the long pocket trainings share: schedule, moving average, several processes, checkpoints, logs."""
 
+import datetime
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -142,6 +144,32 @@ def load_checkpoint(
     clock.step, clock.seconds = state["step"], state["seconds"]
     clock._started = time.monotonic()
     return True
+
+
+def join_processes() -> None:
+    """Connects the processes that torchrun started; does nothing for one that was started by itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, number of processes) of a run."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.no_grad()
+def average_gradients(parameters: dict[str, Tensor], loss: float, progress: float) -> tuple[float, float]:
+    """Averages the gradients over the processes, in place; all get the mean loss and the first one's progress."""
+    rank, world = processes()
+    if world == 1:
+        return loss, progress
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    flat = torch.cat([torch.tensor([loss, progress * world * (rank == 0)]), *(g.flatten() for g in gradients)])
+    dist.all_reduce(flat)
+    flat /= world
+    parts = flat[2:].split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    return flat[0].item(), flat[1].item()
 
 
 def append_log(file: Path, **entry: float | int | str) -> None:

@@ -65,14 +65,21 @@ def predict_velocity(
     """
     pooled = components["text_encoder"](ids[0]).pooler_output
     text = components["text_encoder_2"](ids[1])[0]
-    output = components["transformer"](
-        hidden_states=noisy,
-        encoder_hidden_states=text,
-        pooled_projections=pooled,
-        timestep=time,
-        img_ids=position_ids(layout),
-        txt_ids=torch.zeros(text.shape[1], 3),
-    )
+    transformer = components["transformer"]
+    # Under autocast the transformer would round the time to bfloat16 before its sines and cosines are taken, which
+    # resolves 1000 t in steps of 4: the embedding gets the exact time instead, as in a float32 model.
+    exact = transformer.time_text_embed.register_forward_pre_hook(lambda _, given: (1000.0 * time.float(), *given[1:]))
+    try:
+        output = transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=time,
+            img_ids=position_ids(layout),
+            txt_ids=torch.zeros(text.shape[1], 3),
+        )
+    finally:
+        exact.remove()
     return output.sample.float()
 
 

@@ -1,0 +1,178 @@
+"""A tiny model folder, data set, adapter file and config on disk, for tests of training, inference and the commands."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mosaic.config import Config, from_dict
+from mosaic.data import MosaicBatch, collate
+from mosaic.lora import reference_lora_modules, write_reference_lora
+from mosaic.losses import MosaicLoss
+from mosaic.objective import train_step
+from mosaic.training import Trainer
+from scripts.pocket.format import DatasetWriter, ReferenceRecord, SampleRecord
+from tests import tiny
+
+IMAGE_SIZE = (16, 24)  # px, height and width: 4 x 6 tokens of 4 px
+REFERENCE_SIZE = 12  # px: 3 x 3 tokens
+NUM_REFERENCES = (2, 1, 2, 2, 1, 2, 2, 1, 2)  # K of the training samples: batches of 2 make 4 per epoch
+HELD_OUT = (2, 1, 2, 1)
+RANK = 3
+
+
+def write_model(folder: Path) -> Path:
+    """A stock diffusers FLUX folder with random weights."""
+    tiny.build_stock_pipeline(guidance_embeds=False).save_pretrained(folder)
+    return folder
+
+
+def lora_tensors(rank: int = RANK, seed: int = 5) -> dict[str, Tensor]:
+    """A random adapter for the tiny model, A and B not zero."""
+    transformer = tiny.build_transformer(False, stock=True, num_layers=1, num_single_layers=1)
+    return tiny.random_lora_file(tiny.linear_shapes(transformer, reference_lora_modules(transformer)), rank, seed)
+
+
+def write_lora(path: Path, rank: int = RANK, seed: int = 5) -> Path:
+    """A random adapter file."""
+    return write_reference_lora(lora_tensors(rank, seed), path)
+
+
+def _sample(index: int, split: str, num_references: int) -> SampleRecord:
+    """Random colours; reference k owns the k-th part of the target's columns; points on grids of 2 px."""
+    rng = np.random.default_rng([index, num_references])
+    rows, columns = IMAGE_SIZE[0] // 2, IMAGE_SIZE[1] // 2
+    side = REFERENCE_SIZE // 2
+    references = []
+    for k in range(num_references):
+        v = [row * columns + column for row in range(rows) for column in range(columns) if column * num_references // columns == k]
+        v = rng.choice(v, size=12, replace=False)
+        picture = np.full((REFERENCE_SIZE, REFERENCE_SIZE, 3), 255, np.uint8)
+        picture[1:-1, 1:-1] = rng.integers(0, 200, (REFERENCE_SIZE - 2, REFERENCE_SIZE - 2, 3))
+        points = np.stack([rng.integers(0, side * side, len(v)), v], axis=1)
+        references.append(ReferenceRecord(Image.fromarray(picture), "cat", points))
+    target = Image.fromarray(rng.integers(0, 256, (*IMAGE_SIZE, 3), dtype=np.uint8))
+    prompt = ("a cat and a mug", "two fish on the beach")[index % 2]
+    return SampleRecord(f"{split}-{index}", split, prompt, target, references, (side, side), (rows, columns))
+
+
+def write_dataset(root: Path) -> Path:
+    """Nine training and four held-out samples of one or two references."""
+    with DatasetWriter(root) as writer:
+        for split, counts in (("train", NUM_REFERENCES), ("heldout", HELD_OUT)):
+            for index, num_references in enumerate(counts):
+                writer.add(_sample(index, split, num_references))
+    return root
+
+
+def settings(world: Path, output: Path) -> dict[str, Any]:
+    """A config as JSON for `world`, the folder with model, data set and adapter: float32, without dropout and validation."""
+    return {
+        "model": {"pretrained": str(world / "model"), "dtype": "float32", "text_length": tiny.TEXT_LENGTH, "gradient_checkpointing": False},
+        "lora": {"rank": RANK, "pretrained": str(world / "lora.safetensors")},
+        "data": {
+            "root": str(world / "data"),
+            "image_size": list(IMAGE_SIZE),
+            "reference_size": REFERENCE_SIZE,
+            "num_workers": 0,
+            "image_dropout": 0,
+            "text_dropout": 0,
+            "both_dropout": 0,
+        },
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"max_steps": 3, "batch_size": 2, "mixed_precision": "no", "output_dir": str(output), "log_every": 1},
+        "validation": {"every": None, "num_cases": 2, "num_inference_steps": 2},
+        "inference": {
+            "cases": str(world / "cases.json"),
+            "output_dir": str(output),
+            "lora": str(world / "lora.safetensors"),
+            "height": IMAGE_SIZE[0],
+            "width": IMAGE_SIZE[1],
+            "num_inference_steps": 2,
+        },
+    }
+
+
+def make_config(world: Path, output: Path, **changes: Any) -> Config:
+    """`settings` as a config; a change is named `section__field`."""
+    values = settings(world, output)
+    for name, value in changes.items():
+        section, field = name.split("__")
+        values.setdefault(section, {})[field] = value
+    return from_dict(values)
+
+
+def write_world(folder: Path) -> Path:
+    """Model, adapter, data set and a cases file in one folder."""
+    write_model(folder / "model")
+    write_lora(folder / "lora.safetensors")
+    write_dataset(folder / "data")
+    pictures = []
+    for index in range(3):
+        tiny.picture(index).save(folder / f"reference_{index}.png")
+        pictures.append(f"reference_{index}.png")
+    cases = [
+        {"index": 7, "prompt": "a cat on the beach", "image_paths": pictures[:1]},
+        {"index": 2, "prompt": "a cat and a mug", "image_paths": pictures[1:]},
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    return folder
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Contents of all files below a folder, by relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def samples_of(trainer: Trainer, num_references: int, count: int) -> MosaicBatch:
+    indices = [i for i, k in enumerate(trainer.dataset.num_references) if k == num_references][:count]
+    return collate([trainer.dataset[i] for i in indices])
+
+
+def step_loss(trainer: Trainer, batch: MosaicBatch, seed: int = 0) -> MosaicLoss:
+    generator = torch.Generator().manual_seed(seed)
+    return train_step(trainer.pipeline, trainer.transformer, batch, trainer.config, trainer.step, generator)
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    return {key: p.grad.clone() for key, p in trainer.parameters.items()}
+
+
+def values(trainer: Trainer) -> dict[str, Tensor]:
+    return {key: p.detach().clone() for key, p in trainer.parameters.items()}
+
+
+def captured_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The gradients that each optimizer step gets to see."""
+    seen, step = [], trainer.optimizer.step
+
+    def spy() -> None:
+        seen.append(gradients(trainer))
+        step()
+
+    monkeypatch.setattr(trainer.optimizer, "step", spy)
+    return seen
+
+
+def captured_inputs(trainer: Trainer) -> list[dict[str, Any]]:
+    """The keyword arguments that each call of the transformer gets."""
+    calls: list[dict[str, Any]] = []
+    trainer.pipeline.transformer.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True)
+    return calls
+
+
+def total_norm(tensors: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
