@@ -20,7 +20,7 @@ DEFAULT_CONFIG = ROOT / "configs" / "pocket.json"
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; every flag but --config and --set stands for one setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="JSON file, with paths from the current directory (default: this repository's configs/pocket.json)")
+    parser.add_argument("--config", help="JSON file; its paths start at the current directory (default: this repository's pocket.json)")
     parser.add_argument("--model", help="model.pretrained: a diffusers FLUX folder or hub id")
     parser.add_argument("--lora", help="inference.lora: a .safetensors file, a folder or a hub id")
     parser.add_argument("--cases", help="inference.cases: the cases file")
@@ -91,7 +91,7 @@ def render(config: Config, cases: list[Case]) -> list[Path]:
             width=settings.width,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            generator=torch.Generator().manual_seed(settings.seed),
+            generator=torch.Generator().manual_seed(settings.seed + case.index),
             reference_size=size,
             reference_scale=settings.reference_scale,
             reference_attention=config.model.reference_attention,

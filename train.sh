@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train a reference LoRA on whatever there is: CPU, one GPU, or all GPUs of this machine.
 #   bash train.sh configs/pocket.json [--set section.field=value ...] [--resume auto]
-# NUM_PROCESSES (default: the number of GPUs, at least 1) and PYTHON (default: .venv/bin/python, else python3) may be set.
+# NUM_PROCESSES (default: the number of GPUs, at least 1; on a CPU, processes of one thread each) and PYTHON (default:
+# .venv/bin/python, else python3) may be set.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 if [ $# -eq 0 ]; then

@@ -6,7 +6,7 @@ so no mask is ever built and nothing is padded.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def capture_rows(query: Tensor, key: Tensor, layout: Layout, num_target_tokens: 
     """Read the wanted attention rows of one block (Eq. 8, 11), always in float32.
 
     The softmax runs over the target tokens only, so the block's own attention output cannot be reused. Each piece is
-    computed in a small checkpoint: nothing of size [heads, rows, N_tgt] outlives the block.
+    computed anew in the backward pass: nothing of size [heads, rows, N_tgt] outlives the block.
 
     Args:
         query: [B, S, H, D] after RMSNorm and RoPE.
@@ -116,13 +116,12 @@ def capture_rows(query: Tensor, key: Tensor, layout: Layout, num_target_tokens: 
         capture: What is wanted.
     """
     start = query.shape[1] - layout.length
-    reference_query, target_key = query[:, start:], key[:, start - num_target_tokens : start]
     points = means = None
     if capture.global_index is not None:
-        index = capture.global_index[:, :, None, None].expand(-1, -1, *query.shape[2:])
-        points = _checkpointed(_head_mean_rows, reference_query.gather(1, index), target_key)
+        points = _PointRows.apply(query, key, start + capture.global_index, start - num_target_tokens, start)
     if capture.reference_means:
-        chunks = reference_query.unflatten(1, (layout.num_references, -1)).split(ROWS_PER_CHUNK, dim=2)
+        target_key = key[:, start - num_target_tokens : start]
+        chunks = query[:, start:].unflatten(1, (layout.num_references, -1)).split(ROWS_PER_CHUNK, dim=2)
         total = sum(_checkpointed(_sum_of_rows, chunk, target_key) for chunk in chunks)
         means = total / layout.num_reference_tokens
     return AttentionRows(points, means)
@@ -136,19 +135,58 @@ def _checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
     """[B, P, H, D], [B, N, H, D] -> [B, H, P, N] float32, outside any autocast."""
-    with torch.autocast("cpu" if rows.is_meta else rows.device.type, enabled=False):  # the meta device knows no autocast
-        query, key = rows.float().transpose(1, 2), target_key.float().permute(0, 2, 3, 1)
-        return torch.softmax(query @ key * rows.shape[-1] ** -0.5, dim=-1)
+    with _no_autocast(rows):
+        query, key = rows.float().transpose(1, 2) * rows.shape[-1] ** -0.5, target_key.float().permute(0, 2, 3, 1)
+        return torch.softmax(query @ key, dim=-1)
 
 
-def _head_mean_rows(rows: Tensor, target_key: Tensor) -> Tensor:
-    """[B, P, H, D], [B, N, H, D] -> [B, P, N]."""
-    return _softmax_rows(rows, target_key).mean(dim=1)
+class _PointRows(torch.autograd.Function):
+    """Head-mean rows at some positions, [B, P, N_tgt], computed anew in the backward pass.
+
+    Written out because it is part of every training step: it keeps only the query and key that the block keeps anyway, and costs
+    less than a general checkpoint with its gathers and slices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, position: Tensor, first: int, last: int) -> Tensor:
+        """query, key [B, S, H, D]; position [B, P] of the rows; the target tokens are first..last - 1."""
+        ctx.save_for_backward(query, key, position)
+        ctx.first, ctx.last = first, last
+        rows, _ = _rows_at(query, position)
+        return _softmax_rows(rows, key[:, first:last]).mean(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Through the head mean, the softmax and the scaled product."""
+        query, key, position = ctx.saved_tensors
+        rows, flat = _rows_at(query, position)
+        target_key = key[:, ctx.first : ctx.last]
+        with _no_autocast(query):
+            attention = _softmax_rows(rows, target_key)  # (B, H, P, N)
+            weighted = attention * (gradient[:, None] * (query.shape[3] ** -0.5 / query.shape[2]))
+            weighted -= attention * weighted.sum(dim=-1, keepdim=True)
+            rows_gradient = (weighted @ target_key.float().transpose(1, 2)).transpose(1, 2)  # (B, P, H, D)
+            target_gradient = (weighted.transpose(2, 3) @ rows.float().transpose(1, 2)).transpose(1, 2)  # (B, N, H, D)
+        query_gradient, key_gradient = query.new_zeros(query.shape), key.new_zeros(key.shape)
+        query_gradient.flatten(0, 1).index_add_(0, flat, rows_gradient.to(query.dtype).flatten(0, 1))
+        key_gradient[:, ctx.first : ctx.last] = target_gradient
+        return query_gradient, key_gradient, None, None, None
+
+
+def _rows_at(query: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, S, H, D] and [B, P] -> rows [B, P, H, D], and their indices [B * P] among all B * S tokens."""
+    offset = torch.arange(len(query), device=query.device)[:, None] * query.shape[1]
+    flat = (position + offset).flatten()
+    return query.flatten(0, 1).index_select(0, flat).unflatten(0, position.shape), flat
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device knows no autocast
 
 
 def _sum_of_rows(rows: Tensor, target_key: Tensor) -> Tensor:
     """[B, K, R, H, D], [B, N, H, D] -> [B, K, N]: head mean, summed over the R rows."""
-    batch, num_references = rows.shape[:2]
+    num_references = rows.shape[1]
     attention = _softmax_rows(rows.flatten(1, 2), target_key)  # (B, H, K * R, N)
     return attention.mean(dim=1).unflatten(1, (num_references, -1)).sum(dim=2)
 

@@ -26,7 +26,7 @@ def sample_timesteps(batch_size: int, num_target_tokens: int, generator: torch.G
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """x_t = (1 - t) x_0 + t eps.
+    """x_t = (1 - t) x_0 + t eps, on latents (Eq. 3's noise on pixels is a slip of the pen).
 
     Args:
         latents: [B, N, C] clean packed latents.

@@ -258,7 +258,7 @@ class InferenceConfig(Section):
     guidance_scale: NotNegative = 3.5
     """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
     seed: Seed = 42
-    """Seed of the start noise; every case starts from it anew."""
+    """Seed of the start noise; the case with index i starts from seed + i, whatever the other cases are."""
     reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9
     """Long side of the subject in a prepared reference, as a share of the picture's side."""
     save_attention: bool = False

@@ -41,6 +41,7 @@ TARGET_SIDE, REFERENCE_SIDE = 8, 4  # tokens: 64 px scenes and 32 px references 
 CORRESPONDENCE_WEIGHT, DISENTANGLEMENT_WEIGHT = 0.4, 0.6  # the paper's
 LEARNING_RATE = 1e-4
 WARM_UP_STEPS = 2
+SETTINGS = ("k", "points_per_reference", "batch_size", "rank", "text_tokens", "threads", "steps")  # flags that make the numbers
 
 
 def transformer_config() -> dict[str, Any]:
@@ -204,8 +205,7 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 def memory_in_fresh_process(name: str, args: argparse.Namespace) -> float:
     """`measure_memory` of one arm, in MiB."""
-    settings = ("k", "points_per_reference", "batch_size", "rank", "text_tokens", "threads")
-    flags = [flag for key in settings for flag in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+    flags = [flag for key in SETTINGS for flag in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     command = [sys.executable, str(Path(__file__).resolve()), "train", "--memory-of", name, *flags]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])["peak_mib"]
@@ -236,10 +236,15 @@ def report(args: argparse.Namespace, times: dict[str, list[float]], memory: dict
     median = {name: statistics.median(values) for name, values in times.items()}
     costs = [100 * (ours - bare) / ours for ours, bare in zip(times["ours"], times["flow_only"], strict=True)]
     arms = {
-        name: {"ms_per_step": median[name], "time_ratio": median[name] / median["ours"], "peak_mib": memory[name], "memory_ratio": memory[name] / memory["ours"]}
+        name: {
+            "ms_per_step": median[name],
+            "time_ratio": median[name] / median["ours"],
+            "peak_mib": memory[name],
+            "memory_ratio": memory[name] / memory["ours"],
+        }
         for name in ARMS
     }
-    settings = {key: getattr(args, key) for key in ("k", "points_per_reference", "batch_size", "rank", "text_tokens", "threads", "steps")}
+    settings = {key: getattr(args, key) for key in SETTINGS}
     return {"settings": settings, "arms": arms, "capture_and_losses_percent": statistics.median(costs)}
 
 
@@ -247,8 +252,8 @@ def print_table(result: dict[str, Any]) -> None:
     """The result as a Markdown table."""
     settings = result["settings"]
     print(
-        f"One training step at pocket size: K = {settings['k']}, {settings['points_per_reference']} points per reference in the mean, batch "
-        f"{settings['batch_size']}, LoRA rank {settings['rank']}, {settings['threads']} threads, median of {settings['steps']} steps.\n"
+        f"One training step at pocket size: K = {settings['k']}, {settings['points_per_reference']} points per reference in the mean, "
+        f"batch {settings['batch_size']}, rank {settings['rank']}, {settings['threads']} threads, median of {settings['steps']} steps.\n"
     )
     print("| arm | ms per step | x ours | peak MiB | x ours |\n|---|---:|---:|---:|---:|")
     for name, arm in result["arms"].items():
@@ -270,11 +275,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--output", type=Path, help="write the result as JSON")
     train.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name in ("k", "points_per_reference", "batch_size", "rank", "text_tokens", "threads", "steps"):
+    for name in SETTINGS:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.points_per_reference > REFERENCE_SIDE**2:
-        parser.error(f"--points-per-reference must be at most {REFERENCE_SIDE**2}, the tokens of a reference, got {args.points_per_reference}")
+        parser.error(f"--points-per-reference must be at most {REFERENCE_SIDE**2}, a reference's tokens, got {args.points_per_reference}")
     return args
 
 

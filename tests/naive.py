@@ -79,7 +79,9 @@ class NaiveFlux:
 
         def mlp(name: str, x: Tensor, act: str) -> Tensor:
             inner = getattr(self.transformer.get_submodule(f"time_text_embed.{name}"), act)
-            return self.linear(f"time_text_embed.{name}.linear_2", inner(self.linear(f"time_text_embed.{name}.linear_1", x, branch)), branch)
+            return self.linear(
+                f"time_text_embed.{name}.linear_2", inner(self.linear(f"time_text_embed.{name}.linear_1", x, branch)), branch
+            )
 
         def sinusoid(main: Tensor, reference: float) -> Tensor:
             both = torch.stack([main * 1000, torch.full_like(main, reference * 1000)], dim=1)

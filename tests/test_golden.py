@@ -45,7 +45,9 @@ def test_the_comparison_notices_an_error(case: Path, capsys: pytest.CaptureFixtu
 def test_outputs_need_no_recorded_outputs(case: Path, tmp_path: Path) -> None:
     # The contract: inputs alone are enough, and OUT holds exactly the names of the contract.
     io, meta = load_file(case / "io.safetensors"), json.loads((case / "meta.json").read_text())
-    inputs = {k: v for k, v in io.items() if k in ("noisy", "latents", "noise", "prompt_embeds", "pooled", "timestep") or k.startswith("ref.")}
+    inputs = {
+        k: v for k, v in io.items() if k in ("noisy", "latents", "noise", "prompt_embeds", "pooled", "timestep") or k.startswith("ref.")
+    }
     bare = tmp_path / "case"
     bare.mkdir()
     golden.save_file(inputs, bare / "io.safetensors")

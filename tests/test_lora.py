@@ -24,38 +24,8 @@ from mosaic.lora import (
     reference_lora_parameters,
     save_reference_lora,
 )
-from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
-from tests import naive, tiny
-
-# PEFT matches names by their ends, then goes by the file, and says so: "proj_out" also ends the names of the single-stream layers.
-# It also points out every second adapter.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning"),
-]
-
-# Style LoRAs come on any linear layer, also on those that the reference LoRA leaves alone.
-STYLE_MODULES = (
-    *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
-    *("time_text_embed.timestep_embedder.linear_1", "time_text_embed.guidance_embedder.linear_2", "time_text_embed.text_embedder.linear_1"),
-    *("transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear", "transformer_blocks.0.attn.to_q"),
-    *("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.attn.to_add_out"),
-    *("transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2", "transformer_blocks.1.ff_context.net.0.proj"),
-    *("transformer_blocks.1.ff_context.net.2", "single_transformer_blocks.0.norm.linear", "single_transformer_blocks.0.attn.to_v"),
-    *("single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.1.proj_out"),
-)
-
-
-def style_tensors(transformer: FluxTransformer2DModel, seed: int = 5, rank: int = 2) -> dict[str, Tensor]:
-    """A random style LoRA; read the shapes from a stock transformer."""
-    return tiny.random_lora_file(tiny.linear_shapes(transformer, STYLE_MODULES), rank, seed)
-
-
-def style_pipeline() -> MosaicFluxPipeline:
-    """A pipeline around the 2 + 2 block transformer, without text encoders."""
-    components = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return MosaicFluxPipeline(scheduler=tiny.build_components()["scheduler"], transformer=tiny.build_transformer(), **components)
+from mosaic.transformer import MosaicFluxTransformer2DModel
+from tests import tiny
 
 
 def lora_layers(transformer: nn.Module) -> list[str]:
@@ -81,7 +51,12 @@ def close(found: Tensor, want: Tensor) -> bool:
 def test_the_modules_are_those_of_the_published_file(transformer: MosaicFluxTransformer2DModel) -> None:
     names = reference_lora_modules(transformer)
     assert len(names) == len(set(names)) == 1 + 2 * 6 + 2 * 6
-    assert {"x_embedder", "transformer_blocks.1.norm1.linear", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.1.proj_out"} <= set(names)
+    assert {
+        "x_embedder",
+        "transformer_blocks.1.norm1.linear",
+        "transformer_blocks.0.ff.net.2",
+        "single_transformer_blocks.1.proj_out",
+    } <= set(names)
     assert all(isinstance(transformer.get_submodule(name), nn.Linear) for name in names)
     assert DOUBLE_STREAM_TARGETS == ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
     assert SINGLE_STREAM_TARGETS == ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
@@ -238,8 +213,14 @@ def broken_files(transformer: FluxTransformer2DModel) -> dict[str, tuple[dict[st
     other_rank = {k: v[:2] if ".lora_A." in k else v[:, :2].contiguous() for k, v in good.items() if "x_embedder" in k}
     return {
         "missing": (without, rf"25 modules.*Missing 1: {query}\. Unexpected 0: none\."),
-        "unexpected": (good | {"transformer.proj_out.lora_A.weight": torch.ones(3, 32)}, r"Missing 0: none\. Unexpected 1: transformer\.proj_out\.lora_A\.weight\."),
-        "prefix": ({f"unet.{key}": value for key, value in good.items()}, r"Missing 50: .* \(44 more\)\. Unexpected 50: unet\..* \(44 more\)"),
+        "unexpected": (
+            good | {"transformer.proj_out.lora_A.weight": torch.ones(3, 32)},
+            r"Missing 0: none\. Unexpected 1: transformer\.proj_out\.lora_A\.weight\.",
+        ),
+        "prefix": (
+            {f"unet.{key}": value for key, value in good.items()},
+            r"Missing 50: .* \(44 more\)\. Unexpected 50: unet\..* \(44 more\)",
+        ),
         "empty": ({"nothing": torch.ones(1)}, r"Missing 50:.*Unexpected 1: nothing\."),
         "ranks": (good | other_rank, r"all modules must have one rank, got ranks \[2, 3\]"),
         "shape A": (good | {query: torch.ones(3, 33)}, rf"{query} must have shape \(3, 32\), got \(3, 33\)"),
@@ -247,7 +228,10 @@ def broken_files(transformer: FluxTransformer2DModel) -> dict[str, tuple[dict[st
         "scalars": ({key: torch.ones(()) for key in good}, r"must be a floating point matrix, got torch\.float32 of shape \(\)"),
         "vectors": ({key: torch.ones(3) for key in good}, r"must be a floating point matrix, got torch\.float32 of shape \(3,\)"),
         "rank 0": ({k: v[:0] if ".lora_A." in k else v[:, :0] for k, v in good.items()}, "the rank must be positive"),
-        "integers": ({key: torch.ones_like(value, dtype=torch.int32) for key, value in good.items()}, r"must be a floating point matrix, got torch\.int32"),
+        "integers": (
+            {key: torch.ones_like(value, dtype=torch.int32) for key, value in good.items()},
+            r"must be a floating point matrix, got torch\.int32",
+        ),
     }
 
 
@@ -284,130 +268,3 @@ def test_a_missing_file_is_named(transformer: MosaicFluxTransformer2DModel, tmp_
         load_reference_lora(transformer, tmp_path / "nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="reference LoRA not found"):
         load_reference_lora(transformer, tmp_path)  # a folder
-
-
-# ---- style LoRAs
-
-
-@pytest.mark.parametrize("order", ["style_first", "reference_first", "style_alone"])
-def test_a_style_acts_on_text_and_target_only(batch: tiny.Batch, order: str) -> None:
-    pipeline, stock = style_pipeline(), tiny.build_transformer(stock=True)
-    style, reference = style_tensors(stock), {}
-    if order == "reference_first":
-        reference = tiny.attach_random_lora(pipeline.transformer)
-    pipeline.load_lora_weights(dict(style), adapter_name="style")
-    if order == "style_first":
-        reference = tiny.attach_random_lora(pipeline.transformer)
-    twin = naive.NaiveFlux(stock, naive.lora_matrices(reference), [(naive.lora_matrices(style), 1.0)])
-    every = torch.arange(2 * batch.num_reference_tokens).expand(2, -1)
-    with torch.no_grad():
-        output, want = pipeline.transformer(**batch.inputs, capture=CaptureRequest(every)), twin(**batch.inputs)
-    torch.testing.assert_close(output.sample, want.velocity, atol=3e-5, rtol=1e-4)
-    torch.testing.assert_close(output.attention_rows.double(), naive.mean_maps(want.maps), atol=1e-6, rtol=1e-4)
-    bare = naive.NaiveFlux(stock, naive.lora_matrices(reference))(**batch.inputs).velocity
-    assert not close(want.velocity, bare)
-
-
-def test_a_style_alone_equals_stock_with_the_same_style(batch: tiny.Batch) -> None:
-    pipeline, stock = style_pipeline(), tiny.build_transformer(stock=True)
-    style, inputs = style_tensors(stock), tiny.without_references(batch.inputs)
-    bare = stock(**inputs).sample
-    pipeline.load_lora_weights(dict(style), adapter_name="style")
-    stock.load_lora_adapter(dict(style), prefix="transformer", adapter_name="style")
-    want = stock(**inputs).sample
-    assert not close(want, bare)
-    torch.testing.assert_close(pipeline.transformer(**inputs).sample, want)
-    tiny.attach_random_lora(pipeline.transformer)  # no references: the reference LoRA has no say
-    torch.testing.assert_close(pipeline.transformer(**inputs).sample, want)
-
-
-def test_training_the_reference_lora_beside_a_style_leaves_the_style_frozen(batch: tiny.Batch) -> None:
-    pipeline = style_pipeline()
-    pipeline.load_lora_weights(style_tensors(tiny.build_transformer(stock=True)), adapter_name="style")
-    parameters = tiny.attach_random_lora(pipeline.transformer)
-    assert {id(p) for p in pipeline.transformer.parameters() if p.requires_grad} == {id(p) for p in parameters.values()}
-
-
-@pytest.mark.parametrize("order", ["style_first", "reference_first"])
-def test_loading_a_reference_file_keeps_the_styles(batch: tiny.Batch, tmp_path: Path, order: str) -> None:
-    stock = tiny.build_transformer(stock=True)
-    donor = tiny.build_transformer()
-    reference = tiny.attach_random_lora(donor)
-    save_reference_lora(donor, tmp_path / "lora.safetensors")
-    first, second = style_tensors(stock, 5), style_tensors(stock, 6, rank=3)
-    pipeline = style_pipeline()
-    if order == "reference_first":
-        pipeline.load_reference_lora(tmp_path / "lora.safetensors")
-    pipeline.load_lora_weights(dict(first), adapter_name="first")
-    pipeline.load_lora_weights(dict(second), adapter_name="second")
-    pipeline.set_adapters(["first", "second"], [0.5, 2.0])
-    if order == "style_first":
-        pipeline.load_reference_lora(tmp_path / "lora.safetensors")
-    matrices = naive.lora_matrices(reference), naive.lora_matrices(first), naive.lora_matrices(second)
-
-    def twin(*styles: tuple[int, float]) -> Tensor:
-        with torch.no_grad():
-            return naive.NaiveFlux(stock, matrices[0], [(matrices[i], w) for i, w in styles])(**batch.inputs).velocity
-
-    assert close(run(pipeline.transformer, batch), twin((1, 0.5), (2, 2.0)))
-    pipeline.set_adapters("second", 1.5)
-    assert close(run(pipeline.transformer, batch), twin((2, 1.5)))
-    pipeline.disable_lora()
-    assert close(run(pipeline.transformer, batch), twin())
-    pipeline.enable_lora()
-    assert close(run(pipeline.transformer, batch), twin((2, 1.5)))
-    pipeline.load_reference_lora(tmp_path / "lora.safetensors")  # replaced by itself: the active style stays active
-    assert close(run(pipeline.transformer, batch), twin((2, 1.5)))
-    pipeline.unload_lora_weights()
-    assert close(run(pipeline.transformer, batch), twin())
-    assert set(pipeline.transformer.peft_config) == {"reference"}
-
-
-def test_unloading_the_reference_keeps_the_style(batch: tiny.Batch) -> None:
-    pipeline, stock = style_pipeline(), tiny.build_transformer(stock=True)
-    style = style_tensors(stock)
-    pipeline.load_lora_weights(dict(style), adapter_name="style")
-    styled = run(pipeline.transformer, batch)
-    tiny.attach_random_lora(pipeline.transformer)
-    assert not close(run(pipeline.transformer, batch), styled)
-    pipeline.unload_reference_lora()
-    torch.testing.assert_close(run(pipeline.transformer, batch), styled, atol=3e-5, rtol=1e-4)
-    assert set(pipeline.transformer.peft_config) == {"style"}
-    pipeline.unload_lora_weights()
-    assert not lora_layers(pipeline.transformer)
-    assert close(run(pipeline.transformer, batch), naive.NaiveFlux(stock, {})(**batch.inputs).velocity)
-
-
-def test_a_reference_file_is_no_style(tmp_path: Path) -> None:
-    pipeline = style_pipeline()
-    parameters = tiny.attach_random_lora(pipeline.transformer)
-    ours = {key: value.detach().clone() for key, value in parameters.items()}
-    save_reference_lora(pipeline.transformer, tmp_path / "lora.safetensors")
-    save_file(ours, tmp_path / "published.safetensors")  # known by its modules, without metadata
-    partial = {key: value for key, value in ours.items() if "x_embedder" not in key}
-    save_file(partial, tmp_path / "partial.safetensors", metadata={"mosaic": '{"adapter": "reference"}'})  # known by its metadata
-    pipeline.unload_reference_lora()
-    for name in ("lora", "published", "partial"):
-        with pytest.raises(ValueError, match=rf"{name}\.safetensors' is a reference LoRA, not a style LoRA: load it with load_reference_lora"):
-            pipeline.load_lora_weights(tmp_path / f"{name}.safetensors")
-        with pytest.raises(ValueError, match="is a reference LoRA"):
-            pipeline.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors")
-    with pytest.raises(ValueError, match="the given state dict is a reference LoRA"):
-        pipeline.load_lora_weights(ours)
-    assert not lora_layers(pipeline.transformer)
-
-
-def test_the_name_of_the_reference_lora_is_taken() -> None:
-    pipeline = style_pipeline()
-    style = style_tensors(tiny.build_transformer(stock=True))
-    with pytest.raises(ValueError, match="adapter_name 'reference' is taken"):
-        pipeline.load_lora_weights(style, adapter_name="reference")
-    assert not lora_layers(pipeline.transformer)
-
-
-def test_fusing_is_refused_beside_a_reference_lora() -> None:
-    pipeline = style_pipeline()
-    pipeline.load_lora_weights(style_tensors(tiny.build_transformer(stock=True)), adapter_name="style")
-    tiny.attach_random_lora(pipeline.transformer)
-    with pytest.raises(ValueError, match=r"fuse_lora\(\) would apply style LoRAs to reference tokens too"):
-        pipeline.fuse_lora()

@@ -168,7 +168,11 @@ def test_padding_and_orders_do_not_matter(seed: int) -> None:
     order = [2, 0, 3, 1]
     moved_maps = maps.unflatten(1, (4, -1))[:, order].flatten(1, 2)
     moved = batch_points([[sample[k] for k in order] for sample in samples], NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS)
-    longer = Points(*(torch.cat([x, x[:, :1].expand(-1, 3)], 1) for x in (points.global_index, points.target_index, points.reference)), torch.cat([points.mask, points.mask.new_zeros(3, 3)], 1), 4)
+    longer = Points(
+        *(torch.cat([x, x[:, :1].expand(-1, 3)], 1) for x in (points.global_index, points.target_index, points.reference)),
+        torch.cat([points.mask, points.mask.new_zeros(3, 3)], 1),
+        4,
+    )
     garbage = torch.cat([rows, torch.rand(3, 3, NUM_TARGET_TOKENS)], dim=1)
     flipped = Points(*(x.flip(0) for x in (points.global_index, points.target_index, points.reference, points.mask)), 4)
 

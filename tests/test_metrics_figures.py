@@ -34,8 +34,8 @@ from tests import tiny
 def accuracy_of(peaks: list[int], targets: list[int], grid: Grid) -> AttentionAccuracy:
     """One sample with one reference; point i has u = i."""
     rows = torch.rand(1, len(peaks), grid.num_tokens) * 0.5
-    rows[0, torch.arange(len(peaks)), torch.tensor(peaks)] = 1.0
-    points = torch.tensor([[i, v] for i, v in enumerate(targets)])
+    rows[0, torch.arange(len(peaks)), torch.tensor(peaks, dtype=torch.long)] = 1.0
+    points = torch.tensor([[i, v] for i, v in enumerate(targets)], dtype=torch.long).reshape(-1, 2)
     return attention_accuracy(rows, batch_points([[points]], len(peaks), grid.num_tokens), grid)
 
 
@@ -161,7 +161,7 @@ def test_token_position_in_a_picture_that_is_not_square() -> None:
 def test_subject_tokens() -> None:
     picture = np.full((40, 40, 3), 255, np.uint8)
     picture[10:20, 20:40] = (0, 120, 0)  # tokens (1, 2) and (1, 3) of 4 x 4
-    picture[30:40, 0:4] = 0  # less than half of token (3, 0)
+    picture[30:40, 0:2] = 0  # less than half of token (3, 0)
     assert subject_tokens(Image.fromarray(picture), Grid(4, 4)).tolist() == [6, 7]
     picture[10:20] = 255
     assert subject_tokens(Image.fromarray(picture), Grid(4, 4)).tolist() == [12]  # thin, but there

@@ -1,25 +1,18 @@
 """The pipeline: against stock FLUX without references, groups, seeds, callbacks, loading, and the messages of bad input."""
 
 import itertools
-import json
-import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from mosaic.hub import resolve_lora_file
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
-from mosaic.lora import attach_reference_lora, has_reference_lora, reference_lora_parameters, save_reference_lora
+from mosaic.lora import attach_reference_lora, reference_lora_parameters
 from mosaic.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, unpack_latents
-from mosaic.transformer import MosaicFluxTransformer2DModel
 from tests import naive, tiny
 
 HEIGHT, WIDTH, GRID = 24, 16, Grid(6, 4)  # px and tokens of the target: one token is 4 px
@@ -47,7 +40,13 @@ def shared() -> MosaicFluxPipeline:
 @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
 def test_without_references_equals_flux_pipeline(guidance_embeds: bool, num_images_per_prompt: int) -> None:
     prompts, start = ["a cat and two mugs", "a fish on the beach"], noise(2 * num_images_per_prompt)
-    common = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 3, "guidance_scale": 2.5, "num_images_per_prompt": num_images_per_prompt}
+    common = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 3,
+        "guidance_scale": 2.5,
+        "num_images_per_prompt": num_images_per_prompt,
+    }
     stock = tiny.build_stock_pipeline(guidance_embeds)
     want = stock(prompts, latents=start.clone(), max_sequence_length=tiny.TEXT_LENGTH, output_type="latent", **common).images
     ours = tiny.build_pipeline(guidance_embeds, lora_rank=None)
@@ -59,7 +58,9 @@ def test_without_references_equals_flux_pipeline(guidance_embeds: bool, num_imag
 
 def test_start_noise_of_a_seed_equals_flux_pipeline() -> None:
     arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1, "output_type": "latent"}
-    stock = tiny.build_stock_pipeline()("a cat", generator=torch.Generator().manual_seed(42), max_sequence_length=tiny.TEXT_LENGTH, **arguments).images
+    stock = tiny.build_stock_pipeline()(
+        "a cat", generator=torch.Generator().manual_seed(42), max_sequence_length=tiny.TEXT_LENGTH, **arguments
+    ).images
     ours = tiny.build_pipeline(lora_rank=None)("a cat", generator=torch.Generator().manual_seed(42), **arguments).images
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
 
@@ -68,7 +69,15 @@ def test_start_noise_of_a_seed_equals_flux_pipeline() -> None:
 def test_sampling_equals_a_plain_euler_loop_of_the_naive_twin(mode: str) -> None:
     pipeline, stock = tiny.build_pipeline(), tiny.build_stock_pipeline()
     pictures, start, steps, guidance = [tiny.picture(1), tiny.picture(2)], noise(1), 3, 2.0
-    found = run(pipeline, prompt="a cat", reference_images=pictures, latents=start, num_inference_steps=steps, guidance_scale=guidance, reference_attention=mode)
+    found = run(
+        pipeline,
+        prompt="a cat",
+        reference_images=pictures,
+        latents=start,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        reference_attention=mode,
+    )
 
     lora = {key: parameter.detach() for key, parameter in reference_lora_parameters(pipeline.transformer).items()}
     twin = naive.NaiveFlux(stock.transformer, naive.lora_matrices(lora))
@@ -105,9 +114,14 @@ def test_prompts_with_different_k_equal_single_calls(shared: MosaicFluxPipeline)
     references = [[tiny.picture(1), tiny.picture(2)], [], [tiny.picture(3)], [tiny.picture(4), tiny.picture(5)]]
     start = noise(4)
     together = run(shared, prompt=prompts, reference_images=references, latents=start)
-    alone = [run(shared, prompt=p, reference_images=r, latents=start[i : i + 1]) for i, (p, r) in enumerate(zip(prompts, references, strict=True))]
+    alone = [
+        run(shared, prompt=p, reference_images=r, latents=start[i : i + 1])
+        for i, (p, r) in enumerate(zip(prompts, references, strict=True))
+    ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(together[0], run(shared, prompt=["a cat"], reference_images=[references[0][::-1]], latents=start[:1])[0], atol=1e-3)
+    assert not torch.allclose(
+        together[0], run(shared, prompt=["a cat"], reference_images=[references[0][::-1]], latents=start[:1])[0], atol=1e-3
+    )
 
 
 def test_several_pictures_per_prompt(shared: MosaicFluxPipeline) -> None:
@@ -198,7 +212,10 @@ def test_the_callback_sees_and_changes_the_latents(shared: MosaicFluxPipeline) -
     common = {"prompt": "a cat", "reference_images": [tiny.picture(1)], "latents": noise(1), "callback_on_step_end": callback}
     result = run(shared, **common, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
     assert not result.any()
-    assert [(p is shared, step, names) for p, step, _, names, _ in seen] == [(True, 0, ["latents", "prompt_embeds"]), (True, 1, ["latents", "prompt_embeds"])]
+    assert [(p is shared, step, names) for p, step, _, names, _ in seen] == [
+        (True, 0, ["latents", "prompt_embeds"]),
+        (True, 1, ["latents", "prompt_embeds"]),
+    ]
     assert seen[0][2] == 1000 > seen[1][2] > 0
     assert seen[0][4] == (1, GRID.num_tokens, tiny.CHANNELS)
 
@@ -216,169 +233,6 @@ def test_interrupt_stops_the_sampler(shared: MosaicFluxPipeline) -> None:
     steps.clear()
     run(shared, prompt="a cat", callback_on_step_end=None)
     assert shared.num_timesteps == 2
-
-
-# ---- loading and saving
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny FLUX in an ordinary diffusers folder, saved by the stock pipeline."""
-    path = tmp_path_factory.mktemp("flux") / "model"
-    tiny.build_stock_pipeline().save_pretrained(path)
-    return path
-
-
-def test_from_pretrained_takes_our_transformer_in_place_of_the_stock_one(folder: Path, tmp_path: Path) -> None:
-    assert json.loads((folder / "model_index.json").read_text())["transformer"] == ["diffusers", "FluxTransformer2DModel"]
-    pipeline = MosaicFluxPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    assert type(pipeline) is MosaicFluxPipeline
-    assert type(pipeline.transformer) is MosaicFluxTransformer2DModel
-    start = noise(1)
-    want = run(tiny.build_pipeline(lora_rank=None), prompt="a cat", latents=start)
-    torch.testing.assert_close(run(pipeline, prompt="a cat", latents=start), want, atol=1e-5, rtol=1e-5)
-    tiny.attach_random_lora(pipeline.transformer)
-    with_references = {"prompt": "a cat", "latents": start, "reference_images": [tiny.picture(1)]}
-    want = run(tiny.build_pipeline(), **with_references)
-    torch.testing.assert_close(run(pipeline, **with_references), want, atol=1e-5, rtol=1e-5)
-
-
-def test_dtype(folder: Path) -> None:
-    pipeline = MosaicFluxPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    pipeline.set_progress_bar_config(disable=True)
-    assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder_2.dtype} == {torch.bfloat16}
-    tiny.attach_random_lora(pipeline.transformer)
-    images = pipeline(**CALL | {"prompt": "a cat", "reference_images": [tiny.picture(1)], "output_type": "np"}).images
-    assert np.isfinite(images).all()
-
-
-def test_a_saved_pipeline_loads_again(tmp_path: Path) -> None:
-    ours = tiny.build_pipeline(lora_rank=None)
-    ours.save_pretrained(tmp_path / "saved")
-    start = noise(1)
-    for cls in (MosaicFluxPipeline, FluxPipeline):
-        pipeline = cls.from_pretrained(tmp_path / "saved")
-        pipeline.set_progress_bar_config(disable=True)
-        keywords = {} if cls is MosaicFluxPipeline else {"max_sequence_length": tiny.TEXT_LENGTH}
-        found = pipeline("a cat", height=HEIGHT, width=WIDTH, num_inference_steps=2, latents=start, output_type="latent", **keywords).images
-        torch.testing.assert_close(found, run(ours, prompt="a cat", latents=start), atol=1e-5, rtol=1e-5)
-
-
-def test_reference_lora_round_trip_with_its_settings(shared: MosaicFluxPipeline, tmp_path: Path) -> None:
-    config = {"data": {"image_size": [HEIGHT, WIDTH], "reference_size": SIZE}, "model": {"reference_attention": "isolated"}, "lora": {"rank": 3}}
-    save_reference_lora(shared.transformer, tmp_path / "reference_lora.safetensors", config)
-    pipeline = tiny.build_pipeline(lora_rank=None)
-    assert pipeline.load_reference_lora(tmp_path) == 3  # a folder: the file's default name
-    assert pipeline.reference_config == config
-    common = {"prompt": "a cat", "reference_images": [tiny.picture(1)], "latents": noise(1), "num_inference_steps": 2, "output_type": "latent"}
-    found = pipeline(**common).images  # sizes and mode come from the file
-    torch.testing.assert_close(found, run(shared, **common, reference_attention="isolated"), atol=1e-5, rtol=1e-5)
-    pipeline.save_reference_lora(tmp_path / "again.safetensors")
-    third = tiny.build_pipeline(lora_rank=None)
-    third.load_reference_lora(tmp_path / "again.safetensors")
-    assert third.reference_config == config
-    third.unload_reference_lora()
-    assert third.reference_config == {}
-    assert not has_reference_lora(third.transformer)
-
-
-def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
-    pipeline = tiny.build_pipeline(lora_rank=None)
-    pipeline.reference_config = {"data": {"reference_size": SIZE}}
-    (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        pipeline.load_reference_lora(tmp_path / "x.safetensors")
-    assert pipeline.reference_config == {"data": {"reference_size": SIZE}}
-    assert not has_reference_lora(pipeline.transformer)
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "/no/such/folder"])
-def test_an_unreachable_model_names_the_pocket_default(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match=rf"model '{re.escape(name)}'.*assets/pocket/flux"):
-        MosaicFluxPipeline.from_pretrained(name, cache_dir=tmp_path)
-
-
-def test_a_folder_without_weights_names_the_pocket_default(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "broken")
-    (tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"model '.*broken' cannot be loaded: .*assets/pocket/flux"):
-        MosaicFluxPipeline.from_pretrained(tmp_path / "broken")
-
-
-@pytest.mark.usefixtures("offline")
-def test_an_unreachable_lora_names_the_pocket_default(shared: MosaicFluxPipeline, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="reference LoRA 'ByteDance-FanQie/MOSAIC' cannot be loaded.*assets/pocket"):
-        shared.load_reference_lora("ByteDance-FanQie/MOSAIC", revision="none-such")
-    with pytest.raises(FileNotFoundError, match=r"reference LoRA not found: .*nowhere\.safetensors"):
-        shared.load_reference_lora(tmp_path / "nowhere.safetensors")
-
-
-def test_lora_files_are_found(tmp_path: Path) -> None:
-    (tmp_path / "reference_lora.safetensors").touch()
-    (tmp_path / "other.safetensors").touch()
-    assert resolve_lora_file(tmp_path) == tmp_path / "reference_lora.safetensors"
-    assert resolve_lora_file(tmp_path, "other.safetensors") == tmp_path / "other.safetensors"
-    assert resolve_lora_file(str(tmp_path / "other.safetensors")) == tmp_path / "other.safetensors"
-
-
-# ---- bad input
-
-PICTURE = tiny.picture(1)
-BAD_CALLS = {
-    "size": ({"height": 22}, r"image size: height and width must be positive multiples of the token size 4 px, got 22 x 16\. Nearest: 24 x 16"),
-    "reference size": ({"reference_size": 10}, "reference_size: height and width must be positive multiples of the token size 4 px, got 10 x 10"),
-    "no prompt": ({"prompt": None}, "give prompt or prompt_embeds"),
-    "both prompts": ({"prompt_embeds": torch.ones(1, 8, 32)}, "give prompt or prompt_embeds .*one of the two"),
-    "empty prompt": ({"prompt": "  "}, r"prompt\[0\] must be a non-empty string, got '  '"),
-    "empty second prompt": ({"prompt": ["a", ""]}, r"prompt\[1\] must be a non-empty string, got ''"),
-    "no prompts": ({"prompt": []}, "prompt must not be an empty list"),
-    "prompt type": ({"prompt": ["a", 3]}, r"prompt\[1\] must be a non-empty string, got 3"),
-    "embeds alone": ({"prompt": None, "prompt_embeds": torch.ones(1, 8, 32)}, "prompt_embeds need pooled_prompt_embeds"),
-    "count": ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive integer, got 0"),
-    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer, got 0"),
-    "generators": ({"generator": [torch.Generator()] * 2}, "a list of generators must hold one per picture: 1, got 2"),
-    "callback": ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"callback_on_step_end_tensor_inputs may name .*latents.*got \['noise'\]"),
-    "both references": ({"reference_images": [PICTURE], "reference_latents": torch.ones(1, 4, 6, 6)}, "reference_images or reference_latents, not both"),
-    "a single picture": ({"reference_images": PICTURE}, r"must be a list of pictures, got a single picture: write reference_images=\[picture\]"),
-    "a path": ({"reference_images": [PICTURE, "cat.png"]}, r"reference_images\[0\]\[1\] must be a PIL picture, got str; see mosaic\.load_image"),
-    "flat list": ({"prompt": ["a", "b"], "reference_images": [PICTURE, PICTURE]}, "one list of pictures per prompt: 2 lists, got 2 entries"),
-    "short list": ({"prompt": ["a", "b"], "reference_images": [[PICTURE]]}, "one list of pictures per prompt: 2 lists, got 1 entries"),
-    "latents count": ({"prompt": ["a", "b"], "reference_latents": torch.ones(1, 4, 6, 6)}, r"one tensor \[K, C, h, w\] per prompt: 2, got 1"),
-    "latents shape": ({"reference_latents": [torch.ones(4, 6, 6)]}, r"reference_latents\[0\] must have shape \[K, C, h, w\] with even h and w, got \(4, 6, 6\)"),
-    "odd latents": ({"reference_latents": torch.ones(1, 4, 5, 6)}, r"reference_latents\[0\] must have shape .*got \(1, 4, 5, 6\)"),
-    "latents channels": ({"reference_latents": torch.ones(1, 3, 6, 6)}, r"reference_latents\[0\] must have 4 channels.*got 3"),
-    "mixed latents": ({"prompt": ["a", "b"], "reference_latents": [torch.ones(1, 4, 6, 6), torch.ones(2, 4, 8, 8)]}, "all references of a call share one size"),
-    "noise": ({"latents": torch.ones(1, 4, 12, 8)}, r"latents must be packed noise of shape \(1, 24, 16\) for this call, got \(1, 4, 12, 8\)"),
-    "mode": ({"reference_images": [PICTURE], "reference_attention": "all"}, "reference_attention must be one of"),
-    "output": ({"output_type": "jpeg"}, "output_type must be one of"),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD_CALLS))
-def test_bad_calls_are_named_before_anything_runs(case: str, shared: MosaicFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, message = BAD_CALLS[case]
-    monkeypatch.setattr(shared, "encode_prompt", lambda *args, **kwargs: pytest.fail("the call began to compute"))
-    with pytest.raises(ValueError, match=message):
-        run(shared, **{"prompt": "a cat"} | arguments)
-
-
-def test_references_need_a_reference_lora() -> None:
-    pipeline = tiny.build_pipeline(lora_rank=None)
-    for arguments in ({"reference_images": [PICTURE]}, {"reference_latents": torch.ones(1, 4, 6, 6)}):
-        with pytest.raises(ValueError, match=r"references need a reference LoRA: call load_reference_lora"):
-            run(pipeline, prompt="a cat", **arguments)
-    run(pipeline, prompt="a cat", reference_images=[])  # none: fine
-    with pytest.raises(ValueError, match="no reference LoRA is attached"):
-        pipeline.save_reference_lora("/no/such/file.safetensors")
 
 
 # ---- latents

@@ -36,15 +36,21 @@ def test_pixel_to_token_and_back() -> None:
         assert unpack_latents(pack_latents(latents), grid)[0, 0, y // 8, x // 8] == 1
 
 
-@pytest.mark.parametrize(("height", "width", "factor", "grid"), [(512, 512, 8, (32, 32)), (1024, 768, 8, (64, 48)), (64, 64, 4, (8, 8)), (24, 32, 2, (6, 8))])
+@pytest.mark.parametrize(
+    ("height", "width", "factor", "grid"), [(512, 512, 8, (32, 32)), (1024, 768, 8, (64, 48)), (64, 64, 4, (8, 8)), (24, 32, 2, (6, 8))]
+)
 def test_token_grid(height: int, width: int, factor: int, grid: tuple[int, int]) -> None:
     assert token_grid(height, width, factor) == Grid(*grid)
     assert token_grid(height, width, factor).num_tokens == grid[0] * grid[1]
 
 
-@pytest.mark.parametrize(("height", "width", "nearest"), [(500, 512, "496 x 512"), (512, 0, "512 x 16"), (-16, 512, "16 x 512"), (8, 520, "16 x 512")])
+@pytest.mark.parametrize(
+    ("height", "width", "nearest"), [(500, 512, "496 x 512"), (512, 0, "512 x 16"), (-16, 512, "16 x 512"), (8, 520, "16 x 512")]
+)
 def test_sizes_that_do_not_divide_are_refused(height: int, width: int, nearest: str) -> None:
-    with pytest.raises(ValueError, match=rf"data\.image_size: height and width must be .* 16 px, got {height} x {width}\. Nearest: {nearest}\."):
+    with pytest.raises(
+        ValueError, match=rf"data\.image_size: height and width must be .* 16 px, got {height} x {width}\. Nearest: {nearest}\."
+    ):
         token_grid(height, width, where="data.image_size")
 
 

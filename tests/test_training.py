@@ -53,7 +53,8 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fixed_noise")
-def test_accumulation_equals_one_batch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulation_equals_one_batch(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(runs.make_config(world, tmp_path, optimizer__max_grad_norm=None))
     seen, start = runs.captured_gradients(trainer, monkeypatch), runs.values(trainer)
     samples = [trainer.dataset[i] for i, k in enumerate(trainer.dataset.num_references) if k == 2][:4]
     whole = trainer.optimizer_step([collate(samples)])

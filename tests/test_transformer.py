@@ -79,7 +79,9 @@ def test_equals_the_naive_twin(mode: str, num_references: int, guidance_embeds: 
 
 
 @pytest.mark.parametrize(("blocks", "expected"), [("all", [0, 1, 2, 3]), ("double", [0, 1]), ([3], [3]), ([0, 2], [0, 2])])
-def test_rows_come_from_the_wanted_blocks(transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch, blocks: object, expected: list) -> None:
+def test_rows_come_from_the_wanted_blocks(
+    transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch, blocks: object, expected: list
+) -> None:
     parameters = tiny.attach_random_lora(transformer)
     capture = CaptureRequest(batch.points.global_index, reference_means=True, blocks=blocks)
     twin = naive.NaiveFlux(tiny.build_transformer(stock=True), naive.lora_matrices(parameters))
@@ -91,7 +93,9 @@ def test_rows_come_from_the_wanted_blocks(transformer: MosaicFluxTransformer2DMo
     torch.testing.assert_close(output.attention_rows.sum(-1), torch.ones(output.attention_rows.shape[:2]))
 
 
-def test_capture_does_not_change_the_velocity_and_is_absent_unless_asked_for(transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch) -> None:
+def test_capture_does_not_change_the_velocity_and_is_absent_unless_asked_for(
+    transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch
+) -> None:
     tiny.attach_random_lora(transformer)
     with torch.no_grad():
         plain, captured = transformer(**batch.inputs), transformer(**batch.inputs, capture=CaptureRequest(batch.points.global_index))
@@ -128,7 +132,9 @@ def test_references_do_not_see_the_timestep_or_the_guidance(transformer: MosaicF
     transformer.single_transformer_blocks[1].register_forward_pre_hook(lambda module, args: block_inputs.append(args[0][:, 24:]))
     with torch.no_grad():
         transformer(**batch.inputs, reference_attention="isolated")
-        transformer(**batch.inputs | {"timestep": torch.tensor([0.9, 0.1]), "guidance": torch.tensor([2.0, 5.0])}, reference_attention="isolated")
+        transformer(
+            **batch.inputs | {"timestep": torch.tensor([0.9, 0.1]), "guidance": torch.tensor([2.0, 5.0])}, reference_attention="isolated"
+        )
     torch.testing.assert_close(block_inputs[0], block_inputs[1], atol=1e-6, rtol=1e-6)
     assert block_inputs[0].abs().max() > 0.1
 
@@ -215,8 +221,9 @@ def test_position_ids_stay_float32_in_a_bfloat16_model(transformer: MosaicFluxTr
     assert seen == [torch.float32]
 
 
-# Dynamo itself looks at `.grad` of the block's inputs.
+# Dynamo itself looks at `.grad` of the block's inputs, and makes an instance of every autograd function.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 def test_blocks_compile_without_graph_breaks(batch: tiny.Batch) -> None:
     transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)
     parameters = tiny.attach_random_lora(transformer)
@@ -232,6 +239,7 @@ def test_blocks_compile_without_graph_breaks(batch: tiny.Batch) -> None:
         torch.testing.assert_close(compiled[3][key], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_sampling_compiles_without_graph_breaks(batch: tiny.Batch, mode: str) -> None:
     transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)

@@ -1,7 +1,7 @@
 """Pictures and latents of the pocket base: rendered once, encoded once, drawn again and again.
 
-Three kinds of pictures, see `scripts.pocket.world`: scenes; sheets (a scene with columns of panels to its left that show
-its subjects alone); strips of panels. Every panel and every scene is encoded by itself, so the latents of a panel
+Three kinds of pictures, see `scripts.pocket.world`: scenes; sheets (a scene with columns of panels to its left that
+show its subjects alone); strips of panels. Every panel and every scene is encoded by itself, so the latents of a panel
 are exactly those that the same picture has as a reference. Tokens of a sample: scene first, then the panels.
 """
 
@@ -57,12 +57,12 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("scene", 0, True, 24_000, 0.45),
-    Layout("sheet1", 1, True, 24_000, 0.22),
-    Layout("sheet2", 2, True, 12_000, 0.13),
-    Layout("sheet3", 3, True, 4_000, 0.06),
-    Layout("sheet4", 4, True, 4_000, 0.06),
-    Layout("strip", 4, False, 8_000, 0.08),
+    Layout("scene", 0, True, 20_000, 0.45),
+    Layout("sheet1", 1, True, 16_000, 0.22),
+    Layout("sheet2", 2, True, 8_000, 0.13),
+    Layout("sheet3", 3, True, 3_000, 0.06),
+    Layout("sheet4", 4, True, 3_000, 0.06),
+    Layout("strip", 4, False, 4_000, 0.08),
 )
 
 
@@ -243,7 +243,7 @@ class TokenStore:
                     tensors.append(content.get_tensor("tokens"))
                     captions += json.loads(content.metadata()["captions"])
             if not tensors:
-                raise FileNotFoundError(f"{folder} holds no shard of layout {layout.name!r}: encode the pictures first.")
+                raise FileNotFoundError(f"{folder} holds no shard of layout {layout.name!r}: give --vae-dir to encode.")
             self.tokens[layout.name] = torch.cat(tensors)
             self.captions[layout.name] = captions
             self.ids[layout.name] = (caption_ids(tokenizer, captions), caption_ids(tokenizer_2, captions))

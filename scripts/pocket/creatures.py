@@ -257,7 +257,7 @@ def _build_sprite(class_name: str, palette: str, pattern: str, marking: str, sid
     return Image.fromarray(colorize(materials, shade, mask, PALETTES[palette])).reduce(oversampling)
 
 
-_small_sprite = lru_cache(maxsize=1536)(_build_sprite)
+_small_sprite = lru_cache(maxsize=8192)(_build_sprite)
 _large_sprite = lru_cache(maxsize=48)(_build_sprite)
 
 

@@ -19,7 +19,7 @@ from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.tokens import Grid
 from mosaic.validation import batch_attention_accuracy
 from scripts.pocket import world
-from scripts.pocket.judge import Judge, make_candidates
+from scripts.pocket.judge import JUDGE_SIZE, Judge, make_candidates
 
 FIRST_SEED = 50_000_000  # scenes of the evaluation; far from the seeds of data sets
 REFERENCE_GRID = 32  # side of the grid on which reference points are found
@@ -65,8 +65,9 @@ class Result:
     presence: Proportion
 
     def to_dict(self) -> dict:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able; shares of nothing are null."""
+        measures = asdict(self)
+        return {name: {key: None if math.isnan(value) else value for key, value in entry.items()} for name, entry in measures.items()}
 
 
 def held_out_scenes(num_references: int, count: int) -> list[world.Scene]:
@@ -110,10 +111,10 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequen
         min_visible: Leave out subjects of which less is visible in the scene as drawn (for real renderings).
     """
     hits, leaks, present = [], [], []
-    tensors = images_to_tensor([picture.resize((64, 64), Image.Resampling.LANCZOS) for picture in pictures])
+    tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
     for index, scene in enumerate(scenes):
         identities = [placement.identity for placement in scene.placements]
-        visible = world.visible_fractions(scene) if min_visible else [1.0] * len(identities)
+        visible = world.visible_fractions(scene, JUDGE_SIZE) if min_visible else [1.0] * len(identities)
         picture, rng = tensors[index : index + 1], np.random.default_rng([17, scene.seed])
         probabilities = judge.presence_probability(picture)[0]
         for k, identity in enumerate(identities):

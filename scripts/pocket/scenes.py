@@ -23,7 +23,8 @@ MAX_SUBJECTS = 6
 
 DISTINCT_SHARE = 0.85  # scenes whose subjects are all of different classes, unless asked otherwise
 MIN_VISIBLE = 0.45
-MAX_ANGLE = 25.0  # degrees
+TILT = 15.0  # degrees
+SCENE_LATTICE = 16  # centres of subjects in a scene, along one side
 _LAYOUT_GRID = 28  # cells per side on which layouts are checked
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -105,14 +106,25 @@ def _sample_identities(rng: np.random.Generator, split: str, count: int, distinc
     return identities
 
 
-def sample_pose(rng: np.random.Generator, identity: Identity, low: float, high: float) -> Placement:
-    """Draw a pose whose bounding box stays on the canvas."""
-    scale, angle = rng.uniform(low, high), rng.uniform(-MAX_ANGLE, MAX_ANGLE)
+def sample_pose(rng: np.random.Generator, identity: Identity, scales: tuple[float, ...], lattice: int) -> Placement:
+    """Draw a pose whose bounding box stays on the canvas.
+
+    Poses come from small sets, which a toy model learns much sooner than a continuum: a few scales, upright or tilted by
+    `TILT` either way, mirrored or not, and a centre on a lattice.
+
+    Args:
+        rng: Source of the draws.
+        identity: Who poses.
+        scales: Long sides to choose from, as shares of the canvas; made smaller only where the subject would not fit.
+        lattice: Steps of the centre's lattice along one side of the canvas.
+    """
+    scale, angle = scales[rng.integers(len(scales))], TILT * (0, 0, -1, 1)[rng.integers(4)]
     wide, tall = creatures.half_extents(identity.class_name, identity.marking)
     c, s = abs(cos(radians(angle))), abs(sin(radians(angle)))
     turned = np.array([wide * c + tall * s, wide * s + tall * c])  # half extents of the turned box
     scale = min(scale, 0.98 / turned.max())
-    x, y = rng.uniform(turned * scale / 2, 1 - turned * scale / 2)
+    first, last = np.ceil(turned * scale / 2 * lattice), np.floor((1 - turned * scale / 2) * lattice)
+    x, y = np.where(first <= last, rng.integers(first, np.maximum(first, last) + 1), lattice / 2) / lattice
     return Placement(identity, float(x), float(y), float(scale), float(angle), bool(rng.random() < 0.5))
 
 
@@ -135,11 +147,11 @@ def sample_scene(
     drawn = rng.random() < DISTINCT_SHARE
     identities = _sample_identities(rng, split, count, drawn if distinct_classes is None else distinct_classes)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    low, high = (0.36, 0.5) if count <= 2 else (0.3, 0.4)
+    scales = (0.38, 0.45) if count <= 2 else (0.32, 0.38)
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:
         for _ in range(30):
-            scene = Scene(background, seed, tuple(sample_pose(rng, i, low * shrink, high * shrink) for i in identities))
+            scene = Scene(background, seed, tuple(sample_pose(rng, i, tuple(shrink * x for x in scales), SCENE_LATTICE) for i in identities))
             if count == 1 or visible_fractions(scene, _LAYOUT_GRID).min() >= wanted:
                 return scene
         shrink, wanted = shrink * 0.97, max(MIN_VISIBLE, wanted - 0.1)

@@ -19,6 +19,7 @@ from scripts.pocket.scenes import (
     sample_scene,
 )
 
+PANEL_SCALES, PANEL_LATTICE = (0.76, 0.9), 8
 BLANK_SHARE = 0.15  # bottom panels that stay white
 FOUR_OF_A_KIND_SHARE = 0.3  # strips that show one identity four times
 
@@ -50,7 +51,7 @@ def sample_sheet(seed: int, num_panels: int, split: str = "train") -> Sheet:
     rng = np.random.default_rng([seed, num_panels, 0x5EE7])
     scene = sample_scene(seed, split, int(rng.integers(num_panels, 5)))
     poses = [
-        None if rng.random() < BLANK_SHARE else sample_pose(rng, placement.identity, 0.6, 0.9)
+        None if rng.random() < BLANK_SHARE else sample_pose(rng, placement.identity, PANEL_SCALES, PANEL_LATTICE)
         for placement in scene.placements[:num_panels]
     ]
     return Sheet(scene, tuple(poses))
@@ -89,7 +90,7 @@ def sample_strip(seed: int, split: str = "train") -> Strip:
     first = sample_identity(rng, CLASSES[names[0]], split)
     second = sample_identity(rng, CLASSES[names[1]], split)
     order: list[Identity] = [first] * 4 if rng.random() < FOUR_OF_A_KIND_SHARE else [first, first, second, second]
-    return Strip(tuple(sample_pose(rng, order[i], 0.6, 0.9) for i in rng.permutation(4)))
+    return Strip(tuple(sample_pose(rng, order[i], PANEL_SCALES, PANEL_LATTICE) for i in rng.permutation(4)))
 
 
 def render_strip(strip: Strip, size: int) -> Image.Image:

@@ -1,0 +1,93 @@
+"""The benchmark command at its smallest: the arms do the same work, the table and the JSON hold what they promise."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import benchmark
+
+SMALLEST = [
+    "train",
+    "--k",
+    "2",
+    "--points-per-reference",
+    "3",
+    "--batch-size",
+    "1",
+    "--rank",
+    "2",
+    "--text-tokens",
+    "4",
+    "--threads",
+    "1",
+    "--steps",
+    "1",
+]
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of each kind, and the caller's number of threads afterwards."""
+    small = benchmark.POCKET_GEOMETRY | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+    monkeypatch.setattr(benchmark, "transformer_config", lambda: small)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+
+def test_points_are_ragged_and_have_the_stated_mean() -> None:
+    args = benchmark.parse(["train", "--k", "4", "--batch-size", "200"])
+    samples = benchmark.draw_points(args)
+    counts = torch.tensor([[len(pairs) for pairs in sample] for sample in samples]).float()
+    assert counts.shape == (200, 4)
+    assert counts.mean().item() == pytest.approx(9, abs=0.3)
+    assert counts.min() < 7
+    assert counts.max() > 11
+    from mosaic.correspondence import validate_points
+
+    for sample in samples:
+        validate_points(sample, 16, 64)
+
+
+def test_arms_take_turns_and_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "memory_in_fresh_process", lambda name, args: {"ours": 2.0, "flow_only": 1.0, "twin": 6.0}[name])
+    result = benchmark.main([*SMALLEST, "--output", str(tmp_path / "deep" / "result.json")])
+    assert json.loads((tmp_path / "deep" / "result.json").read_text()) == result
+    assert set(result["arms"]) == {"ours", "flow_only", "twin"}
+    assert result["arms"]["twin"]["memory_ratio"] == 3
+    assert result["arms"]["ours"]["time_ratio"] == 1
+    assert all(arm["ms_per_step"] > 0 for arm in result["arms"].values())
+    printed = capsys.readouterr().out
+    assert "| twin |" in printed
+    assert "K = 2, 3 points per reference" in printed
+    assert "Capture and losses cost" in printed
+
+
+def test_a_difference_between_the_arms_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.naive.disentanglement", lambda maps, samples, size: [maps.new_zeros(()) for _ in samples])
+    with pytest.raises(RuntimeError, match="disagree on the loss"):
+        benchmark.time_in_turns(benchmark.parse(SMALLEST))
+
+
+def test_memory_is_read_above_the_built_objects(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.measure_memory(benchmark.parse([*SMALLEST, "--memory-of", "ours"]))
+    assert json.loads(capsys.readouterr().out)["peak_mib"] >= 0
+    assert 50 < benchmark.peak_memory_mib() < 100_000
+
+
+def test_cost_is_the_median_of_paired_steps() -> None:
+    args = benchmark.parse(SMALLEST)
+    times = {"ours": [100.0, 200.0, 100.0], "flow_only": [90.0, 190.0, 95.0], "twin": [300.0, 200.0, 250.0]}
+    result = benchmark.report(args, times, {"ours": 10.0, "flow_only": 8.0, "twin": 20.0})
+    assert result["capture_and_losses_percent"] == pytest.approx(5)
+    assert result["arms"]["twin"]["time_ratio"] == 2.5
+    assert result["arms"]["twin"]["memory_ratio"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--k", "0"], "--k must be positive, got 0"), (["--points-per-reference", "17"], "must be at most 16")]
+)
+def test_bad_flags_are_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse(["train", *flags])
+    assert message in capsys.readouterr().err

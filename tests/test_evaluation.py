@@ -1,0 +1,169 @@
+"""The measures of the pocket world, with judges that know the truth or swap it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mosaic.config import from_dict
+from scripts import evaluate
+from scripts.pocket import world
+from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, proportion, scene_batch
+from scripts.pocket.judge import NUM_CANDIDATES
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),  # Wilson 1927, without continuity correction
+    [(5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (1, 1, 0.2065, 1.0)],
+)
+def test_wilson_interval(hits: int, count: int, low: float, high: float) -> None:
+    found = proportion([True] * hits + [False] * (count - hits))
+    assert (found.share, found.count) == (hits / count, count)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_share_of_nothing_is_not_a_number() -> None:
+    found = proportion([])
+    assert found.count == 0
+    assert all(math.isnan(value) for value in (found.share, found.low, found.high))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_scenes_are_held_out_with_distinct_classes(k: int) -> None:
+    scenes = held_out_scenes(k, 30)
+    assert len({scene.seed for scene in scenes}) == 30
+    for scene in scenes:
+        identities = [placement.identity for placement in scene.placements]
+        assert len(identities) == len({identity.class_name for identity in identities}) == k
+        assert all(world.is_held_out(identity) for identity in identities)
+    assert held_out_scenes(k, 30) == scenes
+
+
+class FakeJudge:
+    """Takes the subject of a class for the identity that `seen` names; it reads no picture."""
+
+    def __init__(self, seen: dict[str, world.Identity], present: float = 1.0) -> None:
+        self.seen, self.present = seen, present
+        self.asked: list[tuple[str, int]] = []
+
+    def score(self, pictures: Tensor, class_name: str, identities: Sequence[world.Identity]) -> Tensor:
+        """0 for the right looks, less with every attribute that differs; classes are not compared."""
+        assert pictures.shape == (1, 3, 64, 64)
+        self.asked.append((class_name, len(identities)))
+        own = self.seen[class_name]
+        names = ("palette", "pattern", "marking")
+        return torch.tensor([[-sum(getattr(own, name) != getattr(other, name) for name in names) for other in identities]]).float()
+
+    def identify(self, pictures: Tensor, class_name: str, candidates: Sequence[world.Identity]) -> Tensor:
+        return self.score(pictures, class_name, candidates).argmax(dim=1)
+
+    def presence_probability(self, pictures: Tensor) -> Tensor:
+        return torch.full((len(pictures), len(world.CLASSES)), self.present)
+
+
+def scene_of_different_looks(k: int, min_visible: float = 0.0) -> world.Scene:
+    """A held-out scene whose subjects differ in palette."""
+    for scene in held_out_scenes(k, 200):
+        palettes = {placement.identity.palette for placement in scene.placements}
+        if len(palettes) == k and min(world.visible_fractions(scene, 64)) >= min_visible:
+            return scene
+    raise AssertionError("no such scene")
+
+
+def identities_of(scene: world.Scene) -> list[world.Identity]:
+    return [placement.identity for placement in scene.placements]
+
+
+def test_a_judge_that_knows_the_truth() -> None:
+    scene = scene_of_different_looks(3)
+    judge = FakeJudge({identity.class_name: identity for identity in identities_of(scene)})
+    found = judge_pictures(judge, [Image.new("RGB", (96, 96))], [scene])
+    assert found.identification == found.presence == proportion([True] * 3)
+    assert found.leakage == proportion([False] * 3)
+    classes = [identity.class_name for identity in identities_of(scene)]
+    assert judge.asked == [call for name in classes for call in ((name, NUM_CANDIDATES), (name, 3))]
+
+
+def test_a_picture_whose_subjects_swapped_looks_leaks() -> None:
+    scene = scene_of_different_looks(2)
+    first, second = identities_of(scene)
+    swapped = {
+        first.class_name: replace(second, class_name=first.class_name),
+        second.class_name: replace(first, class_name=second.class_name),
+    }
+    found = judge_pictures(FakeJudge(swapped, present=0.4), [Image.new("RGB", (64, 64))], [scene])
+    assert found.leakage == proportion([True] * 2)
+    assert found.identification.share == 0
+    assert found.presence == proportion([False] * 2)
+
+
+def test_one_subject_cannot_leak() -> None:
+    scene = held_out_scenes(1, 1)[0]
+    judge = FakeJudge({identity.class_name: identity for identity in identities_of(scene)})
+    found = judge_pictures(judge, [Image.new("RGB", (64, 64))], [scene])
+    assert found.leakage.count == 0
+    assert found.to_dict()["leakage"] == {"share": None, "low": None, "high": None, "count": 0}  # JSON knows no NaN
+    assert found.identification == proportion([True])
+
+
+def test_hidden_subjects_are_left_out_on_request() -> None:
+    scene = next(scene for scene in held_out_scenes(4, 200) if min(world.visible_fractions(scene, 64)) < 0.6)
+    limit = 0.6
+    visible = sum(share >= limit for share in world.visible_fractions(scene, 64))
+    judge = FakeJudge({identity.class_name: identity for identity in identities_of(scene)})
+    assert judge_pictures(judge, [Image.new("RGB", (64, 64))], [scene], limit).identification.count == visible < 4
+    assert judge_pictures(judge, [Image.new("RGB", (64, 64))], [scene]).identification.count == 4
+
+
+def test_scene_batch_is_what_training_sees() -> None:
+    config = from_dict({"data": {"image_size": [64, 64], "reference_size": 32}})
+    scenes = held_out_scenes(2, 3)
+    pipeline = tiny.build_pipeline()  # tokens of 4 px
+    batch = scene_batch(scenes, pipeline, config)
+    assert batch.images.shape == (3, 3, 64, 64)
+    assert batch.reference_images.shape == (3, 2, 3, 32, 32)
+    assert batch.prompts == [world.caption(scene) for scene in scenes]
+    for sample in batch.points:
+        owners = [set(pairs[:, 1].tolist()) for pairs in sample]
+        assert all(owners)
+        assert not owners[0] & owners[1]
+        assert all(int(pairs[:, 0].max()) < 64 for pairs in sample)
+        assert all(int(pairs[:, 1].max()) < 256 for pairs in sample)
+
+
+def fake_entry(k: int) -> dict:
+    share = asdict(Proportion(0.5, 0.4, 0.6, 200))
+    nothing = asdict(Proportion(math.nan, math.nan, math.nan, 0))
+    arm = {"identification": share, "leakage": share if k > 1 else nothing, "presence": share}
+    attention = {"exact": 0.25, "near": 0.5, "exact_chance": 1 / 64, "near_chance": 0.12, "num_points": 9}
+    return {"num_references": k, "num_cases": 100, "adapter": arm, "without_references": arm, "attention": attention, "judge_on_real": arm}
+
+
+def test_the_table_has_a_cell_for_every_column() -> None:
+    lines = evaluate.table([fake_entry(1), fake_entry(2)]).splitlines()
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[:6] == ["1", "100", "50.0 [40.0, 60.0]", "50.0 [40.0, 60.0]", "-", "-"]
+    assert cells[-3:] == ["25.0 (1.6)", "50.0 (12.0)", "50.0 [40.0, 60.0]"]
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("nothing may be computed"))
+    (tmp_path / "config.json").write_text("{}")
+    config = ["--config", str(tmp_path / "config.json")]
+    for arguments, message in (
+        ([*config, "--num-cases", "0"], "--num-cases and --batch-size must be at least 1"),
+        ([*config, "--k", "2", "7"], "--k must be of 1..6, got [2, 7]."),
+        (config, "inference.lora is null in"),
+        (["--config", str(tmp_path / "none.json")], "none.json: file not found."),
+    ):
+        assert evaluate.main([*arguments, "--output", str(tmp_path / "numbers.json")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "numbers.json").exists()
