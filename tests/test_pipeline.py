@@ -14,18 +14,7 @@ from mosaic.lora import attach_reference_lora, reference_lora_parameters
 from mosaic.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, unpack_latents
 from tests import naive, tiny
-
-HEIGHT, WIDTH, GRID = 24, 16, Grid(6, 4)  # px and tokens of the target: one token is 4 px
-SIZE = 12  # px of a reference: 3 x 3 tokens
-CALL = {"height": HEIGHT, "width": WIDTH, "reference_size": SIZE, "num_inference_steps": 2, "output_type": "latent"}
-
-
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, GRID.num_tokens, tiny.CHANNELS, generator=torch.Generator().manual_seed(seed))
-
-
-def run(pipeline: MosaicFluxPipeline, **arguments: object) -> Tensor:
-    return pipeline(**CALL | arguments).images
+from tests.tiny import CALL, GRID, HEIGHT, SIZE, WIDTH, noise, run
 
 
 @pytest.fixture(scope="module")

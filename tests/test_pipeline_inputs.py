@@ -2,23 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.tokens import Grid
 from tests import tiny
-
-HEIGHT, WIDTH, GRID = 24, 16, Grid(6, 4)  # px and tokens of the target: one token is 4 px
-SIZE = 12  # px of a reference: 3 x 3 tokens
-CALL = {"height": HEIGHT, "width": WIDTH, "reference_size": SIZE, "num_inference_steps": 2, "output_type": "latent"}
-
-
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, GRID.num_tokens, tiny.CHANNELS, generator=torch.Generator().manual_seed(seed))
-
-
-def run(pipeline: MosaicFluxPipeline, **arguments: object) -> Tensor:
-    return pipeline(**CALL | arguments).images
+from tests.tiny import run
 
 
 @pytest.fixture(scope="module")

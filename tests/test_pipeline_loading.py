@@ -9,26 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from torch import Tensor
 
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import has_reference_lora, save_reference_lora
 from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.tokens import Grid
 from mosaic.transformer import MosaicFluxTransformer2DModel
 from tests import tiny
-
-HEIGHT, WIDTH, GRID = 24, 16, Grid(6, 4)  # px and tokens of the target: one token is 4 px
-SIZE = 12  # px of a reference: 3 x 3 tokens
-CALL = {"height": HEIGHT, "width": WIDTH, "reference_size": SIZE, "num_inference_steps": 2, "output_type": "latent"}
-
-
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, GRID.num_tokens, tiny.CHANNELS, generator=torch.Generator().manual_seed(seed))
-
-
-def run(pipeline: MosaicFluxPipeline, **arguments: object) -> Tensor:
-    return pipeline(**CALL | arguments).images
+from tests.tiny import CALL, HEIGHT, SIZE, WIDTH, noise, run
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,9 @@ from mosaic.tokens import Grid, position_ids, reference_position_ids, text_posit
 from mosaic.transformer import MosaicFluxTransformer2DModel
 from scripts.pocket.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
+HEIGHT, WIDTH, GRID = 24, 16, Grid(6, 4)  # px and tokens of the pipeline's target: one token is 4 px
+SIZE = 12  # px of its references: 3 x 3 tokens
+CALL = {"height": HEIGHT, "width": WIDTH, "reference_size": SIZE, "num_inference_steps": 2, "output_type": "latent"}
 CHANNELS = 16  # of a token: 4 latent channels x 2 x 2
 TEXT_WIDTH = 32
 TEXT_LENGTH = 8
@@ -235,3 +238,13 @@ def picture(seed: int, size: int = 20) -> Image.Image:
     array = torch.full((size, size, 3), 255, dtype=torch.uint8)
     array[2 : size - 5, 4 : size - 1] = torch.randint(0, 250, (size - 7, size - 5, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(array.numpy())
+
+
+def noise(count: int, seed: int = 0) -> Tensor:
+    """Packed start noise of `count` pictures."""
+    return torch.randn(count, GRID.num_tokens, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def run(pipeline: MosaicFluxPipeline, **arguments: object) -> Tensor:
+    """Latents of a small call."""
+    return pipeline(**CALL | arguments).images
