@@ -4,11 +4,10 @@ The vocabularies are learnt from the captions of the pocket world alone. Every b
 (T5) is also a token, so words that no caption holds are spelt out character by character instead of being lost.
 """
 
-import json
 import string
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 #: Tokens of both text encoders, start and end tokens included. The longest caption needs to fit.
@@ -29,33 +28,27 @@ def caption_words(captions: Iterable[str]) -> list[str]:
 
 
 def build_clip_tokenizer(words: list[str], length: int = TEXT_LENGTH) -> CLIPTokenizer:
-    """Trains byte pairs until each of `words` is one token; other words fall apart into smaller pieces."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    """Byte pairs under which each of `words` is one token; other words fall apart into smaller pieces.
+
+    The rules are written down and not learnt: a trainer breaks ties differently in every process.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000,
-        min_frequency=1,
-        show_progress=False,
-        special_tokens=list(_CLIP_SPECIAL),
-        initial_alphabet=alphabet,
-        end_of_word_suffix=_END_OF_WORD,
-    )
-    learner.train_from_iterator([" ".join(words)], trainer)
-    learned = learner.get_vocab()
-    pieces = [token for token, _ in sorted(learned.items(), key=lambda item: item[1])]
-    pieces += [character + _END_OF_WORD for character in alphabet if character + _END_OF_WORD not in learned]
-    return CLIPTokenizer(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=_merges(learner),
-        model_max_length=length,
-    )
+    merges: dict[tuple[str, str], int] = {}
+    for word in words:
+        while len(pieces := _byte_pairs(word, merges)) > 1:
+            merges[pieces[0], pieces[1]] = len(merges)
+    tokens = [*_CLIP_SPECIAL, *alphabet, *(character + _END_OF_WORD for character in alphabet), *("".join(pair) for pair in merges)]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=length)
 
 
-def _merges(learner: Tokenizer) -> list[tuple[str, str]]:
-    """The merge rules of a trained byte-pair model, in the order of their rank."""
-    rules = json.loads(learner.to_str())["model"]["merges"]
-    return [tuple(rule.split(" ")) if isinstance(rule, str) else tuple(rule) for rule in rules]
+def _byte_pairs(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """The pieces of an ASCII word: again and again the neighbours of the lowest rank are joined."""
+    pieces = [*word[:-1], word[-1] + _END_OF_WORD]
+    while known := [(merges[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in merges]:
+        i = min(known)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
 
 
 def build_t5_tokenizer(words: list[str], length: int = TEXT_LENGTH) -> T5Tokenizer:
