@@ -161,7 +161,7 @@ def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DM
         raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, or a hub repository as user/name.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error}). Reference LoRAs are read from .safetensors only.") from error
     return tensors, check_reference_lora(tensors, transformer, str(path))
@@ -184,7 +184,8 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
         )
     for key in sorted(expected):
         if tensors[key].ndim != 2 or not tensors[key].is_floating_point():
-            raise ValueError(f"{where}: {key} must be a floating point matrix, got {tensors[key].dtype} of shape {tuple(tensors[key].shape)}.")
+            given = f"{tensors[key].dtype} of shape {tuple(tensors[key].shape)}"
+            raise ValueError(f"{where}: {key} must be a floating point matrix, got {given}.")
     ranks = {tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in modules}
     if len(ranks) != 1:
         raise ValueError(f"{where}: all modules must have one rank, got ranks {sorted(ranks)}.")

@@ -24,8 +24,8 @@ from mosaic import lora
 from mosaic.hub import require_model_name, unreachable_message
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
-from mosaic.pipeline_lora import ReferenceLoraLoaderMixin
 from mosaic.pipeline_inputs import PipelineInputs, check_inputs, check_sampling, group_by_num_references
+from mosaic.pipeline_lora import ReferenceLoraLoaderMixin
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 

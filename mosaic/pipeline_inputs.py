@@ -103,7 +103,8 @@ def check_sampling(
         raise ValueError(f"latents must be packed noise of shape {expected} for this call, got {tuple(inputs.latents.shape)}.")
     for index, tensor in enumerate(inputs.reference_latents or []):
         if tensor is not None and len(tensor) and tensor.shape[1] != token_channels // 4:
-            raise ValueError(f"reference_latents[{index}] must have {token_channels // 4} channels, as this model's VAE, got {tensor.shape[1]}.")
+            wanted = f"{token_channels // 4} channels, as this model's VAE"
+            raise ValueError(f"reference_latents[{index}] must have {wanted}, got {tensor.shape[1]}.")
 
 
 def _check_prompts(
@@ -138,7 +139,8 @@ def _per_prompt_images(images: Sequence | None, num_prompts: int, single: bool) 
     for p, pictures in enumerate(nested):
         for k, picture in enumerate(pictures):
             if not isinstance(picture, Image.Image):
-                raise ValueError(f"reference_images[{p}][{k}] must be a PIL picture, got {type(picture).__name__}; see mosaic.load_image().")
+                given = type(picture).__name__
+                raise ValueError(f"reference_images[{p}][{k}] must be a PIL picture, got {given}; see mosaic.load_image().")
     return [list(pictures) for pictures in nested]
 
 

@@ -66,6 +66,8 @@ class ReferenceLoraLoaderMixin:
             raise ValueError(f"adapter_name {adapter_name!r} is taken by the reference LoRA; give the style LoRA another name.")
         source = pretrained_model_name_or_path_or_dict
         state_dict = self.lora_state_dict(source.copy() if isinstance(source, dict) else source, **kwargs)
+        if any(".lokr_" in key for key in state_dict):
+            raise ValueError("LoKr adapters would act on reference tokens too; only LoRA files can be loaded beside a reference branch.")
         modules = {key.removeprefix(lora.PREFIX).split(".lora_")[0] for key in state_dict if key.startswith(lora.PREFIX)}
         if modules == set(lora.reference_lora_modules(self.transformer)) or _carries_reference_metadata(source, kwargs.get("weight_name")):
             name = "the given state dict" if isinstance(source, dict) else repr(str(source))
@@ -90,7 +92,9 @@ class ReferenceLoraLoaderMixin:
             ValueError: If a reference LoRA is loaded.
         """
         if lora.has_reference_lora(self.transformer):
-            raise ValueError("fuse_lora() would apply style LoRAs to reference tokens too; leave them unfused, or unload_reference_lora() first.")
+            raise ValueError(
+                "fuse_lora() would apply style LoRAs to reference tokens too; leave them unfused, or unload_reference_lora() first."
+            )
         super().fuse_lora(*args, **kwargs)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from mosaic.transformer import CaptureRequest, MosaicFluxSingleTransformerBlock, MosaicFluxTransformer2DModel, MosaicFluxTransformerBlock
+from mosaic.blocks import MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
+from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 from tests import tiny
 
 
