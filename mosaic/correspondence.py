@@ -156,7 +156,8 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
 
 def _coarsen(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
     if grid.rows % to_grid.rows or grid.columns % to_grid.columns:
-        raise ValueError(f"{name} {grid.rows} x {grid.columns} must be a whole multiple of {to_grid.rows} x {to_grid.columns} both ways.")
+        coarse = f"{to_grid.rows} x {to_grid.columns}"
+        raise ValueError(f"{name} {grid.rows} x {grid.columns} must be a whole multiple of {coarse} in both sides.")
     row = torch.div(index, grid.columns, rounding_mode="floor") // (grid.rows // to_grid.rows)
     column = (index % grid.columns) // (grid.columns // to_grid.columns)
     return row * to_grid.columns + column
