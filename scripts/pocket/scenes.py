@@ -24,7 +24,7 @@ MAX_SUBJECTS = 6
 DISTINCT_SHARE = 0.85  # scenes whose subjects are all of different classes, unless asked otherwise
 MIN_VISIBLE = 0.45
 TILT = 15.0  # degrees
-SCENE_LATTICE = 16  # centres of subjects in a scene, along one side
+SCENE_LATTICE = 8  # centres of subjects in a scene, along one side
 _LAYOUT_GRID = 28  # cells per side on which layouts are checked
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -109,7 +109,7 @@ def _sample_identities(rng: np.random.Generator, split: str, count: int, distinc
 def sample_pose(rng: np.random.Generator, identity: Identity, scales: tuple[float, ...], lattice: int) -> Placement:
     """Draw a pose whose bounding box stays on the canvas.
 
-    Poses come from small sets, which a toy model learns much sooner than a continuum: a few scales, upright or tilted by
+    Poses come from small sets, which a toy model learns much sooner than a continuum: a few scales, mostly upright, else tilted by
     `TILT` either way, mirrored or not, and a centre on a lattice.
 
     Args:
@@ -118,7 +118,7 @@ def sample_pose(rng: np.random.Generator, identity: Identity, scales: tuple[floa
         scales: Long sides to choose from, as shares of the canvas; made smaller only where the subject would not fit.
         lattice: Steps of the centre's lattice along one side of the canvas.
     """
-    scale, angle = scales[rng.integers(len(scales))], TILT * (0, 0, -1, 1)[rng.integers(4)]
+    scale, angle = scales[rng.integers(len(scales))], TILT * (0, 0, 0, 0, -1, 1)[rng.integers(6)]
     wide, tall = creatures.half_extents(identity.class_name, identity.marking)
     c, s = abs(cos(radians(angle))), abs(sin(radians(angle)))
     turned = np.array([wide * c + tall * s, wide * s + tall * c])  # half extents of the turned box
@@ -147,7 +147,7 @@ def sample_scene(
     drawn = rng.random() < DISTINCT_SHARE
     identities = _sample_identities(rng, split, count, drawn if distinct_classes is None else distinct_classes)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    scales = (0.38, 0.45) if count <= 2 else (0.32, 0.38)
+    scales = (0.375, 0.45) if count <= 2 else (0.3125, 0.375)
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:
         for _ in range(30):

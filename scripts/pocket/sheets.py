@@ -19,7 +19,7 @@ from scripts.pocket.scenes import (
     sample_scene,
 )
 
-PANEL_SCALES, PANEL_LATTICE = (0.76, 0.9), 8
+PANEL_SCALES, PANEL_LATTICE = (0.75, 0.9), 4
 BLANK_SHARE = 0.15  # bottom panels that stay white
 FOUR_OF_A_KIND_SHARE = 0.3  # strips that show one identity four times
 
