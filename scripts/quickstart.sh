@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # From a fresh clone to pictures: makes the environment, renders the example cases with the shipped pocket weights, trains the
 # adapter for a short while from the shipped base, and writes outputs/quickstart/report.html.
-# STEPS (default 60) sets the length of the training.
+# STEPS (default 240) sets the length of the training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-STEPS="${STEPS:-60}"
+STEPS="${STEPS:-240}"
 out=outputs/quickstart
 bash scripts/environment.sh
 python=.venv/bin/python
