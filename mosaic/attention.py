@@ -62,66 +62,70 @@ class AttentionRows(NamedTuple):
     reference_means: Tensor | None = None
 
 
-def branch_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend) -> Tensor:
-    """Attention of the whole sequence in one of the three modes, without a mask (Eq. 7).
+def branch_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int = 0, capture: Capture | None = None
+) -> tuple[Tensor, AttentionRows]:
+    """Attention of the whole sequence in one of the three modes, without a mask (Eq. 7), and the rows that are wanted of it.
 
     Args:
-        query: [B, S, H, D], order [text, target, references].
-        key: [B, S, H, D].
+        query: [B, S, H, D] after RMSNorm and RoPE, order [text, target, references].
+        key: [B, S, H, D] likewise.
         value: [B, S, H, D].
         layout: The references' place and mode.
         attend: Plain attention on [B, S, H, D] tensors, scale 1/sqrt(D).
+        text_length: T; the target stands between the text and the references. Only `capture` needs it.
+        capture: Which rows are wanted; None: none.
 
     Returns:
-        [B, S, H, D].
+        The attention's output [B, S, H, D], and the rows.
 
     Raises:
         ValueError: If the mode is unknown.
     """
     if layout.reference_attention not in REFERENCE_ATTENTION_MODES:
         raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {layout.reference_attention!r}.")
-    if layout.length == 0 or layout.reference_attention == "joint":
-        return attend(query, key, value)
-    start = query.shape[1] - layout.length
-    main = attend(query[:, :start], key, value)
-    reference_query, reference_key, reference_value = (_fold(x[:, start:], layout) for x in (query, key, value))
-    if layout.reference_attention == "target":
-        reference_key = torch.cat([_repeat(key[:, :start], layout), reference_key], dim=1)
-        reference_value = torch.cat([_repeat(value[:, :start], layout), reference_value], dim=1)
-    reference = attend(reference_query, reference_key, reference_value)  # (B * K, N_ref, H, D)
-    return torch.cat([main, reference.reshape(len(query), layout.length, *reference.shape[2:])], dim=1)
+    if layout.length == 0:
+        return attend(query, key, value), AttentionRows()
+    # Every tensor is cut once: the gradient of a cut is one concatenation, that of separate slices a sum of padded copies.
+    main_length = query.shape[1] - layout.length
+    main_query, reference_query = query.split([main_length, layout.length], dim=1)
+    text_key, target_key, reference_key = key.split([text_length, main_length - text_length, layout.length], dim=1)
+    rows = capture_rows(reference_query, target_key, layout, capture) if capture else AttentionRows()
+    if layout.reference_attention == "joint":
+        return attend(query, key, value), rows
+    main_value, reference_value = value.split([main_length, layout.length], dim=1)
+    sees_main = layout.reference_attention == "target"
+    reference = attend(
+        _per_reference([], reference_query, layout),
+        _per_reference([text_key, target_key] if sees_main else [], reference_key, layout),
+        _per_reference([main_value] if sees_main else [], reference_value, layout),
+    )  # (B * K, N_ref, H, D)
+    return torch.cat([attend(main_query, key, value), reference.reshape(reference_query.shape)], dim=1), rows
 
 
-def _fold(x: Tensor, layout: Layout) -> Tensor:
-    """[B, K * N_ref, H, D] -> [B * K, N_ref, H, D]."""
-    return x.reshape(-1, layout.num_reference_tokens, *x.shape[2:])
+def _per_reference(shared: Sequence[Tensor], references: Tensor, layout: Layout) -> Tensor:
+    """Folds the references into the batch, behind the shared pieces: [B, S_i, H, D] and [B, K * N_ref, H, D] -> [B * K, S, H, D]."""
+    pieces = [piece[:, None].expand(-1, layout.num_references, -1, -1, -1) for piece in shared]
+    return torch.cat([*pieces, references.unflatten(1, (layout.num_references, -1))], dim=2).flatten(0, 1)
 
 
-def _repeat(x: Tensor, layout: Layout) -> Tensor:
-    """[B, S, H, D] -> [B * K, S, H, D], each sample's main tokens once per reference."""
-    return x[:, None].expand(-1, layout.num_references, -1, -1, -1).flatten(0, 1)
-
-
-def capture_rows(query: Tensor, key: Tensor, layout: Layout, num_target_tokens: int, capture: Capture) -> AttentionRows:
+def capture_rows(reference_query: Tensor, target_key: Tensor, layout: Layout, capture: Capture) -> AttentionRows:
     """Read the wanted attention rows of one block (Eq. 8, 11), always in float32.
 
     The softmax runs over the target tokens only, so the block's own attention output cannot be reused. Each piece is
     computed anew in the backward pass: nothing of size [heads, rows, N_tgt] outlives the block.
 
     Args:
-        query: [B, S, H, D] after RMSNorm and RoPE.
-        key: [B, S, H, D] after RMSNorm and RoPE.
+        reference_query: [B, K * N_ref, H, D] after RMSNorm and RoPE.
+        target_key: [B, N_tgt, H, D] after RMSNorm and RoPE.
         layout: The references' place.
-        num_target_tokens: N_tgt; the target stands right before the references.
         capture: What is wanted.
     """
-    start = query.shape[1] - layout.length
     points = means = None
     if capture.global_index is not None:
-        points = _PointRows.apply(query, key, start + capture.global_index, start - num_target_tokens, start)
+        points = _PointRows.apply(reference_query, target_key, capture.global_index)
     if capture.reference_means:
-        target_key = key[:, start - num_target_tokens : start]
-        chunks = query[:, start:].unflatten(1, (layout.num_references, -1)).split(ROWS_PER_CHUNK, dim=2)
+        chunks = reference_query.unflatten(1, (layout.num_references, -1)).split(ROWS_PER_CHUNK, dim=2)
         total = sum(_checkpointed(_sum_of_rows, chunk, target_key) for chunk in chunks)
         means = total / layout.num_reference_tokens
     return AttentionRows(points, means)
@@ -141,43 +145,38 @@ def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
 
 
 class _PointRows(torch.autograd.Function):
-    """Head-mean rows at some positions, [B, P, N_tgt], computed anew in the backward pass.
+    """Head-mean rows of some reference tokens, [B, P, N_tgt], computed anew in the backward pass.
 
     Written out because it is part of every training step: it keeps only the query and key that the block keeps anyway, and costs
     less than a general checkpoint with its gathers and slices.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, position: Tensor, first: int, last: int) -> Tensor:
-        """query, key [B, S, H, D]; position [B, P] of the rows; the target tokens are first..last - 1."""
-        ctx.save_for_backward(query, key, position)
-        ctx.first, ctx.last = first, last
-        rows, _ = _rows_at(query, position)
-        return _softmax_rows(rows, key[:, first:last]).mean(dim=1)
+    def forward(ctx: Any, reference_query: Tensor, target_key: Tensor, global_index: Tensor) -> Tensor:
+        """reference_query [B, K * N_ref, H, D], target_key [B, N_tgt, H, D], global_index [B, P]."""
+        ctx.save_for_backward(reference_query, target_key, global_index)
+        return _softmax_rows(_rows_at(reference_query, global_index), target_key).mean(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Through the head mean, the softmax and the scaled product."""
-        query, key, position = ctx.saved_tensors
-        rows, flat = _rows_at(query, position)
-        target_key = key[:, ctx.first : ctx.last]
-        with _no_autocast(query):
+        reference_query, target_key, global_index = ctx.saved_tensors
+        rows = _rows_at(reference_query, global_index)
+        with _no_autocast(rows):
             attention = _softmax_rows(rows, target_key)  # (B, H, P, N)
-            weighted = attention * (gradient[:, None] * (query.shape[3] ** -0.5 / query.shape[2]))
-            weighted -= attention * weighted.sum(dim=-1, keepdim=True)
-            rows_gradient = (weighted @ target_key.float().transpose(1, 2)).transpose(1, 2)  # (B, P, H, D)
-            target_gradient = (weighted.transpose(2, 3) @ rows.float().transpose(1, 2)).transpose(1, 2)  # (B, N, H, D)
-        query_gradient, key_gradient = query.new_zeros(query.shape), key.new_zeros(key.shape)
-        query_gradient.flatten(0, 1).index_add_(0, flat, rows_gradient.to(query.dtype).flatten(0, 1))
-        key_gradient[:, ctx.first : ctx.last] = target_gradient
-        return query_gradient, key_gradient, None, None, None
+            weighted = attention * (gradient[:, None] * (rows.shape[3] ** -0.5 / rows.shape[2]))
+            weighted = torch.addcmul(weighted, attention, weighted.sum(dim=-1, keepdim=True), value=-1)
+            rows_gradient = weighted @ target_key.float().transpose(1, 2)  # (B, H, P, D)
+            key_gradient = weighted.transpose(2, 3) @ rows.float().transpose(1, 2)  # (B, H, N, D)
+        query_gradient = reference_query.new_zeros(reference_query.shape)
+        flat = global_index + torch.arange(len(rows), device=rows.device)[:, None] * reference_query.shape[1]
+        query_gradient.flatten(0, 1).index_add_(0, flat.flatten(), rows_gradient.transpose(1, 2).to(query_gradient).flatten(0, 1))
+        return query_gradient, key_gradient.transpose(1, 2).to(target_key), None
 
 
-def _rows_at(query: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, S, H, D] and [B, P] -> rows [B, P, H, D], and their indices [B * P] among all B * S tokens."""
-    offset = torch.arange(len(query), device=query.device)[:, None] * query.shape[1]
-    flat = (position + offset).flatten()
-    return query.flatten(0, 1).index_select(0, flat).unflatten(0, position.shape), flat
+def _rows_at(reference_query: Tensor, global_index: Tensor) -> Tensor:
+    """[B, K * N_ref, H, D] and [B, P] -> [B, P, H, D]."""
+    return reference_query[torch.arange(len(global_index), device=global_index.device)[:, None], global_index]
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor
 
-from mosaic.attention import AttentionRows, Capture, Layout, branch_attention, capture_rows
+from mosaic.attention import AttentionRows, Capture, Layout, branch_attention
 from mosaic.lora import branch_linear
 
 FLOAT16_LIMIT = 65504.0
@@ -54,13 +54,22 @@ def _heads(attn: FluxAttention, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (-1, attn.head_dim))
 
 
-def _attend(attn: FluxAttention, query: Tensor, key: Tensor, value: Tensor, rotary: RotaryEmbedding, layout: Layout) -> tuple[Tensor, ...]:
-    """RoPE, then attention in the layout's mode. Returns the output [B, S, H * D] and the rotated query and key."""
+def _attend(
+    attn: FluxAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: RotaryEmbedding,
+    layout: Layout,
+    text_length: int,
+    capture: Capture | None,
+) -> tuple[Tensor, AttentionRows]:
+    """RoPE, then attention in the layout's mode. Returns the output [B, S, H * D] and the wanted rows."""
     query = apply_rotary_emb(query, rotary, sequence_dim=1)
     key = apply_rotary_emb(key, rotary, sequence_dim=1)
     attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
-    output = branch_attention(query, key, value, layout, attend)
-    return output.flatten(2, 3).to(query.dtype), query, key
+    output, rows = branch_attention(query, key, value, layout, attend, text_length, capture)
+    return output.flatten(2, 3).to(query.dtype), rows
 
 
 class MosaicFluxTransformerBlock(FluxTransformerBlock):
@@ -97,8 +106,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         query = torch.cat([attn.norm_added_q(text_query), attn.norm_q(query)], dim=1)
         key = torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1)
         value = torch.cat([text_value, value], dim=1)
-        attended, query, key = _attend(attn, query, key, value, image_rotary_emb, layout)
-        rows = capture_rows(query, key, layout, start, capture) if capture else AttentionRows()
+        attended, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
 
         attended_image = branch_linear(attn.to_out[0], attended[:, text_length:].contiguous(), start)
         hidden_states = hidden_states + _gate(attn.to_out[1](attended_image), gate_msa, start)
@@ -134,8 +142,8 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 
         mlp = self.act_mlp(branch_linear(self.proj_mlp, normed, start))
         query, key, value = (_heads(attn, branch_linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        attended, query, key = _attend(attn, attn.norm_q(query), attn.norm_k(key), value, image_rotary_emb, layout)
-        rows = capture_rows(query, key, layout, start - text_length, capture) if capture else AttentionRows()
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        attended, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
 
         output = branch_linear(self.proj_out, torch.cat([attended, mlp], dim=2), start)
         output = _clip_float16(residual + _gate(output, gate, start))

@@ -61,22 +61,46 @@ def validate_points(points: Sequence[Tensor], num_reference_tokens: int, num_tar
     Raises:
         ValueError: Wrong shape or dtype, an index out of range, u twice within one reference, v in two references (Eq. 2).
     """
-    owner: dict[int, int] = {}
-    for k, pairs in enumerate(points):
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
-            raise ValueError(f"{where}[{k}]: must be an integer tensor of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}.")
-        for column, name, limit in ((0, "u", num_reference_tokens), (1, "v", num_target_tokens)):
-            bad = pairs[(pairs[:, column] < 0) | (pairs[:, column] >= limit)]
-            if len(bad):
-                raise ValueError(f"{where}[{k}]: {name} must lie in [0, {limit}), got {int(bad[0, column])} in point {bad[0].tolist()}.")
-        if len(pairs[:, 0].unique()) != len(pairs):
-            raise ValueError(f"{where}[{k}]: a reference token u may carry one point only; some u stands twice. Use reduce_points().")
-        for v in pairs[:, 1].unique().tolist():
-            if owner.setdefault(v, k) != k:
-                raise ValueError(
-                    f"{where}: target token v = {v} belongs to references {owner[v]} and {k}; points must be disjoint (Eq. 2). "
-                    "Use make_disjoint()."
-                )
+    _join([points], num_reference_tokens, num_target_tokens, [where])
+
+
+def _join(samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """All points of some samples of one K in one row: u, v, reference and sample, int64 [N] each. Raises as `validate_points`."""
+    for name, sample in zip(names, samples, strict=True):
+        for k, pairs in enumerate(sample):
+            if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+                raise ValueError(f"{name}[{k}]: must be an integer tensor of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}.")
+    lists, num_references = [pairs for sample in samples for pairs in sample], len(samples[0])
+    if not lists:
+        return (torch.zeros(0, dtype=torch.long),) * 4
+    u, v = torch.cat(lists).long().unbind(1)
+    owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(pairs) for pairs in lists]))
+    sample, reference = owner // num_references, owner % num_references
+
+    def first(bad: Tensor) -> tuple[int, str]:
+        """The first bad point, and the name of its list."""
+        index = int(bad.nonzero()[0])
+        return index, f"{names[int(sample[index])]}[{int(reference[index])}]"
+
+    for index, name, limit in ((u, "u", num_reference_tokens), (v, "v", num_target_tokens)):
+        if (bad := (index < 0) | (index >= limit)).any():
+            at, where = first(bad)
+            raise ValueError(f"{where}: {name} must lie in [0, {limit}), got {int(index[at])} in point {[int(u[at]), int(v[at])]}.")
+    place = owner * num_reference_tokens + u
+    if (bad := torch.bincount(place)[place] > 1).any():
+        at, where = first(bad)
+        raise ValueError(
+            f"{where}: a reference token u may carry one point only; u = {int(u[at])} stands twice. Use reduce_points()."
+        )
+    cell = sample * num_target_tokens + v
+    lowest = torch.full((len(samples) * num_target_tokens,), num_references).scatter_reduce(0, cell, reference, "amin")[cell]
+    if (bad := lowest != reference).any():
+        at, _ = first(bad)
+        raise ValueError(
+            f"{names[int(sample[at])]}: target token v = {int(v[at])} belongs to references {int(lowest[at])} and {int(reference[at])}; "
+            "points must be disjoint (Eq. 2). Use make_disjoint()."
+        )
+    return u, v, reference, sample
 
 
 def batch_points(
@@ -96,17 +120,13 @@ def batch_points(
     counts = {len(sample) for sample in samples}
     if len(counts) != 1:
         raise ValueError(f"all samples of a batch must have one number of references K, got {sorted(counts)}. Group samples by K.")
-    rows = []
-    for index, sample in enumerate(samples):
-        validate_points(sample, num_reference_tokens, num_target_tokens, where=f"points[{index}]")
-        pairs = [torch.cat([p.long(), torch.full((len(p), 1), k, dtype=torch.long)], dim=1) for k, p in enumerate(sample)]
-        rows.append(torch.cat(pairs) if pairs else torch.zeros(0, 3, dtype=torch.long))
-    flat = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, P, 3): u, v, k
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(flat.shape[1])[None] < lengths[:, None]
-    u, v, k = flat.unbind(-1)
-    index = global_index(u, k, num_reference_tokens) * mask
-    return Points(index, v, k, mask, counts.pop()).to(device or "cpu")
+    names = [f"points[{index}]" for index in range(len(samples))]
+    u, v, k, sample = _join(samples, num_reference_tokens, num_target_tokens, names)
+    lengths = torch.bincount(sample, minlength=len(samples))
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    padded = torch.zeros(3, *mask.shape, dtype=torch.long)
+    padded[:, mask] = torch.stack([global_index(u, k, num_reference_tokens), v, k])
+    return Points(*padded, mask, counts.pop()).to(device or "cpu")
 
 
 def draw_points(samples: Sequence[Sequence[Tensor]], max_points: int, generator: torch.Generator | None = None) -> list[list[Tensor]]:

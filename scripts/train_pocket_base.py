@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,11 +43,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of tokens, checkpoints, samples, export")
     parser.add_argument("--vae-dir", type=Path, help="run folder of scripts/train_pocket_vae.py")
+    parser.add_argument("--start-from", type=Path, help="diffusers folder of a pocket FLUX whose weights a new run starts from")
     parser.add_argument("--max-minutes", type=float, help="length of the training; the learning rate decays to its end")
     parser.add_argument("--steps", type=int, help="the same, in steps")
     parser.add_argument("--stop-at", help="the same, as a clock time HH:MM")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--decay-from", type=float, default=0.4, help="share of the run after which the rate decays")
@@ -113,21 +113,18 @@ def flow_matching_loss(
     return (velocity - (noise - clean)).square().mean()
 
 
-def build_optimizers(modules: dict[str, nn.Module], kind: str, rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the attention and feed-forward matrices of the transformer's blocks."""
-    matrices, others = [], []
-    for name, parameter in runs.named_parameters(modules).items():
-        inner = "_blocks." in name and parameter.ndim == 2 and ".norm" not in name
-        (matrices if kind == "muon" and inner else others).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    ]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
+def load_start(components: dict[str, Any], folder: Path) -> None:
+    """Copies the trained parts of a pocket FLUX into fresh ones.
+
+    Raises:
+        ValueError: the folder's tokenizers read captions otherwise than this run's.
+    """
+    start = FluxPipeline.from_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        if start.components[name].get_vocab() != components[name].get_vocab():
+            raise ValueError(f"{folder}/{name} has other words than this run's captions: start without --start-from.")
+    for name in TRAINED:
+        components[name].load_state_dict(start.components[name].state_dict())
 
 
 class BaseTraining:
@@ -136,13 +133,17 @@ class BaseTraining:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.run_dir = arguments, arguments.run_dir
         self.components = build_components(arguments.run_dir, arguments.seed)
+        if arguments.start_from and not self.checkpoint.exists():
+            load_start(self.components, arguments.start_from)
         self.modules = {name: self.components[name].train() for name in TRAINED}
         self.parameters = runs.named_parameters(self.modules)
-        self.optimizers = build_optimizers(self.modules, arguments.optimizer, arguments.lr)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
         self.average = runs.MovingAverage(self.parameters, 0.999)
         minutes = 1.0 if arguments.stop_at else arguments.max_minutes
         self.clock, self.progress = runs.Clock(arguments.steps, minutes), 0.0
-        runs.load_checkpoint(self.checkpoint, self.modules, self.optimizers, self.average, self.clock)
+        runs.load_checkpoint(self.checkpoint, self.modules, self.optimizer, self.average, self.clock)
         if arguments.stop_at:
             self.clock.minutes = (self.clock.seconds + seconds_until(arguments.stop_at)) / 60.0
         tokenizers = (self.components["tokenizer"], self.components["tokenizer_2"])
@@ -161,7 +162,7 @@ class BaseTraining:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        runs.save_checkpoint(self.checkpoint, self.modules, self.optimizers, self.average, self.clock)
+        runs.save_checkpoint(self.checkpoint, self.modules, self.optimizer, self.average, self.clock)
 
     def step(self) -> tuple[str, float]:
         """One optimiser step on a batch of one layout; everything random follows from seed and step number."""
@@ -174,11 +175,9 @@ class BaseTraining:
         value, progress = runs.average_gradients(self.parameters, loss.item(), self.clock.progress())
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         factor = runs.learning_rate(self.clock.step, progress, self.arguments.warmup, self.arguments.decay_from)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.param_groups[0]["lr"] = self.arguments.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.parameters)
         self.clock.step += 1
         self.progress = progress

@@ -100,7 +100,7 @@ def train(arguments: argparse.Namespace, scenes: np.ndarray, panels: np.ndarray)
     average = runs.MovingAverage(parameters, 0.995)
     clock = runs.Clock(arguments.steps, arguments.max_minutes)
     file = arguments.run_dir / "checkpoint.pt"
-    runs.load_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
+    runs.load_checkpoint(file, {"vae": vae}, optimizer, average, clock)
     rank, world = runs.processes()
     bar = tqdm(initial=clock.step, total=arguments.steps, desc="vae", mininterval=5.0, disable=rank > 0)
     progress = clock.progress()
@@ -117,9 +117,9 @@ def train(arguments: argparse.Namespace, scenes: np.ndarray, panels: np.ndarray)
             bar.set_postfix(loss=f"{loss:.4f}", left=f"{clock.remaining() / 60:.1f} min")
             runs.append_log(arguments.run_dir / "log.jsonl", step=clock.step, loss=loss, seconds=clock.elapsed())
         if clock.step % 500 == 0 and rank == 0:
-            runs.save_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
+            runs.save_checkpoint(file, {"vae": vae}, optimizer, average, clock)
     if rank == 0:
-        runs.save_checkpoint(file, {"vae": vae}, [optimizer], average, clock)
+        runs.save_checkpoint(file, {"vae": vae}, optimizer, average, clock)
     with torch.no_grad():
         for name, value in average.values.items():
             parameters[name].copy_(value)

@@ -29,9 +29,14 @@ def dense(query: Tensor, key: Tensor, value: Tensor, num_references: int, mode: 
     return torch.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
+def parts(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """What rows are read from: the references' queries and the target's keys."""
+    return query[:, TEXT + TARGET :], key[:, TEXT : TEXT + TARGET]
+
+
 def full_map(query: Tensor, key: Tensor) -> Tensor:
     """[B, K * N_ref, N_tgt]."""
-    rows, columns = query[:, TEXT + TARGET :], key[:, TEXT : TEXT + TARGET]
+    rows, columns = parts(query, key)
     return (torch.einsum("bqhd,bkhd->bhqk", rows, columns) * WIDTH**-0.5).softmax(dim=-1).mean(dim=1)
 
 
@@ -40,7 +45,7 @@ def full_map(query: Tensor, key: Tensor) -> Tensor:
 def test_modes_equal_the_dense_mask_with_gradients(generator: torch.Generator, mode: str, num_references: int) -> None:
     inputs = draw(num_references, generator)
     weight = torch.randn(inputs[0].shape, generator=generator)
-    ours = branch_attention(*inputs, Layout(num_references, REFERENCE, mode), attend)
+    ours, _ = branch_attention(*inputs, Layout(num_references, REFERENCE, mode), attend)
     want = dense(*inputs, num_references, mode)
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad((ours * weight).sum(), inputs)
@@ -57,7 +62,7 @@ def test_what_references_see(generator: torch.Generator) -> None:
         moved[:, part] += 1
         for mode in MODES:
             layout = Layout(2, REFERENCE, mode)
-            change = branch_attention(query, key, moved, layout, attend) - branch_attention(query, key, value, layout, attend)
+            change = branch_attention(query, key, moved, layout, attend)[0] - branch_attention(query, key, value, layout, attend)[0]
             changes[mode, name] = bool(change[:, first].abs().max() > 1e-3)
             assert change[:, : TEXT + TARGET].abs().min() > 1e-3  # text and target always see everything
     assert changes == {
@@ -72,14 +77,14 @@ def test_what_references_see(generator: torch.Generator) -> None:
 
 def test_no_references_is_plain_attention(generator: torch.Generator) -> None:
     inputs = draw(0, generator)
-    assert torch.equal(branch_attention(*inputs, Layout(), attend), attend(*inputs))
+    assert torch.equal(branch_attention(*inputs, Layout(), attend)[0], attend(*inputs))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_captured_rows_equal_the_full_map_with_gradients(generator: torch.Generator, batch: int) -> None:
     query, key, _ = draw(3, generator, batch)
     index = torch.stack([torch.randperm(15, generator=generator)[:7] for _ in range(batch)])
-    rows = capture_rows(query, key, Layout(3, REFERENCE), TARGET, Capture(index))
+    rows = capture_rows(*parts(query, key), Layout(3, REFERENCE), Capture(index))
     want = torch.stack([m[i] for m, i in zip(full_map(query, key), index, strict=True)])
     assert rows.reference_means is None
     torch.testing.assert_close(rows.points, want, atol=1e-6, rtol=1e-5)
@@ -94,7 +99,7 @@ def test_captured_rows_equal_the_full_map_with_gradients(generator: torch.Genera
 def test_reference_means_equal_the_full_map_for_any_chunk(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(attention, "ROWS_PER_CHUNK", chunk)
     query, key, _ = draw(3, generator)
-    rows = capture_rows(query, key, Layout(3, REFERENCE), TARGET, Capture(reference_means=True))
+    rows = capture_rows(*parts(query, key), Layout(3, REFERENCE), Capture(reference_means=True))
     want = full_map(query, key).unflatten(1, (3, REFERENCE)).mean(dim=2)
     assert rows.points is None
     torch.testing.assert_close(rows.reference_means, want, atol=1e-6, rtol=1e-5)
@@ -106,14 +111,14 @@ def test_reference_means_equal_the_full_map_for_any_chunk(generator: torch.Gener
 
 def test_no_points_give_no_rows(generator: torch.Generator) -> None:
     query, key, _ = draw(2, generator)
-    rows = capture_rows(query, key, Layout(2, REFERENCE), TARGET, Capture(torch.zeros(2, 0, dtype=torch.long)))
+    rows = capture_rows(*parts(query, key), Layout(2, REFERENCE), Capture(torch.zeros(2, 0, dtype=torch.long)))
     assert rows.points.shape == (2, 0, TARGET)
 
 
 def test_rows_are_computed_in_float32_from_bfloat16(generator: torch.Generator) -> None:
     query, key, _ = (x.detach().bfloat16() for x in draw(2, generator))
     index = torch.arange(10).expand(2, -1)
-    rows = capture_rows(query, key, Layout(2, REFERENCE), TARGET, Capture(index)).points
+    rows = capture_rows(*parts(query, key), Layout(2, REFERENCE), Capture(index)).points
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, full_map(query.float(), key.float()), atol=1e-6, rtol=1e-5)
 

@@ -104,14 +104,14 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def save_checkpoint(
     file: Path,
     modules: Mapping[str, nn.Module],
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     average: MovingAverage,
     clock: Clock,
 ) -> None:
     """Writes everything that a resumed run needs, aside and then renamed."""
     state = {
         "modules": {key: module.state_dict() for key, module in modules.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizer": optimizer.state_dict(),
         "average": average.values,
         "average_count": average.count,
         "step": clock.step,
@@ -126,7 +126,7 @@ def save_checkpoint(
 def load_checkpoint(
     file: Path,
     modules: Mapping[str, nn.Module],
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     average: MovingAverage,
     clock: Clock,
 ) -> bool:
@@ -136,8 +136,7 @@ def load_checkpoint(
     state = torch.load(file, map_location="cpu", weights_only=True)
     for key, module in modules.items():
         module.load_state_dict(state["modules"][key])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():
         average.values[name].copy_(value)
     average.count = state["average_count"]

@@ -147,14 +147,15 @@ def sample_scene(
     drawn = rng.random() < DISTINCT_SHARE
     identities = _sample_identities(rng, split, count, drawn if distinct_classes is None else distinct_classes)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    scales = (0.375, 0.45) if count <= 2 else (0.3125, 0.375)
+    scales = (0.375, 0.45) if count <= 2 else (0.375,)
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:
         for _ in range(30):
             scene = Scene(background, seed, tuple(sample_pose(rng, i, tuple(shrink * x for x in scales), SCENE_LATTICE) for i in identities))
             if count == 1 or visible_fractions(scene, _LAYOUT_GRID).min() >= wanted:
                 return scene
-        shrink, wanted = shrink * 0.97, max(MIN_VISIBLE, wanted - 0.1)
+        # A crowd first stands closer together, only then it shrinks: scales stay few.
+        shrink, wanted = shrink if wanted > MIN_VISIBLE else shrink * 0.97, max(MIN_VISIBLE, wanted - 0.1)
 
 
 def caption(scene: Scene) -> str:
