@@ -58,7 +58,7 @@ def train_step(
         generator: CPU generator of everything random in this step.
     """
     device, loss = pipeline.transformer.device, config.loss
-    batch_size, num_references = batch.reference_images.shape[:2]
+    batch_size, num_references = batch.references.shape[:2]
     grids = run_grids(pipeline, config)
 
     # Condition dropout: a dropped reference is zero latents, and its points go with it.
@@ -127,8 +127,8 @@ def encode_batch(
         generator: Draws the targets from the VAE posterior; None takes its mode. References always take the mode.
     """
     device, dtype = pipeline.transformer.device, pipeline.vae.dtype
-    latents = pack_latents(encode_images(pipeline.vae, batch.images.to(device, dtype), generator))
-    references = pack_latents(encode_images(pipeline.vae, batch.reference_images.flatten(0, 1).to(device, dtype)))
+    latents = pack_latents(encode_images(pipeline.vae, batch.targets.to(device, dtype), generator))
+    references = pack_latents(encode_images(pipeline.vae, batch.references.flatten(0, 1).to(device, dtype)))
     prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=text_length)
     return EncodedBatch(latents, references.unflatten(0, (len(latents), -1)), prompt_embeds, pooled)
 

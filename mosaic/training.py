@@ -19,11 +19,10 @@ from mosaic.attention import resolve_capture_blocks
 from mosaic.cases import load_cases
 from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.data import KBatchSampler, MosaicBatch, MultiReferenceDataset, collate
+from mosaic.data import KBatchSampler, Manifest, MosaicBatch, MultiReferenceDataset, collate
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
-from mosaic.manifest import Manifest
 from mosaic.objective import Grids, run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.validation import validate

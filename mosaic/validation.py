@@ -59,7 +59,7 @@ def _cases(dataset: MultiReferenceDataset, config: Config) -> list[tuple[str, li
         return [(case.prompt, [load_image(path) for path in case.image_paths]) for case in cases]
     count = min(validation.num_cases, len(dataset))
     samples = [dataset[index * len(dataset) // count] for index in range(count)]
-    return [(sample.prompt, [tensor_to_image(reference) for reference in sample.reference_images]) for sample in samples]
+    return [(sample.prompt, [tensor_to_image(reference) for reference in sample.references]) for sample in samples]
 
 
 @torch.no_grad()

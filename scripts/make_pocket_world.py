@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
 from scripts.pocket import world
-from scripts.pocket.format import DatasetWriter, ReferenceRecord, SampleRecord
 
 REFERENCE_GRID = 32
 

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config import Config, from_dict
-from mosaic.data import MosaicBatch, collate
+from mosaic.data import DatasetWriter, MosaicBatch, ReferenceRecord, SampleRecord, collate
 from mosaic.lora import reference_lora_modules, write_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.objective import train_step
 from mosaic.training import Trainer
-from scripts.pocket.format import DatasetWriter, ReferenceRecord, SampleRecord
 from tests import tiny
 
 IMAGE_SIZE = (16, 24)  # px, height and width: 4 x 6 tokens of 4 px

@@ -80,11 +80,11 @@ def test_sample(writer: Writer) -> None:
     assert dataset.num_references.tolist() == NUM_REFERENCES
     sample = dataset[3]
     assert (sample.id, sample.prompt) == ("s3", "prompt 3")
-    assert (sample.image.shape, sample.reference_images.shape) == ((3, 16, 32), (3, 3, 16, 16))
-    assert sample.image.dtype == sample.reference_images.dtype == torch.float32
+    assert (sample.target.shape, sample.references.shape) == ((3, 16, 32), (3, 3, 16, 16))
+    assert sample.target.dtype == sample.references.dtype == torch.float32
     stored = Image.open(writer.root / "images/3_1.png").resize((16, 16), Image.Resampling.LANCZOS)
     expected = torch.from_numpy(np.array(stored)).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(sample.reference_images[1], expected)
+    torch.testing.assert_close(sample.references[1], expected)
     assert MultiReferenceDataset(writer.root, "heldout", **OPTIONS)[0].id == "s5"
 
 
@@ -103,8 +103,8 @@ def test_points_are_reduced_to_the_token_grids_and_disjoint(writer: Writer) -> N
 def test_full_resolution_is_not_resized(writer: Writer) -> None:
     dataset = MultiReferenceDataset(writer.write(), **OPTIONS | {"image_size": (32, 64), "reference_size": 32})
     stored = torch.from_numpy(np.array(Image.open(writer.root / "images/0.png"))).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(dataset[0].image, stored)
-    assert (dataset[0].image.min(), dataset[0].image.max()) == (-1, 1)
+    torch.testing.assert_close(dataset[0].target, stored)
+    assert (dataset[0].target.min(), dataset[0].target.max()) == (-1, 1)
 
 
 def change(row: int = 1, **values: Any) -> Any:
@@ -251,12 +251,12 @@ def test_collate(writer: Writer) -> None:
     dataset = MultiReferenceDataset(writer.write(), **OPTIONS)
     batch = collate([dataset[1], dataset[4]])
     assert (batch.ids, batch.prompts, batch.num_references) == (["s1", "s4"], ["prompt 1", "prompt 4"], 2)
-    assert (batch.images.shape, batch.reference_images.shape) == ((2, 3, 16, 32), (2, 2, 3, 16, 16))
-    assert torch.equal(batch.reference_images[1, 0], dataset[4].reference_images[0])
+    assert (batch.targets.shape, batch.references.shape) == ((2, 3, 16, 32), (2, 2, 3, 16, 16))
+    assert torch.equal(batch.references[1, 0], dataset[4].references[0])
     assert [[len(pairs) for pairs in sample] for sample in batch.points] == [[2, 0], [2, 0]]
     with pytest.raises(ValueError, match="must share the number and size of references"):
         collate([dataset[0], dataset[1]])
-    other = Sample("x", "y", torch.zeros(3, 8, 8), dataset[1].reference_images, [])
+    other = Sample("x", "y", torch.zeros(3, 8, 8), dataset[1].references, [])
     with pytest.raises(ValueError, match="must share the target size"):
         collate([dataset[1], other])
     with pytest.raises(ValueError, match="at least one sample"):
@@ -266,7 +266,7 @@ def test_collate(writer: Writer) -> None:
 def test_workers_and_pickle(writer: Writer) -> None:
     dataset = MultiReferenceDataset(writer.write(), **OPTIONS)
     copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[2].image, dataset[2].image)
+    assert torch.equal(copy[2].target, dataset[2].target)
     sampler = KBatchSampler(dataset.num_references, batch_size=2, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=1)
     batches = list(loader)

@@ -126,8 +126,8 @@ def test_scene_batch_is_what_training_sees() -> None:
     scenes = held_out_scenes(2, 3)
     pipeline = tiny.build_pipeline()  # tokens of 4 px
     batch = scene_batch(scenes, pipeline, config)
-    assert batch.images.shape == (3, 3, 64, 64)
-    assert batch.reference_images.shape == (3, 2, 3, 32, 32)
+    assert batch.targets.shape == (3, 3, 64, 64)
+    assert batch.references.shape == (3, 2, 3, 32, 32)
     assert batch.prompts == [world.caption(scene) for scene in scenes]
     for sample in batch.points:
         owners = [set(pairs[:, 1].tolist()) for pairs in sample]

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mosaic.data import MultiReferenceDataset
+from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord
 from mosaic.images import prepare_reference
 from scripts.make_pocket_world import write_dataset
 from scripts.pocket import creatures, world
-from scripts.pocket.format import DatasetWriter, ReferenceRecord, SampleRecord
 
 ALL_LOOKS = list(itertools.product(world.PALETTES, world.PATTERNS))
 
@@ -249,13 +248,13 @@ def test_written_dataset_reads_back(tmp_path: Path) -> None:
     dataset = MultiReferenceDataset(
         root, "heldout", image_size=(64, 64), reference_size=32, target_token_grid=(8, 8), reference_token_grid=(4, 4),
     )
-    assert [len(dataset[i].reference_images) for i in range(4)] == [1, 2, 3, 4]
+    assert [len(dataset[i].references) for i in range(4)] == [1, 2, 3, 4]
     scene = world.sample_scene(102, "heldout", 3)
     sample = dataset[2]
     assert sample.prompt == world.caption(scene)
     assert sample.id == "heldout-00000102"
     drawn = np.asarray(world.render_scene(scene, 64).image)
-    assert np.abs((sample.image.permute(1, 2, 0).numpy() + 1) * 127.5 - drawn).max() < 1
+    assert np.abs((sample.target.permute(1, 2, 0).numpy() + 1) * 127.5 - drawn).max() < 1
     stored = load_file(root / "points" / f"{sample.id}.safetensors")
     for k in range(3):
         assert stored[str(k)].dtype == np.int32

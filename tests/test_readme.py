@@ -85,6 +85,7 @@ def test_the_file_tree_is_true() -> None:
     paths = [line.split()[0] for line in tree.group(1).splitlines() if line.strip()]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     modules = {f"mosaic/{path.name}" for path in (ROOT / "mosaic").glob("*.py")} - {"mosaic/__init__.py"}
+    modules |= {f"mosaic/{path.parent.name}/" for path in (ROOT / "mosaic").glob("*/__init__.py")}
     assert {path for path in paths if path.startswith("mosaic/")} == modules
     assert len(set(paths)) == len(paths)
 

@@ -138,8 +138,8 @@ def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, con
     return MosaicBatch(
         ids=[str(scene.seed) for scene in scenes],
         prompts=[world.caption(scene) for scene in scenes],
-        images=images_to_tensor(images),
-        reference_images=torch.stack([images_to_tensor(pictures) for pictures in references]),
+        targets=images_to_tensor(images),
+        references=torch.stack([images_to_tensor(pictures) for pictures in references]),
         points=[_token_points(scene, height, size, grids.reference, grids.target) for scene in scenes],
     )
 

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save_file
 
-FORMAT_NAME = "mosaic-multi-reference"
-FORMAT_VERSION = 1
+from mosaic.data.manifest import FORMAT, VERSION
 
 _GRID = pa.list_(pa.int32())
 SCHEMA = pa.schema([
@@ -86,7 +85,7 @@ class DatasetWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
             return
         pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), self._partial / "manifest.parquet")
-        header = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
+        header = {"format": FORMAT, "version": VERSION}
         (self._partial / "dataset.json").write_text(json.dumps(header, indent=2) + "\n")
         os.replace(self._partial, self._root)
 

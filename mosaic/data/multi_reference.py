@@ -1,7 +1,6 @@
-"""Training samples: the reader of the multi-reference format, batches, and the sampler that keeps batches to one number of references."""
+"""The reader of the multi-reference format (preprocess/FORMAT.md)."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,55 +8,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from mosaic.correspondence import make_disjoint, reduce_points
+from mosaic.data.manifest import Manifest, Row
+from mosaic.data.samples import Sample
 from mosaic.images import load_image, to_rgb
-from mosaic.manifest import Manifest, Row
 from mosaic.tokens import Grid
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One target with its K references, ready for the model.
-
-    Attributes:
-        id: Name of the sample in its data set.
-        prompt: Caption of the target.
-        image: float32 [3, H, W] in [-1, 1].
-        reference_images: float32 [K, 3, H_r, W_r] in [-1, 1].
-        points: Per reference int64 [P_k, 2] of (u, v) on the training token grids; u unique within a reference, v in one reference only.
-    """
-
-    id: str
-    prompt: str
-    image: Tensor
-    reference_images: Tensor
-    points: list[Tensor]
-
-
-@dataclass(frozen=True)
-class MosaicBatch:
-    """Samples that share K and all sizes.
-
-    Attributes:
-        ids: Names of the B samples.
-        prompts: B captions.
-        images: float32 [B, 3, H, W] in [-1, 1].
-        reference_images: float32 [B, K, 3, H_r, W_r] in [-1, 1].
-        points: Per sample, per reference int64 [P_k, 2] of (u, v).
-    """
-
-    ids: list[str]
-    prompts: list[str]
-    images: Tensor
-    reference_images: Tensor
-    points: list[list[Tensor]]
-
-    @property
-    def num_references(self) -> int:
-        """K."""
-        return self.reference_images.shape[1]
 
 
 class MultiReferenceDataset(Dataset[Sample]):
@@ -131,10 +88,10 @@ class MultiReferenceDataset(Dataset[Sample]):
                 out of range or in two references.
         """
         row = self.manifest.row(index)
-        image = self._read_picture(row.target, f"{row.place}.target", self.image_size)
+        target = self._read_picture(row.target, f"{row.place}.target", self.image_size)
         square = (self.reference_size, self.reference_size)
         references = [self._read_picture(path, f"{row.place}.references[{k}].image", square) for k, path in enumerate(row.references)]
-        return Sample(row.id, row.prompt, image, torch.stack(references), self._read_points(row))
+        return Sample(row.id, row.prompt, target, torch.stack(references), self._read_points(row))
 
     def _read_picture(self, relative: str, place: str, size: tuple[int, int]) -> Tensor:
         """Read a picture as float32 [3, height, width] in [-1, 1], resized (Lanczos) to `size` (height, width)."""
@@ -204,80 +161,3 @@ def check_stored_points(points: Sequence[Tensor], reference_grid: Grid, target_g
             first = int(v[taken[0]])
             raise ValueError(f"{place}: v = {first} belongs to references {int(owner[first])} and {k}; points must be disjoint (Eq. 2).")
         owner[v] = k
-
-
-def collate(samples: Sequence[Sample]) -> MosaicBatch:
-    """Join samples of one K and one size.
-
-    Raises:
-        ValueError: The samples differ in K or in size, or there are none.
-    """
-    if not samples:
-        raise ValueError("a batch must hold at least one sample, got none.")
-    for name, what in (("reference_images", "number and size of references"), ("image", "target size")):
-        shapes = {tuple(getattr(sample, name).shape) for sample in samples}
-        if len(shapes) > 1:
-            raise ValueError(f"the samples of a batch must share the {what}, got shapes {sorted(shapes)}. KBatchSampler groups them.")
-    return MosaicBatch(
-        ids=[sample.id for sample in samples],
-        prompts=[sample.prompt for sample in samples],
-        images=torch.stack([sample.image for sample in samples]),
-        reference_images=torch.stack([sample.reference_images for sample in samples]),
-        points=[sample.points for sample in samples],
-    )
-
-
-class KBatchSampler(Sampler[list[int]]):
-    """Batches of one K, in an order that is a pure function of (seed, epoch).
-
-    Each K's samples are shuffled and cut into global batches of batch_size * world_size, of which every rank takes its own slice.
-    So all ranks see the same K at the same step, have the same number of batches, and the global batches do not depend on how
-    many ranks share them. The remainder of each K is left out of the epoch (another one in each epoch), except where a K has too
-    few samples for one global batch: those make one smaller batch per rank, with samples used twice only if there are fewer than
-    ranks. A data loader that shards by itself (accelerate) must not shard this sampler again.
-    """
-
-    def __init__(self, num_references: Sequence[int] | np.ndarray, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        """Group the samples by K.
-
-        Args:
-            num_references: [N], K of each sample.
-            batch_size: Samples per batch and rank.
-            seed: Seed of the order.
-            rank: This process, from 0.
-            world_size: Number of processes.
-
-        Raises:
-            ValueError: A number is out of range, or there are no samples.
-        """
-        values = np.asarray(num_references)
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or not len(values):
-            raise ValueError(
-                "batch_size and world_size must be at least 1, rank in [0, world_size) and samples more than 0, got batch_size "
-                f"{batch_size}, world_size {world_size}, rank {rank}, {len(values)} samples."
-            )
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self._groups = [np.flatnonzero(values == k) for k in np.unique(values)]
-        self._epoch = self._first_batch = 0
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and the number of its batches to leave out, for resuming."""
-        self._epoch, self._first_batch = epoch, first_batch
-
-    def __len__(self) -> int:
-        """Number of batches of a whole epoch, the same on every rank."""
-        return sum(max(1, len(group) // (self.batch_size * self.world_size)) for group in self._groups)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self._epoch])
-        batches = [batch for group in self._groups for batch in self._global_batches(rng.permutation(group))]
-        for number in rng.permutation(len(batches))[self._first_batch :]:
-            yield np.split(batches[number], self.world_size)[self.rank].tolist()
-
-    def _global_batches(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Cut the shuffled samples of one K into arrays whose lengths are equal multiples of world_size."""
-        size = self.batch_size * self.world_size
-        if len(indices) < size:
-            size = max(1, len(indices) // self.world_size) * self.world_size
-            indices = np.resize(indices, max(size, len(indices)))
-        return [indices[start : start + size] for start in range(0, len(indices) - size + 1, size)]
