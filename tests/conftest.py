@@ -1,12 +1,18 @@
-"""Fixtures: a seeded generator, tiny models with non-trivial weights, a synthetic batch. The builders are in tests/tiny.py."""
+"""Fixtures: a seeded generator, tiny models with non-trivial weights, a synthetic batch, a small world to train on. The builders are in
+tests/tiny.py and tests/runs.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import FluxTransformer2DModel
 
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.training import Trainer
 from mosaic.transformer import MosaicFluxTransformer2DModel
-from tests import tiny
+from tests import runs, tiny
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,3 +55,23 @@ def batch() -> tiny.Batch:
 def pipeline() -> MosaicFluxPipeline:
     """Ours, with a random reference LoRA of rank 3."""
     return tiny.build_pipeline()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set and model folder for training runs; not to be changed."""
+    return runs.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state per process, whose precision cannot change."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def trainer(world: Path, tmp_path: Path) -> Trainer:
+    """A run that has not begun."""
+    return Trainer(runs.make_config(world, tmp_path / "run"))

@@ -1,12 +1,11 @@
 """The objective on one batch: noise, dropout, schedules, presets, precision, and what gets a gradient."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,23 +16,7 @@ from mosaic.objective import disentanglement_weight, step_generator
 from mosaic.training import Trainer
 from tests import runs
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state per process, whose precision cannot change."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def trainer(world: Path, tmp_path: Path) -> Trainer:
-    return Trainer(runs.make_config(world, tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 # ---- flow

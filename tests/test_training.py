@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mosaic import objective, training
@@ -21,23 +20,7 @@ from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer, train
 from tests import runs
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state per process, whose precision cannot change."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def trainer(world: Path, tmp_path: Path) -> Trainer:
-    return Trainer(runs.make_config(world, tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 # ---- the optimizer step
