@@ -71,6 +71,9 @@ SECTIONS: dict[str, type[Section]] = {
 }
 """The sections by the name under which they stand in a file."""
 
+EXTENDS = "extends"
+"""Top-level key of a config file: another config file, whose settings hold where this one gives none."""
+
 IGNORED_KEYS = ("$schema",)
 """Top-level keys without effect; editors use "$schema" for completion."""
 
@@ -88,7 +91,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply overrides, validate everything.
 
     Args:
-        path: A JSON file: an object of sections.
+        path: A JSON file: an object of sections. With "extends" it names another one, relative to itself, on which it builds field by field.
         overrides: Strings "section.field=value" in the order given on the command line; the last one for a field wins. The value is read as
             JSON where it is JSON, else as a string: "training.max_steps=100", "loss.capture_blocks=[0, 1]", "data.root=data/pocket".
 
@@ -97,18 +100,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Not JSON, an unknown key, a wrong type or a value out of range. The message names the dotted path and the file or
-            override.
+        ValueError: Not JSON, an unknown key, a wrong type, a value out of range, or files that extend each other in a circle. The message
+            names the dotted path and the file or override.
     """
-    values = read_json(path)
     parsed = [_parse_override(text) for text in overrides]
-    sources: dict[str, str] = {}
-    if isinstance(values, dict):
-        for section, field, value, source in parsed:
-            given = values.setdefault(section, {})
-            if isinstance(given, dict):
-                given[field] = value
-                sources[f"{section}.{field}"] = source
+    values, sources = _read_extended(Path(path), ())
+    for section, field, value, source in parsed:
+        if isinstance(values.setdefault(section, {}), dict):
+            values[section][field] = value
+            sources[f"{section}.{field}"] = source
     return _build(values, str(path), sources)
 
 
@@ -154,6 +154,28 @@ def _parse_override(text: str) -> _Override:
     except (ValueError, RecursionError):
         value = raw
     return _Override(section, field, value, source)
+
+
+def _read_extended(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The sections of a file over those of the file it extends, and which file each section and "section.field" comes from."""
+    here = path.resolve()
+    if here in extending:
+        raise ValueError(f'{path}: "{EXTENDS}" leads in a circle: {" -> ".join(file.name for file in (*extending, here))}.')
+    given = read_json(path)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: must be a JSON object of sections, got {shown(given)}.")
+    base = given.pop(EXTENDS, None)
+    if base is not None and not (isinstance(base, str) and base):
+        raise FieldError(EXTENDS, f"must be the path of a config file, relative to this one, got {shown(base)}", str(path))
+    values, sources = _read_extended(path.parent / base, (*extending, here)) if base else ({}, {})
+    for section, fields in given.items():
+        sources[section] = str(path)
+        if not isinstance(fields, dict) or not isinstance(values.get(section, {}), dict):
+            values[section] = fields  # no section at all: refused when the config is built
+            continue
+        values.setdefault(section, {}).update(fields)
+        sources.update({f"{section}.{field}": str(path) for field in fields})
+    return values, sources
 
 
 def _build(values: object, source: str, sources: Mapping[str, str]) -> Config:

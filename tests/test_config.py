@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
-from mosaic.config import Config, LoraConfig, LossConfig, config_to_json, from_dict, load_config, resolved_dict
+from mosaic.config import SECTIONS, Config, LoraConfig, LossConfig, config_to_json, from_dict, load_config, resolved_dict
 from mosaic.schema import Section
+from scripts import make_config_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +72,10 @@ def test_frozen_and_keyword_only() -> None:
         LoraConfig(3)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert from_dict(resolved_dict(config)) == config
@@ -209,3 +214,67 @@ def test_message_of_a_missing_file_a_folder_and_bytes(tmp_path: Path) -> None:
 def test_direct_construction_is_checked_too() -> None:
     with pytest.raises(ValueError, match=r"^lora\.rank must be an integer of at least 1, got 0\.$"):
         LoraConfig(rank=0)
+
+
+# ---- extends
+
+
+def test_a_file_builds_on_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/far.json").write_text('{"lora": {"rank": 8}, "optimizer": {"eps": 1e-6, "learning_rate": 1e-3}}')
+    (tmp_path / "base/near.json").write_text('{"extends": "far.json", "optimizer": {"learning_rate": 2e-3}, "loss": {"max_points": 9}}')
+    path = write(tmp_path, {"$schema": "x", "extends": "base/near.json", "loss": {"preset": "release"}})
+    config = load_config(path, ["loss.max_points=7"])
+    assert config == from_dict(
+        {"lora": {"rank": 8}, "optimizer": {"eps": 1e-6, "learning_rate": 2e-3}, "loss": {"preset": "release", "max_points": 7}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ('{"lora": {"rank": 0}}', r"lora.rank must be an integer of at least 1, got 0 \(.*base.json\)"),
+        ('{"lora": {"ranc": 1}}', r"lora.ranc is not a known setting. Did you mean rank\? \(.*base.json\)"),
+        ('{"lore": {}}', r"lore is not a known setting. Did you mean lora\? \(.*base.json\)"),
+        ('{"lora": 3}', r"lora must be an object of settings, got 3 \(.*base.json\)"),
+        ('{"extends": "c.json"}', r'base.json: "extends" leads in a circle|"extends" leads in a circle: c.json -> base.json -> c.json'),
+        ('{"extends": 3}', r"extends must be the path of a config file, relative to this one, got 3 \(.*base.json\)"),
+        ("[1]", r"base.json: must be a JSON object of sections, got \[1\]"),
+    ],
+)
+def test_mistakes_are_reported_where_they_stand(tmp_path: Path, base: str, message: str) -> None:
+    (tmp_path / "base.json").write_text(base)
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, {"extends": "base.json", "optimizer": {"eps": 1e-7}}), ["training.seed=1"])
+
+
+def test_the_extended_file_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json: file not found"):
+        load_config(write(tmp_path, {"extends": "nowhere.json"}))
+
+
+# ---- the schema for editors
+
+
+def test_the_schema_file_is_current() -> None:
+    text = (ROOT / "configs/schema.json").read_text(encoding="utf-8")
+    assert text == make_config_schema.schema_text(), "run python scripts/make_config_schema.py"
+    jsonschema.Draft202012Validator.check_schema(json.loads(text))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_fit_the_schema_and_point_to_it(path: Path) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    assert values["$schema"] == "schema.json"
+    jsonschema.validate(values, make_config_schema.config_schema())
+
+
+def test_the_schema_agrees_with_the_dataclasses() -> None:
+    jsonschema.validate(resolved_dict(Config()), make_config_schema.config_schema())
+    wrong = [("lora", "rank", 0), ("lora", "rank", 1.5), ("data", "image_size", [1, 2, 3]), ("loss", "divergence", "x"), ("data", "root", " ")]
+    for section, field, value in [*wrong, ("optimizer", "eps", 0), ("data", "image_dropout", 1.1), ("optimizer", "betas", [0.9, 1])]:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({section: {field: value}}, make_config_schema.config_schema())
+        with pytest.raises(ValueError, match=f"{section}.{field}"):
+            from_dict({section: {field: value}})
+    assert list(make_config_schema.config_schema()["properties"])[2:] == list(SECTIONS)

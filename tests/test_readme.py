@@ -19,7 +19,7 @@ from scripts.pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
 
 
 def code_blocks(language: str) -> list[str]:
