@@ -1,0 +1,122 @@
+"""How well a data set supervises: what is looked at in each sample, and the quick check that training makes before it starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mosaic.data.samples import Sample
+from mosaic.tokens import Grid
+
+QUICK_SAMPLES = 64
+_HASH_SIDE = 8  # cells per side of a fingerprint: 64 bits
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One sample as it is stored, for the doctor.
+
+    Attributes:
+        id: Name of the sample.
+        prompt: Caption.
+        target_size: Width and height in pixels.
+        reference_sizes: Width and height of each reference.
+        points: Per reference int64 [P_k, 2] of (u, v) on the stored grids.
+        target_grid: Grid of v.
+        masks: Per reference bool [N] over the cells of `target_grid`, where the reference is seen; None where no mask is known.
+        fingerprint: See `fingerprint`, of the target.
+        missing: Parts that the data set lacks for this sample ("mask", "points").
+    """
+
+    id: str
+    prompt: str
+    target_size: tuple[int, int]
+    reference_sizes: tuple[tuple[int, int], ...]
+    points: tuple[Tensor, ...]
+    target_grid: Grid
+    masks: tuple[Tensor | None, ...]
+    fingerprint: int
+    missing: tuple[str, ...] = ()
+
+    @property
+    def num_references(self) -> int:
+        """K."""
+        return len(self.reference_sizes)
+
+
+@dataclass
+class Coverage:
+    """How many of the references seen so far have correspondence points.
+
+    Attributes:
+        references: References seen.
+        with_points: Those with at least one point.
+        examples: Ids of samples of which a reference has none.
+    """
+
+    references: int = 0
+    with_points: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Share of references with points, in [0, 1]; 0 where none was seen."""
+        return self.with_points / self.references if self.references else 0.0
+
+    def add(self, sample_id: str, points: Sequence[Tensor]) -> None:
+        """Count the references of one sample."""
+        found = sum(len(pairs) > 0 for pairs in points)
+        self.references += len(points)
+        self.with_points += found
+        if found < len(points):
+            self.examples.append(sample_id)
+
+
+class _SampleSource(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def check_supervision(dataset: _SampleSource, minimum: float, count: int = QUICK_SAMPLES) -> Coverage:
+    """Refuse to train where the attention losses would starve.
+
+    Reads up to `count` samples, spread evenly over the data set.
+
+    Args:
+        dataset: What will be trained on.
+        minimum: Smallest share of references that must have points; 0 lets everything pass.
+        count: Samples to read.
+
+    Raises:
+        ValueError: The share is lower; the message names samples and the cure.
+    """
+    coverage = Coverage()
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist():
+        sample = dataset[index]
+        coverage.add(sample.id, sample.points)
+    if coverage.share < minimum:
+        raise ValueError(
+            f"only {coverage.with_points} of {coverage.references} references ({coverage.share:.0%}) have correspondence points, but "
+            f"data.min_point_coverage asks for {minimum:.0%}: without points SCAL and MDL have nothing to supervise. Samples without: "
+            f"{', '.join(coverage.examples[:3])}. `python scripts/doctor.py DATA` shows what is missing, `preprocess/match.py` finds "
+            "points; data.min_point_coverage=0 trains without them."
+        )
+    return coverage
+
+
+def fingerprint(image: Image.Image) -> int:
+    """A 64-bit difference hash: equal pictures have equal ones, rescaled or recompressed pictures ones that differ in few bits."""
+    small = np.asarray(image.convert("L").resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BILINEAR), dtype=np.int16)
+    bits = (small[:, 1:] > small[:, :-1]).ravel()
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def mask_cells(mask: Image.Image, grid: Grid) -> Tensor:
+    """bool [N]: the cells of a grid of which a mask (white where the subject is) covers any part."""
+    covered = torch.from_numpy((np.asarray(mask.convert("L")) > 127).astype(np.float32))[None, None]
+    return torch.nn.functional.adaptive_max_pool2d(covered, tuple(grid)).flatten() > 0

@@ -1,0 +1,203 @@
+"""What the doctor counts: inspections of samples in, findings out. Nothing here reads a file."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mosaic.data.inspection import Coverage, Inspection
+
+FEW_POINTS = 8  # a reference with fewer is hardly supervised
+NEAR_BITS = 3  # fingerprints that differ in at most so many of 64 bits are near-duplicates
+_BANDS = NEAR_BITS + 1
+EXAMPLES = 20  # ids listed per finding
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A sample that could not be read.
+
+    Attributes:
+        index: Its number in the split.
+        message: Why.
+    """
+
+    index: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the findings are judged by: sizes of the training that is planned.
+
+    Attributes:
+        token_pixels: Pixels per token side.
+        image_size: Height and width of the target in pixels.
+        reference_size: Side of a reference in pixels.
+        text_length: Text tokens.
+        min_coverage: Share of references that must have points.
+    """
+
+    token_pixels: int = 16
+    image_size: tuple[int, int] = (512, 512)
+    reference_size: int = 512
+    text_length: int = 512
+    min_coverage: float = 0.95
+
+
+@dataclass
+class Findings:
+    """Collects inspections one by one; memory grows by a few numbers per sample."""
+
+    training: Training = field(default_factory=Training)
+    samples: int = 0
+    unreadable: list[Unreadable] = field(default_factory=list)
+    coverage: Coverage = field(default_factory=Coverage)
+    masks: Coverage = field(default_factory=Coverage)
+    missing: Counter = field(default_factory=Counter)
+    references: Counter = field(default_factory=Counter)
+    counts: list[int] = field(default_factory=list)
+    disjointness: list[str] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
+    outside_examples: list[str] = field(default_factory=list)
+    sizes: Counter = field(default_factory=Counter)
+    reference_sizes: Counter = field(default_factory=Counter)
+    captions: Counter = field(default_factory=Counter)
+    empty_captions: list[str] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+    fingerprints: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, found: Inspection | Unreadable) -> None:
+        """Count one sample."""
+        self.samples += 1
+        if isinstance(found, Unreadable):
+            self.unreadable.append(found)
+            return
+        self.coverage.add(found.id, found.points)
+        self.masks.add(found.id, [mask if mask is not None else () for mask in found.masks])
+        self.missing.update(found.missing)
+        self.references[found.num_references] += 1
+        self.counts += [len(pairs) for pairs in found.points]
+        if shared_cells(found.points):
+            self.disjointness.append(found.id)
+        shares = [share for pairs, mask in zip(found.points, found.masks, strict=True) if (share := share_outside(pairs, mask)) is not None]
+        self.outside += shares
+        if any(share > 0 for share in shares):
+            self.outside_examples.append(found.id)
+        self.sizes[found.target_size] += 1
+        self.reference_sizes.update(found.reference_sizes)
+        self.captions[found.prompt] += 1
+        self.words.append(len(found.prompt.split()))
+        if not found.prompt.strip():
+            self.empty_captions.append(found.id)
+        self.fingerprints.append((found.fingerprint, found.id))
+
+    def reasons(self) -> list[str]:
+        """Why training should not start on this data; empty where it may."""
+        reasons = []
+        if self.coverage.share < self.training.min_coverage:
+            reasons.append(
+                f"{self.coverage.with_points} of {self.coverage.references} references ({self.coverage.share:.1%}) have points, "
+                f"{self.training.min_coverage:.0%} are wanted: find them with preprocess/match.py, or put the missing files in place"
+            )
+        if self.unreadable:
+            reasons.append(f"{len(self.unreadable)} of {self.samples} samples cannot be read")
+        if self.disjointness:
+            reasons.append(f"{len(self.disjointness)} samples have a target cell in two references (Eq. 2)")
+        return reasons
+
+
+def shared_cells(points: Sequence[Tensor]) -> int:
+    """Number of target cells v that stand in two references or more (Eq. 2 allows none)."""
+    owners = Counter(v for pairs in points for v in set(pairs[:, 1].tolist()))
+    return sum(count > 1 for count in owners.values())
+
+
+def share_outside(points: Tensor, mask: Tensor | None) -> float | None:
+    """Share of a reference's points whose target cell its mask does not touch; None without mask or points."""
+    if mask is None or not len(points):
+        return None
+    return 1.0 - mask[points[:, 1].long()].float().mean().item()
+
+
+def near_duplicates(fingerprints: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
+    """Pairs of ids whose fingerprints differ in at most `NEAR_BITS` bits.
+
+    Two such fingerprints agree in at least one of `NEAR_BITS` + 1 bands of bits, so only those that share a band are compared.
+    """
+    pairs: dict[tuple[str, str], None] = {}
+    width = 64 // _BANDS
+    for band in range(_BANDS):
+        groups: dict[int, list[tuple[int, str]]] = {}
+        for value, name in fingerprints:
+            groups.setdefault(value >> (band * width) & ((1 << width) - 1), []).append((value, name))
+        for group in groups.values():
+            values = np.array([value for value, _ in group], dtype=np.uint64)
+            for i in range(len(group) - 1):
+                distance = np.bitwise_count(values[i + 1 :] ^ values[i])
+                for j in np.flatnonzero(distance <= NEAR_BITS).tolist():
+                    pairs[group[i][1], group[i + 1 + j][1]] = None
+    return list(pairs)
+
+
+def tokens_per_sample(training: Training, num_references: int) -> int:
+    """Length of the joint sequence: text, target and K references."""
+    height, width = (side // training.token_pixels for side in training.image_size)
+    return training.text_length + height * width + num_references * (training.reference_size // training.token_pixels) ** 2
+
+
+def summarise(findings: Findings) -> dict[str, Any]:
+    """The findings as JSON types."""
+    counts = np.array(findings.counts or [0])
+    pairs = near_duplicates(findings.fingerprints)
+    references = dict(sorted(findings.references.items()))
+    readable = sum(references.values())
+    tokens = sum(number * tokens_per_sample(findings.training, k) for k, number in references.items()) / max(1, readable)
+    repeated = [(caption, number) for caption, number in findings.captions.most_common(EXAMPLES) if number > 1]
+    reasons = findings.reasons()
+    return {
+        "healthy": not reasons,
+        "reasons": reasons,
+        "samples": findings.samples,
+        "unreadable": {"count": len(findings.unreadable), "examples": [[bad.index, bad.message] for bad in findings.unreadable[:EXAMPLES]]},
+        "coverage": {
+            "points": findings.coverage.share,
+            "masks": findings.masks.share,
+            "references": findings.coverage.references,
+            "references_with_points": findings.coverage.with_points,
+            "missing": dict(findings.missing),
+            "examples_without_points": findings.coverage.examples[:EXAMPLES],
+        },
+        "references_per_sample": {str(k): number for k, number in references.items()},
+        "points_per_reference": {
+            "min": int(counts.min()),
+            "median": float(np.median(counts)),
+            "mean": float(counts.mean()),
+            "max": int(counts.max()),
+            f"below_{FEW_POINTS}": int((counts < FEW_POINTS).sum()),
+        },
+        "disjointness_violations": {"count": len(findings.disjointness), "examples": findings.disjointness[:EXAMPLES]},
+        "points_outside_masks": {
+            "share": float(np.mean(findings.outside)) if findings.outside else None,
+            "examples": findings.outside_examples[:EXAMPLES],
+        },
+        "near_duplicates": {"pairs": len(pairs), "examples": [list(pair) for pair in pairs[:EXAMPLES]]},
+        "target_sizes": _histogram(findings.sizes),
+        "reference_sizes": _histogram(findings.reference_sizes),
+        "captions": {
+            "empty": findings.empty_captions[:EXAMPLES],
+            "distinct": len(findings.captions),
+            "most_repeated": [list(pair) for pair in repeated[:5]],
+            "median_words": float(np.median(findings.words or [0])),
+            "max_words": max(findings.words, default=0),
+        },
+        "tokens_per_sample": tokens,
+    }
+
+
+def _histogram(sizes: Counter) -> list[list[Any]]:
+    """The most frequent sizes: "width x height", aspect ratio, number."""
+    return [[f"{width} x {height}", round(width / height, 3), number] for (width, height), number in sizes.most_common(EXAMPLES)]
