@@ -62,9 +62,23 @@ class AttentionRows(NamedTuple):
     reference_means: Tensor | None = None
 
 
+class AttentionOutput(NamedTuple):
+    """What comes out of one block's attention.
+
+    Attributes:
+        main: [B, T + N_tgt, H, D], the text and target tokens.
+        references: [B, K * N_ref, H, D], or None without references.
+        rows: The rows that were wanted; empty if none were.
+    """
+
+    main: Tensor
+    references: Tensor | None
+    rows: AttentionRows
+
+
 def branch_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int = 0, capture: Capture | None = None
-) -> tuple[Tensor, AttentionRows]:
+) -> AttentionOutput:
     """Attention of the whole sequence in one of the three modes, without a mask (Eq. 7), and the rows that are wanted of it.
 
     Args:
@@ -76,23 +90,20 @@ def branch_attention(
         text_length: T; the target stands between the text and the references. Only `capture` needs it.
         capture: Which rows are wanted; None: none.
 
-    Returns:
-        The attention's output [B, S, H, D], and the rows.
-
     Raises:
         ValueError: If the mode is unknown.
     """
     if layout.reference_attention not in REFERENCE_ATTENTION_MODES:
         raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {layout.reference_attention!r}.")
     if layout.length == 0:
-        return attend(query, key, value), AttentionRows()
+        return AttentionOutput(attend(query, key, value), None, AttentionRows())
     # Every tensor is cut once: the gradient of a cut is one concatenation, that of separate slices a sum of padded copies.
     main_length = query.shape[1] - layout.length
     main_query, reference_query = query.split([main_length, layout.length], dim=1)
     text_key, target_key, reference_key = key.split([text_length, main_length - text_length, layout.length], dim=1)
     rows = capture_rows(reference_query, target_key, layout, capture) if capture else AttentionRows()
     if layout.reference_attention == "joint":
-        return attend(query, key, value), rows
+        return AttentionOutput(*attend(query, key, value).split([main_length, layout.length], dim=1), rows)
     main_value, reference_value = value.split([main_length, layout.length], dim=1)
     sees_main = layout.reference_attention == "target"
     reference = attend(
@@ -100,7 +111,7 @@ def branch_attention(
         _per_reference([text_key, target_key] if sees_main else [], reference_key, layout),
         _per_reference([main_value] if sees_main else [], reference_value, layout),
     )  # (B * K, N_ref, H, D)
-    return torch.cat([attend(main_query, key, value), reference.reshape(reference_query.shape)], dim=1), rows
+    return AttentionOutput(attend(main_query, key, value), reference.reshape(reference_query.shape), rows)
 
 
 def _per_reference(shared: Sequence[Tensor], references: Tensor, layout: Layout) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
-from mosaic.attention import AttentionRows, Capture, Layout, branch_attention
-from mosaic.lora import branch_linear
+from mosaic.attention import AttentionOutput, AttentionRows, Capture, Layout, branch_attention
+from mosaic.lora import branch_linear, branch_vectors
 
 FLOAT16_LIMIT = 65504.0
 RotaryEmbedding = tuple[Tensor, Tensor]
@@ -31,19 +31,57 @@ class BlockOutput(NamedTuple):
     rows: AttentionRows
 
 
-def _modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, start: int) -> Tensor:
-    """x * (1 + scale) + shift, with one vector for the main tokens and one for the references: shift, scale [B, 1 or 2, d]."""
-    if shift.shape[1] == 1:
-        return hidden_states * (1 + scale) + shift
-    main = hidden_states[:, :start] * (1 + scale[:, :1]) + shift[:, :1]
-    return torch.cat([main, hidden_states[:, start:] * (1 + scale[:, 1:]) + shift[:, 1:]], dim=1)
+class _Vectors(NamedTuple):
+    """A shift, scale or gate: [B, 1, d] for the main tokens, and for the references (None without them)."""
+
+    main: Tensor
+    references: Tensor | None
 
 
-def _gate(hidden_states: Tensor, gate: Tensor, start: int) -> Tensor:
-    """gate * x with one vector per branch: gate [B, 1 or 2, d]."""
-    if gate.shape[1] == 1:
-        return gate * hidden_states
-    return torch.cat([gate[:, :1] * hidden_states[:, :start], gate[:, 1:] * hidden_states[:, start:]], dim=1)
+class _Tokens(NamedTuple):
+    """Image or joint tokens [B, S, d], and the references among them as a tensor of their own (None without them)."""
+
+    joined: Tensor
+    references: Tensor | None
+
+
+def _vectors(layer: nn.Module, temb: Tensor, count: int) -> list[_Vectors]:
+    """The AdaLN vectors of both branches, `count` of them."""
+    main, references = branch_vectors(layer, temb)
+    return [
+        _Vectors(*pair)
+        for pair in zip(main.chunk(count, -1), [None] * count if references is None else references.chunk(count, -1), strict=True)
+    ]
+
+
+def _modulate(hidden_states: Tensor, shift: _Vectors, scale: _Vectors, start: int) -> _Tokens:
+    """x * (1 + scale) + shift, each branch with its own vectors."""
+    if scale.references is None:
+        return _Tokens(hidden_states * (1 + scale.main) + shift.main, None)
+    main = hidden_states[:, :start] * (1 + scale.main) + shift.main
+    references = hidden_states[:, start:] * (1 + scale.references) + shift.references
+    return _Tokens(torch.cat([main, references], dim=1), references)
+
+
+def _gate(hidden_states: Tensor, gate: _Vectors, start: int) -> Tensor:
+    """gate * x, each branch with its own vector."""
+    if gate.references is None:
+        return gate.main * hidden_states
+    return torch.cat([gate.main * hidden_states[:, :start], gate.references * hidden_states[:, start:]], dim=1)
+
+
+def _join(main: Tensor, references: Tensor | None) -> _Tokens:
+    return _Tokens(main if references is None else torch.cat([main, references], dim=1), references)
+
+
+def _with_references(hidden_states: Tensor, start: int) -> _Tokens:
+    """Copies the references out where a backward pass will keep them, see `branch_linear`."""
+    copied = torch.is_grad_enabled() and start < hidden_states.shape[1]
+    return _Tokens(hidden_states, hidden_states[:, start:].clone() if copied else None)
+
+
+def _linear(layer: nn.Module, tokens: _Tokens, start: int) -> Tensor:
+    return branch_linear(layer, tokens.joined, start, tokens.references)
 
 
 def _clip_float16(hidden_states: Tensor) -> Tensor:
@@ -63,13 +101,14 @@ def _attend(
     layout: Layout,
     text_length: int,
     capture: Capture | None,
-) -> tuple[Tensor, AttentionRows]:
-    """RoPE, then attention in the layout's mode. Returns the output [B, S, H * D] and the wanted rows."""
+) -> AttentionOutput:
+    """RoPE, then attention in the layout's mode, its outputs as [B, S, H * D]."""
     query = apply_rotary_emb(query, rotary, sequence_dim=1)
     key = apply_rotary_emb(key, rotary, sequence_dim=1)
     attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
-    output, rows = branch_attention(query, key, value, layout, attend, text_length, capture)
-    return output.flatten(2, 3).to(query.dtype), rows
+    main, references, rows = branch_attention(query, key, value, layout, attend, text_length, capture)
+    main, references = (x if x is None else x.flatten(2, 3).to(query.dtype) for x in (main, references))
+    return AttentionOutput(main, references, rows)
 
 
 class MosaicFluxTransformerBlock(FluxTransformerBlock):
@@ -96,25 +135,25 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         """
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         start = hidden_states.shape[1] - layout.length
-        modulation = branch_linear(self.norm1.linear, self.norm1.silu(temb), 1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, self.norm1.silu(temb), 6)
         normed = _modulate(self.norm1.norm(hidden_states), shift_msa, scale_msa, start)
         text, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb[:, 0])
 
-        query, key, value = (_heads(attn, branch_linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         text_query, text_key, text_value = (_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
         query = torch.cat([attn.norm_added_q(text_query), attn.norm_q(query)], dim=1)
         key = torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1)
         value = torch.cat([text_value, value], dim=1)
-        attended, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        main, references, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        attended_text, attended_target = main.split([text_length, start], dim=1)
 
-        attended_image = branch_linear(attn.to_out[0], attended[:, text_length:].contiguous(), start)
+        attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), references), start)
         hidden_states = hidden_states + _gate(attn.to_out[1](attended_image), gate_msa, start)
         normed = _modulate(self.norm2(hidden_states), shift_mlp, scale_mlp, start)
-        inner = self.ff.net[0].gelu(branch_linear(self.ff.net[0].proj, normed, start))
-        hidden_states = hidden_states + _gate(branch_linear(self.ff.net[2], self.ff.net[1](inner), start), gate_mlp, start)
+        inner = _with_references(self.ff.net[1](self.ff.net[0].gelu(_linear(self.ff.net[0].proj, normed, start))), start)
+        hidden_states = hidden_states + _gate(_linear(self.ff.net[2], inner, start), gate_mlp, start)
 
-        attended_text = attn.to_add_out(attended[:, :text_length].contiguous())
+        attended_text = attn.to_add_out(attended_text.contiguous())
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
         text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
         encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
@@ -137,14 +176,15 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         start = residual.shape[1] - layout.length
-        shift, scale, gate = branch_linear(self.norm.linear, self.norm.silu(temb), 1).chunk(3, dim=-1)
+        shift, scale, gate = _vectors(self.norm.linear, self.norm.silu(temb), 3)
         normed = _modulate(self.norm.norm(residual), shift, scale, start)
 
-        mlp = self.act_mlp(branch_linear(self.proj_mlp, normed, start))
-        query, key, value = (_heads(attn, branch_linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        mlp = self.act_mlp(_linear(self.proj_mlp, normed, start))
+        query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = attn.norm_q(query), attn.norm_k(key)
-        attended, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        main, references, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
 
-        output = branch_linear(self.proj_out, torch.cat([attended, mlp], dim=2), start)
+        joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)
+        output = _linear(self.proj_out, joined, start)
         output = _clip_float16(residual + _gate(output, gate, start))
         return BlockOutput(output[:, :text_length], output[:, text_length:], rows)

@@ -26,7 +26,7 @@ DOUBLE_STREAM_TARGETS = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", 
 SINGLE_STREAM_TARGETS = ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
 
 
-def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int) -> Tensor:
+def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, references: Tensor | None = None) -> Tensor:
     """Apply a linear layer to [main; references]: base everywhere, the reference LoRA from `start` on, other adapters before it.
 
     y = W x + b;  y[:, start:] += B_ref A_ref x[:, start:];  y[:, :start] += s B A x[:, :start] for every other active adapter.
@@ -35,6 +35,8 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int) -> Tensor
         layer: A linear layer, adapted by PEFT or not.
         hidden_states: [B, S, d_in].
         start: Index of the first reference token; S if there is none.
+        references: hidden_states[:, start:] as a tensor with memory of its own, where the caller has one: the reference LoRA keeps its
+            input for the backward pass, and a slice would keep all of `hidden_states`, which the frozen base does not need.
 
     Returns:
         [B, S, d_out].
@@ -42,16 +44,42 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int) -> Tensor
     if not isinstance(layer, LoraLayer):
         return layer(hidden_states)
     output = layer.base_layer(hidden_states)
-    deltas = []
-    if ADAPTER_NAME in layer.lora_A and start < hidden_states.shape[1]:
-        deltas.append((start, hidden_states.shape[1], ADAPTER_NAME))
-    if not layer.disable_adapters:
-        deltas += [(0, start, name) for name in layer.active_adapters if name != ADAPTER_NAME and name in layer.lora_A]
-    for first, last, name in deltas:
-        tokens = hidden_states[:, first:last].to(layer.lora_A[name].weight.dtype)  # PEFT's rule: adapters compute in their own dtype
-        delta = layer.lora_B[name](layer.lora_A[name](tokens)) * layer.scaling[name]
-        output.narrow(1, first, last - first).add_(delta.to(output.dtype))
+    length = hidden_states.shape[1]
+    if ADAPTER_NAME in layer.lora_A and start < length:
+        tokens = hidden_states[:, start:] if references is None else references
+        output.narrow(1, start, length - start).add_(_delta(layer, ADAPTER_NAME, tokens).to(output.dtype))
+    for name in _style_adapters(layer):
+        output.narrow(1, 0, start).add_(_delta(layer, name, hidden_states[:, :start]).to(output.dtype))
     return output
+
+
+def branch_vectors(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same for conditioning vectors, [B, 1 or 2, d_in]: the main one, and the references' if there is one.
+
+    Returns:
+        [B, 1, d_out] each, apart: only the references' depends on what is trained, so that nothing is kept to train the main one.
+    """
+    if not isinstance(layer, LoraLayer):
+        output = layer(vectors)
+        return output[:, :1], output[:, 1:] if vectors.shape[1] > 1 else None
+    output = layer.base_layer(vectors)
+    main, reference = output[:, :1], output[:, 1:] if vectors.shape[1] > 1 else None
+    if reference is not None and ADAPTER_NAME in layer.lora_A:
+        reference = reference + _delta(layer, ADAPTER_NAME, vectors[:, 1:]).to(output.dtype)
+    for name in _style_adapters(layer):
+        main = main + _delta(layer, name, vectors[:, :1]).to(output.dtype)
+    return main, reference
+
+
+def _style_adapters(layer: LoraLayer) -> list[str]:
+    """The active adapters of a layer beside the reference LoRA."""
+    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name != ADAPTER_NAME and name in layer.lora_A]
+
+
+def _delta(layer: LoraLayer, name: str, tokens: Tensor) -> Tensor:
+    """s B A x, in the adapter's own dtype as PEFT does it."""
+    tokens = tokens.to(layer.lora_A[name].weight.dtype)
+    return layer.lora_B[name](layer.lora_A[name](tokens)) * layer.scaling[name]
 
 
 def reference_lora_modules(transformer: FluxTransformer2DModel) -> list[str]:

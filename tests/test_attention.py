@@ -29,6 +29,12 @@ def dense(query: Tensor, key: Tensor, value: Tensor, num_references: int, mode: 
     return torch.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
+def attended(inputs: list[Tensor], layout: Layout) -> Tensor:
+    """Main and reference output in one tensor."""
+    output = branch_attention(*inputs, layout, attend)
+    return torch.cat([output.main, output.references], dim=1)
+
+
 def parts(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """What rows are read from: the references' queries and the target's keys."""
     return query[:, TEXT + TARGET :], key[:, TEXT : TEXT + TARGET]
@@ -45,7 +51,7 @@ def full_map(query: Tensor, key: Tensor) -> Tensor:
 def test_modes_equal_the_dense_mask_with_gradients(generator: torch.Generator, mode: str, num_references: int) -> None:
     inputs = draw(num_references, generator)
     weight = torch.randn(inputs[0].shape, generator=generator)
-    ours, _ = branch_attention(*inputs, Layout(num_references, REFERENCE, mode), attend)
+    ours = attended(inputs, Layout(num_references, REFERENCE, mode))
     want = dense(*inputs, num_references, mode)
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad((ours * weight).sum(), inputs)
@@ -62,7 +68,7 @@ def test_what_references_see(generator: torch.Generator) -> None:
         moved[:, part] += 1
         for mode in MODES:
             layout = Layout(2, REFERENCE, mode)
-            change = branch_attention(query, key, moved, layout, attend)[0] - branch_attention(query, key, value, layout, attend)[0]
+            change = attended([query, key, moved], layout) - attended([query, key, value], layout)
             changes[mode, name] = bool(change[:, first].abs().max() > 1e-3)
             assert change[:, : TEXT + TARGET].abs().min() > 1e-3  # text and target always see everything
     assert changes == {
@@ -77,7 +83,9 @@ def test_what_references_see(generator: torch.Generator) -> None:
 
 def test_no_references_is_plain_attention(generator: torch.Generator) -> None:
     inputs = draw(0, generator)
-    assert torch.equal(branch_attention(*inputs, Layout(), attend)[0], attend(*inputs))
+    output = branch_attention(*inputs, Layout(), attend)
+    assert torch.equal(output.main, attend(*inputs))
+    assert output.references is None
 
 
 @pytest.mark.parametrize("batch", [1, 3])
