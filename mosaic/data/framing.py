@@ -89,8 +89,9 @@ class Frame:
         )
         if max(sides) > COARSEST_CELL:
             raise ValueError(
-                f"{place}: must be about as fine as the tokens ({token_grid.rows} x {token_grid.columns} over {self.height} x {self.width} px) "
-                f"or finer, got {grid.rows} x {grid.columns}, whose cells are {float(sides[0]):.2f} x {float(sides[1]):.2f} tokens large. "
+                f"{place}: must be about as fine as the tokens ({token_grid.rows} x {token_grid.columns} over "
+                f"{self.height} x {self.width} px) or finer, got {grid.rows} x {grid.columns}, whose cells are "
+                f"{float(sides[0]):.2f} x {float(sides[1]):.2f} tokens large. "
                 "Match on a finer grid, or train at a smaller size."
             )
 

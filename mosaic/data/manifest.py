@@ -1,4 +1,7 @@
-"""The manifest of a data set in the multi-reference format, version 1 (preprocess/FORMAT.md): rows at random, memory nearly flat in their number."""
+"""The manifest of a data set in the multi-reference format, version 1 (preprocess/FORMAT.md).
+
+Rows are read at random; memory is nearly flat in their number.
+"""
 
 import logging
 from collections import OrderedDict

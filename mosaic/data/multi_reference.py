@@ -39,10 +39,10 @@ class DatasetReport:
 class MultiReferenceDataset(Dataset[Sample]):
     """Samples of one split of a data set in the multi-reference format, version 1 (preprocess/FORMAT.md).
 
-    A reference is fitted whole onto a white square. A target goes to the bucket of the nearest aspect, which its middle then covers. Points
-    go along: a cell belongs to the token that holds its centre; each token pair's fine points vote (`vote_points`); what was cut off with the
-    picture has no points. Where the aspects agree nothing is cut off. A sample whose points file is absent has no points and says so in
-    `Sample.missing`; anything else that is wrong raises an error that names the row. Nothing is skipped or replaced.
+    A reference is fitted whole onto a white square. A target goes to the bucket of the nearest aspect, which its middle then covers.
+    Points go along: a cell belongs to the token that holds its centre; the fine points of each pair of tokens vote (`vote_points`); what
+    was cut off with the picture has no points. Where the aspects agree nothing is cut off. A sample whose points file is absent has no
+    points and says so in `Sample.missing`; anything else that is wrong raises an error that names the row. Nothing is skipped or replaced.
 
     Attributes:
         buckets: Height and width of the targets of each bucket in pixels.
@@ -75,8 +75,8 @@ class MultiReferenceDataset(Dataset[Sample]):
 
         Raises:
             FileNotFoundError: The data set is missing.
-            ValueError: The manifest is not of the format, a bucket is no multiple of the token size, a sample has more than `max_references`
-                references, or its points' grids are coarser than the tokens.
+            ValueError: The manifest is not of the format, a bucket is no multiple of the token size, a sample has more than
+                `max_references` references, or its points' grids are coarser than the tokens.
         """
         self.reference_size = reference_size
         self.reference_token_grid = Grid(*reference_token_grid)

@@ -196,7 +196,8 @@ def check_points(sample: SampleRecord) -> None:
     for k, reference in enumerate(sample.references if all(matched) else ()):
         points = np.asarray(reference.points)
         if points.ndim != 2 or points.shape[1] != 2 or (len(points) and not np.issubdtype(points.dtype, np.integer)):
-            raise ValueError(f"sample {sample.id!r}, references[{k}]: points must be integers [P, 2]; got {points.dtype} {list(points.shape)}")
+            found = f"{points.dtype} {list(points.shape)}"
+            raise ValueError(f"sample {sample.id!r}, references[{k}]: points must be integers [P, 2]; got {found}")
         for column, grid, name in ((0, reference.grid or sample.reference_grid, "u"), (1, sample.target_grid, "v")):
             if len(points) and not 0 <= points[:, column].min() <= points[:, column].max() < grid[0] * grid[1]:
                 raise ValueError(f"sample {sample.id!r}, references[{k}]: {name} must lie within the grid {list(grid)}")
