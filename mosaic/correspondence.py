@@ -165,10 +165,10 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
     """
     u = _coarsen(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
     v = _coarsen(points[:, 1].long(), target_grid, to_target_grid, "target grid")
-    return vote_points(u, v, to_reference_grid.num_tokens, to_target_grid.num_tokens)
+    return majority_points(u, v, to_reference_grid.num_tokens, to_target_grid.num_tokens)
 
 
-def vote_points(u: Tensor, v: Tensor, num_u: int, num_v: int) -> Tensor:
+def majority_points(u: Tensor, v: Tensor, num_u: int, num_v: int) -> Tensor:
     """The vote of `reduce_points` on points that are on the coarse grids already, one entry per fine point.
 
     Args:

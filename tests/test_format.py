@@ -175,8 +175,7 @@ def test_samples_without_points_are_named_and_counted(tmp_path: Path) -> None:
     dataset = MultiReferenceDataset(root, **OPTIONS)
     assert [dataset[i].missing for i in range(3)] == [(), ("points",), ("points",)]
     assert [list(points.shape) for points in dataset[1].points] == [[0, 2], [0, 2]]
-    report = dataset.report()
-    assert (report.num_samples, report.num_without_points, report.num_references) == (3, 2, {2: 3})
+    assert dataset.report() == {"samples": 3, "found_points": 1, "missing_points": 2, "references_2": 3}
     (root / "points/s0.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         dataset[0]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mosaic.correspondence import reduce_points, vote_points
+from mosaic.correspondence import reduce_points, majority_points
 from mosaic.data.framing import cover, fit, nearest_bucket
 from mosaic.tokens import Grid
 
@@ -68,7 +68,7 @@ def test_equal_aspects_reduce_as_whole_cells_do(rows: int, columns: int, times_r
     points = torch.randint(fine.num_tokens, (40, 2), generator=torch.Generator().manual_seed(seed))
     frame = cover((rows * 30, columns * 30), (rows * 16, columns * 16))
     u, v = (frame.carry(points[:, axis], fine, coarse) for axis in (0, 1))
-    assert torch.equal(vote_points(u, v, coarse.num_tokens, coarse.num_tokens), reduce_points(points, fine, fine, coarse, coarse))
+    assert torch.equal(majority_points(u, v, coarse.num_tokens, coarse.num_tokens), reduce_points(points, fine, fine, coarse, coarse))
 
 
 @pytest.mark.parametrize("size", [(24, 48), (48, 24), (30, 30), (17, 48), (96, 40)])

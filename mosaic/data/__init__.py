@@ -1,7 +1,7 @@
 """Data sets: readers, the writer of our format, batches."""
 
 from mosaic.data.manifest import Manifest
-from mosaic.data.multi_reference import DatasetReport, MultiReferenceDataset
+from mosaic.data.multi_reference import MultiReferenceDataset
 from mosaic.data.records import ReferenceRecord, SampleRecord, sample_id
 from mosaic.data.rows import ReferenceEntry, Row
 from mosaic.data.sampler import BucketBatchSampler
@@ -10,7 +10,6 @@ from mosaic.data.writer import DatasetWriter
 
 __all__ = [
     "BucketBatchSampler",
-    "DatasetReport",
     "DatasetWriter",
     "Manifest",
     "MosaicBatch",

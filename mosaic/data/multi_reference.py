@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mosaic.correspondence import make_disjoint, vote_points
+from mosaic.correspondence import majority_points, make_disjoint
 from mosaic.data.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
 from mosaic.data.manifest import Manifest
 from mosaic.data.points_file import read_stored_points
@@ -21,27 +20,12 @@ from mosaic.images import decode_image, to_rgb
 from mosaic.tokens import Grid
 
 
-@dataclass(frozen=True)
-class DatasetReport:
-    """What a split holds.
-
-    Attributes:
-        num_samples: Samples of the split.
-        num_without_points: Samples whose points file is absent: not matched yet, or lost.
-        num_references: Samples by K.
-    """
-
-    num_samples: int
-    num_without_points: int
-    num_references: dict[int, int]
-
-
 class MultiReferenceDataset(Dataset[Sample]):
     """Samples of one split of a data set in the multi-reference format, version 1 (preprocess/FORMAT.md).
 
     A reference is fitted whole onto a white square. A target goes to the bucket of the nearest aspect, which its middle then covers.
-    Points go along: a cell belongs to the token that holds its centre; the fine points of each pair of tokens vote (`vote_points`); what
-    was cut off with the picture has no points. Where the aspects agree nothing is cut off. A sample whose points file is absent has no
+    Points go along: a cell belongs to the token that holds its centre; the fine points of each pair of tokens vote
+    (`majority_points`); what was cut off with the picture has no points. Where the aspects agree nothing is cut off. A sample whose points file is absent has no
     points and says so in `Sample.missing`; anything else that is wrong raises an error that names the row. Nothing is skipped or replaced.
 
     Attributes:
@@ -133,17 +117,23 @@ class MultiReferenceDataset(Dataset[Sample]):
             points = self._carry_points(stored, row, frame, self._token_grids[bucket], frames)
         return Sample(row.id, row.prompt, target, torch.stack(references), points, () if stored is not None else ("points",))
 
-    def report(self) -> DatasetReport:
-        """Count what the split holds. Lists the folders of the points files once; no picture is read."""
+    def report(self) -> dict[str, int]:
+        """Count what is there; the folders of the points files are listed once, no file is read.
+
+        Returns:
+            `samples`: in the split; `found_points`, `missing_points`: samples with and without a points file; `references_K` for every K
+            that occurs: samples with K references.
+        """
         files: dict[str, set[str]] = {}
-        missing = 0
+        found = 0
         for points in self.manifest.column("points"):
             path = PurePosixPath(points)
             folder = str(path.parent)
             if folder not in files:
                 files[folder] = self.manifest.folder.names(folder)
-            missing += path.name not in files[folder]
-        return DatasetReport(len(self), missing, dict(sorted(Counter(self.num_references.tolist()).items())))
+            found += path.name in files[folder]
+        counts = {"samples": len(self), "found_points": found, "missing_points": len(self) - found}
+        return counts | {f"references_{k}": count for k, count in sorted(Counter(self.num_references.tolist()).items())}
 
     def _read_picture(self, relative: str, place: str) -> Image.Image:
         """Read a picture as RGB, upright."""
@@ -171,7 +161,7 @@ class MultiReferenceDataset(Dataset[Sample]):
             u = own_frame.carry(pairs[:, 0].long(), reference.grid, self.reference_token_grid)
             v = frame.carry(pairs[:, 1].long(), row.target_grid, token_grid)
             kept = v >= 0
-            carried.append(vote_points(u[kept], v[kept], self.reference_token_grid.num_tokens, token_grid.num_tokens))
+            carried.append(majority_points(u[kept], v[kept], self.reference_token_grid.num_tokens, token_grid.num_tokens))
         return make_disjoint(carried)
 
     def _refuse_coarse_grids(self, geometries: np.ndarray, by_geometry: np.ndarray) -> None:
