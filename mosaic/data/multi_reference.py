@@ -25,8 +25,9 @@ class MultiReferenceDataset(Dataset[Sample]):
 
     A reference is fitted whole onto a white square. A target goes to the bucket of the nearest aspect, which its middle then covers.
     Points go along: a cell belongs to the token that holds its centre; the fine points of each pair of tokens vote
-    (`majority_points`); what was cut off with the picture has no points. Where the aspects agree nothing is cut off. A sample whose points file is absent has no
-    points and says so in `Sample.missing`; anything else that is wrong raises an error that names the row. Nothing is skipped or replaced.
+    (`majority_points`); what was cut off with the picture has no points. Where the aspects agree nothing is cut off. A sample whose
+    points file is absent has no points and says so in `Sample.missing`; anything else that is wrong raises an error that names the row.
+    Nothing is skipped or replaced.
 
     Attributes:
         buckets: Height and width of the targets of each bucket in pixels.
