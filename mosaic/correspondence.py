@@ -165,7 +165,21 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
     """
     u = _coarsen(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
     v = _coarsen(points[:, 1].long(), target_grid, to_target_grid, "target grid")
-    num_u, num_v = to_reference_grid.num_tokens, to_target_grid.num_tokens
+    return majority_points(u, v, to_reference_grid.num_tokens, to_target_grid.num_tokens)
+
+
+def majority_points(u: Tensor, v: Tensor, num_u: int, num_v: int) -> Tensor:
+    """The vote of `reduce_points` on points that are on the coarse grids already, one entry per fine point.
+
+    Args:
+        u: int64 [P], coarse reference cell of each fine point.
+        v: int64 [P], its coarse target cell.
+        num_u: Cells of the coarse reference grid.
+        num_v: Cells of the coarse target grid.
+
+    Returns:
+        int64 [P', 2] of (u, v), u unique, sorted by u.
+    """
     pairs, votes = torch.unique(u * num_v + v, return_counts=True)  # sorted by u, then v
     u, v = pairs // num_v, pairs % num_v
     keep = _winners(group=v, votes=votes, tie=u, num_groups=num_v, num_ties=num_u)

@@ -1,7 +1,9 @@
 """Loading pictures from files, and preparing reference pictures. Needs Pillow and numpy only."""
 
+import io
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
@@ -38,13 +40,39 @@ def load_image(path: str | Path) -> Image.Image:
     if status.st_size == 0:
         raise ValueError(f"the picture file is empty (0 bytes): {path}.")
     try:
-        with Image.open(path, formats=_readable_formats()) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except PermissionError as error:
+        with open(path, "rb") as file:
+            return _decode(file, str(path))
+    except OSError as error:
         raise ValueError(f"the file cannot be read: {path} ({error.strerror}).") from error
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode the content of a picture file, as `load_image` does.
+
+    Args:
+        data: Content of a file in one of `FORMATS`.
+        name: Name of the file, for messages.
+
+    Returns:
+        The decoded picture, upright; its `format` is the file's.
+
+    Raises:
+        ValueError: The content is empty, damaged or no picture.
+    """
+    if not data:
+        raise ValueError(f"the picture file is empty (0 bytes): {name}.")
+    return _decode(io.BytesIO(data), name)
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    """Decode an open picture file; its errors are ValueErrors that begin with the problem."""
+    try:
+        with Image.open(file, formats=_readable_formats()) as picture:
+            image = ImageOps.exif_transpose(picture)
+            image.load()
+            image.format = picture.format
     except Exception as error:  # decoders of damaged files raise all kinds of errors, and each of them means the same here
-        raise ValueError(f"the file cannot be decoded as a picture: {path} ({_reason(error)}).") from error
+        raise ValueError(f"the file cannot be decoded as a picture: {name} ({_reason(error)}).") from error
     return image
 
 

@@ -19,7 +19,7 @@ from mosaic.transformer import CaptureRequest, MosaicTransformerOutput
 
 @dataclass(frozen=True)
 class Grids:
-    """Token grids of a run."""
+    """Token grids of a batch, or those of `data.image_size` and `data.reference_size`."""
 
     target: Grid
     reference: Grid
@@ -59,7 +59,7 @@ def train_step(
     """
     device, loss = pipeline.transformer.device, config.loss
     batch_size, num_references = batch.references.shape[:2]
-    grids = run_grids(pipeline, config)
+    grids = batch_grids(pipeline, batch)
 
     # Condition dropout: a dropped reference is zero latents, and its points go with it.
     drop_image, drop_text = _draw_dropout(batch_size, config, generator)
@@ -80,7 +80,7 @@ def train_step(
 
     # One joint sequence through all blocks (Eq. 4-8); the supervised rows come back with the velocity.
     capture = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
-    output = predict(pipeline, transformer, encoded, noisy_latents, timesteps, capture, config)
+    output = predict(pipeline, transformer, encoded, noisy_latents, timesteps, capture, grids, config.model.reference_attention)
 
     # The three terms (Eq. 10-15).
     if loss.disentanglement_rows == "all":
@@ -140,10 +140,11 @@ def predict(
     noisy_latents: Tensor,
     timesteps: Tensor,
     capture: CaptureRequest,
-    config: Config,
+    grids: Grids,
+    reference_attention: str,
 ) -> MosaicTransformerOutput:
     """Velocity and attention rows of a batch; embedded guidance is 1, as always in training."""
-    device, grids = noisy_latents.device, run_grids(pipeline, config)
+    device = noisy_latents.device
     return transformer(
         hidden_states=noisy_latents,
         encoder_hidden_states=encoded.prompt_embeds,
@@ -154,8 +155,21 @@ def predict(
         txt_ids=text_position_ids(encoded.prompt_embeds.shape[1], device),
         reference_hidden_states=encoded.references,
         reference_ids=reference_position_ids(grids.reference, encoded.references.shape[1], device),
-        reference_attention=config.model.reference_attention,
+        reference_attention=reference_attention,
         capture=capture,
+    )
+
+
+def batch_grids(pipeline: MosaicFluxPipeline, batch: MosaicBatch) -> Grids:
+    """Token grids of a batch's own pictures; with buckets, batches differ in size.
+
+    Raises:
+        ValueError: If a size is not divisible by the token size.
+    """
+    factor = pipeline.vae_scale_factor
+    return Grids(
+        token_grid(*batch.targets.shape[-2:], factor, where="targets"),
+        token_grid(*batch.references.shape[-2:], factor, where="references"),
     )
 
 

@@ -150,12 +150,25 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: must be a UTF-8 text file, but byte {error.start} is not UTF-8.") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}.") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, place: str) -> Any:
+    """Parse JSON text, refusing duplicate keys.
+
+    Args:
+        text: The text.
+        place: Where it comes from, for messages.
+
+    Raises:
+        ValueError: It is not JSON; the message gives line and column.
+    """
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from error
+        raise ValueError(f"{place}: not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}.") from error
+        raise ValueError(f"{place}: not valid JSON: {error}.") from error
 
 
 def to_plain(value: object) -> Any:
@@ -197,6 +210,8 @@ def _match(value: object, hint: Any) -> tuple[bool, Any]:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             return False, None
+        if not arguments:
+            return not value, ()
         options = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(options) != len(value) or not value:
             return False, None
@@ -221,6 +236,8 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(shown(word) for word in arguments)
     if origin is tuple:
+        if not arguments:
+            return "an empty list"
         if arguments[-1] is Ellipsis:
             return f"a list of one or more values, each {_describe(arguments[0])}"
         return f"a list of {len(arguments)} values, each {_describe(arguments[0])}"

@@ -59,11 +59,14 @@ class DataConfig(Section):
     path: ClassVar[str] = "data"
 
     root: Text = "data/train"
-    """Folder of a data set in the multi-reference format, version 1."""
+    """Folder of a data set in the multi-reference format, version 1, or a URL that fsspec knows."""
     split: Text = "train"
     """Split of the data set to train on."""
     image_size: tuple[Count, Count] = (512, 512)
     """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1)."""
+    buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
+    """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
+    targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures."""
     reference_size: Count = 512
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Count = 6

@@ -19,7 +19,7 @@ from mosaic.attention import resolve_capture_blocks
 from mosaic.cases import load_cases
 from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.data import KBatchSampler, Manifest, MosaicBatch, MultiReferenceDataset, collate
+from mosaic.data import BucketBatchSampler, Manifest, MosaicBatch, MultiReferenceDataset, collate
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
@@ -95,6 +95,7 @@ class Trainer:
             target_token_grid=grids.target,
             reference_token_grid=grids.reference,
             max_references=data.max_references,
+            buckets=data.buckets,
         )
 
     def _attach_adapter(self) -> None:
@@ -172,8 +173,8 @@ class Trainer:
     def fit(self) -> Path:
         """Train to the end; returns the path of the final adapter file."""
         training, validation = self.config.training, self.config.validation
-        sampler = KBatchSampler(
-            self.dataset.num_references,
+        sampler = BucketBatchSampler(
+            self.dataset.batch_keys,
             training.batch_size,
             seed=training.seed,
             rank=self.accelerator.process_index,
@@ -205,7 +206,7 @@ class Trainer:
                     self.validate()
         return self._finish()
 
-    def _batches(self, sampler: KBatchSampler, steps_per_epoch: int) -> Iterator[list[MosaicBatch]]:
+    def _batches(self, sampler: BucketBatchSampler, steps_per_epoch: int) -> Iterator[list[MosaicBatch]]:
         """The micro-batches of each optimizer step, from the current step on: the order is a function of (seed, epoch) only."""
         accumulation, workers = self.config.training.gradient_accumulation_steps, self.config.data.num_workers
         epoch, done = divmod(self.step, steps_per_epoch)

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader
 from mosaic.cases import load_cases
 from mosaic.config import Config
 from mosaic.correspondence import batch_points
-from mosaic.data import KBatchSampler, MosaicBatch, MultiReferenceDataset, collate
+from mosaic.data import BucketBatchSampler, MosaicBatch, MultiReferenceDataset, collate
 from mosaic.figures import case_panel, save_picture, tensor_to_image
 from mosaic.flow import add_noise, sample_timesteps
 from mosaic.images import load_image
 from mosaic.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
-from mosaic.objective import encode_batch, predict, run_grids
+from mosaic.objective import batch_grids, encode_batch, predict
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.transformer import CaptureRequest
 
@@ -45,7 +45,7 @@ def validate(pipeline: MosaicFluxPipeline, dataset: MultiReferenceDataset, confi
             generator=torch.Generator().manual_seed(validation.seed + index),
         )
         save_picture(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
-    sampler = KBatchSampler(dataset.num_references, max(config.training.batch_size, 4), seed=validation.seed)
+    sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)
     return pool_accuracies([batch_attention_accuracy(pipeline, batch, config, generator) for batch in batches])
@@ -67,11 +67,12 @@ def batch_attention_accuracy(
     pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator
 ) -> AttentionAccuracy:
     """Attention accuracy of one batch at timesteps drawn as in training, without dropout."""
-    grids = run_grids(pipeline, config)
+    grids = batch_grids(pipeline, batch)
     points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, pipeline.transformer.device)
     encoded = encode_batch(pipeline, batch, batch.prompts, config.model.text_length, generator=None)
     timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
     noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
     capture = CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
-    output = predict(pipeline, pipeline.transformer, encoded, add_noise(encoded.latents, noise, timesteps), timesteps, capture, config)
+    noisy_latents = add_noise(encoded.latents, noise, timesteps)
+    output = predict(pipeline, pipeline.transformer, encoded, noisy_latents, timesteps, capture, grids, config.model.reference_attention)
     return attention_accuracy(output.attention_rows, points, grids.target)

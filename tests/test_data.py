@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from mosaic.correspondence import validate_points
-from mosaic.data import KBatchSampler, MultiReferenceDataset, Sample, collate
+from mosaic.data import BucketBatchSampler, MultiReferenceDataset, Sample, collate
 
 NUM_REFERENCES = [1, 2, 2, 3, 2]
 OPTIONS: dict[str, Any] = {
@@ -138,6 +138,8 @@ PATH_RULE = 'must be relative to the data set\'s folder, with "/" and without ".
         (change(target="/etc/passwd"), f'{ROW}.target: {PATH_RULE} "/etc/passwd".'),
         (change(target="images/../../x.png"), f'{ROW}.target: {PATH_RULE} "images/../../x.png".'),
         (change(target="images\\x.png"), f"{ROW}.target: {PATH_RULE} "),
+        (change(id="a/b"), 'ROOT/manifest.parquet[1] (id "a/b").id: must be of letters a to z, digits, "-" and "_", for files are named by it'),
+        (reference(mask="/m.png"), f'{ROW}.references[1].mask: {PATH_RULE} "/m.png".'),
         (change(target="C:/x.png"), f'{ROW}.target: {PATH_RULE} "C:/x.png".'),
         (change(points="../0.safetensors"), f'{ROW}.points: {PATH_RULE} "../0.safetensors".'),
         (change(points=""), f'{ROW}.points: must be a path, got "".'),
@@ -147,8 +149,12 @@ PATH_RULE = 'must be relative to the data set\'s folder, with "/" and without ".
         (change(target_grid=[4]), f"{ROW}.target_grid: must be two positive integers, rows and columns, got [4]."),
         (change(target_grid=[4, 0]), f"{ROW}.target_grid: must be two positive integers, rows and columns, got [4, 0]."),
         (
-            change(reference_grid=[4, 3]),
-            f"{ROW}.reference_grid: must be a whole multiple of the token grid 2 x 2 in both sides, got 4 x 3; so 1 of 5 samples.",
+            change(reference_grid=[1, 1]),
+            f"{ROW}.reference_grid: must be about as fine as the token grid 2 x 2 or finer, got 1 x 1; so 1 of 5 samples.",
+        ),
+        (
+            change(target_grid=[2, 3]),
+            f"{ROW}.target_grid: must be about as fine as the token grid 2 x 4 or finer, got 2 x 3; so 1 of 5 samples.",
         ),
     ],
 )
@@ -203,11 +209,13 @@ STORED = f"{ROW}.points: points/1.safetensors"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (picture("1.png", 32, 32), f"{ROW}.target: images/1.png is 32 x 32 pixels (height x width), whose ratio is not that of 16 x 32."),
-        (picture("1_0.png", 33, 32), f"{ROW}.references[0].image: images/1_0.png is 33 x 32 pixels (height x width), whose ratio is not"),
+        (
+            picture("1.png", 32, 176),
+            f"{ROW}.target_grid: must be about as fine as the tokens (2 x 4 over 16 x 32 px) or finer, got 4 x 8, whose cells are 0.50 x "
+            "1.38 tokens large.",
+        ),
         (lambda writer: (writer.root / "images/1_1.png").unlink(), f"{ROW}.references[1].image: file not found: ROOT/images/1_1.png."),
         (lambda writer: (writer.root / "images/1.png").write_bytes(b""), f"{ROW}.target: the picture file is empty (0 bytes)"),
-        (lambda writer: (writer.root / "points/1.safetensors").unlink(), f"{ROW}.points: file not found: ROOT/points/1.safetensors."),
         (lambda writer: (writer.root / "points/1.safetensors").write_bytes(b"x"), f"{STORED} is not a readable safetensors file"),
         (points_file({"0": [[0, 0]]}), f"{STORED} must hold one tensor per reference, ['0', '1'], got ['0']."),
         (
@@ -267,7 +275,7 @@ def test_workers_and_pickle(writer: Writer) -> None:
     dataset = MultiReferenceDataset(writer.write(), **OPTIONS)
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[2].target, dataset[2].target)
-    sampler = KBatchSampler(dataset.num_references, batch_size=2, seed=0)
+    sampler = BucketBatchSampler(dataset.num_references, batch_size=2, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=1)
     batches = list(loader)
     assert [batch.ids for batch in batches] == [[f"s{index}" for index in indices] for indices in sampler]
@@ -278,7 +286,7 @@ COUNTS = np.array([1] * 11 + [2] * 9 + [3] * 1 + [4] * 3)
 
 def epoch(number: int = 0, batch_size: int = 2, rank: int = 0, world_size: int = 1, seed: int = 5, first_batch: int = 0) -> list[list[int]]:
     """The batches of one epoch and rank."""
-    sampler = KBatchSampler(COUNTS, batch_size, seed, rank, world_size)
+    sampler = BucketBatchSampler(COUNTS, batch_size, seed, rank, world_size)
     sampler.set_epoch(number, first_batch)
     batches = list(sampler)
     assert len(batches) == len(sampler) - first_batch
@@ -320,4 +328,4 @@ def test_more_ranks_than_samples_of_a_k() -> None:
 @pytest.mark.parametrize("arguments", [([1], 0, 0), ([1], 1, 0, 2, 2), ([], 1, 0)])
 def test_sampler_refuses(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="batch_size and world_size must be at least 1"):
-        KBatchSampler(*arguments)
+        BucketBatchSampler(*arguments)

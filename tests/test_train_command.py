@@ -53,7 +53,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "references": ({"data.max_references": 1}, "references: must be at most 1 (data.max_references), got 2; so 6 of 9 samples."),
     "image size": ({"data.image_size": [16, 26]}, "data.image_size: height and width must be positive multiples of the token size 4 px"),
     "reference size": ({"data.reference_size": 13}, "data.reference_size: height and width must be positive multiples"),
-    "grid": ({"data.image_size": [48, 72]}, "target_grid: must be a whole multiple of the token grid 12 x 18 in both sides, got 8 x 12"),
+    "grid": ({"data.image_size": [48, 72]}, "target_grid: must be about as fine as the token grid 12 x 18 or finer, got 8 x 12"),
     "blocks": ({"loss.capture_blocks": [5]}, "capture_blocks must name blocks of 0..1"),
     "adapter": ({"lora.pretrained": "none.safetensors"}, "reference LoRA not found: none.safetensors"),
     "model": ({"model.pretrained": "no/such/folder"}, "model 'no/such/folder': no such folder"),

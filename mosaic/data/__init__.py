@@ -2,18 +2,23 @@
 
 from mosaic.data.manifest import Manifest
 from mosaic.data.multi_reference import MultiReferenceDataset
-from mosaic.data.sampler import KBatchSampler
+from mosaic.data.records import ReferenceRecord, SampleRecord, sample_id
+from mosaic.data.rows import ReferenceEntry, Row
+from mosaic.data.sampler import BucketBatchSampler
 from mosaic.data.samples import MosaicBatch, Sample, collate
-from mosaic.data.writer import DatasetWriter, ReferenceRecord, SampleRecord
+from mosaic.data.writer import DatasetWriter
 
 __all__ = [
+    "BucketBatchSampler",
     "DatasetWriter",
-    "KBatchSampler",
     "Manifest",
     "MosaicBatch",
     "MultiReferenceDataset",
+    "ReferenceEntry",
     "ReferenceRecord",
+    "Row",
     "Sample",
     "SampleRecord",
     "collate",
+    "sample_id",
 ]

@@ -1,27 +1,37 @@
 """The reader of the multi-reference format (preprocess/FORMAT.md)."""
 
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mosaic.correspondence import make_disjoint, reduce_points
-from mosaic.data.manifest import Manifest, Row
+from mosaic.correspondence import majority_points, make_disjoint
+from mosaic.data.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
+from mosaic.data.manifest import Manifest
+from mosaic.data.points_file import read_stored_points
+from mosaic.data.rows import Row
 from mosaic.data.samples import Sample
-from mosaic.images import load_image, to_rgb
+from mosaic.images import decode_image, to_rgb
 from mosaic.tokens import Grid
 
 
 class MultiReferenceDataset(Dataset[Sample]):
     """Samples of one split of a data set in the multi-reference format, version 1 (preprocess/FORMAT.md).
 
-    Pictures are resized, never cropped, since the points are tied to the stored frame. Points are reduced from the grids on which they were
-    found to the training token grids. Anything wrong raises an error that names the row; nothing is skipped or replaced.
+    A reference is fitted whole onto a white square. A target goes to the bucket of the nearest aspect, which its middle then covers.
+    Points go along: a cell belongs to the token that holds its centre; the fine points of each pair of tokens vote
+    (`majority_points`); what was cut off with the picture has no points. Where the aspects agree nothing is cut off. A sample whose
+    points file is absent has no points and says so in `Sample.missing`; anything else that is wrong raises an error that names the row.
+    Nothing is skipped or replaced.
+
+    Attributes:
+        buckets: Height and width of the targets of each bucket in pixels.
+        bucket: int16 [N], the bucket of each sample.
     """
 
     def __init__(
@@ -34,27 +44,30 @@ class MultiReferenceDataset(Dataset[Sample]):
         target_token_grid: Grid | tuple[int, int],
         reference_token_grid: Grid | tuple[int, int],
         max_references: int = 6,
+        buckets: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Read the manifest; pictures and points are read when a sample is asked for.
 
         Args:
-            root: Folder of the data set.
+            root: Folder of the data set, or a URL that fsspec knows.
             split: Split to read.
-            image_size: Height and width of the targets in pixels.
+            image_size: Height and width of the targets in pixels, where there are no buckets.
             reference_size: Side of the square references in pixels.
-            target_token_grid: Rows and columns of the target in tokens.
+            target_token_grid: Rows and columns of a target of `image_size` in tokens; so it gives the size of a token.
             reference_token_grid: Rows and columns of one reference in tokens.
             max_references: Largest K.
+            buckets: Heights and widths of targets; none: every target becomes `image_size`.
 
         Raises:
             FileNotFoundError: The data set is missing.
-            ValueError: The manifest is not of the format, a sample has more than `max_references` references, or its points were found
-                on grids that are no multiples of the token grids.
+            ValueError: The manifest is not of the format, a bucket is no multiple of the token size, a sample has more than
+                `max_references` references, or its points' grids are coarser than the tokens.
         """
-        self.image_size = image_size
         self.reference_size = reference_size
-        self.target_token_grid = Grid(*target_token_grid)
         self.reference_token_grid = Grid(*reference_token_grid)
+        self.buckets = [tuple(bucket) for bucket in buckets] or [tuple(image_size)]
+        token = (image_size[0] // target_token_grid[0], image_size[1] // target_token_grid[1])
+        self._token_grids = [_bucket_grid(bucket, token) for bucket in self.buckets]
         self.manifest = Manifest(root, split)
         many = np.flatnonzero(self.num_references > max_references)
         if len(many):
@@ -62,19 +75,21 @@ class MultiReferenceDataset(Dataset[Sample]):
                 f"{self.manifest.place(many[0])}.references: must be at most {max_references} (data.max_references), "
                 f"got {self.num_references[many[0]]}; so {len(many)} of {len(self)} samples."
             )
-        for name, token_grid in (("reference_grid", self.reference_token_grid), ("target_grid", self.target_token_grid)):
-            grids = self.manifest.grids(name)
-            bad = np.flatnonzero((grids % np.array(token_grid)).any(axis=1))
-            if len(bad):
-                raise ValueError(
-                    f"{self.manifest.place(bad[0])}.{name}: must be a whole multiple of the token grid {token_grid.rows} x "
-                    f"{token_grid.columns} in both sides, got {' x '.join(map(str, grids[bad[0]]))}; so {len(bad)} of {len(self)} samples."
-                )
+        geometries = np.array(self.manifest.geometries)
+        sizes = np.where(geometries[:, 2:3] > 0, geometries[:, 2:4], geometries[:, :2])  # the grid's aspect where no size is stated
+        by_geometry = nearest_bucket(sizes[:, 0], sizes[:, 1], self.buckets)
+        self.bucket: np.ndarray = by_geometry[self.manifest.geometry]
+        self._refuse_coarse_grids(geometries, by_geometry)
 
     @property
     def num_references(self) -> np.ndarray:
-        """Array [N] of K of each sample, for `KBatchSampler`."""
+        """int16 [N], K of each sample."""
         return self.manifest.num_references
+
+    @property
+    def batch_keys(self) -> np.ndarray:
+        """int16 [N, 2], what the samples of a batch share: K and bucket. For `BucketBatchSampler`."""
+        return np.column_stack([self.num_references, self.bucket])
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -83,81 +98,101 @@ class MultiReferenceDataset(Dataset[Sample]):
         """Read one sample.
 
         Raises:
-            FileNotFoundError: A picture or the points file is missing.
-            ValueError: A file is damaged, a picture's sides are not in the ratio of `image_size` (references: not square), or a point is
-                out of range or in two references.
+            FileNotFoundError: A picture is missing.
+            ValueError: A file is damaged, a point is out of range or in two references, or a grid is coarser than the tokens.
         """
         row = self.manifest.row(index)
-        target = self._read_picture(row.target, f"{row.place}.target", self.image_size)
-        square = (self.reference_size, self.reference_size)
-        references = [self._read_picture(path, f"{row.place}.references[{k}].image", square) for k, path in enumerate(row.references)]
-        return Sample(row.id, row.prompt, target, torch.stack(references), self._read_points(row))
+        bucket = int(self.bucket[index])
+        picture = self._read_picture(row.target, f"{row.place}.target")
+        frame = cover(picture.size[::-1], self.buckets[bucket])
+        target = _to_tensor(frame.apply(picture))
+        frames, references = [], []
+        for k, reference in enumerate(row.references):
+            picture = self._read_picture(reference.image, f"{row.place}.references[{k}].image")
+            frames.append(fit(picture.size[::-1], self.reference_size))
+            references.append(_to_tensor(frames[-1].apply(picture)))
+        stored = self._read_points(row)
+        if stored is None:
+            points = [torch.zeros(0, 2, dtype=torch.long) for _ in row.references]
+        else:
+            points = self._carry_points(stored, row, frame, self._token_grids[bucket], frames)
+        return Sample(row.id, row.prompt, target, torch.stack(references), points, () if stored is not None else ("points",))
 
-    def _read_picture(self, relative: str, place: str, size: tuple[int, int]) -> Tensor:
-        """Read a picture as float32 [3, height, width] in [-1, 1], resized (Lanczos) to `size` (height, width)."""
-        path = self.manifest.file(relative, place)
+    def report(self) -> dict[str, int]:
+        """Count what is there; the folders of the points files are listed once, no file is read.
+
+        Returns:
+            `samples`: in the split; `found_points`, `missing_points`: samples with and without a points file; `references_K` for every K
+            that occurs: samples with K references.
+        """
+        files: dict[str, set[str]] = {}
+        found = 0
+        for points in self.manifest.column("points"):
+            path = PurePosixPath(points)
+            folder = str(path.parent)
+            if folder not in files:
+                files[folder] = self.manifest.folder.names(folder)
+            found += path.name in files[folder]
+        counts = {"samples": len(self), "found_points": found, "missing_points": len(self) - found}
+        return counts | {f"references_{k}": count for k, count in sorted(Counter(self.num_references.tolist()).items())}
+
+    def _read_picture(self, relative: str, place: str) -> Image.Image:
+        """Read a picture as RGB, upright."""
+        data = self.manifest.folder.read(relative, place)
         try:
-            picture = to_rgb(load_image(path))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{place}: {error}") from error
+            return to_rgb(decode_image(data, relative))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        height, width = size
-        if picture.height * width != picture.width * height:
-            raise ValueError(
-                f"{place}: {relative} is {picture.height} x {picture.width} pixels (height x width), whose ratio is not that of "
-                f"{height} x {width}. Pictures are resized but never cropped, since the points are tied to the frame; prepare them anew."
-            )
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
-    def _read_points(self, row: Row) -> list[Tensor]:
-        """Read the points of a sample, check them on their own grids, and carry them to the token grids."""
+    def _read_points(self, row: Row) -> list[Tensor] | None:
+        """Read the points of a sample on the grids they were found on; None: it has no points file."""
         place = f"{row.place}.points"
-        path = self.manifest.file(row.points, place)
-        if not path.is_file():
-            raise FileNotFoundError(f"{place}: file not found: {path}.")
-        names = [str(k) for k in range(len(row.references))]
         try:
-            with safe_open(path, framework="pt") as file:
-                if sorted(file.keys()) != sorted(names):
-                    raise ValueError(f"{place}: {row.points} must hold one tensor per reference, {names}, got {sorted(file.keys())}.")
-                stored = [file.get_tensor(name) for name in names]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{place}: {row.points} is not a readable safetensors file ({error}).") from error
-        check_stored_points(stored, row.reference_grid, row.target_grid, f"{place}: {row.points}")
-        grids = (row.reference_grid, row.target_grid, self.reference_token_grid, self.target_token_grid)
-        return make_disjoint([reduce_points(pairs.long(), *grids) for pairs in stored])
+            data = self.manifest.folder.read(row.points, place)
+        except FileNotFoundError:
+            return None
+        return read_stored_points(data, [reference.grid for reference in row.references], row.target_grid, f"{place}: {row.points}")
+
+    def _carry_points(self, stored: list[Tensor], row: Row, frame: Frame, token_grid: Grid, frames: list[Frame]) -> list[Tensor]:
+        """Carry points to the training token grids: cut off, voted on, disjoint (Eq. 2)."""
+        frame.check_grid(row.target_grid, token_grid, f"{row.place}.target_grid")
+        carried = []
+        for k, (pairs, reference, own_frame) in enumerate(zip(stored, row.references, frames, strict=True)):
+            own_frame.check_grid(reference.grid, self.reference_token_grid, f"{row.place}.references[{k}].grid")
+            u = own_frame.carry(pairs[:, 0].long(), reference.grid, self.reference_token_grid)
+            v = frame.carry(pairs[:, 1].long(), row.target_grid, token_grid)
+            kept = v >= 0
+            carried.append(majority_points(u[kept], v[kept], self.reference_token_grid.num_tokens, token_grid.num_tokens))
+        return make_disjoint(carried)
+
+    def _refuse_coarse_grids(self, geometries: np.ndarray, by_geometry: np.ndarray) -> None:
+        """Raise ValueError for grids that are too coarse whatever the pictures' sizes; the rest shows when a picture is read."""
+        tokens = np.array([tuple(grid) for grid in self._token_grids])[by_geometry]
+        coarse_target = (tokens > geometries[:, :2] * float(COARSEST_CELL)).any(axis=1)
+        coarse_reference = max(self.reference_token_grid) > geometries[:, 4] * float(COARSEST_CELL)
+        for name, coarse in (("target_grid", coarse_target), ("reference_grid", coarse_reference)):
+            bad = np.flatnonzero(coarse[self.manifest.geometry])
+            if not len(bad):
+                continue
+            row = self.manifest.row(bad[0])
+            grid, wanted = row.target_grid, self._token_grids[self.bucket[bad[0]]]
+            if name == "reference_grid":
+                grid, wanted = min((reference.grid for reference in row.references), key=max), self.reference_token_grid
+            raise ValueError(
+                f"{row.place}.{name}: must be about as fine as the token grid {wanted.rows} x {wanted.columns} or finer, got "
+                f"{grid.rows} x {grid.columns}; so {len(bad)} of {len(self)} samples. Match on a finer grid, or train at a smaller size."
+            )
 
 
-def check_stored_points(points: Sequence[Tensor], reference_grid: Grid, target_grid: Grid, place: str) -> None:
-    """Check the points of one sample on the grids on which they were found; there, u may carry several points.
+def _bucket_grid(bucket: tuple[int, int], token: tuple[int, int]) -> Grid:
+    """Return a bucket's token grid, or raise ValueError."""
+    if any(side < size or side % size for side, size in zip(bucket, token, strict=True)):
+        raise ValueError(
+            f"data.buckets: height and width must be positive multiples of the token size {token[0]} px, got {bucket[0]} x {bucket[1]}."
+        )
+    return Grid(bucket[0] // token[0], bucket[1] // token[1])
 
-    Args:
-        points: Per reference an integer tensor [P_k, 2] of (u, v).
-        reference_grid: u must lie on it.
-        target_grid: v must lie on it.
-        place: File and row, for messages.
 
-    Raises:
-        ValueError: Wrong shape or type, an index out of range, or a v that belongs to two references (Eq. 2).
-    """
-    owner = torch.full((target_grid.num_tokens,), -1)
-    for k, pairs in enumerate(points):
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f'{place}: tensor "{k}" must be int32 of shape [P, 2], got {pairs.dtype} {list(pairs.shape)}.')
-        for column, name, grid in ((0, "u", reference_grid), (1, "v", target_grid)):
-            outside = (pairs[:, column] < 0) | (pairs[:, column] >= grid.num_tokens)
-            if outside.any():
-                first = int(outside.int().argmax())
-                raise ValueError(
-                    f'{place}: tensor "{k}", point {first}: {name} must lie in [0, {grid.num_tokens}) (grid {grid.rows} x {grid.columns}), '
-                    f"got {int(pairs[first, column])}."
-                )
-        v = pairs[:, 1].long()
-        taken = (owner[v] >= 0).nonzero()
-        if len(taken):
-            first = int(v[taken[0]])
-            raise ValueError(f"{place}: v = {first} belongs to references {int(owner[first])} and {k}; points must be disjoint (Eq. 2).")
-        owner[v] = k
+def _to_tensor(picture: Image.Image) -> Tensor:
+    """Return a picture as float32 [3, height, width] in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1

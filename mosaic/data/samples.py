@@ -63,7 +63,7 @@ def collate(samples: Sequence[Sample]) -> MosaicBatch:
     for name, what in (("references", "number and size of references"), ("target", "target size")):
         shapes = {tuple(getattr(sample, name).shape) for sample in samples}
         if len(shapes) > 1:
-            raise ValueError(f"the samples of a batch must share the {what}, got shapes {sorted(shapes)}. KBatchSampler groups them.")
+            raise ValueError(f"the samples of a batch must share the {what}, got shapes {sorted(shapes)}. BucketBatchSampler groups them.")
     return MosaicBatch(
         ids=[sample.id for sample in samples],
         prompts=[sample.prompt for sample in samples],

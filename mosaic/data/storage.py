@@ -1,0 +1,122 @@
+"""The folder of a data set: local, or any place that fsspec knows ("s3://bucket/set", "memory://set")."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+from fsspec.core import split_protocol, url_to_fs
+
+T = TypeVar("T")
+
+
+class PerProcess:
+    """A value made anew in every process: files and connections opened before a fork or a spawn must not be shared after it."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._owner: int | None = None
+        self._value: Any = None
+
+    def get(self) -> Any:
+        """Return this process's value, made at the first call."""
+        if self._owner != os.getpid():
+            self._value, self._owner = self._make(), os.getpid()
+        return self._value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the value behind; the process that unpickles this makes its own."""
+        return {"_make": self._make, "_owner": None, "_value": None}
+
+
+class Folder:
+    """Files below one root, read through fsspec. Picklable, and safe to use after a fork."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Name the root; nothing is read.
+
+        Args:
+            root: Path of a folder, or a URL whose protocol fsspec knows.
+
+        Raises:
+            ValueError: fsspec does not know the protocol, or the package that serves it is not installed.
+        """
+        protocol, path = split_protocol(str(root))
+        self.is_local = protocol in (None, "file", "local")
+        self.root: str | Path = Path(path) if self.is_local else str(root).rstrip("/")
+        self._filesystem = PerProcess(self._open_filesystem)
+        try:
+            self._filesystem.get()
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"{root}: fsspec cannot serve this address ({error}).") from error
+
+    def path(self, relative: str) -> str:
+        """Return the address of a file, for messages and for fsspec."""
+        return os.path.join(self.root, relative) if self.is_local else f"{self.root}/{relative}"
+
+    def exists(self) -> bool:
+        """Return whether the root is a folder."""
+        return bool(self._filesystem.get().isdir(str(self.root)))
+
+    def read(self, relative: str, place: str | None = None) -> bytes:
+        """Return the content of a file.
+
+        Args:
+            relative: Path below the root, with "/" and without "..".
+            place: Where the path comes from, for messages; None: from the format itself.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no regular file, cannot be read, or a symbolic link leads out of the root.
+        """
+        path = self._checked(relative, place or self.path(relative))
+        return self._translated(lambda filesystem: filesystem.cat_file(path), relative, place)
+
+    def open(self, relative: str, place: str | None = None) -> BinaryIO:
+        """Return a file open for reading at any place in it. Raises as `read`."""
+        path = self._checked(relative, place or self.path(relative))
+        return self._translated(lambda filesystem: filesystem.open(path, "rb"), relative, place)
+
+    def names(self, relative: str) -> set[str]:
+        """Return the names of the files in a folder below the root; none where there is no such folder."""
+        try:
+            found = self._filesystem.get().ls(self.path(relative), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        return {str(name).rstrip("/").rsplit("/", 1)[-1] for name in found}
+
+    def local_path(self, relative: str, place: str) -> Path:
+        """Return the resolved path of a file of a local data set.
+
+        Raises:
+            ValueError: The data set is not local, or a symbolic link leads out of the root.
+        """
+        if not self.is_local:
+            raise ValueError(f"{place}: must be in a local folder, got {self.path(relative)}. Copy the data set to a disk first.")
+        path = (Path(self.root) / relative).resolve()
+        if not path.is_relative_to(Path(self.root).resolve()):
+            raise ValueError(f"{place}: must stay in the data set's folder, but {relative} leads to {path}.")
+        return path
+
+    def _checked(self, relative: str, place: str) -> str:
+        """Return the address of a file; a local one must be a regular file within the root, since a pipe would block for ever."""
+        if not self.is_local:
+            return self.path(relative)
+        path = self.local_path(relative, place)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{place}: must be a file, but it is a folder or a device: {self.path(relative)}.")
+        return str(path)
+
+    def _translated(self, action: Callable[[Any], T], relative: str, place: str | None) -> T:
+        """Run an action on the file system; its errors name the place and the file."""
+        start, end = (f"{place}: ", f": {self.path(relative)}") if place else (f"{self.path(relative)}: ", "")
+        try:
+            return action(self._filesystem.get())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{start}file not found{end}.") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{start}the file cannot be read{end} ({error}).") from error
+
+    def _open_filesystem(self) -> fsspec.AbstractFileSystem:
+        return url_to_fs(str(self.root))[0]

@@ -1,0 +1,52 @@
+"""What a converter does with samples that it cannot convert: end with the first one, or count, log and list them all."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class InvalidSamples:
+    """Collects the samples that were left out.
+
+    Attributes:
+        problems: One line for each: place and what is wrong.
+    """
+
+    def __init__(self, skip: bool = False) -> None:
+        """Choose what an invalid sample does.
+
+        Args:
+            skip: True: it is logged and listed, and the conversion goes on. False: it ends the conversion.
+        """
+        self._skip = skip
+        self.problems: list[str] = []
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Guard the work on one sample.
+
+        Args:
+            place: File and row or folder of the sample; put before the message unless that begins with it.
+
+        Raises:
+            ValueError: The sample is invalid, and samples are not skipped.
+        """
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            line = message if message.startswith(place) else f"{place}: {message}"
+            if not self._skip:
+                raise ValueError(line) from error
+            logger.warning("left out: %s", line)
+            self.problems.append(line)
+
+    def write(self, path: Path) -> None:
+        """Write the list, one line per sample, aside and then renamed."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in self.problems), encoding="utf-8")
+        os.replace(partial, path)

@@ -1,0 +1,69 @@
+"""UNO-style lists: a JSON list of `{"prompt", "image_paths" (or "image_path"), "image_tgt_path"}`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mosaic.data.records import ReferenceRecord, SampleRecord
+from mosaic.data.rows import checked_path
+from mosaic.data.storage import Folder
+from mosaic.schema import read_json, shown
+from preprocess.sources.invalid import InvalidSamples
+from preprocess.sources.pairs import unmatched_sample
+
+
+def samples(
+    path: Path, invalid: InvalidSamples, split: str = "train", grid: int = 64, image_root: Path | None = None
+) -> Iterator[SampleRecord]:
+    """Yield the samples in the order of the list.
+
+    Args:
+        path: The JSON file.
+        invalid: What to do with entries that cannot be converted.
+        split: Split of all samples.
+        grid: Cells per side of a square picture.
+        image_root: Folder that the paths are relative to; None: that of the file.
+
+    Raises:
+        FileNotFoundError, ValueError: The file is missing or no list; or an entry is invalid and not skipped.
+    """
+    folder = Folder(image_root or path.parent)
+    for number, entry in enumerate(_entries(path)):
+        place = f"{path}[{number}]"
+        with invalid.at(place):
+            yield _sample(entry, number, place, folder, path.name, split, grid)
+
+
+def count(path: Path) -> int:
+    """Return the number of entries."""
+    return len(_entries(path))
+
+
+def _entries(path: Path) -> list[Any]:
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{path}: must be a list of {{"prompt", "image_paths", "image_tgt_path"}}, got {shown(entries)}.')
+    return entries
+
+
+def _sample(entry: Any, number: int, place: str, folder: Folder, source: str, split: str, grid: int) -> SampleRecord:
+    """Convert one entry."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: must be an object, got {shown(entry)}.")
+    if not isinstance(entry.get("prompt"), str):
+        raise ValueError(f"{place}.prompt: must be a string, got {shown(entry.get('prompt'))}.")
+    name = "image_paths" if "image_paths" in entry else "image_path"
+    paths = entry.get(name)
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not paths:
+        raise ValueError(f"{place}.{name}: must be a list of one or more paths, got {shown(paths)}.")
+    given = [("image_tgt_path", entry.get("image_tgt_path")), *((f"{name}[{k}]", value) for k, value in enumerate(paths))]
+    target, *references = [folder.read(checked_path(value, f"{place}.{field}"), f"{place}.{field}") for field, value in given]
+    return unmatched_sample(
+        target,
+        [ReferenceRecord(data) for data in references],
+        entry["prompt"],
+        {"source": "uno", "file": source, "entry": number, "image_tgt_path": entry["image_tgt_path"], "image_paths": paths},
+        split,
+        grid,
+    )
