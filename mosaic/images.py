@@ -1,6 +1,7 @@
 """Loading pictures from files, and preparing reference pictures. Needs Pillow and numpy only."""
 
 import stat
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,35 @@ def load_image(path: str | Path) -> Image.Image:
     if status.st_size == 0:
         raise ValueError(f"the picture file is empty (0 bytes): {path}.")
     try:
-        with Image.open(path, formats=_readable_formats()) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+        return _decode(path)
     except PermissionError as error:
         raise ValueError(f"the file cannot be read: {path} ({error.strerror}).") from error
     except Exception as error:  # decoders of damaged files raise all kinds of errors, and each of them means the same here
         raise ValueError(f"the file cannot be decoded as a picture: {path} ({_reason(error)}).") from error
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a picture that is held in memory, as `load_image` does with a file.
+
+    Args:
+        data: The encoded picture, in one of `FORMATS`.
+
+    Returns:
+        The decoded picture in the mode of the file, upright by its EXIF orientation.
+
+    Raises:
+        ValueError: The bytes are damaged or no picture. The message begins with the problem.
+    """
+    try:
+        return _decode(BytesIO(data))
+    except Exception as error:  # as above
+        raise ValueError(f"the {len(data)} bytes cannot be decoded as a picture ({_reason(error)}).") from error
+
+
+def _decode(source: Path | BytesIO) -> Image.Image:
+    with Image.open(source, formats=_readable_formats()) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
     return image
 
 
