@@ -4,6 +4,7 @@ from mosaic.data.manifest import Manifest
 from mosaic.data.multi_reference import MultiReferenceDataset
 from mosaic.data.sampler import KBatchSampler
 from mosaic.data.samples import MosaicBatch, Sample, collate
+from mosaic.data.semalign import SemAlignDataset
 from mosaic.data.writer import DatasetWriter, ReferenceRecord, SampleRecord
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "ReferenceRecord",
     "Sample",
     "SampleRecord",
+    "SemAlignDataset",
     "collate",
 ]

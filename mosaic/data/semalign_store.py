@@ -32,6 +32,9 @@ class Store(Protocol):
     def place(self, name: str) -> str:
         """Return where a file is, for messages."""
 
+    def has(self, name: str) -> bool:
+        """Return whether there is such a file."""
+
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, or None if there is no such file.
 
@@ -50,6 +53,10 @@ class FolderStore:
     def place(self, name: str) -> str:
         """Return the path of a file."""
         return str(self.folder / name)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a file."""
+        return (self.folder / name).is_file()
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, or None; raises as `Store.read`."""
@@ -93,6 +100,10 @@ class ZipStore:
     def place(self, name: str) -> str:
         """Return archive and member."""
         return f"{self.path}[{self.folder}/{name}]"
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a member."""
+        return f"{self.folder}/{name}" in self._archive.get().NameToInfo
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a member, or None; raises as `Store.read`."""
