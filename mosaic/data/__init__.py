@@ -2,6 +2,7 @@
 
 from mosaic.data.manifest import Manifest
 from mosaic.data.multi_reference import MultiReferenceDataset
+from mosaic.data.opening import TrainingDataset, check_dataset, open_dataset
 from mosaic.data.sampler import KBatchSampler
 from mosaic.data.samples import MosaicBatch, Sample, collate
 from mosaic.data.semalign import SemAlignDataset
@@ -17,5 +18,8 @@ __all__ = [
     "Sample",
     "SampleRecord",
     "SemAlignDataset",
+    "TrainingDataset",
+    "check_dataset",
     "collate",
+    "open_dataset",
 ]

@@ -207,7 +207,7 @@ class SemAlignDataset(Dataset[Sample]):
             num_compared: Samples, spread evenly over those with a mask and points, on which the two ways of downsampling are compared.
 
         Returns:
-            `rows`: in the Parquet files; `filtered`: that pass the quality filter; `samples`: of those, in the split; `unreadable`: samples
+            `rows`: in the Parquet files; `kept`: that pass the quality filter; `samples`: of those, in the split; `unreadable`: samples
             whose row cannot be read; `duplicate_ids`: samples that share their id with an earlier one; `found_mask`, `found_points`,
             `missing_mask`, `missing_points`: samples with and without; `canary`: the deflate library (`deflate_library`); `compared_samples`,
             `vote_points`, `release_points`: how many samples were compared and how many points each way keeps on them.
@@ -224,7 +224,7 @@ class SemAlignDataset(Dataset[Sample]):
         compared = [self.supervision(supervised[position * len(supervised) // count]) for position in range(count)]
         return {
             "rows": self.rows.num_rows,
-            "filtered": len(self.rows.kept),
+            "kept": len(self.rows.kept),
             "samples": len(self),
             "unreadable": len(self) - len(numbers),
             "duplicate_ids": len(identifiers) - len(set(identifiers)),

@@ -76,7 +76,7 @@ def open_ids(path: Path, rows: SemAlignRows, num_workers: int | None = None) -> 
     Args:
         path: The index file.
         rows: The data.
-        num_workers: Processes that compute; None: one per CPU core, up to 16.
+        num_workers: Processes that compute; None: one per CPU core of this process, up to 16.
 
     Returns:
         Table [N] of `pixels` and `id`, in the order of `rows.kept`; null where a row cannot be read.
@@ -118,8 +118,7 @@ def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Tab
     partial = path.with_name(path.name + ".partial")
     index = _read_index(path if path.exists() else partial)
     missing = rows.kept[pc.is_null(_aligned(index, rows.kept)["id"]).to_numpy()]
-    workers = min(os.cpu_count() or 1, 16) if num_workers is None else num_workers
-    workers = min(workers, len(missing) // ROWS_PER_WORKER)
+    workers = min(_num_cores() if num_workers is None else num_workers, len(missing) // ROWS_PER_WORKER)
     found, failures, first_failure = [], 0, ""
     index = index.filter(pc.invert(pc.is_in(index["row"], pa.array(missing))))
     loader = DataLoader(_Ids(rows, missing), batch_size=None, num_workers=workers)
@@ -154,6 +153,11 @@ class _Ids(Dataset[tuple[int, str | None, str | None, str]]):
             return row, pixel_digest(target), sample_id(target, stored.item, stored.caption), ""
         except (ValueError, OSError) as error:
             return row, None, None, str(error)
+
+
+def _num_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
 
 
 def _png(image: Image.Image) -> bytes:
