@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image, ImageCms, ImageDraw
 from torch import Tensor
+
+from mosaic.data.semalign_ids import CLASSIC, deflate_library
 
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
 GOOD = dict.fromkeys(SCORES, 5)
@@ -21,6 +24,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 QUALITY = pa.struct([(name, pa.int64()) for name in SCORES])
 DESCRIPTION = pa.struct([(name, pa.string()) for name in ("item", "description_0", "description_1", "category")])
 SCHEMA = pa.schema([("image", IMAGE), ("collection", pa.string()), ("quality_assessment", QUALITY), ("description", DESCRIPTION)])
+needs_classic_zlib = pytest.mark.skipif(deflate_library() != CLASSIC, reason="Pillow packs PNG files with another deflate library here")
 NO_MASK, NO_POINTS, NEITHER = 3, 4, 6  # numbers among the kept rows
 
 
@@ -122,6 +126,8 @@ def zip_set(found: SemAlignSet, root: Path) -> Path:
     """The same set with `mask.zip` and `coord.zip` instead of folders."""
     root.mkdir()
     shutil.copytree(found.root / "data", root / "data")
+    for path in found.root.glob("semalign_ids.parquet"):
+        shutil.copy(path, root)
     for name, method in (("mask", zipfile.ZIP_STORED), ("coord", zipfile.ZIP_DEFLATED)):
         with zipfile.ZipFile(root / f"{name}.zip", "w", method) as archive:
             for path in sorted((found.root / name).rglob("*")):

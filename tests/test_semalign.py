@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 from mosaic.correspondence import validate_points
 from mosaic.data import KBatchSampler, SemAlignDataset, collate
 from tests import semalign_set
-from tests.semalign_set import NEITHER, NO_MASK, NO_POINTS, SemAlignSet
+from tests.semalign_set import NEITHER, NO_MASK, NO_POINTS, SemAlignSet, needs_classic_zlib
+
+pytestmark = needs_classic_zlib
 
 
 @pytest.fixture(scope="module")

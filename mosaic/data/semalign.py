@@ -164,8 +164,12 @@ class SemAlignDataset(Dataset[Sample]):
         """
         identifier = self._ids["id"][self._member(index)].as_py()
         if identifier is None:
-            self.rows.read(self.row_number(index)).panels()
-            raise ValueError(f"{self._place(index)}: could not be read when the index of ids was made. Open the data set anew.")
+            row = self.rows.read(self.row_number(index))
+            target, _ = row.panels()
+            raise ValueError(
+                f"{row.place}: has no id. Ids are hashes of PNG files, which hold no picture of mode CMYK, YCbCr or LAB, and this one has "
+                f"{target.mode}; or the row has been repaired since: open the data set anew."
+            )
         return identifier
 
     def stored(self, index: int) -> tuple[StoredRow, Image.Image, Image.Image]:
@@ -255,9 +259,6 @@ class SemAlignDataset(Dataset[Sample]):
         """Position of a sample among the kept rows."""
         return int(self._members[index])
 
-    def _place(self, index: int) -> str:
-        return f"{self.root}[{self.row_number(index)}]"
-
 
 def _members(ids: pa.ChunkedArray, split: Split, heldout_share: float) -> np.ndarray:
     """Positions of the samples of a split. Rows without an id, which cannot be read, belong to "train"."""
@@ -290,7 +291,7 @@ def _side(size: int, token_size: int, downsample: Downsample, name: str) -> int:
     if downsample == "vote" and FIELD_GRID.rows % side:
         raise ValueError(
             f'{name}: the points were found on a grid of 64 x 64 cells, and downsample "vote" needs a token grid that divides it, but {size} px '
-            f'make {side} x {side} tokens of {token_size} px. Use 64, 32, 16, 8, 4, 2 or 1 tokens a side ({64 * token_size}, {32 * token_size} '
+            f"make {side} x {side} tokens of {token_size} px. Use 64, 32, 16, 8, 4, 2 or 1 tokens a side ({64 * token_size}, {32 * token_size} "
             'px, ...), or downsample "release".'
         )
     return side

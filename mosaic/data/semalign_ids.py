@@ -151,8 +151,8 @@ class _Ids(Dataset[tuple[int, str | None, str | None, str]]):
             stored = self.rows.read(row)
             target, _ = stored.panels()
             return row, pixel_digest(target), sample_id(target, stored.item, stored.caption), ""
-        except (ValueError, OSError) as error:
-            return row, None, None, str(error)
+        except (ValueError, OSError) as error:  # an OSError: PNG files hold no picture of this mode
+            return row, None, None, f"row {row}: {error}"
 
 
 def _num_cores() -> int:

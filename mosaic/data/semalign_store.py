@@ -158,7 +158,9 @@ def read_mask(store: Store | None, sample_id: str) -> Image.Image | None:
     except ValueError as error:
         raise ValueError(f"{store.place(name)}: {error}") from error
     if mask.width != mask.height:
-        raise ValueError(f"{store.place(name)}: a mask must be square, as its target is, got {mask.width} x {mask.height} (width x height).")
+        raise ValueError(
+            f"{store.place(name)}: a mask must be square, as its target is, got {mask.width} x {mask.height} (width x height)."
+        )
     return mask
 
 
@@ -188,7 +190,9 @@ def read_field(store: Store | None, matcher: str, sample_id: str) -> Tensor | No
     outside = (field < 0) | (field >= FIELD_GRID.rows)
     if outside.any():
         cell = int(outside.any(dim=1).int().argmax())
-        raise ValueError(f"{store.place(name)}: (y, x) must lie in [0, {FIELD_GRID.rows}), got {field[cell].tolist()} for target cell {cell}.")
+        raise ValueError(
+            f"{store.place(name)}: (y, x) must lie in [0, {FIELD_GRID.rows}), got {field[cell].tolist()} for target cell {cell}."
+        )
     return field
 
 

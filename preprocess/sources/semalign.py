@@ -39,7 +39,9 @@ def semalign_records(dataset: SemAlignDataset, split: str) -> Iterator[SampleRec
             seen.add(identifier)
             yield _record(dataset, index, split)
     if len(seen) < len(dataset):
-        logger.warning("%s: left out %d of %d rows, whose ids others have before them.", dataset.root, len(dataset) - len(seen), len(dataset))
+        logger.warning(
+            "%s: left out %d of %d rows, whose ids others have before them.", dataset.root, len(dataset) - len(seen), len(dataset)
+        )
 
 
 def _record(dataset: SemAlignDataset, index: int, split: str) -> SampleRecord:
