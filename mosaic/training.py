@@ -242,7 +242,8 @@ def check_files(config: Config) -> None:
     """Check what can be checked before the base model is loaded, which may take minutes.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: Those of `check_dataset`, `load_cases` and `resolve_lora_file`; or the output folder is a file.
+        FileNotFoundError, OSError, ValueError: Those of `check_dataset`, `load_cases` and `resolve_lora_file`; or the output folder is a
+        file.
     """
     if Path(config.training.output_dir).exists() and not Path(config.training.output_dir).is_dir():
         raise ValueError(f"training.output_dir: must be a folder, but {config.training.output_dir} is a file.")

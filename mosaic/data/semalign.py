@@ -41,7 +41,7 @@ class Supervision:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """ "mask" and "points" (a coordinate field), where they are missing."""
+        """Names of the parts that are missing: "mask", and "points" for a coordinate field."""
         parts = {"mask": self.mask is None, "points": self.dift is None or self.geoaware is None}
         return tuple(name for name, is_missing in parts.items() if is_missing)
 
@@ -49,12 +49,12 @@ class Supervision:
 class SemAlignDataset(Dataset[Sample]):
     """Samples of SemAlign-MS-Subjects200K in its released layout (data facts A1-A8).
 
-    `root` holds `data/*.parquet` (Subjects200K), `mask/<id>.png` or `mask.zip`, and `coord/{dift,geoaware}/<id>_ref0.pt` or `coord.zip`; where a
-    folder and an archive are both there, the folder is read. Each may also be elsewhere.
+    `root` holds `data/*.parquet` (Subjects200K), `mask/<id>.png` or `mask.zip`, and `coord/{dift,geoaware}/<id>_ref0.pt` or `coord.zip`;
+    where a folder and an archive are both there, the folder is read. Each may also be elsewhere.
 
-    A sample has K = 1. `points[0]` is int64 [P, 2] of (u, v) on grids of image side / token size, sorted by u, with u and v unique. A sample
-    whose mask or coordinates are missing has no points, and `missing` says so; `report()` counts those. Damaged files raise an error that names
-    them. Nothing is skipped or replaced.
+    A sample has K = 1. `points[0]` is int64 [P, 2] of (u, v) on grids of image side / token size, sorted by u, with u and v unique. A
+    sample whose mask or coordinates are missing has no points, and `missing` says so; `report()` counts those. Damaged files raise an error
+    that names them. Nothing is skipped or replaced.
 
     Ids come from an index file that is made the first time (`mosaic.data.semalign_ids`). A row whose pixels are not those of the index is
     refused. Samples are held out by their id: those whose first 8 hexadecimal digits, as a share of 16^8, lie below `heldout_share`.
@@ -76,28 +76,29 @@ class SemAlignDataset(Dataset[Sample]):
         id_index: str | Path | None = None,
         check_pixels: bool = True,
     ) -> None:
-        """Find the files, filter the rows, and read or make the index of ids. Pictures, masks and points are read when a sample is asked for.
+        """Find the files, filter the rows, read or make the index of ids. Pictures, masks and points are read when a sample is asked for.
 
         Args:
             root: Folder of the data set.
             image_size: Side of the targets in pixels.
-            downsample: The way from the 64 x 64 grid to the training grids: "vote", or "release" for the released loader's, bit for bit. Equal at
-                1024 px.
+            downsample: The way from the 64 x 64 grid to the training grids: "vote", or "release" for the released loader's, bit for bit.
+                Equal at 1024 px.
             reference_size: Side of the references in pixels; None: `image_size`.
             token_size: Pixels of a token; 16 for FLUX.1.
             split: "all", or the samples that are not held out ("train"), or those that are ("heldout").
             heldout_share: Share of the samples that is held out, from 0 to 1.
             parquet: Folder of the Parquet files, or one file; None: `root/data`.
             masks: Folder with `<id>.png`, or an archive with `mask/<id>.png`; None: `root/mask` or `root/mask.zip`.
-            coordinates: Folder with `dift/` and `geoaware/`, or an archive with `coord/` above them; None: `root/coord` or `root/coord.zip`.
+            coordinates: Folder with `dift/` and `geoaware/`, or an archive with `coord/` above them; None: `root/coord` or
+                `root/coord.zip`.
             id_index: The index file of ids; None: `root/semalign_ids.parquet`.
-            check_pixels: Refuse rows whose pixels are not those of the index. To be switched off only for an index that was made with another
-                decoder of JPEG files.
+            check_pixels: Refuse rows whose pixels are not those of the index. To be switched off only for an index that was made with
+                another decoder of JPEG files.
 
         Raises:
             FileNotFoundError: The folder, the Parquet files or a location given are missing.
-            ValueError: A size, grid, split or share does not fit; no row passes the filter or belongs to the split; a Parquet file or archive
-                is damaged; or ids are not to be had (`open_ids`).
+            ValueError: A size, grid, split or share does not fit; no row passes the filter or belongs to the split; a Parquet file or
+                archive is damaged; or ids are not to be had (`open_ids`).
         """
         self.root = Path(root)
         if not self.root.is_dir():
@@ -112,8 +113,8 @@ class SemAlignDataset(Dataset[Sample]):
         self.rows = SemAlignRows(find_parquet(self.root, parquet, exclude=[index]))
         if not len(self.rows.kept):
             raise ValueError(
-                f"{self.rows.files[0].parent}: none of {self.rows.num_rows} rows passes the quality filter, which keeps rows of collection_2 "
-                "with all three scores at 5."
+                f"{self.rows.files[0].parent}: none of {self.rows.num_rows} rows passes the quality filter, which keeps rows of "
+                "collection_2 with all three scores at 5."
             )
         self.masks = open_store(self.root, "mask", masks)
         self.coordinates = open_store(self.root, "coord", coordinates)
@@ -183,9 +184,9 @@ class SemAlignDataset(Dataset[Sample]):
         target, reference = row.panels()
         if self.check_pixels and pixel_digest(target) != self._ids["pixels"][self._member(index)].as_py():
             raise ValueError(
-                f"{row.place}: the pixels are not those from which the index of ids was made. Either the index belongs to other Parquet files, "
-                "or to the same ones in another order: remove it to have it made anew. Or this machine decodes JPEG files to other pixels: "
-                "make the index with the same Pillow, or switch check_pixels off."
+                f"{row.place}: the pixels are not those from which the index of ids was made. Either the index belongs to other Parquet "
+                "files, or to the same ones in another order: remove it to have it made anew. Or this machine decodes JPEG files to other "
+                "pixels: make the index with the same Pillow, or switch check_pixels off."
             )
         return row, target, reference
 
@@ -200,7 +201,7 @@ class SemAlignDataset(Dataset[Sample]):
         return Supervision(read_mask(self.masks, identifier), *fields)
 
     def consensus(self, index: int) -> Tensor:
-        """Return the points of a sample on the 64 x 64 grids themselves, int64 [P, 2] of (u, v), u not unique; [0, 2] where files are missing."""
+        """Return the points of a sample on the 64 x 64 grids, int64 [P, 2] of (u, v), u not unique; [0, 2] where files are missing."""
         found = self.supervision(index)
         return torch.zeros(0, 2, dtype=torch.long) if found.missing else consensus_points(found.dift, found.geoaware, found.mask)
 
@@ -213,8 +214,8 @@ class SemAlignDataset(Dataset[Sample]):
         Returns:
             `rows`: in the Parquet files; `kept`: that pass the quality filter; `samples`: of those, in the split; `unreadable`: samples
             whose row cannot be read; `duplicate_ids`: samples that share their id with an earlier one; `found_mask`, `found_points`,
-            `missing_mask`, `missing_points`: samples with and without; `canary`: the deflate library (`deflate_library`); `compared_samples`,
-            `vote_points`, `release_points`: how many samples were compared and how many points each way keeps on them.
+            `missing_mask`, `missing_points`: samples with and without; `canary`: the deflate library (`deflate_library`);
+            `compared_samples`, `vote_points`, `release_points`: how many samples were compared and how many points each way keeps on them.
 
         Raises:
             ValueError: A mask or coordinate file of the compared samples is damaged.
@@ -290,8 +291,8 @@ def _side(size: int, token_size: int, downsample: Downsample, name: str) -> int:
     side = size // token_size
     if downsample == "vote" and FIELD_GRID.rows % side:
         raise ValueError(
-            f'{name}: the points were found on a grid of 64 x 64 cells, and downsample "vote" needs a token grid that divides it, but {size} px '
-            f"make {side} x {side} tokens of {token_size} px. Use 64, 32, 16, 8, 4, 2 or 1 tokens a side ({64 * token_size}, {32 * token_size} "
-            'px, ...), or downsample "release".'
+            f'{name}: the points were found on a grid of 64 x 64 cells, and downsample "vote" needs a token grid that divides it, but '
+            f"{size} px make {side} x {side} tokens of {token_size} px. Use 64, 32, 16, 8, 4, 2 or 1 tokens a side "
+            f'({64 * token_size}, {32 * token_size}, ... px), or downsample "release".'
         )
     return side

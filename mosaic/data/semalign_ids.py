@@ -1,8 +1,8 @@
 """Sample ids of SemAlign-MS-Subjects200K, and the index file that keeps them (data facts A4).
 
-An id is a hash over the bytes of a PNG, so it depends on the deflate library that Pillow happens to load: the same pixels give other ids with
-zlib-ng, and with other ids no mask and no coordinate file is found. Hence a canary, a fixed picture whose PNG bytes are known; and hence the
-index: a Parquet file of (row, pixels, id), made once where the canary agrees, good everywhere.
+An id is a hash over the bytes of a PNG, so it depends on the deflate library that Pillow happens to load: the same pixels give other ids
+with zlib-ng, and with other ids no mask and no coordinate file is found. Hence a canary, a fixed picture whose PNG bytes are known; and
+hence the index: a Parquet file of (row, pixels, id), made once where the canary agrees, good everywhere.
 """
 
 import hashlib
@@ -106,9 +106,9 @@ def _refuse_or_keep(path: Path, table: pa.Table, rows: SemAlignRows) -> pa.Table
     if unknown:
         library = f"{deflate_library()}, zlib {features.version_codec('zlib')}"
         raise ValueError(
-            f"{path}: the index of sample ids lacks {unknown} of {len(rows.kept)} rows, and they cannot be computed here: ids are hashes of PNG "
-            f"bytes, and Pillow's deflate library in this process ({library}) packs other bytes than the release's. Open the data set once "
-            "on a machine with classic zlib (Pillow's wheels on most Linux systems), and bring the index file here."
+            f"{path}: the index of sample ids lacks {unknown} of {len(rows.kept)} rows, and they cannot be computed here: ids are hashes "
+            f"of PNG bytes, and Pillow's deflate library in this process ({library}) packs other bytes than the release's. Open the data "
+            "set once on a machine with classic zlib (Pillow's wheels on most Linux systems), and bring the index file here."
         )
     return table
 

@@ -1,7 +1,7 @@
 """The Parquet files of Subjects200K: which rows are kept, and one row at a time (data facts A1-A3).
 
-The pictures stay in the files: only the two columns of the quality filter are read for all rows, and a row is read by streaming its row group
-up to it. So memory does not grow with the number of rows, beyond 8 bytes for each kept one.
+The pictures stay in the files: only the two columns of the quality filter are read for all rows, and a row is read by streaming its row
+group up to it. So memory does not grow with the number of rows, beyond 8 bytes for each kept one.
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,11 +5,7 @@ them.
 """
 
 import io
-import re
 import stat
-import zipfile
-import zlib
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,13 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.data.handles import PerProcess
 from mosaic.data.semalign_points import FIELD_GRID
+from mosaic.data.zip_members import ZipMembers
 from mosaic.images import decode_image
-from mosaic.schema import shown
 
 MAX_BYTES = 16 * 2**20  # of one mask or coordinate file, unpacked; the released ones have less than 100 KiB
-UNSAFE_NAME = re.compile(r"^$|^/|(^|/)\.\.(/|$)|[\\:\x00]")
 
 
 class Store(Protocol):
@@ -65,7 +59,8 @@ class FolderStore:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{path}: must be a plain file.")
-            _check_size(status.st_size, str(path))
+            if status.st_size > MAX_BYTES:
+                raise ValueError(f"{path}: must have at most {MAX_BYTES} bytes, got {status.st_size}.")
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
             if path.is_symlink():
@@ -79,44 +74,29 @@ class ZipStore:
     """Members of a zip archive below one folder, as `mask` in `mask.zip`."""
 
     def __init__(self, path: Path, folder: str) -> None:
-        """Open the archive and check its names.
+        """Open the archive.
 
         Args:
             path: The archive.
             folder: Folder inside it that stands before every name.
 
         Raises:
-            ValueError: It is no readable zip archive, or holds a name twice or an unsafe one (absolute, with "..", "\\" or ":").
+            ValueError: As `ZipMembers`.
         """
-        self.path, self.folder = path, folder
-        self._archive = PerProcess(partial(_open_archive, path))
-        names = self._archive.get().namelist()
-        if len(set(names)) != len(names):
-            raise ValueError(f"{path}: must hold every name once, but has {len(names) - len(set(names))} names twice.")
-        for name in names:
-            if UNSAFE_NAME.search(name):
-                raise ValueError(f'{path}: the member name {shown(name)} is unsafe; names must be relative, with "/" and without "..".')
+        self.folder = folder
+        self._members = ZipMembers(path)
 
     def place(self, name: str) -> str:
         """Return archive and member."""
-        return f"{self.path}[{self.folder}/{name}]"
+        return f"{self._members.path}[{self.folder}/{name}]"
 
     def has(self, name: str) -> bool:
         """Return whether there is such a member."""
-        return f"{self.folder}/{name}" in self._archive.get().NameToInfo
+        return f"{self.folder}/{name}" in self._members
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a member, or None; raises as `Store.read`."""
-        archive = self._archive.get()
-        try:
-            member = archive.getinfo(f"{self.folder}/{name}")
-        except KeyError:
-            return None
-        _check_size(member.file_size, self.place(name))
-        try:
-            return archive.read(member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-            raise ValueError(f"{self.place(name)}: cannot be read: {error}.") from error
+        return self._members.read(f"{self.folder}/{name}", MAX_BYTES) if self.has(name) else None
 
 
 def open_store(root: Path, name: str, location: str | Path | None) -> Store | None:
@@ -194,15 +174,3 @@ def read_field(store: Store | None, matcher: str, sample_id: str) -> Tensor | No
             f"{store.place(name)}: (y, x) must lie in [0, {FIELD_GRID.rows}), got {field[cell].tolist()} for target cell {cell}."
         )
     return field
-
-
-def _open_archive(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path}: cannot be read as a zip archive: {error}.") from error
-
-
-def _check_size(size: int, place: str) -> None:
-    if size > MAX_BYTES:
-        raise ValueError(f"{place}: must have at most {MAX_BYTES} bytes, got {size}.")

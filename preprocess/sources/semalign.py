@@ -18,9 +18,9 @@ def semalign_records(dataset: SemAlignDataset, split: str) -> Iterator[SampleRec
     """Go through a data set, one record at a time.
 
     Pictures are the 512 px panels as they are stored; the mask is that of the subject in the target. Points are where DIFT and GeoAware
-    agree inside the mask, on the 64 x 64 grid: a reader that reduces them by majority gets what `SemAlignDataset` gives with "vote". Where mask or
-    coordinates are missing, the points are None, which is a sample that is not matched yet, and `metadata["missing"]` says what is missing.
-    Of rows with one id, which share panel and captions, the first is taken; the others are counted in a warning at the end.
+    agree inside the mask, on the 64 x 64 grid: a reader that reduces them by majority gets what `SemAlignDataset` gives with "vote". Where
+    mask or coordinates are missing, the points are None, which is a sample that is not matched yet, and `metadata["missing"]` says what is
+    missing. Of rows with one id, which share panel and captions, the first is taken; the others are counted in a warning at the end.
 
     Args:
         dataset: The data set, opened with the split that is wanted; its sizes and its downsampling have no effect.
