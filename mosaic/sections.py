@@ -58,15 +58,29 @@ class DataConfig(Section):
 
     path: ClassVar[str] = "data"
 
+    format: Literal["multi_reference", "semalign"] = "multi_reference"
+    """What `root` holds. "multi_reference": our format, version 1; "semalign": SemAlign-MS-Subjects200K in its released layout."""
     root: Text = "data/train"
-    """Folder of a data set in the multi-reference format, version 1, or a URL that fsspec knows."""
+    """Folder of the data set; for our format also a URL that fsspec knows."""
     split: Text = "train"
-    """Split of the data set to train on."""
+    """Split of the data set to train on. semalign: "train", "heldout" or "all"."""
+    downsample: Literal["vote", "release"] = "vote"
+    """semalign: the way from the 64 x 64 grid of its points to the training grids; "release" is the released loader's."""
+    heldout_share: Probability = 0.01
+    """semalign: share of the samples in the split "heldout", chosen by their ids."""
+    parquet: Text | None = None
+    """semalign: the Parquet files, a folder or one file; None: the folder `data` in `root`."""
+    masks: Text | None = None
+    """semalign: folder or zip archive of the masks; None: `mask` or `mask.zip` in `root`."""
+    coordinates: Text | None = None
+    """semalign: folder or zip archive of the coordinates; None: `coord` or `coord.zip` in `root`."""
+    id_index: Text | None = None
+    """semalign: index file of the sample ids, made if it is not there; None: `semalign_ids.parquet` in `root`."""
     image_size: tuple[Count, Count] = (512, 512)
-    """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1)."""
+    """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1). semalign: square."""
     buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
     """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
-    targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures."""
+    targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Only for our format."""
     reference_size: Count = 512
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Count = 6
@@ -81,11 +95,15 @@ class DataConfig(Section):
     """Probability that a sample loses references, points and prompt."""
 
     def __post_init__(self) -> None:
-        """Validate; the three dropouts exclude one another, so they must add up to at most 1."""
+        """Validate; the three dropouts exclude one another, so they must add up to at most 1. SemAlign's pictures all are square."""
         super().__post_init__()
         total = self.image_dropout + self.text_dropout + self.both_dropout
         if total > 1:
             raise FieldError("data.image_dropout", f"+ text_dropout + both_dropout must be at most 1, got {total:g}")
+        if self.format == "semalign" and self.image_size[0] != self.image_size[1]:
+            raise FieldError("data.image_size", f'must be square where data.format is "semalign", got {shown(self.image_size)}')
+        if self.format == "semalign" and self.buckets:
+            raise FieldError("data.buckets", f'must be empty where data.format is "semalign" (all square), got {shown(self.buckets)}')
 
 
 LOSS_PRESETS: dict[str, dict[str, Any]] = {

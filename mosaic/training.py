@@ -19,11 +19,11 @@ from mosaic.attention import resolve_capture_blocks
 from mosaic.cases import load_cases
 from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.data import BucketBatchSampler, Manifest, MosaicBatch, MultiReferenceDataset, collate
+from mosaic.data import BucketBatchSampler, MosaicBatch, check_dataset, collate, open_dataset
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
-from mosaic.objective import Grids, run_grids, step_generator, train_step
+from mosaic.objective import run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.validation import validate
 
@@ -71,8 +71,9 @@ class Trainer:
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
-        self.dataset = self._open(config.data.split, grids)
-        self.held_out = self._open(config.validation.split, grids) if config.validation.every else None
+        self.dataset = open_dataset(config.data, config.data.split, grids.target, grids.reference)
+        validation = config.validation
+        self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
         self._attach_adapter()
         self.pipeline.to(self.accelerator.device)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
@@ -84,19 +85,6 @@ class Trainer:
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
         self.transformer = self.accelerator.prepare(self.pipeline.transformer)
         self.step = 0
-
-    def _open(self, split: str, grids: Grids) -> MultiReferenceDataset:
-        data = self.config.data
-        return MultiReferenceDataset(
-            data.root,
-            split=split,
-            image_size=data.image_size,
-            reference_size=data.reference_size,
-            target_token_grid=grids.target,
-            reference_token_grid=grids.reference,
-            max_references=data.max_references,
-            buckets=data.buckets,
-        )
 
     def _attach_adapter(self) -> None:
         """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32."""
@@ -254,13 +242,14 @@ def check_files(config: Config) -> None:
     """Check what can be checked before the base model is loaded, which may take minutes.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: Those of `Manifest`, `load_cases` and `resolve_lora_file`; or the output folder is a file.
+        FileNotFoundError, OSError, ValueError: Those of `check_dataset`, `load_cases` and `resolve_lora_file`; or the output folder is a
+        file.
     """
     if Path(config.training.output_dir).exists() and not Path(config.training.output_dir).is_dir():
         raise ValueError(f"training.output_dir: must be a folder, but {config.training.output_dir} is a file.")
-    Manifest(config.data.root, config.data.split)
+    check_dataset(config.data, config.data.split)
     if config.validation.every:
-        Manifest(config.data.root, config.validation.split)
+        check_dataset(config.data, config.validation.split)
         if config.validation.cases is not None:
             load_cases(config.validation.cases, config.data.reference_size)
     if config.lora.pretrained is not None:

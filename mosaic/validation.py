@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from mosaic.cases import load_cases
 from mosaic.config import Config
 from mosaic.correspondence import batch_points
-from mosaic.data import BucketBatchSampler, MosaicBatch, MultiReferenceDataset, collate
+from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collate
 from mosaic.figures import case_panel, save_picture, tensor_to_image
 from mosaic.flow import add_noise, sample_timesteps
 from mosaic.images import load_image
@@ -21,7 +21,7 @@ ACCURACY_BATCHES = 4  # batches of held-out samples on which attention accuracy 
 
 
 @torch.no_grad()
-def validate(pipeline: MosaicFluxPipeline, dataset: MultiReferenceDataset, config: Config, folder: Path) -> AttentionAccuracy:
+def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Config, folder: Path) -> AttentionAccuracy:
     """Render panels into `folder` and measure attention accuracy.
 
     Args:
@@ -51,7 +51,7 @@ def validate(pipeline: MosaicFluxPipeline, dataset: MultiReferenceDataset, confi
     return pool_accuracies([batch_attention_accuracy(pipeline, batch, config, generator) for batch in batches])
 
 
-def _cases(dataset: MultiReferenceDataset, config: Config) -> list[tuple[str, list]]:
+def _cases(dataset: TrainingDataset, config: Config) -> list[tuple[str, list]]:
     """(prompt, reference pictures) of the panels: from a cases file, or spread over the held-out samples."""
     validation = config.validation
     if validation.cases is not None:

@@ -39,6 +39,8 @@ def type_schema(hint: Any) -> dict[str, Any]:
         return {"anyOf": [type_schema(option) for option in arguments]}
     if origin is Literal:
         return {"enum": list(arguments)}
+    if origin is tuple and not arguments:
+        return {"type": "array", "maxItems": 0}
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return {"type": "array", "items": type_schema(arguments[0]), "minItems": 1}

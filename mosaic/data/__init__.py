@@ -2,10 +2,12 @@
 
 from mosaic.data.manifest import Manifest
 from mosaic.data.multi_reference import MultiReferenceDataset
+from mosaic.data.opening import TrainingDataset, check_dataset, open_dataset
 from mosaic.data.records import ReferenceRecord, SampleRecord, sample_id
 from mosaic.data.rows import ReferenceEntry, Row
 from mosaic.data.sampler import BucketBatchSampler
 from mosaic.data.samples import MosaicBatch, Sample, collate
+from mosaic.data.semalign import SemAlignDataset
 from mosaic.data.writer import DatasetWriter
 
 __all__ = [
@@ -19,6 +21,10 @@ __all__ = [
     "Row",
     "Sample",
     "SampleRecord",
+    "SemAlignDataset",
+    "TrainingDataset",
+    "check_dataset",
     "collate",
+    "open_dataset",
     "sample_id",
 ]

@@ -1,0 +1,63 @@
+"""Opening the data set that a config names."""
+
+from mosaic.data.manifest import Manifest
+from mosaic.data.multi_reference import MultiReferenceDataset
+from mosaic.data.semalign import SemAlignDataset
+from mosaic.sections import DataConfig
+from mosaic.tokens import Grid
+
+TrainingDataset = MultiReferenceDataset | SemAlignDataset
+
+
+def open_dataset(data: DataConfig, split: str, target_grid: Grid, reference_grid: Grid) -> TrainingDataset:
+    """Open one split of the data set that `data.format` and `data.root` name.
+
+    Args:
+        data: The settings.
+        split: Split to read; `data.split` is not looked at.
+        target_grid: Rows and columns of the target in tokens.
+        reference_grid: Rows and columns of one reference in tokens.
+
+    Raises:
+        FileNotFoundError, ValueError: Those of the data set's class.
+    """
+    if data.format == "semalign":
+        return _open_semalign(data, split, data.downsample, token_size=data.image_size[0] // target_grid.rows)
+    return MultiReferenceDataset(
+        data.root,
+        split=split,
+        image_size=data.image_size,
+        reference_size=data.reference_size,
+        target_token_grid=target_grid,
+        reference_token_grid=reference_grid,
+        max_references=data.max_references,
+        buckets=data.buckets,
+    )
+
+
+def check_dataset(data: DataConfig, split: str) -> None:
+    """Check what can be checked without knowing the model's token size; makes the index of ids where SemAlign data have none yet.
+
+    Raises:
+        FileNotFoundError, ValueError: As `open_dataset`, except for sizes that do not fit the tokens.
+    """
+    if data.format == "semalign":
+        _open_semalign(data, split, "release", token_size=1)  # of this pair every size is a multiple
+    else:
+        Manifest(data.root, split)
+
+
+def _open_semalign(data: DataConfig, split: str, downsample: str, token_size: int) -> SemAlignDataset:
+    return SemAlignDataset(
+        data.root,
+        data.image_size[0],
+        downsample,
+        reference_size=data.reference_size,
+        token_size=token_size,
+        split=split,
+        heldout_share=data.heldout_share,
+        parquet=data.parquet,
+        masks=data.masks,
+        coordinates=data.coordinates,
+        id_index=data.id_index,
+    )
