@@ -91,7 +91,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply overrides, validate everything.
 
     Args:
-        path: A JSON file: an object of sections. With "extends" it names another one, relative to itself, on which it builds field by field.
+        path: A JSON file: an object of sections. "extends" in it names another one, relative to it, on which it builds field by field.
         overrides: Strings "section.field=value" in the order given on the command line; the last one for a field wins. The value is read as
             JSON where it is JSON, else as a string: "training.max_steps=100", "loss.capture_blocks=[0, 1]", "data.root=data/pocket".
 

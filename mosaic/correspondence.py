@@ -64,8 +64,10 @@ def validate_points(points: Sequence[Tensor], num_reference_tokens: int, num_tar
     _join([points], num_reference_tokens, num_target_tokens, [where])
 
 
-def _join(samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """All points of some samples of one K in one row: u, v, reference and sample, int64 [N] each. Raises as `validate_points`."""
+def _join(
+    samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, names: Sequence[str]
+) -> tuple[Tensor, ...]:
+    """All points of samples of one K in a row: u, v, reference, sample, int64 [N] each. Raises as `validate_points`."""
     for name, sample in zip(names, samples, strict=True):
         for k, pairs in enumerate(sample):
             if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
@@ -89,9 +91,7 @@ def _join(samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_ta
     place = owner * num_reference_tokens + u
     if (bad := torch.bincount(place)[place] > 1).any():
         at, where = first(bad)
-        raise ValueError(
-            f"{where}: a reference token u may carry one point only; u = {int(u[at])} stands twice. Use reduce_points()."
-        )
+        raise ValueError(f"{where}: a reference token u may carry one point only; u = {int(u[at])} stands twice. Use reduce_points().")
     cell = sample * num_target_tokens + v
     lowest = torch.full((len(samples) * num_target_tokens,), num_references).scatter_reduce(0, cell, reference, "amin")[cell]
     if (bad := lowest != reference).any():

@@ -80,7 +80,7 @@ class DataConfig(Section):
     """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1). semalign: square."""
     buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
     """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
-    targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Only for our format."""
+    targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Our format only."""
     reference_size: Count = 512
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Count = 6

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mosaic.data.handles import PerProcess
 from mosaic.data.manifest_columns import Geometry, check_columns, summarise
 from mosaic.data.rows import Row, parse_row
-from mosaic.data.storage import Folder, PerProcess
+from mosaic.data.storage import Folder
 from mosaic.schema import parse_json, shown
 
 logger = logging.getLogger(__name__)

@@ -8,26 +8,9 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
+from mosaic.data.handles import PerProcess
+
 T = TypeVar("T")
-
-
-class PerProcess:
-    """A value made anew in every process: files and connections opened before a fork or a spawn must not be shared after it."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._owner: int | None = None
-        self._value: Any = None
-
-    def get(self) -> Any:
-        """Return this process's value, made at the first call."""
-        if self._owner != os.getpid():
-            self._value, self._owner = self._make(), os.getpid()
-        return self._value
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the value behind; the process that unpickles this makes its own."""
-        return {"_make": self._make, "_owner": None, "_value": None}
 
 
 class Folder:
