@@ -85,6 +85,10 @@ class DataConfig(Section):
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Count = 6
     """Samples with more references than this are refused."""
+    min_point_coverage: Probability = 0.95
+    """Training refuses data of which a smaller share of the references has correspondence points; 0 trains on any."""
+    skip_invalid: bool = False
+    """Leave out samples that cannot be read, after a pass over all of them, and list them in the run's folder; false: stop at the first."""
     num_workers: CountOrZero = 4
     """Processes that load data, per training process. 0: load in the training process."""
     image_dropout: Probability = 0.05

@@ -19,7 +19,17 @@ from mosaic.attention import resolve_capture_blocks
 from mosaic.cases import load_cases
 from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.data import BucketBatchSampler, MosaicBatch, check_dataset, collate, open_dataset
+from mosaic.data import (
+    BucketBatchSampler,
+    MosaicBatch,
+    ReadableSamples,
+    TrainingDataset,
+    check_dataset,
+    check_supervision,
+    collate,
+    find_unreadable,
+    open_dataset,
+)
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
@@ -71,7 +81,7 @@ class Trainer:
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
-        self.dataset = open_dataset(config.data, config.data.split, grids.target, grids.reference)
+        self.dataset = self._supervised(open_dataset(config.data, config.data.split, grids.target, grids.reference))
         validation = config.validation
         self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
         self._attach_adapter()
@@ -85,6 +95,19 @@ class Trainer:
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
         self.transformer = self.accelerator.prepare(self.pipeline.transformer)
         self.step = 0
+
+    def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples:
+        """The data set, if it can supervise; without the samples that cannot be read where `data.skip_invalid` asks for that."""
+        data = self.config.data
+        if data.skip_invalid:
+            file = self.run_dir / "skipped.jsonl"
+            with self.accelerator.main_process_first():
+                skipped = find_unreadable(dataset, file, data.num_workers, self.accelerator.is_local_main_process)
+            if skipped:
+                logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
+                dataset = ReadableSamples(dataset, skipped)
+        check_supervision(dataset, data.min_point_coverage)
+        return dataset
 
     def _attach_adapter(self) -> None:
         """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32."""

@@ -8,25 +8,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mosaic.data.inspection import Coverage, Inspection
+from mosaic.data.inspection import Coverage, Inspection, fingerprint
+from mosaic.data.readable import Unreadable
 
 FEW_POINTS = 8  # a reference with fewer is hardly supervised
 NEAR_BITS = 3  # fingerprints that differ in at most so many of 64 bits are near-duplicates
 _BANDS = NEAR_BITS + 1
 EXAMPLES = 20  # ids listed per finding
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A sample that could not be read.
-
-    Attributes:
-        index: Its number in the split.
-        message: Why.
-    """
-
-    index: int
-    message: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ class Findings:
         self.coverage.add(found.id, found.points)
         self.masks.add(found.id, [mask if mask is not None else () for mask in found.masks])
         self.missing.update(found.missing)
-        self.references[found.num_references] += 1
+        self.references[len(found.references)] += 1
         self.counts += [len(pairs) for pairs in found.points]
         if shared_cells(found.points):
             self.disjointness.append(found.id)
@@ -87,13 +75,13 @@ class Findings:
         self.outside += shares
         if any(share > 0 for share in shares):
             self.outside_examples.append(found.id)
-        self.sizes[found.target_size] += 1
-        self.reference_sizes.update(found.reference_sizes)
+        self.sizes[found.target.size] += 1
+        self.reference_sizes.update(reference.size for reference in found.references)
         self.captions[found.prompt] += 1
         self.words.append(len(found.prompt.split()))
         if not found.prompt.strip():
             self.empty_captions.append(found.id)
-        self.fingerprints.append((found.fingerprint, found.id))
+        self.fingerprints.append((fingerprint(found.target), found.id))
 
     def reasons(self) -> list[str]:
         """Why training should not start on this data; empty where it may."""

@@ -9,17 +9,9 @@ from PIL import Image, ImageFilter
 
 from mosaic.data import Sample
 from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, mask_cells
+from mosaic.data.readable import Unreadable
 from mosaic.tokens import Grid
-from scripts.doctor_findings import (
-    Findings,
-    Training,
-    Unreadable,
-    near_duplicates,
-    share_outside,
-    shared_cells,
-    summarise,
-    tokens_per_sample,
-)
+from scripts.doctor_findings import Findings, Training, near_duplicates, share_outside, shared_cells, summarise, tokens_per_sample
 
 GRID = Grid(2, 4)
 
@@ -32,16 +24,21 @@ def cells(*covered: int) -> torch.Tensor:
     return torch.zeros(GRID.num_tokens, dtype=torch.bool).index_fill(0, torch.tensor(covered), True)
 
 
+def picture(width: int, height: int, seed: str = "") -> Image.Image:
+    rng = np.random.default_rng(list(seed.encode()))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def inspection(name: str = "a", **changes: object) -> Inspection:
     values = {
         "id": name,
         "prompt": "a cat and a mug",
-        "target_size": (64, 32),
-        "reference_sizes": ((32, 32), (16, 32)),
+        "target": picture(64, 32, name),
+        "references": (picture(32, 32), picture(16, 32)),
         "points": (pairs((0, 1), (2, 3)), pairs((1, 2))),
+        "reference_grids": (GRID, GRID),
         "target_grid": GRID,
         "masks": (cells(1), None),
-        "fingerprint": hash(name) & (2**64 - 1),
     }
     return Inspection(**(values | changes))
 

@@ -1,8 +1,10 @@
 """Data sets: readers, the writer of our format, batches."""
 
+from mosaic.data.inspection import Inspection, check_supervision
 from mosaic.data.manifest import Manifest
 from mosaic.data.multi_reference import MultiReferenceDataset
 from mosaic.data.opening import TrainingDataset, check_dataset, open_dataset
+from mosaic.data.readable import ReadableSamples, find_unreadable
 from mosaic.data.records import ReferenceRecord, SampleRecord, sample_id
 from mosaic.data.rows import ReferenceEntry, Row
 from mosaic.data.sampler import BucketBatchSampler
@@ -13,9 +15,11 @@ from mosaic.data.writer import DatasetWriter
 __all__ = [
     "BucketBatchSampler",
     "DatasetWriter",
+    "Inspection",
     "Manifest",
     "MosaicBatch",
     "MultiReferenceDataset",
+    "ReadableSamples",
     "ReferenceEntry",
     "ReferenceRecord",
     "Row",
@@ -24,7 +28,9 @@ __all__ = [
     "SemAlignDataset",
     "TrainingDataset",
     "check_dataset",
+    "check_supervision",
     "collate",
+    "find_unreadable",
     "open_dataset",
     "sample_id",
 ]

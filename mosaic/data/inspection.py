@@ -23,29 +23,24 @@ class Inspection:
     Attributes:
         id: Name of the sample.
         prompt: Caption.
-        target_size: Width and height in pixels.
-        reference_sizes: Width and height of each reference.
-        points: Per reference int64 [P_k, 2] of (u, v) on the stored grids.
+        target: RGB picture as stored.
+        references: K RGB pictures as stored.
+        points: Per reference int [P_k, 2] of (u, v) on the stored grids.
+        reference_grids: Per reference the grid of u.
         target_grid: Grid of v.
         masks: Per reference bool [N] over the cells of `target_grid`, where the reference is seen; None where no mask is known.
-        fingerprint: See `fingerprint`, of the target.
         missing: Parts that the data set lacks for this sample ("mask", "points").
     """
 
     id: str
     prompt: str
-    target_size: tuple[int, int]
-    reference_sizes: tuple[tuple[int, int], ...]
+    target: Image.Image
+    references: tuple[Image.Image, ...]
     points: tuple[Tensor, ...]
+    reference_grids: tuple[Grid, ...]
     target_grid: Grid
     masks: tuple[Tensor | None, ...]
-    fingerprint: int
     missing: tuple[str, ...] = ()
-
-    @property
-    def num_references(self) -> int:
-        """K."""
-        return len(self.reference_sizes)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from mosaic.correspondence import majority_points, make_disjoint
 from mosaic.data.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
+from mosaic.data.inspection import Inspection, mask_cells
 from mosaic.data.manifest import Manifest
 from mosaic.data.points_file import read_stored_points
 from mosaic.data.rows import Row
@@ -117,6 +118,28 @@ class MultiReferenceDataset(Dataset[Sample]):
         else:
             points = self._carry_points(stored, row, frame, self._token_grids[bucket], frames)
         return Sample(row.id, row.prompt, target, torch.stack(references), points, () if stored is not None else ("points",))
+
+    def inspect(self, index: int) -> Inspection:
+        """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read."""
+        row = self.manifest.row(index)
+        target = self._read_picture(row.target, f"{row.place}.target")
+        references = [self._read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)]
+        masks = [
+            None if entry.mask is None else mask_cells(self._read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
+            for k, entry in enumerate(row.references)
+        ]
+        points = self._read_points(row)
+        return Inspection(
+            id=row.id,
+            prompt=row.prompt,
+            target=target,
+            references=tuple(references),
+            points=tuple(torch.zeros(0, 2, dtype=torch.long) for _ in references) if points is None else tuple(points),
+            reference_grids=tuple(entry.grid for entry in row.references),
+            target_grid=row.target_grid,
+            masks=tuple(masks),
+            missing=() if points is not None else ("points",),
+        )
 
     def report(self) -> dict[str, int]:
         """Count what is there; the folders of the points files are listed once, no file is read.

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mosaic.data.inspection import Inspection
 from mosaic.data.samples import Sample
 from mosaic.data.semalign_ids import deflate_library, open_ids, pixel_digest
-from mosaic.data.semalign_points import FIELD_GRID, FIELD_TOKEN, consensus_points, release_points, vote_points
+from mosaic.data.semalign_points import FIELD_GRID, FIELD_TOKEN, consensus_points, mask_cells, release_points, vote_points
 from mosaic.data.semalign_rows import SemAlignRows, StoredRow, find_parquet
 from mosaic.data.semalign_store import open_store, read_field, read_mask
 from mosaic.images import to_rgb
@@ -156,6 +157,23 @@ class SemAlignDataset(Dataset[Sample]):
             references=_panel(reference, self.reference_size)[None],
             points=[torch.zeros(0, 2, dtype=torch.long) if supervision.missing else self._points(supervision, self.downsample)],
             missing=supervision.missing,
+        )
+
+    def inspect(self, index: int) -> Inspection:
+        """Look at one sample as it is stored, its points on the 64 x 64 grids. Raises as `__getitem__`."""
+        row, target, reference = self.stored(index)
+        found = self.supervision(index)
+        mask = None if found.mask is None else mask_cells(found.mask, FIELD_GRID.rows, FIELD_TOKEN)
+        return Inspection(
+            id=self.sample_id(index),
+            prompt=row.caption,
+            target=to_rgb(target),
+            references=(to_rgb(reference),),
+            points=(self.consensus(index),),
+            reference_grids=(FIELD_GRID,),
+            target_grid=FIELD_GRID,
+            masks=(mask,),
+            missing=found.missing,
         )
 
     def row_number(self, index: int) -> int:

@@ -1,0 +1,87 @@
+"""Leaving out the samples that cannot be read, where a user asks for it (`data.skip_invalid`): found once, counted and listed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mosaic.data.samples import Sample
+
+
+class Unreadable(NamedTuple):
+    """A sample that cannot be read.
+
+    Attributes:
+        index: Its number in the split.
+        message: Why.
+    """
+
+    index: int
+    message: str
+
+
+class Attempt(Dataset):
+    """What a reading function gives for each sample of a data set, or an `Unreadable` where it fails."""
+
+    def __init__(self, dataset: Any, read: str) -> None:
+        """Name the method of `dataset` that reads a sample by its number."""
+        self.dataset, self.read = dataset, read
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return getattr(self.dataset, self.read)(index)
+        except (OSError, ValueError) as error:
+            return Unreadable(index, str(error))
+
+
+class ReadableSamples(Dataset[Sample]):
+    """The samples of a data set that can be read."""
+
+    def __init__(self, dataset: Any, skipped: list[Unreadable]) -> None:
+        """Leave out `skipped`.
+
+        Raises:
+            ValueError: No sample is left.
+        """
+        self.dataset, self.skipped = dataset, skipped
+        self._kept = np.setdiff1d(np.arange(len(dataset)), [bad.index for bad in skipped])
+        if not len(self._kept):
+            raise ValueError(f"none of the {len(dataset)} samples can be read; the first: {skipped[0].message}")
+
+    @property
+    def batch_keys(self) -> np.ndarray:
+        """Those of the samples that are left."""
+        return self.dataset.batch_keys[self._kept]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample."""
+        return self.dataset[int(self._kept[index])]
+
+
+def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: bool) -> list[Unreadable]:
+    """Try all samples, or take the list that an earlier start of the run has written.
+
+    Args:
+        dataset: The samples.
+        file: Where the list is kept, one JSON object per line.
+        num_workers: Processes that read.
+        show_progress: Whether to show a progress bar.
+    """
+    if not file.is_file():
+        loader = DataLoader(Attempt(dataset, "__getitem__"), batch_size=None, num_workers=num_workers)
+        found = [one for one in tqdm(loader, "reading all samples", disable=not show_progress) if isinstance(one, Unreadable)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text("".join(json.dumps(bad._asdict()) + "\n" for bad in found))
+        os.replace(partial, file)
+    return [Unreadable(**json.loads(line)) for line in file.read_text().splitlines()]
