@@ -203,13 +203,40 @@ def make_disjoint(points: Sequence[Tensor]) -> list[Tensor]:
     """
     if not points:
         return []
-    reference = torch.cat([torch.full((len(pairs),), k, dtype=torch.long) for k, pairs in enumerate(points)])
-    v = torch.cat([pairs[:, 1].long() for pairs in points])
-    if not len(v):
-        return list(points)
-    num_references = len(points)
-    claims = torch.zeros(int(v.max()) + 1, num_references, dtype=torch.long)
+    reference, v, num_targets = _owners(points)
+    claims = torch.zeros(num_targets, len(points), dtype=torch.long)
     claims.index_put_((v, reference), torch.ones_like(v), accumulate=True)
-    score = claims * num_references + torch.arange(num_references - 1, -1, -1)  # ties: the lowest reference
-    keep = (score.argmax(dim=1)[v] == reference).split([len(pairs) for pairs in points])
-    return [pairs[part] for pairs, part in zip(points, keep, strict=True)]
+    return [pairs[keep] for pairs, keep in zip(points, _owned(points, claims), strict=True)]
+
+
+def owned_by_similarity(points: Sequence[Tensor], similarities: Sequence[Tensor]) -> list[Tensor]:
+    """Establish Eq. 2 where matches have a quality: the reference with the most similar point on v owns it, ties to the lowest reference.
+
+    Args:
+        points: Per reference int64 [P_k, 2] (u, v).
+        similarities: Per reference float [P_k], higher is better, finite.
+
+    Returns:
+        Per reference bool [P_k]: the points that stay.
+    """
+    if not points:
+        return []
+    reference, v, num_targets = _owners(points)
+    best = torch.full((num_targets * len(points),), -torch.inf, dtype=torch.float64)
+    best = best.scatter_reduce(0, v * len(points) + reference, torch.cat(list(similarities)).double(), "amax")
+    return _owned(points, best.reshape(num_targets, len(points)))
+
+
+def _owners(points: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Reference and v of all points in one row, int64 [N] each, and one more than the largest v."""
+    reference = torch.arange(len(points)).repeat_interleave(torch.tensor([len(pairs) for pairs in points]))
+    v = torch.cat([pairs[:, 1].long() for pairs in points])
+    return reference, v, int(v.max()) + 1 if len(v) else 0
+
+
+def _owned(points: Sequence[Tensor], claims: Tensor) -> list[Tensor]:
+    """Per reference bool [P_k]: the points on those v for which its claim in `claims` [N, K] is largest, ties to the lowest reference."""
+    if not len(claims):
+        return [torch.zeros(0, dtype=torch.bool) for _ in points]
+    owner = claims.argmax(dim=1)  # the first of several maxima
+    return [owner[pairs[:, 1].long()] == k for k, pairs in enumerate(points)]
