@@ -163,8 +163,8 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
     Raises:
         ValueError: If a grid does not divide into the coarser one.
     """
-    u = _coarsen(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
-    v = _coarsen(points[:, 1].long(), target_grid, to_target_grid, "target grid")
+    u = coarse_index(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
+    v = coarse_index(points[:, 1].long(), target_grid, to_target_grid, "target grid")
     num_u, num_v = to_reference_grid.num_tokens, to_target_grid.num_tokens
     pairs, votes = torch.unique(u * num_v + v, return_counts=True)  # sorted by u, then v
     u, v = pairs // num_v, pairs % num_v
@@ -174,7 +174,8 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
     return torch.stack([u[keep], v[keep]], dim=1)
 
 
-def _coarsen(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
+def coarse_index(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
+    """Cells of a coarser grid in which cells of a grid lie; ValueError, naming `name`, if it does not divide into the coarser one."""
     if grid.rows % to_grid.rows or grid.columns % to_grid.columns:
         coarse = f"{to_grid.rows} x {to_grid.columns}"
         raise ValueError(f"{name} {grid.rows} x {grid.columns} must be a whole multiple of {coarse} in both sides.")

@@ -32,7 +32,7 @@ def load_model(cls: Any, name: str, what: str, device: torch.device, dtype: torc
     """
     arguments = {"subfolder": subfolder} if subfolder else {}
     model = call_loader(cls, name, what, torch_dtype=dtype, use_safetensors=True, **arguments)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def call_loader(cls: Any, name: str, what: str, **arguments: Any) -> Any:
