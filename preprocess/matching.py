@@ -85,7 +85,7 @@ def match_features(
     index, backward = (torch.full((feature[0].numel(),), NO_MATCH, device=feature.device) for feature in (target, reference))
     similarity = torch.full(index.shape, -torch.inf, device=index.device)
     margin, best = similarity.clone(), torch.full(columns.shape, -torch.inf, device=index.device)
-    for part in rows.split(chunk_size) if len(columns) else ():
+    for part in rows.split(chunk_size) if len(rows) and len(columns) else ():
         scores = target_cells[part] @ candidates.T
         value, row = scores.max(dim=0)
         better = value > best  # strictly, so that ties stay with the lowest target cell
