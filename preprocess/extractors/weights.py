@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def read_state_dict(path: str, what: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{what}: file not found: {path}.")
     try:
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.endswith(".safetensors") else _load_tensors(path)
     except (
         SafetensorError,
         pickle.UnpicklingError,
@@ -85,6 +86,13 @@ def read_state_dict(path: str, what: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{what}: {path} must hold a dict of named tensors.")
     return state
+
+
+def _load_tensors(path: str) -> object:
+    """What a `torch.save` file holds, if that is nothing but tensors and plain containers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said of files that are refused a moment later
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
