@@ -163,8 +163,8 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
     Raises:
         ValueError: If a grid does not divide into the coarser one.
     """
-    u = _coarsen(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
-    v = _coarsen(points[:, 1].long(), target_grid, to_target_grid, "target grid")
+    u = coarse_index(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
+    v = coarse_index(points[:, 1].long(), target_grid, to_target_grid, "target grid")
     return majority_points(u, v, to_reference_grid.num_tokens, to_target_grid.num_tokens)
 
 
@@ -188,7 +188,8 @@ def majority_points(u: Tensor, v: Tensor, num_u: int, num_v: int) -> Tensor:
     return torch.stack([u[keep], v[keep]], dim=1)
 
 
-def _coarsen(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
+def coarse_index(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
+    """Cells of a coarser grid in which cells of a grid lie; ValueError, naming `name`, if it does not divide into the coarser one."""
     if grid.rows % to_grid.rows or grid.columns % to_grid.columns:
         coarse = f"{to_grid.rows} x {to_grid.columns}"
         raise ValueError(f"{name} {grid.rows} x {grid.columns} must be a whole multiple of {coarse} in both sides.")
@@ -217,13 +218,40 @@ def make_disjoint(points: Sequence[Tensor]) -> list[Tensor]:
     """
     if not points:
         return []
-    reference = torch.cat([torch.full((len(pairs),), k, dtype=torch.long) for k, pairs in enumerate(points)])
-    v = torch.cat([pairs[:, 1].long() for pairs in points])
-    if not len(v):
-        return list(points)
-    num_references = len(points)
-    claims = torch.zeros(int(v.max()) + 1, num_references, dtype=torch.long)
+    reference, v, num_targets = _owners(points)
+    claims = torch.zeros(num_targets, len(points), dtype=torch.long)
     claims.index_put_((v, reference), torch.ones_like(v), accumulate=True)
-    score = claims * num_references + torch.arange(num_references - 1, -1, -1)  # ties: the lowest reference
-    keep = (score.argmax(dim=1)[v] == reference).split([len(pairs) for pairs in points])
-    return [pairs[part] for pairs, part in zip(points, keep, strict=True)]
+    return [pairs[keep] for pairs, keep in zip(points, _owned(points, claims), strict=True)]
+
+
+def owned_by_similarity(points: Sequence[Tensor], similarities: Sequence[Tensor]) -> list[Tensor]:
+    """Establish Eq. 2 where matches have a quality: the reference with the most similar point on v owns it, ties to the lowest reference.
+
+    Args:
+        points: Per reference int64 [P_k, 2] (u, v).
+        similarities: Per reference float [P_k], higher is better, finite.
+
+    Returns:
+        Per reference bool [P_k]: the points that stay.
+    """
+    if not points:
+        return []
+    reference, v, num_targets = _owners(points)
+    best = torch.full((num_targets * len(points),), -torch.inf, dtype=torch.float64)
+    best = best.scatter_reduce(0, v * len(points) + reference, torch.cat(list(similarities)).double(), "amax")
+    return _owned(points, best.reshape(num_targets, len(points)))
+
+
+def _owners(points: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Reference and v of all points in one row, int64 [N] each, and one more than the largest v."""
+    reference = torch.arange(len(points)).repeat_interleave(torch.tensor([len(pairs) for pairs in points]))
+    v = torch.cat([pairs[:, 1].long() for pairs in points])
+    return reference, v, int(v.max()) + 1 if len(v) else 0
+
+
+def _owned(points: Sequence[Tensor], claims: Tensor) -> list[Tensor]:
+    """Per reference bool [P_k]: the points on those v for which its claim in `claims` [N, K] is largest, ties to the lowest reference."""
+    if not len(claims):
+        return [torch.zeros(0, dtype=torch.bool) for _ in points]
+    owner = claims.argmax(dim=1)  # the first of several maxima
+    return [owner[pairs[:, 1].long()] == k for k, pairs in enumerate(points)]

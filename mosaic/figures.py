@@ -109,7 +109,7 @@ def attention_panel(
         for position in strongest:
             start = token_position(int(subject[position]), reference_grid, reference.size, corners[0])
             end = token_position(int(rows[position].argmax()), target_grid, result.size, corners[1])
-            _line(draw, start, end, LINE_COLOURS[k % len(LINE_COLOURS)])
+            draw_line(draw, start, end, LINE_COLOURS[k % len(LINE_COLOURS)])
     return canvas
 
 
@@ -143,7 +143,8 @@ def heat_map(image: Image.Image, row: Tensor, grid: Grid) -> Image.Image:
     return Image.composite(Image.blend(grey, Image.new("RGB", (TILE, TILE), (214, 40, 57)), 0.75), grey, mask)
 
 
-def _line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: tuple[int, int, int]) -> None:
+def draw_line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: tuple[int, int, int]) -> None:
+    """A line with a dot at both ends, in px."""
     draw.line([start, end], fill=colour, width=3)
     for x, y in (start, end):
         draw.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour, outline="white", width=2)

@@ -1,0 +1,63 @@
+"""Feature extractors by name. Their modules are imported when one is built, so that a name alone costs nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from mosaic.schema import Section, build_section, nearest
+from preprocess.extractors.protocol import Extractor
+
+EXTRACTORS: dict[str, tuple[str, str, str]] = {
+    "dift": ("dift", "Dift", "DiftOptions"),
+    "cleandift": ("dift", "CleanDift", "CleanDiftOptions"),
+    "geoaware": ("geoaware", "Geoaware", "GeoawareOptions"),
+    "dinov2": ("dino", "Dino", "Dinov2Options"),
+    "dinov2_diysc": ("dino", "Dinov2Diysc", "Dinov2DiyscOptions"),
+    "dinov3": ("dino", "Dino", "Dinov3Options"),
+    "vae": ("vae", "Vae", "VaeOptions"),
+    "pixels": ("pixels", "Pixels", "PixelsOptions"),
+}
+"""Per name the module, the extractor's class and its options' class."""
+
+
+@dataclass(frozen=True)
+class ExtractorSpec:
+    """A named extractor and its options, checked but not built yet."""
+
+    name: str
+    options: Section
+
+
+def extractor_spec(name: str, options: Mapping[str, Any] | None = None) -> ExtractorSpec:
+    """Check the name and the options of an extractor.
+
+    Args:
+        name: One of `EXTRACTORS`.
+        options: Settings that differ from the defaults.
+
+    Raises:
+        ValueError: An unknown name or option, or a value that does not fit.
+    """
+    if name not in EXTRACTORS:
+        cure = nearest(name, EXTRACTORS) or f" Known: {', '.join(EXTRACTORS)}."
+        raise ValueError(f'there is no extractor "{name}".{cure}')
+    module, _, options_name = EXTRACTORS[name]
+    return ExtractorSpec(name, build_section(getattr(import_module(f"preprocess.extractors.{module}"), options_name), dict(options or {})))
+
+
+def build_extractor(spec: ExtractorSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Extractor:
+    """Load the models of an extractor.
+
+    Args:
+        spec: From `extractor_spec`.
+        device: Where it computes.
+        dtype: Of its models; features are float32 in any case.
+
+    Raises:
+        FileNotFoundError, ValueError: A model cannot be had or an option does not fit it.
+    """
+    module, class_name, _ = EXTRACTORS[spec.name]
+    return getattr(import_module(f"preprocess.extractors.{module}"), class_name)(spec.options, torch.device(device), dtype)
