@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
-from mosaic.data.points_file import read_stored_points
-from mosaic.images import decode_image, to_rgb
+from mosaic.images import decode_image
 from mosaic.schema import parse_json
 from mosaic.tokens import Grid
 from preprocess.composition import (
@@ -173,27 +171,15 @@ def read_panel(manifest: Manifest, row: Row) -> tuple[Panel, bytes]:
     """
     entry = row.references[0]
 
-    def picture(relative: str, name: str) -> Image.Image:
-        place = f"{row.place}.{name}"
-        data = manifest.folder.read(relative, place)
-        try:
-            return decode_image(data, relative)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-
-    target = to_rgb(picture(row.target, "target"))
+    target = manifest.read_picture(row.target, f"{row.place}.target")
     if not has_square_cells((target.height, target.width), row.target_grid):
         raise ValueError(f"{row.place}.target_grid: its cells must be about square to be composed, got a target of {target.size} px.")
-    mask = None if entry.mask is None else np.asarray(picture(entry.mask, "references[0].mask").convert("L")) > 127
+    mask = None if entry.mask is None else np.asarray(manifest.read_picture(entry.mask, f"{row.place}.references[0].mask").convert("L")) > 127
     if mask is not None and mask.shape != (target.height, target.width):
         raise ValueError(f"{row.place}.references[0].mask: must have the target's size {target.height} x {target.width}, got {mask.shape}.")
-    try:
-        data = manifest.folder.read(row.points, f"{row.place}.points")
-        points = read_stored_points(data, [entry.grid], row.target_grid, f"{row.place}.points: {row.points}")[0].numpy()
-    except FileNotFoundError:
-        points = None
+    points = manifest.read_points(row)
     reference = manifest.folder.read(entry.image, f"{row.place}.references[0].image")
-    return Panel(row.prompt, target, row.target_grid, points, mask), reference
+    return Panel(row.prompt, target, row.target_grid, None if points is None else points[0].numpy(), mask), reference
 
 
 def _sample(

@@ -17,11 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from mosaic.data import Manifest
+from mosaic.data import Manifest, Row
 from mosaic.tokens import Grid
 from preprocess import matching
 from preprocess.arguments import add_extractor_arguments, check_device, extractor_specs
@@ -34,7 +32,7 @@ from preprocess.matching import Match, match_features
 from preprocess.matching_benchmark import CHANNELS, benchmark
 from preprocess.matching_benchmark import table as benchmark_table
 from preprocess.matching_metrics import ALPHAS, FilterCounts, Truth, cell_positions, filter_counts, pck
-from preprocess.rows import MatchingRow, read_pictures, read_row
+from preprocess.rows import read_pictures
 from preprocess.sample_matching import PairFeatures, ReferencePicture, accepted, masks_of, pair_features, sample_seed
 from preprocess.settings import MatchingSettings
 
@@ -90,7 +88,7 @@ def pairs(manifest: Manifest, extractors: Sequence[Extractor], limit: int | None
     """
     settings = MatchingSettings()
     for index in tqdm(range(min(len(manifest), limit or len(manifest))), desc="matching", unit="sample"):
-        row = read_row(manifest, index)
+        row = manifest.row(index)
         pictures, points = read_pictures(manifest, row), exact_points(manifest, row)
         features = pair_features(pictures, extractors, settings, sample_seed(settings.seed, row.id))
         for k, reference in enumerate(pictures.references):
@@ -99,16 +97,14 @@ def pairs(manifest: Manifest, extractors: Sequence[Extractor], limit: int | None
             yield Pair(Truth(u, v, reference.grid, size, box_side(reference)), features[k], reference)
 
 
-def exact_points(manifest: Manifest, row: MatchingRow) -> list[torch.Tensor]:
+def exact_points(manifest: Manifest, row: Row) -> list[torch.Tensor]:
     """Points of a sample, per reference."""
-    path, place = manifest.file(row.points, row.place), f"{row.place}.points"
-    if not path.is_file():
-        raise FileNotFoundError(f"{place}: file not found: {path}. A data set with exact points is needed: scripts/make_pocket_world.py.")
-    try:
-        tensors = load_file(path)
-        return [tensors[f"{k}"].reshape(-1, 2) for k in range(len(row.references))]
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{place}: {row.points} does not hold the points of {len(row.references)} references ({error}).") from error
+    points = manifest.read_points(row)
+    if points is None:
+        raise FileNotFoundError(
+            f"{row.place}.points: file not found: {row.points}. A data set with exact points is needed: scripts/make_pocket_world.py."
+        )
+    return points
 
 
 def box_side(reference: ReferencePicture) -> float:

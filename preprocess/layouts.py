@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from mosaic.data import Row
 from mosaic.tokens import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching import match_features
-from preprocess.rows import MatchingRow
 from preprocess.sample_matching import SamplePictures, match_sample, pair_features
 from preprocess.settings import MatchingSettings
 
@@ -35,19 +35,19 @@ class Layout(Protocol):
     name: str
     settings_path: Path
 
-    def files(self, row: MatchingRow) -> list[Path]:
+    def files(self, row: Row) -> list[Path]:
         """Where the results of a sample belong."""
         ...
 
-    def is_finished(self, row: MatchingRow) -> bool:
+    def is_finished(self, row: Row) -> bool:
         """Whether all results of a sample are there and readable."""
         ...
 
-    def drawn_points(self, row: MatchingRow) -> dict[str, Any]:
+    def drawn_points(self, row: Row) -> dict[str, Any]:
         """The arguments `points`, `target_grid` and `reference_grids` of `correspondence_panel` for a finished sample."""
         ...
 
-    def match(self, row: MatchingRow, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
+    def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its results; returns the number of points of each reference."""
         ...
 
@@ -61,11 +61,11 @@ class CompactLayout:
         self.root, self.settings = root, settings
         self.settings_path = root / "matching.json"
 
-    def files(self, row: MatchingRow) -> list[Path]:
+    def files(self, row: Row) -> list[Path]:
         """The sample's points file."""
         return [inside(self.root, row.points, f"{row.place}.points")]
 
-    def is_finished(self, row: MatchingRow) -> bool:
+    def is_finished(self, row: Row) -> bool:
         """Whether the sample's points file is readable and has the tensors of all its references."""
         shapes = {}
         try:
@@ -76,7 +76,7 @@ class CompactLayout:
         expected = {f"{k}{end}" for k in range(len(row.references)) for end in ("", ".similarity")}
         return shapes.keys() == expected and all(shapes[f"{k}"] == [*shapes[f"{k}.similarity"], 2] for k in range(len(row.references)))
 
-    def match(self, row: MatchingRow, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
+    def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its points."""
         found = match_sample(pictures, extractors, self.settings, seed)
         tensors = {f"{k}": own.points.int().contiguous() for k, own in enumerate(found)}
@@ -84,7 +84,7 @@ class CompactLayout:
         replace_file(self.files(row)[0], save(tensors))
         return [len(own.points) for own in found]
 
-    def drawn_points(self, row: MatchingRow) -> dict[str, Any]:
+    def drawn_points(self, row: Row) -> dict[str, Any]:
         """The points of the file."""
         tensors = load_file(self.files(row)[0])
         points = [tensors[f"{k}"] for k in range(len(row.references))]
@@ -103,15 +103,15 @@ class ReleaseLayout:
         self.grid = Grid(*(settings.grid or RELEASE_GRID))
         self.settings_path = root / "coord" / "matching.json"
 
-    def files(self, row: MatchingRow) -> list[Path]:
+    def files(self, row: Row) -> list[Path]:
         """The sample's coordinate files: per method, per reference."""
         return [self._path(row, method, k) for method in self.methods for k in range(len(row.references))]
 
-    def is_finished(self, row: MatchingRow) -> bool:
+    def is_finished(self, row: Row) -> bool:
         """Whether all coordinate files of a sample are readable and of the right shape."""
         return all(_is_coordinates(path, self.grid) for path in self.files(row))
 
-    def match(self, row: MatchingRow, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
+    def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its coordinates."""
         settings = self.settings
         on_grid = MatchingSettings(grid=tuple(self.grid), background=settings.background, white_threshold=settings.white_threshold)
@@ -123,7 +123,7 @@ class ReleaseLayout:
                 replace_file(self._path(row, method, k), buffer.getvalue())
         return [self.grid.num_tokens] * len(row.references)
 
-    def drawn_points(self, row: MatchingRow) -> dict[str, Any]:
+    def drawn_points(self, row: Row) -> dict[str, Any]:
         """The matches of all target cells by the first method."""
         points = []
         for path in self.files(row)[: len(row.references)]:
@@ -131,7 +131,7 @@ class ReleaseLayout:
             points.append(torch.stack([y * self.grid.columns + x, torch.arange(len(y))], dim=1))
         return {"points": points, "target_grid": self.grid, "reference_grids": [self.grid] * len(points)}
 
-    def _path(self, row: MatchingRow, method: str, k: int) -> Path:
+    def _path(self, row: Row, method: str, k: int) -> Path:
         if not _FILE_NAME.fullmatch(row.id):
             raise ValueError(f'{row.place}.id: must be of letters, digits, "-" and "_" to name a file, got "{row.id}".')
         return inside(self.root, f"coord/{method}/{row.id}_ref{k}.pt", row.place)

@@ -17,14 +17,14 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from mosaic.data import Manifest
+from mosaic.data import Manifest, Row
 from mosaic.figures import contact_sheet, save_picture
 from mosaic.schema import build_section
 from preprocess.arguments import add_extractor_arguments, check_device, extractor_specs
 from preprocess.extractors import build_extractor
 from preprocess.extractors.weights import DTYPES
 from preprocess.layouts import CompactLayout, Layout, ReleaseLayout
-from preprocess.rows import MatchingRow, read_pictures, read_row
+from preprocess.rows import read_pictures
 from preprocess.run_settings import claim_settings, run_settings
 from preprocess.sample_matching import sample_seed
 from preprocess.settings import MatchingSettings
@@ -111,18 +111,18 @@ def run(arguments: argparse.Namespace, state: PartialState) -> str:
     extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
     wanted = run_settings(arguments, settings, specs, extractors, device.type)
     with state.main_process_first():
-        claim_settings(layout, wanted, (read_row(manifest, index) for index in range(count)))
+        claim_settings(layout, wanted, (manifest.row(index) for index in range(count)))
     share = range(state.process_index, count, state.num_processes)
-    todo = [index for index in share if not layout.is_finished(read_row(manifest, index))]
+    todo = [index for index in share if not layout.is_finished(manifest.row(index))]
     progress = tqdm(
         todo, desc="matching", unit="sample", initial=len(share) - len(todo), total=len(share), disable=not state.is_main_process
     )
     num_references = num_empty = 0
-    for row in (read_row(manifest, index) for index in progress):
+    for row in (manifest.row(index) for index in progress):
         counts = layout.match(row, read_pictures(manifest, row), extractors, sample_seed(settings.seed, row.id))
         num_references, num_empty = num_references + len(counts), num_empty + counts.count(0)
     if arguments.contact_sheet and state.is_main_process:
-        rows = [read_row(manifest, index) for index in share[: arguments.contact_sheet]]
+        rows = [manifest.row(index) for index in share[: arguments.contact_sheet]]
         draw_sheet(manifest, rows, layout, root / "contact_sheet.png")
     return (
         f"{len(todo)} samples matched, {len(share) - len(todo)} were finished before; "
@@ -134,7 +134,7 @@ def check_grids(manifest: Manifest, count: int, settings: MatchingSettings, layo
     """Raise ValueError for the first sample to whose grids points found on `settings.grid` cannot be carried."""
     if settings.grid is None or layout == "release":
         return
-    for row in (read_row(manifest, index) for index in range(count)):
+    for row in (manifest.row(index) for index in range(count)):
         for name, grid in (("target_grid", row.target_grid), *((f"references[{k}]: grid", r.grid) for k, r in enumerate(row.references))):
             if settings.grid[0] % grid.rows or settings.grid[1] % grid.columns:
                 raise ValueError(
@@ -143,7 +143,7 @@ def check_grids(manifest: Manifest, count: int, settings: MatchingSettings, layo
                 )
 
 
-def draw_sheet(manifest: Manifest, rows: Sequence[MatchingRow], layout: Layout, path: Path) -> None:
+def draw_sheet(manifest: Manifest, rows: Sequence[Row], layout: Layout, path: Path) -> None:
     """Draw samples of this process's share with their points."""
     panels = []
     for row in rows:

@@ -5,11 +5,11 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mosaic.data import Row
 from mosaic.schema import read_json, shown, to_plain
 from preprocess.extractors import ExtractorSpec
 from preprocess.extractors.protocol import Extractor
 from preprocess.layouts import Layout, replace_file
-from preprocess.rows import MatchingRow
 from preprocess.settings import MatchingSettings
 
 
@@ -29,7 +29,7 @@ def run_settings(
     }
 
 
-def claim_settings(layout: Layout, wanted: dict[str, Any], rows: Iterable[MatchingRow]) -> None:
+def claim_settings(layout: Layout, wanted: dict[str, Any], rows: Iterable[Row]) -> None:
     """Write the settings file, or check that the results there were made with the same settings. One process must come before the others.
 
     Raises:

@@ -13,11 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
 
 from mosaic.data.handles import PerProcess
 from mosaic.data.manifest_columns import Geometry, check_columns, summarise
+from mosaic.data.points_file import read_stored_points
 from mosaic.data.rows import Row, parse_row
 from mosaic.data.storage import Folder
+from mosaic.images import decode_image, to_rgb
 from mosaic.schema import parse_json, shown
 
 logger = logging.getLogger(__name__)
@@ -104,6 +108,32 @@ class Manifest:
             ValueError: The data set is not local, or a symbolic link leads out of the root.
         """
         return self.folder.local_path(relative, place)
+
+    def read_picture(self, relative: str, place: str) -> Image.Image:
+        """Read a picture of the data set as RGB, upright.
+
+        Raises:
+            FileNotFoundError: It is missing.
+            ValueError: It is damaged, or a symbolic link leads out of the root.
+        """
+        data = self.folder.read(relative, place)
+        try:
+            return to_rgb(decode_image(data, relative))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    def read_points(self, row: Row) -> list[Tensor] | None:
+        """Read the points of a row on the grids they were found on, per reference [P_k, 2] of (u, v); None: it has no points file.
+
+        Raises:
+            ValueError: The file is damaged, or a point is out of range or in two references.
+        """
+        place = f"{row.place}.points"
+        try:
+            data = self.folder.read(row.points, place)
+        except FileNotFoundError:
+            return None
+        return read_stored_points(data, [entry.grid for entry in row.references], row.target_grid, f"{place}: {row.points}")
 
     def _place(self, index: int, values: dict[str, Any]) -> str:
         return f'{self.path}[{self._numbers[index]}] (id "{values["id"]}")'

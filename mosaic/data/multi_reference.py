@@ -14,10 +14,8 @@ from mosaic.correspondence import majority_points, make_disjoint
 from mosaic.data.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
 from mosaic.data.inspection import Inspection, mask_cells
 from mosaic.data.manifest import Manifest
-from mosaic.data.points_file import read_stored_points
 from mosaic.data.rows import Row
 from mosaic.data.samples import Sample
-from mosaic.images import decode_image, to_rgb
 from mosaic.tokens import Grid
 
 
@@ -104,15 +102,15 @@ class MultiReferenceDataset(Dataset[Sample]):
         """
         row = self.manifest.row(index)
         bucket = int(self.bucket[index])
-        picture = self._read_picture(row.target, f"{row.place}.target")
+        picture = self.manifest.read_picture(row.target, f"{row.place}.target")
         frame = cover(picture.size[::-1], self.buckets[bucket])
         target = _to_tensor(frame.apply(picture))
         frames, references = [], []
         for k, reference in enumerate(row.references):
-            picture = self._read_picture(reference.image, f"{row.place}.references[{k}].image")
+            picture = self.manifest.read_picture(reference.image, f"{row.place}.references[{k}].image")
             frames.append(fit(picture.size[::-1], self.reference_size))
             references.append(_to_tensor(frames[-1].apply(picture)))
-        stored = self._read_points(row)
+        stored = self.manifest.read_points(row)
         if stored is None:
             points = [torch.zeros(0, 2, dtype=torch.long) for _ in row.references]
         else:
@@ -122,13 +120,13 @@ class MultiReferenceDataset(Dataset[Sample]):
     def inspect(self, index: int) -> Inspection:
         """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read."""
         row = self.manifest.row(index)
-        target = self._read_picture(row.target, f"{row.place}.target")
-        references = [self._read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)]
+        target = self.manifest.read_picture(row.target, f"{row.place}.target")
+        references = [self.manifest.read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)]
         masks = [
-            None if entry.mask is None else mask_cells(self._read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
+            None if entry.mask is None else mask_cells(self.manifest.read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
             for k, entry in enumerate(row.references)
         ]
-        points = self._read_points(row)
+        points = self.manifest.read_points(row)
         return Inspection(
             id=row.id,
             prompt=row.prompt,
@@ -158,23 +156,6 @@ class MultiReferenceDataset(Dataset[Sample]):
             found += path.name in files[folder]
         counts = {"samples": len(self), "found_points": found, "missing_points": len(self) - found}
         return counts | {f"references_{k}": count for k, count in sorted(Counter(self.num_references.tolist()).items())}
-
-    def _read_picture(self, relative: str, place: str) -> Image.Image:
-        """Read a picture as RGB, upright."""
-        data = self.manifest.folder.read(relative, place)
-        try:
-            return to_rgb(decode_image(data, relative))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-
-    def _read_points(self, row: Row) -> list[Tensor] | None:
-        """Read the points of a sample on the grids they were found on; None: it has no points file."""
-        place = f"{row.place}.points"
-        try:
-            data = self.manifest.folder.read(row.points, place)
-        except FileNotFoundError:
-            return None
-        return read_stored_points(data, [reference.grid for reference in row.references], row.target_grid, f"{place}: {row.points}")
 
     def _carry_points(self, stored: list[Tensor], row: Row, frame: Frame, token_grid: Grid, frames: list[Frame]) -> list[Tensor]:
         """Carry points to the training token grids: cut off, voted on, disjoint (Eq. 2)."""
