@@ -1,6 +1,9 @@
-"""Benchmarks. `python scripts/benchmark.py train` times a training step of ours against the naive twin of tests/naive.py.
+"""Benchmarks.
 
-Pocket size, random weights, cached latents. Three arms take turns in every order, step by step, in one process:
+`python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/data_benchmark.py).
+
+`python scripts/benchmark.py train` times a training step of ours against the naive twin of tests/naive.py. Pocket size, random
+weights, cached latents. Three arms take turns in every order, step by step, in one process:
   ours            forward with captured rows of all blocks, paper losses, backward, AdamW
   flow_only       the same without capture, SCAL and MDL
   twin            LoRA on all tokens then masked, dense attention mask, full attention maps, losses in loops
@@ -264,7 +267,8 @@ def print_table(result: dict[str, Any]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="a training step against the naive twin")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="a training step against the naive twin")
     train.add_argument("--k", type=int, default=4, help="references per sample")
     train.add_argument("--points-per-reference", type=int, default=9, help="mean P; the default is the pocket world's at K = 4")
     train.add_argument("--batch-size", type=int, default=16)
@@ -274,7 +278,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--steps", type=int, default=12, help="measured steps per arm; best a multiple of 6, the orders of the arms")
     train.add_argument("--output", type=Path, help="write the result as JSON")
     train.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    add_data_arguments(commands.add_parser("data", help="samples per second and memory of the reader"))
     args = parser.parse_args(argv)
+    if args.command == "data":
+        if min(args.size, args.k, args.batch_size, *args.rows) < 1 or args.size % 16 or args.seconds <= 0 or min(args.workers) < 0:
+            parser.error("--size must be a multiple of 16, --k, --batch-size, --rows and --seconds positive, --workers not negative")
+        return args
     for name in (name for name in SETTINGS if getattr(args, name) < 1):
         parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.points_per_reference > REFERENCE_SIDE**2:
@@ -282,9 +291,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command `data`."""
+    parser.add_argument("--size", type=int, default=512, help="side of targets and references in px")
+    parser.add_argument("--k", type=int, default=2, help="references per sample")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of loader processes to time")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time measured for each of them")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="manifest rows to measure memory at")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--open-only", type=Path, help=argparse.SUPPRESS)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Run the benchmark; returns the result."""
     args = parse(argv)
+    if args.command == "data":
+        from scripts import data_benchmark
+
+        return data_benchmark.run(args)
     if args.memory_of:
         return measure_memory(args)
     memory = {name: memory_in_fresh_process(name, args) for name in ARMS}

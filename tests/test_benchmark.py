@@ -91,3 +91,31 @@ def test_bad_flags_are_named(flags: list[str], message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         benchmark.parse(["train", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_the_reader_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts import data_benchmark
+
+    monkeypatch.setattr(data_benchmark, "memory_in_fresh_process", data_benchmark.measure_opening)
+    monkeypatch.setattr(data_benchmark, "NUM_STORED", 3)
+    flags = ["--size", "32", "--batch-size", "2", "--workers", "0", "1", "--seconds", "0.1", "--rows", "3", "1500"]
+    result = benchmark.main(["data", *flags, "--output", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert set(result["samples_per_second"]) == {"0", "1"}
+    assert min(result["samples_per_second"].values()) > 0
+    assert set(result["manifest"]) == {"3", "1500"}
+    printed = capsys.readouterr().out
+    assert "| 1,500 |" in printed
+    assert "ms per sample" in printed
+
+
+def test_the_synthetic_manifest_is_a_good_one(tmp_path: Path) -> None:
+    from mosaic.data import Manifest
+    from scripts import data_benchmark
+
+    manifest = Manifest(data_benchmark.write_manifest(tmp_path / "set", 2300, 3), "train")
+    assert len(manifest) == 2300
+    assert set(manifest.num_references.tolist()) == {3}
+    row = manifest.row(2299)
+    assert row.id == f"{2299:032x}"
+    assert [entry.image for entry in row.references] == [f"images/{row.id}_ref{k}.jpg" for k in range(3)]
