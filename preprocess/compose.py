@@ -174,7 +174,9 @@ def read_panel(manifest: Manifest, row: Row) -> tuple[Panel, bytes]:
     target = manifest.read_picture(row.target, f"{row.place}.target")
     if not has_square_cells((target.height, target.width), row.target_grid):
         raise ValueError(f"{row.place}.target_grid: its cells must be about square to be composed, got a target of {target.size} px.")
-    mask = None if entry.mask is None else np.asarray(manifest.read_picture(entry.mask, f"{row.place}.references[0].mask").convert("L")) > 127
+    mask = (
+        None if entry.mask is None else np.asarray(manifest.read_picture(entry.mask, f"{row.place}.references[0].mask").convert("L")) > 127
+    )
     if mask is not None and mask.shape != (target.height, target.width):
         raise ValueError(f"{row.place}.references[0].mask: must have the target's size {target.height} x {target.width}, got {mask.shape}.")
     points = manifest.read_points(row)

@@ -2,8 +2,8 @@
 
     python scripts/doctor.py DATA [--json findings.json] [--html findings.html]
 
-DATA is a folder in the multi-reference format (preprocess/FORMAT.md) or SemAlign-MS-Subjects200K in its released layout. Exit code 0: fit for
-training; 1: supervision is starved, or samples cannot be read; 2: the command is wrong, or DATA as a whole cannot be read.
+DATA is a folder in the multi-reference format (preprocess/FORMAT.md) or SemAlign-MS-Subjects200K in its released layout. Exit code 0: fit
+for training; 1: supervision is starved, or samples cannot be read; 2: the command is wrong, or DATA as a whole cannot be read.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from mosaic.data import Inspection, TrainingDataset, open_dataset
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.tokens import token_grid
 from scripts.doctor_findings import Findings, Training, summarise
-from scripts.doctor_page import PICTURES, write_page
+from scripts.doctor_page import PICTURES, write_findings
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.html:
-        write_page(summary, shown, args.html, title=str(args.data))
+        write_findings(summary, shown, args.html, title=f"Data set {args.data}")
     return 0 if summary["healthy"] else 1
 
 

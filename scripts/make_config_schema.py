@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic import sections  # noqa: E402
-from mosaic.config import EXTENDS, SECTIONS  # noqa: E402
-from mosaic.schema import Bounds, NotEmpty, Section, to_plain  # noqa: E402
+from mosaic import sections
+from mosaic.config import EXTENDS, SECTIONS
+from mosaic.schema import Bounds, NotEmpty, Section, to_plain
 
 FILE = ROOT / "configs" / "schema.json"
 _PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}

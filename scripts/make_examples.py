@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.figures import save_picture  # noqa: E402
-from scripts.pocket import world  # noqa: E402
+from mosaic.figures import save_picture
+from scripts.pocket import world
 
 NUM_REFERENCES = (1, 1, 2, 2, 3, 3, 3, 4, 5, 6)  # K of each case
 FIRST_SEED = 90_000_000

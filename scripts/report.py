@@ -26,11 +26,25 @@ CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL
 WIDTH, HEIGHT, PAD = 340, 200, 42
 
 
-def figure(path: Path, caption: str) -> str:
-    """An embedded picture with its caption."""
-    data = base64.b64encode(path.read_bytes()).decode()
+def embedded(png: bytes, caption: str) -> str:
+    """A PNG inside the page, with its caption."""
     text = html.escape(caption)
+    data = base64.b64encode(png).decode()
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def figure(path: Path, caption: str) -> str:
+    """A PNG file inside the page, with its caption."""
+    return embedded(path.read_bytes(), caption)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write one self-contained HTML page, aside and then renamed."""
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(f"{head}<h1>{html.escape(title)}</h1>" + "\n".join(parts) + "</html>\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -135,11 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>MOSAIC report</title><style>{STYLE}</style><h1>MOSAIC report</h1>"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
-    partial.write_text(page + "\n".join(parts) + "</html>", encoding="utf-8")
-    os.replace(partial, arguments.output)
+    write_page(arguments.output, "MOSAIC report", parts)
     print(f"report: {arguments.output}")
     return 0
 

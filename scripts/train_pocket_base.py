@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.pocket import base_data, runs  # noqa: E402
-from scripts.pocket.base_data import LAYOUTS, Layout, TokenStore, caption_ids  # noqa: E402
-from scripts.pocket.model import build_pocket_flux, save_pocket_flux  # noqa: E402
-from scripts.pocket.sampling import explicit_attention, predict_velocity, sample_pictures, time_shift  # noqa: E402
-from scripts.pocket.tokenizers import caption_words  # noqa: E402
+from scripts.pocket import base_data, runs
+from scripts.pocket.base_data import LAYOUTS, Layout, TokenStore, caption_ids
+from scripts.pocket.model import build_pocket_flux, save_pocket_flux
+from scripts.pocket.sampling import explicit_attention, predict_velocity, sample_pictures, time_shift
+from scripts.pocket.tokenizers import caption_words
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 #: Share of samples whose caption is replaced by the empty one.

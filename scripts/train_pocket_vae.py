@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.pocket import base_data, runs  # noqa: E402
-from scripts.pocket.model import build_vae  # noqa: E402
+from scripts.pocket import base_data, runs
+from scripts.pocket.model import build_vae
 
 #: Weights of squared error, of differences between neighbouring pixels, and of the KL term, beside L1 with weight 1.
 MSE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 2.0, 0.25, 2e-6

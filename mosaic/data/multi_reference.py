@@ -121,9 +121,13 @@ class MultiReferenceDataset(Dataset[Sample]):
         """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read."""
         row = self.manifest.row(index)
         target = self.manifest.read_picture(row.target, f"{row.place}.target")
-        references = [self.manifest.read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)]
+        references = [
+            self.manifest.read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)
+        ]
         masks = [
-            None if entry.mask is None else mask_cells(self.manifest.read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
+            None
+            if entry.mask is None
+            else mask_cells(self.manifest.read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
             for k, entry in enumerate(row.references)
         ]
         points = self.manifest.read_points(row)

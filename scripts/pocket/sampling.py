@@ -1,5 +1,6 @@
 """Velocity and sampling of the pocket base on any layout, with the schedule of FLUX."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def sample_pictures(
     channels = components["transformer"].config.in_channels
     tokens = torch.randn((len(captions), layout.tokens, channels), generator=torch.Generator().manual_seed(seed))
     times = torch.cat([time_shift(torch.linspace(1.0, 1.0 / steps, steps), layout.tokens), torch.zeros(1)])
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             velocity = predict_velocity(components, layout, tokens, now.expand(len(captions)), ids)
         tokens = tokens + (after - now) * velocity

@@ -151,7 +151,8 @@ def sample_scene(
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:
         for _ in range(30):
-            scene = Scene(background, seed, tuple(sample_pose(rng, i, tuple(shrink * x for x in scales), SCENE_LATTICE) for i in identities))
+            sizes = tuple(shrink * x for x in scales)
+            scene = Scene(background, seed, tuple(sample_pose(rng, i, sizes, SCENE_LATTICE) for i in identities))
             if count == 1 or visible_fractions(scene, _LAYOUT_GRID).min() >= wanted:
                 return scene
         # A crowd first stands closer together, only then it shrinks: scales stay few.

@@ -4,6 +4,7 @@ The vocabularies are learnt from the captions of the pocket world alone. Every b
 (T5) is also a token, so words that no caption holds are spelt out character by character instead of being lost.
 """
 
+import itertools
 import string
 from collections.abc import Iterable
 
@@ -45,7 +46,7 @@ def build_clip_tokenizer(words: list[str], length: int = TEXT_LENGTH) -> CLIPTok
 def _byte_pairs(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
     """The pieces of an ASCII word: again and again the neighbours of the lowest rank are joined."""
     pieces = [*word[:-1], word[-1] + _END_OF_WORD]
-    while known := [(merges[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in merges]:
+    while known := [(merges[pair], i) for i, pair in enumerate(itertools.pairwise(pieces)) if pair in merges]:
         i = min(known)[1]
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces
