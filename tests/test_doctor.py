@@ -1,17 +1,24 @@
 """The doctor: what it counts, when it calls a data set starved, and the quick form that training runs."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageFilter
 
 from mosaic.data import Sample
 from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, mask_cells
-from mosaic.data.readable import Unreadable
+from mosaic.data.readable import ReadableSamples, Unreadable
 from mosaic.tokens import Grid
+from mosaic.training import Trainer
+from scripts import doctor
 from scripts.doctor_findings import Findings, Training, near_duplicates, share_outside, shared_cells, summarise, tokens_per_sample
+from tests import runs
 
 GRID = Grid(2, 4)
 
@@ -52,7 +59,8 @@ def collect(*found: Inspection | Unreadable) -> Findings:
 
 def test_a_healthy_set() -> None:
     summary = summarise(collect(inspection("a"), inspection("b", prompt="a dog", masks=(cells(1, 3), cells(2)))))
-    assert summary["healthy"] and summary["reasons"] == []
+    assert summary["healthy"]
+    assert summary["reasons"] == []
     assert (summary["coverage"]["points"], summary["coverage"]["masks"], summary["coverage"]["references"]) == (1.0, 0.75, 4)
     assert summary["references_per_sample"] == {"2": 2}
     assert summary["points_per_reference"] == {"min": 1, "median": 1.5, "mean": 1.5, "max": 2, "below_8": 4}
@@ -151,3 +159,87 @@ def test_starved_supervision_is_refused() -> None:
     data = Stored(1000, 40)
     assert check_supervision(data, 0.95, 50).references == 100
     assert (data.read[0], data.read[-1], len(set(data.read))) == (0, 999, 50)
+
+
+# ---- the command
+
+
+SIZES = ["--image-size", "32", "--reference-size", "16", "--token-size", "4", "--workers", "0"]
+
+
+@pytest.fixture
+def data(world: Path, tmp_path: Path) -> Path:
+    """A copy of the small data set, to be damaged."""
+    return Path(shutil.copytree(world / "data", tmp_path / "data"))
+
+
+def test_the_command_on_a_healthy_set(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    findings, page = tmp_path / "out/findings.json", tmp_path / "out/page.html"
+    assert doctor.main([str(data), *SIZES, "--json", str(findings), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith("fit for training\n")
+    found = json.loads(findings.read_text())
+    assert found["healthy"]
+    assert found["coverage"]["points"] == 1.0
+    assert sum(found["references_per_sample"].values()) == found["samples"] == found["data_set"]["samples"]
+    text = page.read_text()
+    assert "Fit for training." in text
+    assert "data:image/png;base64," in text
+    assert re.search(r'(src|href)="(?!data:)', text) is None  # nothing is loaded from elsewhere
+
+
+def test_the_command_names_what_is_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = sorted((data / "points").glob("train-*"))
+    for file in points[::2]:
+        file.unlink()
+    assert doctor.main([str(data), *SIZES]) == 1
+    assert re.search(r"NOT FIT: \d+ of \d+ references .*preprocess/match.py", capsys.readouterr().out)
+    assert doctor.main([str(data), *SIZES, "--min-coverage", "0.3"]) == 0
+    capsys.readouterr()
+    next((data / "images").glob("train-*_target.png")).write_bytes(b"no picture")
+    assert doctor.main([str(data), *SIZES, "--min-coverage", "0.3"]) == 1
+    assert re.search(r"NOT FIT: 1 of \d+ samples cannot be read", capsys.readouterr().out)
+
+
+def test_what_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([str(tmp_path), *SIZES]) == 2
+    assert "holds neither dataset.json (multi-reference format) nor a folder data" in capsys.readouterr().err
+    assert doctor.main([str(tmp_path / "nowhere"), *SIZES]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+# ---- training
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_training_refuses_a_starved_set(world: Path, data: Path, tmp_path: Path) -> None:
+    for file in (data / "points").glob("train-*"):
+        file.unlink()
+    starved = {"data__root": str(data)}
+    with pytest.raises(ValueError, match=r"only 0 of \d+ references \(0%\) have correspondence points, but data.min_point_coverage asks"):
+        Trainer(runs.make_config(world, tmp_path / "run", **starved))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(runs.make_config(world, tmp_path / "run", **starved, data__min_point_coverage=0.0))
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_training_leaves_out_what_cannot_be_read(world: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = sorted((data / "images").glob("train-*_target.png"))[0]
+    picture.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=picture.name):
+        Trainer(runs.make_config(world, tmp_path / "run", data__root=str(data)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = runs.make_config(world, tmp_path / "run", data__root=str(data), data__skip_invalid=True, training__max_steps=2)
+    trainer = Trainer(config)
+    lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 1
+    assert picture.name in lines[0]["message"]
+    assert "1 of" in caplog.text
+    everything = len(trainer.dataset.dataset)
+    assert len(trainer.dataset) == len(trainer.dataset.batch_keys) == everything - 1
+    assert lines[0]["index"] not in [trainer.dataset._kept[i] for i in range(len(trainer.dataset))]
+    trainer.fit()
+
+
+def test_nothing_readable_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none of the 2 samples can be read; the first: broken"):
+        ReadableSamples(Stored(2, 2), [Unreadable(0, "broken"), Unreadable(1, "broken too")])
