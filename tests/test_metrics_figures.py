@@ -182,8 +182,8 @@ def test_heat_map_is_red_at_the_peak_and_white_beside_the_picture() -> None:
 
 def test_attention_panel_lines_end_at_points_and_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
-    draw_line = figures._line
-    monkeypatch.setattr(figures, "_line", lambda draw, start, end, colour: (lines.append((start, end, colour)), draw_line(draw, start, end, colour)))
+    draw_line = figures.draw_line
+    monkeypatch.setattr(figures, "draw_line", lambda draw, start, end, colour: (lines.append((start, end, colour)), draw_line(draw, start, end, colour)))
     reference_grid, target_grid = Grid(2, 2), Grid(2, 4)
     first, second = solid("white", 20, 20), solid("white", 20, 20)
     first.paste("navy", (0, 0, 10, 20))  # tokens 0 and 2
@@ -213,7 +213,7 @@ def test_attention_panel_lines_end_at_points_and_peaks(monkeypatch: pytest.Monke
 
 def test_attention_panel_shows_at_most_num_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
-    monkeypatch.setattr(figures, "_line", lambda *arguments: lines.append(arguments))
+    monkeypatch.setattr(figures, "draw_line", lambda *arguments: lines.append(arguments))
     attention_panel([tiny.picture(0)], solid("grey"), torch.rand(1, 16, 9), Grid(4, 4), Grid(3, 3), num_lines=3)
     assert len(lines) == 3
 
