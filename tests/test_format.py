@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import multiprocessing
+import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from mosaic.data import (
 )
 from mosaic.data.records import reference_grid_of, target_grid_of
 from mosaic.data.rows import parse_row
+from mosaic.data.storage import PerProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"image_size": (32, 32), "reference_size": 32, "target_token_grid": (4, 4), "reference_token_grid": (4, 4)}
@@ -321,6 +324,19 @@ def test_workers_read_what_the_parent_reads(tmp_path: Path, method: str, monkeyp
             assert torch.equal(target, expected[int(name[1:])].target)
             count += 1
     assert count == 10
+
+
+def test_open_files_are_not_shared_with_forks() -> None:
+    value = PerProcess(os.getpid)
+    assert value.get() == os.getpid()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put((os.getpid(), value.get())))
+    child.start()
+    own, held = queue.get()
+    child.join()
+    assert own == held != os.getpid()
+    assert pickle.loads(pickle.dumps(value))._owner is None
 
 
 def test_buckets(tmp_path: Path) -> None:
