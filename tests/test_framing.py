@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mosaic.correspondence import reduce_points, majority_points
+from mosaic.correspondence import majority_points, reduce_points
 from mosaic.data.framing import cover, fit, nearest_bucket
 from mosaic.tokens import Grid
 

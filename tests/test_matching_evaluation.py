@@ -100,7 +100,7 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     points = sorted((data / "points").iterdir())[0]
     kept = points.read_bytes()
     try:
-        for content, message in ((kept[:40], "does not hold the points"), (None, "exact points is needed")):
+        for content, message in ((kept[:40], "is not a readable safetensors file"), (None, "exact points is needed")):
             points.unlink()
             if content:
                 points.write_bytes(content)

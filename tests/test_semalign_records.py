@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic.data import DatasetWriter, MultiReferenceDataset, SampleRecord, SemAlignDataset
-from preprocess.sources.semalign import semalign_records
+from mosaic.data import MultiReferenceDataset, SampleRecord, SemAlignDataset
+from preprocess import convert
+from preprocess.sources.invalid import InvalidSamples
+from preprocess.sources.semalign import samples
 from tests import semalign_set
 from tests.semalign_set import NEITHER, NO_MASK, NO_POINTS, SemAlignSet, needs_classic_zlib
 
@@ -22,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SemAlignSet:
 
 @pytest.fixture(scope="module")
 def records(made: SemAlignSet) -> list[SampleRecord]:
-    return list(semalign_records(SemAlignDataset(made.root), "train"))
+    return list(samples(made.root, "train", InvalidSamples()))
 
 
 def test_records(made: SemAlignSet, records: list[SampleRecord]) -> None:
@@ -61,24 +63,30 @@ def test_what_is_missing_is_not_matched_and_said(records: list[SampleRecord]) ->
 
 
 @pytest.mark.parametrize("image_size", [512, 1024])
-def test_written_and_read_they_are_the_samples_by_vote(
-    made: SemAlignSet, records: list[SampleRecord], tmp_path: Path, image_size: int
-) -> None:
-    matched = [record for record in records if not record.metadata["missing"]]
-    with DatasetWriter(tmp_path / "out") as writer:
-        for record in matched:
-            writer.add(record)
+def test_converted_and_read_they_are_the_samples_by_vote(made: SemAlignSet, tmp_path: Path, image_size: int) -> None:
+    assert convert.main(["semalign", str(made.root), str(tmp_path / "out")]) == 0
     side = image_size // 16
     grids = {"target_token_grid": (side, side), "reference_token_grid": (32, 32)}
     read = MultiReferenceDataset(tmp_path / "out", image_size=(image_size, image_size), reference_size=512, **grids)
     direct = SemAlignDataset(made.root, image_size, reference_size=512)
+    assert [sample.id for sample in read] == made.ids
     for sample in read:
         expected = direct[made.ids.index(sample.id)]
         assert sample.prompt == expected.prompt
+        assert sample.missing == (("points",) if expected.missing else ())  # a sample without mask is not matched either
         assert torch.equal(sample.points[0], expected.points[0])
         assert torch.equal(sample.references, expected.references)
         assert image_size != 512 or torch.equal(sample.target, expected.target)
-    assert len(read) == 5
+
+
+def test_a_damaged_row_ends_the_conversion_or_is_listed(made: SemAlignSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "set"))
+    (root / f"mask/{made.ids[0]}.png").write_bytes(b"no picture")
+    assert convert.main(["semalign", str(root), str(tmp_path / "out")]) == 2
+    assert f"{made.ids[0]}.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert convert.main(["semalign", str(root), str(tmp_path / "out"), "--skip-invalid"]) == 0
+    assert f"{made.ids[0]}.png" in (tmp_path / "out.invalid.txt").read_text()
 
 
 def test_rows_of_one_id_make_one_record(made: SemAlignSet, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,7 +94,7 @@ def test_rows_of_one_id_make_one_record(made: SemAlignSet, tmp_path: Path, caplo
     for name in ("a", "b"):
         shutil.copy(made.root / "data/train-00000-of-00002.parquet", tmp_path / f"data/{name}.parquet")
     dataset = SemAlignDataset(tmp_path)
-    records = list(semalign_records(dataset, "train"))
+    records = list(samples(tmp_path, "train", InvalidSamples()))
     assert len(dataset) == 2 * len(records) == 2 * len({record.id for record in records})
     assert dataset.report()["duplicate_ids"] == len(records)
     assert f"left out {len(records)} of {len(dataset)} rows" in caplog.text

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -9,12 +10,18 @@ from PIL import Image
 from mosaic.data import ReferenceRecord, SampleRecord, SemAlignDataset
 from mosaic.data.semalign_points import FIELD_GRID, MASK_THRESHOLD, consensus_points
 from mosaic.images import to_rgb
+from preprocess.sources.invalid import InvalidSamples
 
 logger = logging.getLogger(__name__)
 SOURCE = "SemAlign-MS-Subjects200K"
 
 
-def semalign_records(dataset: SemAlignDataset, split: str) -> Iterator[SampleRecord]:
+def count(root: Path) -> int:
+    """Number of samples, for the progress bar."""
+    return len(SemAlignDataset(root))
+
+
+def samples(root: Path, split: str, invalid: InvalidSamples) -> Iterator[SampleRecord]:
     """Go through a data set, one record at a time.
 
     Pictures are the 512 px panels as they are stored; the mask is that of the subject in the target. Points are where DIFT and GeoAware
@@ -23,25 +30,27 @@ def semalign_records(dataset: SemAlignDataset, split: str) -> Iterator[SampleRec
     missing. Of rows with one id, which share panel and captions, the first is taken; the others are counted in a warning at the end.
 
     Args:
-        dataset: The data set, opened with the split that is wanted; its sizes and its downsampling have no effect.
+        root: Folder of the data set in its released layout.
         split: Name of the split in the records.
+        invalid: What to do with a row, mask or coordinate file that is damaged.
 
     Yields:
         Records with K = 1, both grids 64 x 64, the released id, and in `metadata` where the sample comes from.
 
     Raises:
-        ValueError: A row, mask or coordinate file is damaged.
+        FileNotFoundError, ValueError: Those of `SemAlignDataset`, and a damaged sample that is not skipped.
     """
-    seen: set[str] = set()
+    dataset, seen, repeated = SemAlignDataset(root), set(), 0
     for index in range(len(dataset)):
-        identifier = dataset.sample_id(index)
-        if identifier not in seen:
-            seen.add(identifier)
-            yield _record(dataset, index, split)
-    if len(seen) < len(dataset):
-        logger.warning(
-            "%s: left out %d of %d rows, whose ids others have before them.", dataset.root, len(dataset) - len(seen), len(dataset)
-        )
+        record = None
+        with invalid.at(f"{root}, sample {index}"):
+            record = None if dataset.sample_id(index) in seen else _record(dataset, index, split)
+            repeated += record is None
+        if record is not None:
+            seen.add(record.id)
+            yield record
+    if repeated:
+        logger.warning("%s: left out %d of %d rows, whose ids others have before them.", root, repeated, len(dataset))
 
 
 def _record(dataset: SemAlignDataset, index: int, split: str) -> SampleRecord:
