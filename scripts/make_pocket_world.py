@@ -4,6 +4,8 @@ python scripts/make_pocket_world.py --output data/pocket --num-samples 20000 --n
 """
 
 import argparse
+import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +62,27 @@ def write_dataset(
                 writer.add(make_sample(seed + i, split, 1 + i % max_subjects, scene_size, reference_size))
 
 
+def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, scene_size: int, reference_size: int) -> None:
+    """Write scenes as people keep their own pictures: a folder each, of target.png, ref_K.png and prompt.txt, without points or masks.
+
+    Raises:
+        FileExistsError: `output` exists.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output}: exists already; choose another folder or remove it")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for i in tqdm(range(num_samples), desc="drawing scenes", unit="scene"):
+        sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
+        folder = partial / sample.id
+        folder.mkdir(parents=True)
+        sample.target.save(folder / "target.png")
+        for k, reference in enumerate(sample.references):
+            reference.image.save(folder / f"ref_{k}.png")
+        (folder / "prompt.txt").write_text(sample.prompt + "\n")
+    os.replace(partial, output)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,8 +93,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first scene; scene i has seed + i")
     parser.add_argument("--scene-size", type=int, default=64, help="px")
     parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")
+    parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for a walk through preprocess/")
     args = parser.parse_args()
     try:
+        if args.folders:
+            write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size)
+            print(f"wrote {args.num_samples} folders to {args.output}")
+            return
         write_dataset(
             args.output, args.num_samples, args.num_heldout, args.max_subjects, args.seed, args.scene_size, args.reference_size,
         )
