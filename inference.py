@@ -91,6 +91,7 @@ def render(config: Config, cases: list[Case]) -> list[Path]:
             width=settings.width,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
+            image_guidance_scale=settings.image_guidance_scale,
             generator=torch.Generator().manual_seed(settings.seed + case.index),
             reference_size=size,
             reference_scale=settings.reference_scale,

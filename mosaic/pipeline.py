@@ -90,6 +90,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         width: int | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
+        image_guidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -115,6 +116,8 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             width: Likewise.
             num_inference_steps: Sampling steps.
             guidance_scale: Embedded guidance of the target; without effect on models that have no guidance embedding.
+            image_guidance_scale: How far the velocity goes from that with zero latents in the references' place (0) to that with the
+                references (1) and beyond, which brings out the references' looks. Other values than 1 take two passes per step.
             num_images_per_prompt: Pictures per prompt.
             generator: One generator, or one per picture. Start noise is drawn on the generator's device, by default the CPU.
             latents: Start noise, packed [B * num_images_per_prompt, N, C], instead of drawing it.
@@ -154,7 +157,8 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
         attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
         check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
-        self._guidance_scale, self._interrupt, self._current_timestep = guidance_scale, False, None
+        self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
+        self._interrupt, self._current_timestep = False, None
 
         prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
         references = self._encode_references(inputs, reference_size, reference_scale)
@@ -250,17 +254,22 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                output = self.transformer(
-                    hidden_states=group.latents,
-                    timestep=t.expand(batch).to(group.latents.dtype) / 1000,
-                    guidance=guidance,
-                    pooled_projections=group.pooled_prompt_embeds,
-                    encoder_hidden_states=group.prompt_embeds,
-                    txt_ids=text_ids,
-                    img_ids=position_ids(grid, device=device),
-                    **references,
-                )
-                group.latents = self.scheduler.step(output.sample, t, group.latents, return_dict=False)[0]
+                arguments = {
+                    "hidden_states": group.latents,
+                    "timestep": t.expand(batch).to(group.latents.dtype) / 1000,
+                    "guidance": guidance,
+                    "pooled_projections": group.pooled_prompt_embeds,
+                    "encoder_hidden_states": group.prompt_embeds,
+                    "txt_ids": text_ids,
+                    "img_ids": position_ids(grid, device=device),
+                }
+                output = self.transformer(**arguments, **references)
+                velocity = output.sample
+                if references and self._image_guidance_scale != 1:
+                    absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None}
+                    without = self.transformer(**arguments, **{**references, **absent}).sample
+                    velocity = without + self._image_guidance_scale * (velocity - without)
+                group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
                 if "capture" in references:
                     attention = attention + output.attention_rows / len(timesteps)
                 if callback is not None:

@@ -282,6 +282,9 @@ class InferenceConfig(Section):
     """Sampling steps."""
     guidance_scale: NotNegative = 3.5
     """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
+    image_guidance_scale: NotNegative = 1.0
+    """How far the velocity goes from that without references (zero latents, 0) to that with them (1) and beyond. Other values than 1
+    double the time of sampling."""
     seed: Seed = 42
     """Seed of the start noise; the case with index i starts from seed + i, whatever the other cases are."""
     reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9

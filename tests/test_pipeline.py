@@ -54,8 +54,8 @@ def test_start_noise_of_a_seed_equals_flux_pipeline() -> None:
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["target", "isolated", "joint"])
-def test_sampling_equals_a_plain_euler_loop_of_the_naive_twin(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "image_guidance"), [("target", 1.0), ("isolated", 1.0), ("joint", 1.0), ("target", 2.5), ("joint", 0.0)])
+def test_sampling_equals_a_plain_euler_loop_of_the_naive_twin(mode: str, image_guidance: float) -> None:
     pipeline, stock = tiny.build_pipeline(), tiny.build_stock_pipeline()
     pictures, start, steps, guidance = [tiny.picture(1), tiny.picture(2)], noise(1), 3, 2.0
     found = run(
@@ -65,6 +65,7 @@ def test_sampling_equals_a_plain_euler_loop_of_the_naive_twin(mode: str) -> None
         latents=start,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        image_guidance_scale=image_guidance,
         reference_attention=mode,
     )
 
@@ -79,19 +80,22 @@ def test_sampling_equals_a_plain_euler_loop_of_the_naive_twin(mode: str) -> None
         sigmas = [1 / (1 + np.exp(-mu) * (steps / k - 1)) for k in range(steps, 0, -1)] + [0.0]
         latents = start
         for now, then in itertools.pairwise(sigmas):
-            velocity = twin(
-                hidden_states=latents,
-                encoder_hidden_states=embeds,
-                pooled_projections=pooled,
-                timestep=torch.tensor([now], dtype=torch.float32),
-                guidance=torch.tensor([guidance]),
-                img_ids=position_ids(GRID),
-                txt_ids=torch.zeros(tiny.TEXT_LENGTH, 3),
-                reference_hidden_states=references,
-                reference_ids=reference_position_ids(Grid(3, 3), 2),
-                reference_attention=mode,
-            ).velocity
-            latents = latents + (then - now) * velocity
+            without, velocity = (
+                twin(
+                    hidden_states=latents,
+                    encoder_hidden_states=embeds,
+                    pooled_projections=pooled,
+                    timestep=torch.tensor([now], dtype=torch.float32),
+                    guidance=torch.tensor([guidance]),
+                    img_ids=position_ids(GRID),
+                    txt_ids=torch.zeros(tiny.TEXT_LENGTH, 3),
+                    reference_hidden_states=share * references,
+                    reference_ids=reference_position_ids(Grid(3, 3), 2),
+                    reference_attention=mode,
+                ).velocity
+                for share in (0, 1)
+            )
+            latents = latents + (then - now) * (image_guidance * velocity + (1 - image_guidance) * without)
     torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
 
 

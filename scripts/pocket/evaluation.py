@@ -95,6 +95,7 @@ def generate(
             reference_attention=config.model.reference_attention,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
+            image_guidance_scale=settings.image_guidance_scale,
             max_sequence_length=config.model.text_length,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
         ).images
