@@ -336,7 +336,7 @@ def test_open_files_are_not_shared_with_forks() -> None:
     own, held = queue.get()
     child.join()
     assert own == held != os.getpid()
-    assert pickle.loads(pickle.dumps(value))._owner is None
+    assert pickle.loads(pickle.dumps(value))._process is None
 
 
 def test_buckets(tmp_path: Path) -> None:
