@@ -13,6 +13,10 @@ if [ -z "${PYTHON:-}" ]; then
   if [ -x "$here/.venv/bin/python" ]; then PYTHON="$here/.venv/bin/python"; else PYTHON=python3; fi
 fi
 NUM_GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+if [ "$NUM_GPUS" -eq 0 ]; then
+  # On a CPU: keep freed memory, since fresh pages for large tensors cost several percent of a step (glibc; others ignore this).
+  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
+fi
 NUM_PROCESSES="${NUM_PROCESSES:-$(( NUM_GPUS > 0 ? NUM_GPUS : 1 ))}"
 if [ "$NUM_GPUS" -eq 0 ] && [ "$NUM_PROCESSES" -gt 1 ]; then
   # Several processes on one CPU: accelerate launches those through MPI only, so PyTorch's own launcher starts them.
