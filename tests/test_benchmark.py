@@ -98,10 +98,10 @@ def test_the_reader_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
     monkeypatch.setattr(data_benchmark, "memory_in_fresh_process", data_benchmark.measure_opening)
     monkeypatch.setattr(data_benchmark, "NUM_STORED", 3)
-    flags = ["--size", "32", "--batch-size", "2", "--workers", "0", "1", "--seconds", "0.1", "--rows", "3", "1500"]
+    flags = ["--size", "32", "--batch-size", "2", "--workers", "0", "--seconds", "0.1", "--rows", "3", "1500"]
     result = benchmark.main(["data", *flags, "--output", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert set(result["samples_per_second"]) == {"0", "1"}
+    assert set(result["samples_per_second"]) == {"0"}
     assert min(result["samples_per_second"].values()) > 0
     assert set(result["manifest"]) == {"3", "1500"}
     printed = capsys.readouterr().out
