@@ -11,7 +11,7 @@ COVERAGE = 0.5
 """Share of a cell that must be covered. Taking a cell's corner pixel instead, as the release does, shifts borders by half a cell."""
 
 
-def mask_cells(mask: np.ndarray, grid: Grid) -> Tensor:
+def covered_cells(mask: np.ndarray, grid: Grid) -> Tensor:
     """Cells of which a mask covers at least half.
 
     Args:

@@ -13,7 +13,7 @@ from mosaic.correspondence import coarse_index, owned_by_similarity, reduce_poin
 from mosaic.tokens import Grid
 from preprocess import matching
 from preprocess.extractors.protocol import Extractor
-from preprocess.masks import mask_cells, on_black, subject_mask
+from preprocess.masks import covered_cells, on_black, subject_mask
 from preprocess.matching import Match, match_features
 from preprocess.settings import MatchingSettings
 
@@ -122,9 +122,9 @@ def match_sample(pictures: SamplePictures, extractors: Sequence[Extractor], sett
 def masks_of(reference: ReferencePicture, features: PairFeatures, settings: MatchingSettings) -> tuple[Tensor | None, Tensor | None]:
     """Cells of the target and of the reference that take part, bool [rows, columns] each; None: all."""
     target_grid, grid = Grid(*features.target.shape[1:]), Grid(*features.reference.shape[1:])
-    target_mask = None if reference.target_mask is None else mask_cells(reference.target_mask, target_grid)
+    target_mask = None if reference.target_mask is None else covered_cells(reference.target_mask, target_grid)
     threshold = settings.white_threshold
-    return target_mask, None if threshold is None else mask_cells(subject_mask(reference.image, threshold), grid)
+    return target_mask, None if threshold is None else covered_cells(subject_mask(reference.image, threshold), grid)
 
 
 def accepted(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, settings: MatchingSettings) -> Tensor:

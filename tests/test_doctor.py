@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageFilter
 
 from mosaic.data import Sample
-from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, mask_cells
+from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, touched_cells
 from mosaic.data.readable import ReadableSamples, Unreadable
 from mosaic.tokens import Grid
 from mosaic.training import Trainer
@@ -123,10 +123,10 @@ def test_fingerprints_follow_the_picture_not_its_encoding() -> None:
     assert (fingerprint(ramp), fingerprint(ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT))) == (2**64 - 1, 0)
 
 
-def test_mask_cells_are_those_that_the_mask_touches() -> None:
+def test_touched_cells_are_those_that_the_mask_touches() -> None:
     mask = np.zeros((32, 64), np.uint8)
     mask[0, 16] = mask[31, 63] = 255
-    assert mask_cells(Image.fromarray(mask), GRID).nonzero().flatten().tolist() == [1, 7]
+    assert touched_cells(Image.fromarray(mask), GRID).nonzero().flatten().tolist() == [1, 7]
 
 
 def test_tokens() -> None:

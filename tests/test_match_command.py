@@ -21,7 +21,7 @@ from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, S
 from mosaic.tokens import Grid
 from preprocess import match
 from preprocess.extractors import build_extractor, extractor_spec
-from preprocess.masks import mask_cells, on_black, subject_mask
+from preprocess.masks import covered_cells, on_black, subject_mask
 from preprocess.matching import match_features, resize_features
 from preprocess.sample_matching import sample_seed
 from scripts.make_pocket_world import write_dataset
@@ -350,10 +350,10 @@ def test_seeds_differ_by_sample_and_by_base() -> None:
 def test_masks_by_area() -> None:
     mask = np.zeros((6, 9), bool)
     mask[:3, :5] = True  # cells of 3 x 3 px: the first column whole, two thirds of the second
-    assert mask_cells(mask, Grid(2, 3)).tolist() == [[True, True, False], [False, False, False]]
+    assert covered_cells(mask, Grid(2, 3)).tolist() == [[True, True, False], [False, False, False]]
     mask[:, :] = False
     mask[0, 0] = True  # only the corner pixel, which a corner rule would take
-    assert not mask_cells(mask, Grid(2, 3)).any()
+    assert not covered_cells(mask, Grid(2, 3)).any()
 
 
 def test_settings_file_says_what_was_done(matched: Path) -> None:

@@ -111,7 +111,7 @@ def fingerprint(image: Image.Image) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def mask_cells(mask: Image.Image, grid: Grid) -> Tensor:
+def touched_cells(mask: Image.Image, grid: Grid) -> Tensor:
     """bool [N]: the cells of a grid of which a mask (white where the subject is) covers any part."""
     covered = torch.from_numpy((np.asarray(mask.convert("L")) > 127).astype(np.float32))[None, None]
     return torch.nn.functional.adaptive_max_pool2d(covered, tuple(grid)).flatten() > 0

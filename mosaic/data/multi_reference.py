@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mosaic.correspondence import majority_points, make_disjoint
 from mosaic.data.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
-from mosaic.data.inspection import Inspection, mask_cells
+from mosaic.data.inspection import Inspection, touched_cells
 from mosaic.data.manifest import Manifest
 from mosaic.data.rows import Row
 from mosaic.data.samples import Sample
@@ -127,7 +127,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         masks = [
             None
             if entry.mask is None
-            else mask_cells(self.manifest.read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
+            else touched_cells(self.manifest.read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
             for k, entry in enumerate(row.references)
         ]
         points = self.manifest.read_points(row)

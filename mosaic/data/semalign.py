@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from mosaic.data.inspection import Inspection
 from mosaic.data.samples import Sample
 from mosaic.data.semalign_ids import deflate_library, open_ids, pixel_digest
-from mosaic.data.semalign_points import FIELD_GRID, FIELD_TOKEN, consensus_points, mask_cells, release_points, vote_points
+from mosaic.data.semalign_points import FIELD_GRID, FIELD_TOKEN, consensus_points, corner_cells, release_points, vote_points
 from mosaic.data.semalign_rows import SemAlignRows, StoredRow, find_parquet
 from mosaic.data.semalign_store import open_store, read_field, read_mask
 from mosaic.images import to_rgb
@@ -163,7 +163,7 @@ class SemAlignDataset(Dataset[Sample]):
         """Look at one sample as it is stored, its points on the 64 x 64 grids. Raises as `__getitem__`."""
         row, target, reference = self.stored(index)
         found = self.supervision(index)
-        mask = None if found.mask is None else mask_cells(found.mask, FIELD_GRID.rows, FIELD_TOKEN)
+        mask = None if found.mask is None else corner_cells(found.mask, FIELD_GRID.rows, FIELD_TOKEN)
         return Inspection(
             id=self.sample_id(index),
             prompt=row.caption,

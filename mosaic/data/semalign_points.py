@@ -24,7 +24,7 @@ FIELD_TOKEN = 16  # px of a cell of that grid in a picture of 1024 px, on which 
 MASK_THRESHOLD = 127.5  # of 255: a mask pixel counts where it is more than half
 
 
-def mask_cells(mask: Image.Image, side: int, token_size: int) -> Tensor:
+def corner_cells(mask: Image.Image, side: int, token_size: int) -> Tensor:
     """The cells of a square grid that belong to the subject, by their upper left pixel.
 
     The mask is resized (nearest) to the picture's size, and pixel (token_size * row, token_size * column) decides for its cell (A6).
@@ -56,7 +56,7 @@ def consensus_points(dift: Tensor, geoaware: Tensor, mask: Image.Image) -> Tenso
         int64 [P, 2] of (u, v) on `FIELD_GRID`, sorted by u, then v. v is unique; u may repeat, since several target cells may have one
         best match.
     """
-    v = ((dift == geoaware).all(dim=1) & mask_cells(mask, FIELD_GRID.rows, FIELD_TOKEN)).nonzero()[:, 0]
+    v = ((dift == geoaware).all(dim=1) & corner_cells(mask, FIELD_GRID.rows, FIELD_TOKEN)).nonzero()[:, 0]
     u = dift[v, 0] * FIELD_GRID.columns + dift[v, 1]
     order = torch.argsort(u, stable=True)
     return torch.stack([u[order], v[order]], dim=1)
@@ -99,7 +99,7 @@ def release_points(
         int64 [P, 2] of (u, v), sorted by u; u and v are unique: of the targets of one u, the lowest is kept.
     """
     first, second = (_resized_field(field, target_side) for field in (dift, geoaware))
-    v = ((first == second).all(dim=1) & mask_cells(mask, target_side, token_size)).nonzero()[:, 0]
+    v = ((first == second).all(dim=1) & corner_cells(mask, target_side, token_size)).nonzero()[:, 0]
     row, column = (first[v] * reference_side // FIELD_GRID.rows).unbind(1)
     u, position = np.unique((row * reference_side + column).numpy(), return_index=True)  # the position of the first, so of the lowest v
     return torch.stack([torch.from_numpy(u), v[torch.from_numpy(position)]], dim=1)
