@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -148,13 +149,14 @@ class Stored:
     def __getitem__(self, index: int) -> Sample:
         self.read.append(index)
         second = pairs() if index % self.gap == 0 else pairs((1, 2))
-        return Sample(f"s{index}", "a cat", torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8), [pairs((0, 1)), second])
+        missing = ("mask",) if index % self.gap == 0 else ()
+        return Sample(f"s{index}", "a cat", torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8), [pairs((0, 1)), second], missing)
 
 
 def test_starved_supervision_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"only 3 of 4 references \(75%\) .*asks for 95%.*Samples without: s0\..*doctor.*match.py.*=0"):
+    with pytest.raises(ValueError, match=r"only 3 of 4 references \(75%\) .*asks for 95%.*Samples without: s0\. 1 of these samples lack their mask\. .*doctor.*match.py.*=0"):
         check_supervision(Stored(2, 2), 0.95)
-    assert check_supervision(Stored(2, 2), 0.75) == Coverage(4, 3, ["s0"])
+    assert check_supervision(Stored(2, 2), 0.75) == Coverage(4, 3, ["s0"], Counter(mask=1))
     assert check_supervision(Stored(2, 1), 0.0).share == 0.5
     data = Stored(1000, 40)
     assert check_supervision(data, 0.95, 50).references == 100

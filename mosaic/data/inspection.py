@@ -1,5 +1,6 @@
 """How well a data set supervises: what is looked at in each sample, and the quick check that training makes before it starts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -51,24 +52,27 @@ class Coverage:
         references: References seen.
         with_points: Those with at least one point.
         examples: Ids of samples of which a reference has none.
+        missing: How many of those samples lack which part of the data ("mask", "points").
     """
 
     references: int = 0
     with_points: int = 0
     examples: list[str] = field(default_factory=list)
+    missing: Counter[str] = field(default_factory=Counter)
 
     @property
     def share(self) -> float:
         """Share of references with points, in [0, 1]; 0 where none was seen."""
         return self.with_points / self.references if self.references else 0.0
 
-    def add(self, sample_id: str, points: Sequence[Tensor]) -> None:
-        """Count the references of one sample."""
+    def add(self, sample_id: str, points: Sequence[Tensor], missing: Sequence[str] = ()) -> None:
+        """Count the references of one sample, and the parts it lacks."""
         found = sum(len(pairs) > 0 for pairs in points)
         self.references += len(points)
         self.with_points += found
         if found < len(points):
             self.examples.append(sample_id)
+            self.missing.update(missing)
 
 
 class _SampleSource(Protocol):
@@ -93,12 +97,13 @@ def check_supervision(dataset: _SampleSource, minimum: float, count: int = QUICK
     coverage = Coverage()
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist():
         sample = dataset[index]
-        coverage.add(sample.id, sample.points)
+        coverage.add(sample.id, sample.points, sample.missing)
     if coverage.share < minimum:
+        lack = "".join(f" {count} of these samples lack their {part}." for part, count in coverage.missing.items())
         raise ValueError(
             f"only {coverage.with_points} of {coverage.references} references ({coverage.share:.0%}) have correspondence points, but "
             f"data.min_point_coverage asks for {minimum:.0%}: without points SCAL and MDL have nothing to supervise. Samples without: "
-            f"{', '.join(coverage.examples[:3])}. `python scripts/doctor.py DATA` shows what is missing, `preprocess/match.py` finds "
+            f"{', '.join(coverage.examples[:3])}.{lack} `python scripts/doctor.py DATA` shows what is missing, `preprocess/match.py` finds "
             "points; data.min_point_coverage=0 trains without them."
         )
     return coverage
