@@ -167,7 +167,9 @@ def one_thread() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
-    state = PartialState(cpu=(arguments.device or "").startswith("cpu"))
+    # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
+    on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
     try:
         with one_thread():
             summary = run(arguments, state)
