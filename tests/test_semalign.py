@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mosaic.correspondence import validate_points
-from mosaic.data import BucketBatchSampler, SemAlignDataset, collate
+from mosaic.data import BucketBatchSampler, SemAlignDataset, collate, semalign_rows
 from tests import semalign_set
 from tests.semalign_set import NEITHER, NO_MASK, NO_POINTS, SemAlignSet, needs_classic_zlib
 
@@ -146,6 +147,17 @@ def test_a_missing_score_counts_zero(made: SemAlignSet, tmp_path: Path) -> None:
     pq.write_table(table.set_column(2, "quality_assessment", quality), path)
     first = [r for r in pq.read_table(tmp_path / "data/train-00000-of-00002.parquet").to_pylist() if semalign_set.naive_passes(r)]
     assert len(SemAlignDataset(tmp_path)) == len(first) < 8
+
+
+def test_large_row_groups_are_told_of(
+    made: SemAlignSet, dataset: SemAlignDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = dataset.rows.files
+    semalign_rows.SemAlignRows(files)
+    assert caplog.messages == []
+    monkeypatch.setattr(semalign_rows, "LARGE_GROUP", 2**20)  # four composites as PNG or JPEG are more
+    semalign_rows.SemAlignRows(files)
+    assert re.search(r"data: has row groups of up to \d+ MiB.*convert.py semalign", caplog.text)
 
 
 def test_held_out_samples(made: SemAlignSet, dataset: SemAlignDataset) -> None:

@@ -4,6 +4,7 @@ The pictures stay in the files: only the two columns of the quality filter are r
 group up to it. So memory does not grow with the number of rows, beyond 8 bytes for each kept one.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from PIL import Image
 from mosaic.data.handles import PerProcess
 from mosaic.images import decode_image
 
+logger = logging.getLogger(__name__)
 COLLECTION = "collection_2"
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
 MINIMUM_SCORE = 5
@@ -28,6 +30,7 @@ REFERENCE_BOX = (528, 8, 1040, 520)
 COMPOSITE_SIZE = (1040, 520)  # px, width and height: the least that holds both panels
 BATCH_ROWS = 8  # rows decoded at a time while a row group is streamed
 BUFFER_BYTES = 2**20
+LARGE_GROUP = 64 * 2**20  # bytes of a row group from which random access is slow: a row is reached through half of its group
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class SemAlignRows:
         """
         self.files = list(files)
         self._handles = [PerProcess(partial(_open, path)) for path in self.files]
-        kept, groups, total = [], [], 0
+        kept, groups, total, largest = [], [], 0, 0
         for number, path in enumerate(self.files):
             file, first = self._handles[number].get(), total
             _check_schema(file.schema_arrow, path)
@@ -90,6 +93,14 @@ class SemAlignRows:
             for group in range(file.num_row_groups):
                 groups.append((total, number, group, first))
                 total += file.metadata.row_group(group).num_rows
+                largest = max(largest, file.metadata.row_group(group).total_byte_size)
+        if largest > LARGE_GROUP:
+            logger.warning(
+                "%s: has row groups of up to %d MiB, and reading one sample goes through half of one. `python preprocess/convert.py "
+                "semalign` reads them once, in order, and stores each picture by itself.",
+                self.files[0].parent,
+                largest // 2**20,
+            )
         self.num_rows = total
         """Number of all rows, before the filter."""
         self.kept = np.concatenate([np.zeros(0, np.int64), *kept])
