@@ -155,7 +155,7 @@ def test_large_row_groups_are_told_of(
     files = dataset.rows.files
     semalign_rows.SemAlignRows(files)
     assert caplog.messages == []
-    monkeypatch.setattr(semalign_rows, "LARGE_GROUP", 2**20)  # four composites as PNG or JPEG are more
+    monkeypatch.setattr(semalign_rows, "LARGE_GROUP", 1000)
     semalign_rows.SemAlignRows(files)
     assert re.search(r"data: has row groups of up to \d+ MiB.*convert.py semalign", caplog.text)
 
