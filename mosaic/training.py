@@ -33,7 +33,7 @@ from mosaic.data import (
 from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
-from mosaic.objective import run_grids, step_generator, train_step
+from mosaic.objective import run_grids, sample_generators, train_step
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.validation import validate
 
@@ -94,6 +94,7 @@ class Trainer:
         )
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
         self.transformer = self.accelerator.prepare(self.pipeline.transformer)
+        self.global_batch = training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
         self.step = 0
 
     def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples:
@@ -166,10 +167,10 @@ class Trainer:
             group["lr"] = settings.learning_rate * warmup
         terms = []
         for micro_step, batch in enumerate(batches):
-            generator = step_generator(self.config.training.seed, self.step, micro_step, accelerator.process_index)
+            generators = self._generators(batch, micro_step)
             is_last = micro_step == len(batches) - 1  # gradients of the processes are joined once, at the last micro-batch
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.transformer):
-                loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generator)
+                loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generators)
                 accelerator.backward(loss.total / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         if settings.max_grad_norm is not None:
@@ -184,27 +185,15 @@ class Trainer:
     def fit(self) -> Path:
         """Train to the end; returns the path of the final adapter file."""
         training, validation = self.config.training, self.config.validation
-        sampler = BucketBatchSampler(
-            self.dataset.batch_keys,
-            training.batch_size,
-            seed=training.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        steps_per_epoch = len(sampler) // training.gradient_accumulation_steps
-        if steps_per_epoch == 0:
-            raise ValueError(
-                f"training.gradient_accumulation_steps is {training.gradient_accumulation_steps}, "
-                f"but an epoch has {len(sampler)} batches only."
-            )
-        limits = (training.max_steps, training.max_epochs and training.max_epochs * steps_per_epoch)
+        sampler = self._sampler()
+        limits = (training.max_steps, training.max_epochs and training.max_epochs * sampler.steps_per_epoch)
         total = min(limit for limit in limits if limit is not None)
         self._start_logs()
         if validation.every and self.step == 0:
             self.validate()  # what the run starts from
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with progress:  # closed in any case, so that an error message starts on a line of its own
-            for batches in islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0)):
+            for batches in islice(self._batches(sampler), max(total - self.step, 0)):
                 loss = self.optimizer_step(batches)
                 progress.update()
                 if self.step % training.log_every == 0 or self.step == total:
@@ -217,16 +206,37 @@ class Trainer:
                     self.validate()
         return self._finish()
 
-    def _batches(self, sampler: BucketBatchSampler, steps_per_epoch: int) -> Iterator[list[MosaicBatch]]:
-        """The micro-batches of each optimizer step, from the current step on: the order is a function of (seed, epoch) only."""
+    def _sampler(self) -> BucketBatchSampler:
+        """The order of the data: a function of the seed and of the number of samples per optimizer step over all processes."""
+        training, accelerator = self.config.training, self.accelerator
+        if self.global_batch > len(self.dataset):
+            raise ValueError(
+                f"training.batch_size {training.batch_size} x training.gradient_accumulation_steps {training.gradient_accumulation_steps} "
+                f"x {accelerator.num_processes} processes must be at most the number of samples, {len(self.dataset)}, got {self.global_batch}."
+            )
+        accumulation, rank, processes = training.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
+        sampler = BucketBatchSampler(self.dataset.batch_keys, training.batch_size, training.seed, rank, processes, accumulation)
+        if sampler.num_repeated:
+            message = "%d samples are of a number of references or a size that fewer than %d samples have; an epoch repeats them"
+            logger.warning(message, sampler.num_repeated, self.global_batch)
+        return sampler
+
+    def _batches(self, sampler: BucketBatchSampler) -> Iterator[list[MosaicBatch]]:
+        """The micro-batches of each optimizer step, from the current step on."""
         accumulation, workers = self.config.training.gradient_accumulation_steps, self.config.data.num_workers
-        epoch, done = divmod(self.step, steps_per_epoch)
+        epoch, done = divmod(self.step, sampler.steps_per_epoch)
         while True:
-            sampler.set_epoch(epoch, done * accumulation)
+            sampler.set_epoch(epoch, done)
             loader = iter(DataLoader(self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
-            for _ in range(done, steps_per_epoch):
+            for _ in range(done, sampler.steps_per_epoch):
                 yield list(islice(loader, accumulation))
             epoch, done = epoch + 1, 0
+
+    def _generators(self, batch: MosaicBatch, micro_step: int) -> list[torch.Generator]:
+        """Generators of a micro-batch by global sample index; every optimizer step takes `global_batch` indices."""
+        count, accelerator = len(batch.ids), self.accelerator
+        place = (micro_step * accelerator.num_processes + accelerator.process_index) * count
+        return sample_generators(self.config.training.seed, self.step * self.global_batch + place, count)
 
     def validate(self) -> None:
         """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; on the main process."""

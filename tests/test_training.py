@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mosaic import objective, training
+from mosaic import training
 from mosaic.config import resolved_dict
 from mosaic.data import MosaicBatch, collate
 from mosaic.lora import reference_lora_parameters
@@ -26,16 +26,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 # ---- the optimizer step
 
 
-@pytest.fixture
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every sample gets one and the same noise and timestep, whatever its batch."""
-    noise, encode_batch = torch.randn(24, 16, generator=torch.Generator().manual_seed(3)), objective.encode_batch
-    monkeypatch.setattr(objective, "sample_timesteps", lambda count, *_: torch.full((count,), 0.4))
-    monkeypatch.setattr(objective, "encode_batch", lambda *arguments: encode_batch(*arguments[:-1], None))
-    monkeypatch.setattr(torch, "randn", lambda shape, **_: noise.expand(shape))
-
-
-@pytest.mark.usefixtures("fixed_noise")
 def test_accumulation_equals_one_batch(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(runs.make_config(world, tmp_path, optimizer__max_grad_norm=None))
     seen, start = runs.captured_gradients(trainer, monkeypatch), runs.values(trainer)
@@ -44,6 +34,7 @@ def test_accumulation_equals_one_batch(world: Path, tmp_path: Path, monkeypatch:
     with torch.no_grad():
         for key, p in trainer.parameters.items():
             p.copy_(start[key])
+    trainer.step = 0  # the same global sample indices
     parts = trainer.optimizer_step([collate(samples[:2]), collate(samples[2:])])
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-6)
@@ -183,9 +174,9 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple] = []
 
-        def spy(pipeline: Any, transformer: Any, batch: MosaicBatch, config: Any, step: int, generator: torch.Generator) -> MosaicLoss:
-            self.calls.append((step, tuple(batch.ids), generator.initial_seed()))
-            return train_step(pipeline, transformer, batch, config, step, generator)
+        def spy(pipeline: Any, transformer: Any, batch: MosaicBatch, config: Any, step: int, generators: list) -> MosaicLoss:
+            self.calls.append((step, tuple(batch.ids), *(generator.initial_seed() for generator in generators)))
+            return train_step(pipeline, transformer, batch, config, step, generators)
 
         monkeypatch.setattr(training, "train_step", spy)
 
