@@ -28,7 +28,8 @@ def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator
     Args:
         vae: The frozen VAE.
         images: [B, 3, H, W] in [-1, 1], in the VAE's dtype and on its device.
-        generator: Draws a posterior sample (training targets), one for all or one per picture; None takes the posterior mode (references, reproducible).
+        generator: Draws a posterior sample (training targets), one for all or one per picture; None takes the posterior mode
+            (references, reproducible).
 
     Returns:
         [B, C, H / f, W / f].

@@ -124,7 +124,11 @@ class EncodedBatch:
 
 @torch.no_grad()
 def encode_batch(
-    pipeline: MosaicFluxPipeline, batch: MosaicBatch, prompts: list[str], text_length: int, generator: torch.Generator | list[torch.Generator] | None
+    pipeline: MosaicFluxPipeline,
+    batch: MosaicBatch,
+    prompts: list[str],
+    text_length: int,
+    generator: torch.Generator | list[torch.Generator] | None,
 ) -> EncodedBatch:
     """Pictures to packed latents, prompts to embeddings (Eq. 3).
 
