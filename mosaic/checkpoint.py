@@ -1,79 +1,185 @@
-"""Training checkpoints: a folder of safetensors and JSON, written aside and renamed, so that it is complete or absent.
+"""Training checkpoints: a folder of safetensors and JSON, written aside, flushed and renamed, so that it is complete or absent.
 
-`step_00000250/` holds `lora.safetensors` (the adapter, loadable for inference), `optimizer.safetensors`, `ema.safetensors` if
-there is an average, and `state.json`. The frozen base is never written.
+`step_00000250/` holds `lora.safetensors` (the adapter in float32, loadable for inference), `optimizer.safetensors`, `ema.safetensors` if
+there is an average, `state.json` (counters, schedules, run) and `checksums.json` (SHA-256 of the others). The frozen base is never
+written. Hidden folders beside are what a kill has left of writing or removing one; `clean_up` removes them.
 """
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from mosaic.durable import flush
 from mosaic.lora import read_reference_lora, write_reference_lora
 from mosaic.schema import read_json, shown
 
-STEP_FOLDER = re.compile(r"step_(\d{8})")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
+logger = logging.getLogger(__name__)
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+CHECKSUMS = "checksums.json"
+REQUIRED = {"lora.safetensors", "optimizer.safetensors", "state.json"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a run at the end of a step, copied to the host.
+
+    Attributes:
+        step: Optimizer steps done.
+        adapter: float32 tensors by file key.
+        optimizer: Tensors by name.
+        ema: Averaged adapter by file key, or None.
+        state: The rest, as JSON types; "config" in it also goes into the adapters' files.
+    """
+
+    step: int
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None
+    state: Mapping[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        parts = (self.adapter, self.optimizer, self.ema or {})
+        return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step_{step:08d}"
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and (path / "state.json").is_file())
+    """Checkpoints in a folder, oldest first; whether they are sound is not looked at."""
+    found = (path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: _step(path))
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Mapping[str, Tensor] | None,
-    config: Mapping,
-    keep: int | None,
-) -> Path:
-    """Write `folder/step_<step>` and remove the oldest beyond `keep`; checkpoints of later steps are left alone.
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/step_<step>`; one that is there already is replaced only once the new one is complete.
+
+    Raises:
+        OSError: It cannot be written; what was there is untouched.
+    """
+    final = folder_of(folder, snapshot.step)
+    partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
+    config = snapshot.state["config"]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _require_space(folder, snapshot.num_bytes)
+        write_reference_lora(snapshot.adapter, partial / "lora.safetensors", config)
+        save_file(dict(snapshot.optimizer), partial / "optimizer.safetensors")
+        if snapshot.ema is not None:
+            write_reference_lora(snapshot.ema, partial / "ema.safetensors", config)
+        _write_json(partial / "state.json", {**snapshot.state, "step": snapshot.step})
+        _write_json(partial / CHECKSUMS, {path.name: checksum(path) for path in sorted(partial.iterdir())})
+        for path in partial.iterdir():
+            flush(path)
+        flush(partial)
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(partial, final)
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{final}: the checkpoint cannot be written ({error}). Earlier checkpoints are as they were. "
+            "Make room or mend the folder, then continue with --resume auto."
+        ) from error
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _hidden(final: Path, what: str) -> Path:
+    return final.with_name(f".{final.name}.{what}")
+
+
+def _require_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(f"no space left: {num_bytes / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is what was written."""
+    if not (path / CHECKSUMS).is_file():
+        return f"{CHECKSUMS} is missing"
+    try:
+        expected = read_json(path / CHECKSUMS)
+    except (OSError, ValueError) as error:
+        return str(error).rstrip(".")
+    if not isinstance(expected, dict) or not expected.keys() >= REQUIRED or any(Path(name).name != name for name in expected):
+        return f"{CHECKSUMS} must name {', '.join(sorted(REQUIRED))}"
+    for name, wanted in expected.items():
+        try:
+            if checksum(path / name) != wanted:
+                return f"{name} is not what was written (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def load_snapshot(path: Path, transformer: FluxTransformer2DModel) -> Snapshot:
+    """Read a sound checkpoint (`find_damage`) back.
 
     Args:
-        folder: Where checkpoints live; made if missing.
-        step: Optimizer steps done.
-        parameters: The adapter by file key.
-        optimizer: AdamW over those parameters.
-        ema: Averaged adapter by file key, or None.
-        config: Resolved config.
-        keep: Number of newest checkpoints that stay; None: all.
+        path: Folder of the checkpoint.
+        transformer: Whose modules and widths the adapters must fit.
+
+    Raises:
+        FileNotFoundError, ValueError: A file is missing, or not what it must be.
     """
-    final = folder / f"step_{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_reference_lora({key: p.detach().cpu().contiguous() for key, p in parameters.items()}, partial / "lora.safetensors", config)
-    save_file(_optimizer_tensors(parameters, optimizer), partial / "optimizer.safetensors")
-    if ema is not None:
-        write_reference_lora(dict(ema), partial / "ema.safetensors", config)
-    (partial / "state.json").write_text(json.dumps({"step": step, "config": dict(config)}, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    for old in [path for path in checkpoint_folders(folder) if path.name <= final.name][:-keep] if keep else []:
-        shutil.rmtree(old)
-    return final
+    state = read_json(path / "state.json")
+    step = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{path / 'state.json'}: step must be an integer of at least 0, got {shown(step)}.")
+    adapter, _ = read_reference_lora(path / "lora.safetensors", transformer)
+    ema = read_reference_lora(path / "ema.safetensors", transformer)[0] if (path / "ema.safetensors").is_file() else None
+    try:
+        optimizer = load_file(path / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{path / 'optimizer.safetensors'}: not a safetensors file ({error}).") from error
+    return Snapshot(step, adapter, optimizer, ema, state)
 
 
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint that `--resume` names.
 
     Args:
-        resume: A path, "auto" for the newest complete checkpoint of the run (None if there is none), or None for a new run.
+        resume: A path, "auto" for the newest sound checkpoint of the run (None if there is none at all), or None for a new run.
         folder: Where the run's checkpoints live.
 
     Raises:
-        FileNotFoundError: If the path is no complete checkpoint.
-        ValueError: If a new run would mix its checkpoints with those of an earlier one.
+        FileNotFoundError: The path is no checkpoint.
+        ValueError: The one at the path, or with "auto" every one, is damaged; or a new run would mix its checkpoints with those of an
+            earlier one.
     """
     found = checkpoint_folders(folder)
     if resume is None:
@@ -84,68 +190,59 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
             )
         return None
     if resume == "auto":
-        return found[-1] if found else None
+        return _newest_sound(found)
     path = Path(resume)
     if not (path / "state.json").is_file():
         raise FileNotFoundError(
             f"--resume {resume}: no complete checkpoint there (state.json is missing). Give a step_... folder, or auto."
         )
+    if damage := find_damage(path):
+        raise ValueError(f"--resume {resume}: the checkpoint is damaged: {damage}. Give another one, or auto for the newest sound one.")
     return path
 
 
-def load_checkpoint(
-    path: Path, transformer: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Tensor] | None]:
-    """Read a checkpoint back into the adapter and the optimizer.
+def _newest_sound(found: list[Path]) -> Path | None:
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning("%s is damaged: %s. Falling back to an earlier checkpoint.", path, damage)
+    if found:
+        raise ValueError(
+            f"{found[0].parent}: all {len(found)} checkpoints are damaged; nothing to resume from. "
+            "Restore one from a backup, or choose another training.output_dir for a new run."
+        )
+    return None
 
-    Everything is checked before anything is changed.
 
-    Returns:
-        The step, and the averaged adapter if there was one.
+def clean_up(folder: Path) -> None:
+    """Remove what a killed run has left half written or half removed; a checkpoint whose replacement never came is put back."""
+    for left in folder.glob(".step_*.replaced"):
+        final = folder / left.name.removeprefix(".").removesuffix(".replaced")
+        if not final.exists():
+            os.replace(left, final)
+    for what in ("partial", "replaced", "removed"):
+        for left in folder.glob(f".step_*.{what}"):
+            shutil.rmtree(left, ignore_errors=True)
 
-    Raises:
-        FileNotFoundError: If a file of the checkpoint is missing.
-        ValueError: If a file is damaged, or the adapter does not fit: other keys, shapes, or another rank than the config's.
+
+def rotate(folder: Path, newest: int, keep: int | None, milestone_every: int | None, best_of: Callable[[list[int]], int | None]) -> None:
+    """Remove old checkpoints; those of later steps than `newest` are left alone.
+
+    Args:
+        folder: Where checkpoints live.
+        newest: The step that was written last.
+        keep: Number of newest checkpoints that stay; None: all.
+        milestone_every: Checkpoints at multiples of this stay, too; None: none.
+        best_of: The best of some steps, which stays, too; or None.
     """
-    state = read_json(path / "state.json")
-    step = state.get("step") if isinstance(state, dict) else None
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"{path / 'state.json'}: step must be an integer of at least 0, got {shown(step)}.")
-    own_rank = next(iter(parameters.values())).shape[0]
-    adapters = {}
-    for name in ("lora", "ema") if (path / "ema.safetensors").is_file() else ("lora",):
-        adapters[name], rank = read_reference_lora(path / f"{name}.safetensors", transformer)
-        if rank != own_rank:
-            raise ValueError(
-                f"{path}: holds an adapter of rank {rank}, but lora.rank is {own_rank}. Set lora.rank={rank}, or start a new run."
-            )
-    moments = _read_moments(path / "optimizer.safetensors", parameters)
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(adapters["lora"][key])
-    for key, parameter in parameters.items():
-        entry = {name: moments[f"{key}.{name}"] for name in MOMENTS}
-        optimizer.state[parameter] = {name: value.to(parameter.device if name != "step" else "cpu") for name, value in entry.items()}
-    return step, adapters.get("ema")
-
-
-def _read_moments(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state by `<file key>.<name>`, checked against the parameters."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found; the checkpoint is not complete. Resume from another one.")
-    try:
-        moments = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}).") from error
-    expected = {f"{key}.{name}": () if name == "step" else tuple(p.shape) for key, p in parameters.items() for name in MOMENTS}
-    if {key: tuple(value.shape) for key, value in moments.items()} != expected:
-        raise ValueError(f"{path}: must hold {', '.join(MOMENTS)} for every tensor of the adapter. Resume from another checkpoint.")
-    return moments
-
-
-def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for key, parameter in parameters.items()
-        for name, value in optimizer.state.get(parameter, {}).items()
-    }
+    if keep is None:
+        return
+    steps = [_step(path) for path in checkpoint_folders(folder) if _step(path) <= newest]
+    kept = {*steps[-keep:], best_of(steps)} | {step for step in steps if milestone_every and step % milestone_every == 0}
+    for step in steps:
+        if step not in kept:
+            path = folder_of(folder, step)
+            removed = _hidden(path, "removed")
+            os.replace(path, removed)  # gone at once: a kill leaves no half of it
+            shutil.rmtree(removed, ignore_errors=True)

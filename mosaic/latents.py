@@ -22,13 +22,14 @@ def images_to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
     """Encode pictures to shifted and scaled latents (Eq. 3).
 
     Args:
         vae: The frozen VAE.
         images: [B, 3, H, W] in [-1, 1], in the VAE's dtype and on its device.
-        generator: Draws a posterior sample (training targets); None takes the posterior mode (references, reproducible).
+        generator: Draws a posterior sample (training targets), one for all or one per picture; None takes the posterior mode
+            (references, reproducible).
 
     Returns:
         [B, C, H / f, W / f].

@@ -33,10 +33,19 @@ def disentanglement_weight(loss: LossConfig, step: int) -> float:
     return loss.disentanglement_weight * min(max(done / loss.disentanglement_warmup_steps, 0.0), 1.0)
 
 
-def step_generator(seed: int, step: int, micro_step: int, process_index: int) -> torch.Generator:
-    """A CPU generator that depends only on (seed, step, micro-step, process): ranks differ, and a resumed run repeats nothing."""
-    words = np.random.SeedSequence([seed, step, micro_step, process_index]).generate_state(1)
-    return torch.Generator().manual_seed(int(words[0]))
+def sample_generators(seed: int, first_index: int, count: int) -> list[torch.Generator]:
+    """One CPU generator per sample, which depends only on (seed, global sample index).
+
+    So a sample's dropout, points, latents, timestep and noise do not depend on which process, micro-batch or start of the run it
+    falls into. Every new index, also of the same sample in a later epoch, gets new numbers.
+
+    Args:
+        seed: Seed of the run.
+        first_index: Global sample index of the first sample: the number of samples that the run has seen before it.
+        count: Number of samples, with indices in a row.
+    """
+    words = [np.random.SeedSequence([seed, index]).generate_state(1)[0] for index in range(first_index, first_index + count)]
+    return [torch.Generator().manual_seed(int(word)) for word in words]
 
 
 def train_step(
@@ -45,7 +54,7 @@ def train_step(
     batch: MosaicBatch,
     config: Config,
     step: int,
-    generator: torch.Generator,
+    generators: list[torch.Generator],
 ) -> MosaicLoss:
     """The objective on one batch.
 
@@ -55,27 +64,27 @@ def train_step(
         batch: Pictures, prompts and points; one K.
         config: The run's settings.
         step: Optimizer step, for the schedule of the disentanglement weight.
-        generator: CPU generator of everything random in this step.
+        generators: CPU generator of everything random, of each sample its own (`sample_generators`).
     """
     device, loss = pipeline.transformer.device, config.loss
-    batch_size, num_references = batch.references.shape[:2]
+    num_references = batch.num_references
     grids = batch_grids(pipeline, batch)
 
     # Condition dropout: a dropped reference is zero latents, and its points go with it.
-    drop_image, drop_text = _draw_dropout(batch_size, config, generator)
+    drop_image, drop_text = _draw_dropout(config, generators)
     prompts = ["" if dropped else prompt for prompt, dropped in zip(batch.prompts, drop_text.tolist(), strict=True)]
     lists = [[p[:0] if dropped else p for p in sample] for sample, dropped in zip(batch.points, drop_image.tolist(), strict=True)]
-    lists = draw_points(lists, loss.max_points, generator)
+    lists = [draw_points([sample], loss.max_points, own)[0] for sample, own in zip(lists, generators, strict=True)]
     points = batch_points(lists, grids.reference.num_tokens, grids.target.num_tokens, device)
 
     # Encode (Eq. 3): targets are drawn from the VAE posterior, references take its mode. All frozen.
-    encoded = encode_batch(pipeline, batch, prompts, config.model.text_length, generator)
+    encoded = encode_batch(pipeline, batch, prompts, config.model.text_length, generators)
     kept = (~drop_image).to(encoded.references)[:, None, None, None]
     encoded = replace(encoded, references=encoded.references * kept)
 
     # Noise the target: x_t = (1 - t) x_0 + t eps.
-    timesteps = sample_timesteps(batch_size, grids.target.num_tokens, generator).to(device)
-    noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
+    timesteps = torch.cat([sample_timesteps(1, grids.target.num_tokens, own) for own in generators]).to(device)
+    noise = torch.stack([torch.randn(encoded.latents.shape[1:], generator=own) for own in generators]).to(encoded.latents)
     noisy_latents = add_noise(encoded.latents, noise, timesteps)
 
     # One joint sequence through all blocks (Eq. 4-8); the supervised rows come back with the velocity.
@@ -115,7 +124,11 @@ class EncodedBatch:
 
 @torch.no_grad()
 def encode_batch(
-    pipeline: MosaicFluxPipeline, batch: MosaicBatch, prompts: list[str], text_length: int, generator: torch.Generator | None
+    pipeline: MosaicFluxPipeline,
+    batch: MosaicBatch,
+    prompts: list[str],
+    text_length: int,
+    generator: torch.Generator | list[torch.Generator] | None,
 ) -> EncodedBatch:
     """Pictures to packed latents, prompts to embeddings (Eq. 3).
 
@@ -124,7 +137,8 @@ def encode_batch(
         batch: Pictures.
         prompts: B prompts, maybe dropped ones.
         text_length: T5 tokens.
-        generator: Draws the targets from the VAE posterior; None takes its mode. References always take the mode.
+        generator: Draws the targets from the VAE posterior, one for all or one per sample; None takes its mode. References always take
+            the mode.
     """
     device, dtype = pipeline.transformer.device, pipeline.vae.dtype
     latents = pack_latents(encode_images(pipeline.vae, batch.targets.to(device, dtype), generator))
@@ -186,10 +200,10 @@ def run_grids(pipeline: MosaicFluxPipeline, config: Config) -> Grids:
     )
 
 
-def _draw_dropout(batch_size: int, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw_dropout(config: Config, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """bool [B] each: which samples lose their references, which their prompt; the three cases exclude one another."""
     data = config.data
-    u = torch.rand(batch_size, generator=generator)
+    u = torch.cat([torch.rand(1, generator=own) for own in generators])
     image_only, text_only = data.image_dropout, data.image_dropout + data.text_dropout
     both = text_only + data.both_dropout
     drop_both = (u >= text_only) & (u < both)

@@ -50,6 +50,8 @@ class LoraConfig(Section):
     """Adapter to start training from: a safetensors file, a folder or a hub id. None: a fresh adapter (A gaussian, B zero)."""
     weight_name: Text | None = None
     """Name of the file inside `pretrained`, needed where that is a folder or a hub id with several files."""
+    resize: bool = False
+    """Change the rank of `pretrained` to `rank`: a lower one by truncated SVD, a higher one exactly; false: another rank is refused."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +232,13 @@ class TrainingConfig(Section):
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: Count | None = 3
     """Number of newest checkpoints that are kept; None: all."""
+    milestone_every: Count | None = None
+    """Checkpoints at multiples of this many steps are kept beside the newest; None: none."""
+    best_metric: Literal["attention/exact", "attention/near"] | None = "attention/exact"
+    """Validation result whose largest value so far marks a checkpoint that is kept beside the newest; None: none."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What happens where the loss or the gradient is not finite. "stop": save the batch's ids and a checkpoint of the steps before, then
+    end; "skip": leave the batch out, with a note in the log."""
 
     def __post_init__(self) -> None:
         """Validate; a run must have an end."""

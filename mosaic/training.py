@@ -1,40 +1,36 @@
 """Training of the reference LoRA: the objects of a run and the loop around `mosaic.objective.train_step`."""
 
 import contextlib
-import json
 import logging
-import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mosaic.attention import resolve_capture_blocks
-from mosaic.cases import load_cases
-from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from mosaic.averaging import averaged
+from mosaic.checkpoint import folder_of, load_snapshot
+from mosaic.checkpoint_writer import CheckpointWriter
 from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.data import (
-    BucketBatchSampler,
-    MosaicBatch,
-    ReadableSamples,
-    TrainingDataset,
-    check_dataset,
-    check_supervision,
-    collate,
-    find_unreadable,
-    open_dataset,
-)
-from mosaic.hub import resolve_lora_file
-from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
+from mosaic.data import MosaicBatch, open_dataset
+from mosaic.data.stream import batches_from
+from mosaic.durable import write_text
+from mosaic.lora import reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
-from mosaic.objective import run_grids, step_generator, train_step
+from mosaic.non_finite import NonFiniteLoss, NonFiniteSteps
+from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.run_lock import RunLock
+from mosaic.run_log import RunLog
+from mosaic.run_snapshot import restore_snapshot, take_snapshot
+from mosaic.run_state import describe_run, require_same_run
+from mosaic.signals import StopSignals, TrainingStopped, ignore_in_worker
+from mosaic.starting import attach_adapter, check_files, choose_checkpoint, training_dataset, training_sampler
 from mosaic.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -46,30 +42,37 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Args:
         config: The run's settings; `training.output_dir` gets the resolved config, logs, panels, checkpoints and the adapter.
-        resume: A checkpoint folder, or "auto" for the newest one of the run, if there is one yet.
+        resume: A checkpoint folder, or "auto" for the newest sound one of the run, if there is one yet.
 
     Returns:
         The path of the adapter, `<output_dir>/lora.safetensors`.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: For data, weights or settings that do not fit, before any training.
+        FileNotFoundError, OSError, ValueError: For data, weights, settings or a checkpoint that do not fit, before any training; for a
+            checkpoint that cannot be written or a loss that is not finite, during it.
+        TrainingStopped: A signal has asked for the end; all steps done are in a checkpoint.
     """
-    checkpoint = find_checkpoint(resume, Path(config.training.output_dir) / "checkpoints")
-    trainer = Trainer(config)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    return trainer.fit()
+    run_dir = Path(config.training.output_dir)
+    with StopSignals() as signals, RunLock(run_dir) as lock:
+        checkpoint = choose_checkpoint(resume, run_dir, lock)
+        trainer = Trainer(config, signals)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if trainer.accelerator.is_main_process:
+            lock.acquire()
+        with trainer.writer:
+            return trainer.fit()
 
 
 class Trainer:
     """The objects of a run: models, data, optimizer, and what a checkpoint holds."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, signals: StopSignals | None = None) -> None:
         """Build everything; raises the errors of config, data and weights before any training."""
         self.config = config
         training = config.training
         self.run_dir = Path(training.output_dir)
-        self.metrics_file = self.run_dir / "metrics.jsonl"
+        self.signals = signals or StopSignals()
         check_files(config)
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
@@ -81,10 +84,14 @@ class Trainer:
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
-        self.dataset = self._supervised(open_dataset(config.data, config.data.split, grids.target, grids.reference))
+        self.dataset = training_dataset(config, grids, self.accelerator)
+        self.sampler = training_sampler(config, self.dataset, self.accelerator)
+        self.global_batch = self.sampler.global_batch
         validation = config.validation
         self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
-        self._attach_adapter()
+        attach_adapter(self.pipeline, config)
+        if config.model.gradient_checkpointing:
+            self.pipeline.transformer.enable_gradient_checkpointing()
         self.pipeline.to(self.accelerator.device)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
@@ -94,207 +101,188 @@ class Trainer:
         )
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
         self.transformer = self.accelerator.prepare(self.pipeline.transformer)
+        self.run = describe_run(config, self.global_batch, self.accelerator.num_processes, self.dataset.batch_keys)
+        self.log = RunLog(self.accelerator, self.run_dir / "metrics.jsonl")
+        self.writer = CheckpointWriter(self.run_dir / "checkpoints", training, self._best_step)
+        self.non_finite = NonFiniteSteps(self.accelerator, self.run_dir / "non_finite.json", training.non_finite)
         self.step = 0
-
-    def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples:
-        """The data set, if it can supervise; without the samples that cannot be read where `data.skip_invalid` asks for that."""
-        data = self.config.data
-        if data.skip_invalid:
-            file = self.run_dir / "skipped.jsonl"
-            with self.accelerator.main_process_first():
-                skipped = find_unreadable(dataset, file, data.num_workers, self.accelerator.is_local_main_process)
-            if skipped:
-                logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
-                dataset = ReadableSamples(dataset, skipped)
-        check_supervision(dataset, data.min_point_coverage)
-        return dataset
-
-    def _attach_adapter(self) -> None:
-        """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32."""
-        settings, transformer = self.config.lora, self.pipeline.transformer
-        for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2, transformer):
-            module.requires_grad_(False)
-        start = None
-        if settings.pretrained is None:
-            torch.manual_seed(self.config.training.seed)
-            attach_reference_lora(transformer, settings.rank)
-        else:
-            path = resolve_lora_file(settings.pretrained, settings.weight_name)
-            start, rank = read_reference_lora(path, transformer)
-            if rank != settings.rank:
-                raise ValueError(f"lora.rank is {settings.rank}, but {path} has rank {rank}. Set lora.rank={rank}.")
-            attach_reference_lora(transformer, rank)
-        if self.config.model.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        for key, parameter in reference_lora_parameters(transformer).items():
-            parameter.data = parameter.data.float() if start is None else start[key].float()
-            parameter.requires_grad_(True)
+        self._saved_step: int | None = None
 
     # ---- checkpoints
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint folder."""
-        self.step, ema = load_checkpoint(path, self.pipeline.transformer, self.parameters, self.optimizer)
-        if self.ema is not None:  # a checkpoint without an average starts one from its weights
-            self.ema.shadow_params = [(ema[key] if ema else p.detach()).to(p, copy=True) for key, p in self.parameters.items()]
-            self.ema.optimization_step = self.step if ema else 0
+        """Continue from a checkpoint folder; nothing is changed unless all of it fits.
+
+        Raises:
+            FileNotFoundError, ValueError: The checkpoint is of another config, or a file is not what it must be.
+        """
+        saved = load_snapshot(path, self.pipeline.transformer)
+        require_same_run(saved.state, self.run, str(path))
+        restore_snapshot(saved, self.parameters, self.optimizer, self.ema)
+        self.step = self._saved_step = saved.step
         logger.info("resumed from %s at step %d", path, self.step)
 
     def save(self) -> None:
-        """Write a checkpoint, on the main process."""
+        """Copy everything to the host and start writing a checkpoint, on the main process; does nothing if this step has one."""
+        if self._saved_step == self.step:
+            return
+        self._settle()
         if self.accelerator.is_main_process:
-            ema = dict(zip(self.parameters, self.ema.shadow_params, strict=True)) if self.ema else None
-            averaged = {key: value.detach().cpu().contiguous() for key, value in ema.items()} if ema else None
-            save_checkpoint(
-                self.run_dir / "checkpoints",
-                self.step,
-                self.parameters,
-                self.optimizer,
-                averaged,
-                resolved_dict(self.config),
-                self.config.training.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+            self.log.flush()
+            weight = disentanglement_weight(self.config.loss, self.step)
+            schedule = {"learning_rate": self._learning_rate(), "disentanglement_weight": weight}
+            state = {"samples_seen": self.step * self.global_batch, "schedule": schedule, **self.run}
+            self.writer.submit(take_snapshot(self.step, self.parameters, self.optimizer, self.ema, state))
+        self._saved_step = self.step
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written; where that has failed, raise on all processes."""
+        error = None
+        try:
+            self.writer.wait()
+        except OSError as failure:
+            error = failure
+        (failed,) = self._on_any_process(error is not None)
+        if failed:
+            raise error or OSError("the main process could not write a checkpoint; its message says why.")
+
+    def _best_step(self, steps: list[int]) -> int | None:
+        metric = self.config.training.best_metric
+        return self.log.best_step(metric, steps) if metric is not None else None
+
+    # ---- one step
+
+    def optimizer_step(self, batches: list[MosaicBatch]) -> MosaicLoss:
+        """Accumulate the gradients of the micro-batches and update the adapter once; returns the mean terms over all processes.
+
+        Raises:
+            NonFiniteLoss: The loss or the gradient is not finite and `training.non_finite` is "stop"; the adapter is not changed.
+        """
+        settings, accelerator = self.config.optimizer, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        terms = []
+        for micro_step, batch in enumerate(batches):
+            generators = self._generators(batch, micro_step)
+            is_last = micro_step == len(batches) - 1  # gradients of the processes are joined once, at the last micro-batch
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.transformer):
+                loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generators)
+                accelerator.backward(loss.total / len(batches))
+            terms.append(torch.stack([term.detach().float() for term in loss]))
+        # All slices have one size, so the mean of their means is the mean over the samples.
+        loss = MosaicLoss(*accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
+        trainable = list(self.parameters.values())
+        norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        if self.non_finite.accept(loss, norm, self.step, self.step * self.global_batch, batches):
+            if settings.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(trainable, settings.max_grad_norm, norm)
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.step(trainable)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss
+
+    def _learning_rate(self) -> float:
+        """That of the current step: a linear warm-up, then constant."""
+        settings = self.config.optimizer
+        return settings.learning_rate * (min((self.step + 1) / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0)
+
+    def _generators(self, batch: MosaicBatch, micro_step: int) -> list[torch.Generator]:
+        """Generators of a micro-batch by global sample index; every optimizer step takes `global_batch` indices."""
+        count, accelerator = len(batch.ids), self.accelerator
+        place = (micro_step * accelerator.num_processes + accelerator.process_index) * count
+        return sample_generators(self.config.training.seed, self.step * self.global_batch + place, count)
 
     # ---- the loop
 
-    def optimizer_step(self, batches: list[MosaicBatch]) -> MosaicLoss:
-        """Accumulate the gradients of the micro-batches and update the adapter once; returns the mean terms."""
-        settings, accelerator = self.config.optimizer, self.accelerator
-        warmup = min((self.step + 1) / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warmup
-        terms = []
-        for micro_step, batch in enumerate(batches):
-            generator = step_generator(self.config.training.seed, self.step, micro_step, accelerator.process_index)
-            is_last = micro_step == len(batches) - 1  # gradients of the processes are joined once, at the last micro-batch
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.transformer):
-                loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generator)
-                accelerator.backward(loss.total / len(batches))
-            terms.append(torch.stack([term.detach().float() for term in loss]))
-        if settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.step(list(self.parameters.values()))
-        self.step += 1
-        return MosaicLoss(*accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
-
     def fit(self) -> Path:
         """Train to the end; returns the path of the final adapter file."""
-        training, validation = self.config.training, self.config.validation
-        sampler = BucketBatchSampler(
-            self.dataset.batch_keys,
-            training.batch_size,
-            seed=training.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        steps_per_epoch = len(sampler) // training.gradient_accumulation_steps
-        if steps_per_epoch == 0:
-            raise ValueError(
-                f"training.gradient_accumulation_steps is {training.gradient_accumulation_steps}, "
-                f"but an epoch has {len(sampler)} batches only."
-            )
-        limits = (training.max_steps, training.max_epochs and training.max_epochs * steps_per_epoch)
+        training = self.config.training
+        limits = (training.max_steps, training.max_epochs and training.max_epochs * self.sampler.steps_per_epoch)
         total = min(limit for limit in limits if limit is not None)
-        self._start_logs()
-        if validation.every and self.step == 0:
-            self.validate()  # what the run starts from
+        batches_of_steps = batches_from(self.step, self.dataset, self.sampler, self.config.data.num_workers, ignore_in_worker)
+        self._start_log()
+        if self._validation_is_due(total) and not self._has_validated():
+            self.validate()  # what the run starts from, or what a kill has cut short
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with progress:  # closed in any case, so that an error message starts on a line of its own
-            for batches in islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0)):
-                loss = self.optimizer_step(batches)
+            for batches in islice(batches_of_steps, max(total - self.step, 0)):
+                try:
+                    loss = self.optimizer_step(batches)
+                except NonFiniteLoss:
+                    self.save()  # the steps before this one
+                    self._settle()
+                    raise
                 progress.update()
                 if self.step % training.log_every == 0 or self.step == total:
-                    shown = zip(("flow", "scal", "mdl"), loss[1:], strict=True)
-                    progress.set_postfix({name: f"{value:.3f}" for name, value in shown})
-                    self._log({f"loss/{name}": value.item() for name, value in loss._asdict().items()})
+                    self._log_loss(loss, progress)
                 if self.step % training.checkpoint_every == 0 or self.step == total:
                     self.save()
-                if validation.every and (self.step % validation.every == 0 or self.step == total):
+                if self._validation_is_due(total):
                     self.validate()
+                if self.step < total:
+                    self._stop_if_asked()
         return self._finish()
 
-    def _batches(self, sampler: BucketBatchSampler, steps_per_epoch: int) -> Iterator[list[MosaicBatch]]:
-        """The micro-batches of each optimizer step, from the current step on: the order is a function of (seed, epoch) only."""
-        accumulation, workers = self.config.training.gradient_accumulation_steps, self.config.data.num_workers
-        epoch, done = divmod(self.step, steps_per_epoch)
-        while True:
-            sampler.set_epoch(epoch, done * accumulation)
-            loader = iter(DataLoader(self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
-            for _ in range(done, steps_per_epoch):
-                yield list(islice(loader, accumulation))
-            epoch, done = epoch + 1, 0
-
-    def validate(self) -> None:
-        """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; on the main process."""
-        if self.accelerator.is_main_process:
-            with averaged(self.ema, list(self.parameters.values())):
-                accuracy = validate(self.pipeline, self.held_out, self.config, self.run_dir / "validation" / f"step_{self.step:08d}")
-            self._log({f"attention/{name}": value for name, value in accuracy._asdict().items()})
-        self.accelerator.wait_for_everyone()
-
-    def _start_logs(self) -> None:
+    def _start_log(self) -> None:
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.json", config_to_json(self.config))
-            if self.metrics_file.is_file():  # entries beyond the checkpoint will be written again; a new run keeps none
-                lines = self.metrics_file.read_text().splitlines(keepends=True) if self.step else []
-                complete = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
-                write_text(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= self.step))
-        self.accelerator.init_trackers("mosaic")
+        self.log.start(self.step)
 
-    def _log(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self.step)
+    def _log_loss(self, loss: MosaicLoss, progress: tqdm) -> None:
+        if not all(map(torch.isfinite, loss)):
+            return  # the log has an entry of its own
+        progress.set_postfix({name: f"{value:.3f}" for name, value in zip(("flow", "scal", "mdl"), loss[1:], strict=True)})
+        self.log.write(self.step, {f"loss/{name}": value.item() for name, value in loss._asdict().items()})
+
+    def _validation_is_due(self, total: int) -> bool:
+        every = self.config.validation.every
+        return every is not None and (self.step % every == 0 or self.step == total)
+
+    def _has_validated(self) -> bool:
+        """Whether the log has the validation of this step; the main process decides for all."""
+        found = [any("attention/exact" in entry for entry in self.log.entries() if entry["step"] == self.step)]
+        broadcast_object_list(found)
+        return found[0]
+
+    def validate(self) -> None:
+        """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; on the main process.
+
+        A failure is logged and never ends a run.
+        """
         if self.accelerator.is_main_process:
-            with open(self.metrics_file, "a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            folder = self.run_dir / "validation" / f"step_{self.step:08d}"
+            try:
+                with averaged(self.ema, list(self.parameters.values())):
+                    accuracy = validate(self.pipeline, self.held_out, self.config, folder)
+                self.log.write(self.step, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
+            except Exception:
+                logger.exception("validation at step %d failed; training goes on", self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _stop_if_asked(self) -> None:
+        """At a step's end: end on all processes if a signal has come to any of them, or if a checkpoint could not be written."""
+        failed, asked = self._on_any_process(self.writer.failed, self.signals.received is not None)
+        if failed:
+            self._settle()
+        if asked:
+            self.save()
+            self._settle()
+            checkpoint = folder_of(self.writer.folder, self.step)
+            raise TrainingStopped(self.step, checkpoint, self.signals.received or "a signal to another process")
+
+    def _on_any_process(self, *values: bool) -> list[bool]:
+        """Whether each is true on any process; all processes get the same answers at the same step."""
+        counts = torch.tensor([float(value) for value in values], device=self.accelerator.device)
+        return (self.accelerator.reduce(counts, reduction="sum") > 0).tolist()
 
     def _finish(self) -> Path:
+        self._settle()
         path = self.run_dir / "lora.safetensors"
         if self.accelerator.is_main_process:
             with averaged(self.ema, list(self.parameters.values())):
                 save_reference_lora(self.pipeline.transformer, path, resolved_dict(self.config))
-        self.accelerator.end_training()
+        self.log.close()
         return path
-
-
-def check_files(config: Config) -> None:
-    """Check what can be checked before the base model is loaded, which may take minutes.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: Those of `check_dataset`, `load_cases` and `resolve_lora_file`; or the output folder is a
-        file.
-    """
-    if Path(config.training.output_dir).exists() and not Path(config.training.output_dir).is_dir():
-        raise ValueError(f"training.output_dir: must be a folder, but {config.training.output_dir} is a file.")
-    check_dataset(config.data, config.data.split)
-    if config.validation.every:
-        check_dataset(config.data, config.validation.split)
-        if config.validation.cases is not None:
-            load_cases(config.validation.cases, config.data.reference_size)
-    if config.lora.pretrained is not None:
-        resolve_lora_file(config.lora.pretrained, config.lora.weight_name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Context in which the adapter holds its moving average, if there is one; the trained weights come back after it."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)

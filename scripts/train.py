@@ -12,7 +12,7 @@ from mosaic.config import config_to_json, load_config
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Command line; returns the exit code: 0 done, 2 an error, 75 stopped by a signal and ready to be continued by --resume auto."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="JSON file, such as configs/pocket.json")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
@@ -26,9 +26,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             print(config_to_json(config), end="")
             return 0
+        from mosaic.signals import REQUEUE_EXIT_CODE, TrainingStopped
         from mosaic.training import train  # torch and diffusers are imported only once the config stands
 
-        path = train(config, arguments.resume)
+        try:
+            path = train(config, arguments.resume)
+        except TrainingStopped as stopped:
+            print(stopped, file=sys.stderr)
+            return REQUEUE_EXIT_CODE
     except (ValueError, OSError) as error:
         # An error of a data loading process carries that process's traceback; its last line is the message.
         message = str(error).strip().splitlines() or [type(error).__name__]

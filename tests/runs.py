@@ -15,7 +15,7 @@ from mosaic.config import Config, from_dict
 from mosaic.data import DatasetWriter, MosaicBatch, ReferenceRecord, SampleRecord, collate
 from mosaic.lora import reference_lora_modules, write_reference_lora
 from mosaic.losses import MosaicLoss
-from mosaic.objective import train_step
+from mosaic.objective import sample_generators, train_step
 from mosaic.training import Trainer
 from tests import tiny
 
@@ -142,8 +142,8 @@ def samples_of(trainer: Trainer, num_references: int, count: int) -> MosaicBatch
 
 
 def step_loss(trainer: Trainer, batch: MosaicBatch, seed: int = 0) -> MosaicLoss:
-    generator = torch.Generator().manual_seed(seed)
-    return train_step(trainer.pipeline, trainer.transformer, batch, trainer.config, trainer.step, generator)
+    generators = sample_generators(seed, 0, len(batch.ids))
+    return train_step(trainer.pipeline, trainer.transformer, batch, trainer.config, trainer.step, generators)
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:

@@ -284,21 +284,22 @@ def test_workers_and_pickle(writer: Writer) -> None:
 COUNTS = np.array([1] * 11 + [2] * 9 + [3] * 1 + [4] * 3)
 
 
-def epoch(number: int = 0, batch_size: int = 2, rank: int = 0, world_size: int = 1, seed: int = 5, first_batch: int = 0) -> list[list[int]]:
+def epoch(number: int = 0, batch_size: int = 2, rank: int = 0, world_size: int = 1, seed: int = 5, first_step: int = 0) -> list[list[int]]:
     """The batches of one epoch and rank."""
     sampler = BucketBatchSampler(COUNTS, batch_size, seed, rank, world_size)
-    sampler.set_epoch(number, first_batch)
+    sampler.set_epoch(number, first_step)
     batches = list(sampler)
-    assert len(batches) == len(sampler) - first_batch
+    assert len(batches) == len(sampler) - first_step
     return batches
 
 
 def test_batches_have_one_k_and_cover_all_but_the_remainders() -> None:
     batches = epoch()
     assert all(len(set(COUNTS[batch])) == 1 for batch in batches)
+    assert all(len(batch) == 2 for batch in batches)
     used = [index for batch in batches for index in batch]
-    assert len(used) == len(set(used)) == 10 + 8 + 1 + 2
-    assert sorted(len(batch) for batch in batches) == [1] + [2] * 10
+    assert len(set(used)) == 10 + 8 + 1 + 2
+    assert [batch for batch in batches if len(set(batch)) < 2] == [[20, 20]]  # the only sample of its K
     order = [COUNTS[batch[0]] for batch in batches]
     assert order != sorted(order)
 
@@ -307,25 +308,25 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert epoch(3) == epoch(3)
     assert len({str(epoch(0)), str(epoch(1)), str(epoch(0, seed=6))}) == 3
     assert {index for number in range(20) for batch in epoch(number) for index in batch} == set(range(len(COUNTS)))
-    assert epoch(2, first_batch=4) == epoch(2)[4:]
+    assert epoch(2, first_step=4) == epoch(2)[4:]
 
 
-def test_ranks_share_the_global_batches() -> None:
-    alone = epoch(batch_size=4)
-    shares = [epoch(batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    for whole, first, second in zip(alone, *shares, strict=True):
-        if len(whole) == 4:
-            assert first + second == whole
-        assert len(first) == len(second) > 0
-        assert len(set(COUNTS[first + second])) == 1
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulation"), [(2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)])
+def test_ranks_and_micro_batches_share_the_global_batches(batch_size: int, world_size: int, accumulation: int) -> None:
+    """Slice m * world_size + r of a global batch is micro-batch m of rank r; also for a K with fewer samples than a global batch."""
+    shares = []
+    for rank in range(world_size):
+        sampler = BucketBatchSampler(COUNTS, batch_size, 5, rank, world_size, accumulation)
+        sampler.set_epoch(1, first_step=1)
+        shares.append(list(sampler))
+        assert (sampler.global_batch, len(sampler)) == (4, sampler.steps_per_epoch * accumulation)
+        assert sampler.num_repeated == 1 + 3
+    rows = [sum((share[row] for share in shares), []) for row in range(len(shares[0]))]
+    joined = [sum(rows[start : start + accumulation], []) for start in range(0, len(rows), accumulation)]
+    assert joined == epoch(1, batch_size=4, first_step=1)
 
 
-def test_more_ranks_than_samples_of_a_k() -> None:
-    shares = [epoch(batch_size=1, rank=rank, world_size=2) for rank in range(2)]
-    assert [share for share in zip(*shares, strict=True) if share[0] == [20]] == [([20], [20])]
-
-
-@pytest.mark.parametrize("arguments", [([1], 0, 0), ([1], 1, 0, 2, 2), ([], 1, 0)])
+@pytest.mark.parametrize("arguments", [([1], 0, 0), ([1], 1, 0, 2, 2), ([], 1, 0), ([1], 1, 0, 0, 1, 0)])
 def test_sampler_refuses(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(ValueError, match="batch_size and world_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size, world_size and accumulation must be at least 1"):
         BucketBatchSampler(*arguments)

@@ -11,8 +11,10 @@ from torch import nn
 
 from mosaic import objective
 from mosaic.config import from_dict
+from mosaic.data import collate
 from mosaic.flow import add_noise, sample_timesteps
-from mosaic.objective import disentanglement_weight, step_generator
+from mosaic.losses import MosaicLoss
+from mosaic.objective import disentanglement_weight, sample_generators, train_step
 from mosaic.training import Trainer
 from tests import runs
 
@@ -58,13 +60,41 @@ def test_disentanglement_schedule() -> None:
     assert [disentanglement_weight(late, step) for step in (4, 5)] == [0, 2.0]
 
 
-def test_step_generator_depends_on_all_its_numbers() -> None:
-    def draw(*numbers: int) -> tuple[float, ...]:
-        return tuple(torch.randn(4, generator=step_generator(*numbers)).tolist())
+def test_generators_depend_on_seed_and_index_only() -> None:
+    def draw(seed: int, index: int) -> tuple[float, ...]:
+        return tuple(torch.randn(4, generator=sample_generators(seed, index, 1)[0]).tolist())
 
-    variants = [(42, 3, 0, 0), (42, 3, 0, 1), (42, 3, 1, 0), (42, 4, 0, 0), (43, 3, 0, 0), (42 + 2**32, 3, 0, 0), (42, 0, 3, 0)]
+    variants = [(42, 3), (42, 4), (43, 3), (42 + 2**32, 3), (42, 3 + 2**32), (3, 42)]
     assert len({draw(*numbers) for numbers in variants}) == len(variants)
-    assert draw(*variants[0]) == draw(*variants[0])
+    row = [tuple(torch.randn(4, generator=generator).tolist()) for generator in sample_generators(42, 3, 2)]
+    assert row == [draw(42, 3), draw(42, 4)]
+
+
+def test_a_sample_is_the_same_in_any_batch(world: Path, tmp_path: Path) -> None:
+    """Everything random: dropout, points, latents, timestep and noise; the mean over equal slices is the mean over all."""
+    trainer = Trainer(runs.make_config(world, tmp_path, data__image_dropout=0.3, data__text_dropout=0.3, loss__max_points=5))
+    calls, prompts, encode = runs.captured_inputs(trainer), [], trainer.pipeline.encode_prompt
+    trainer.pipeline.encode_prompt = lambda given, **kwargs: prompts.extend(given) or encode(given, **kwargs)
+    samples = [trainer.dataset[i] for i, k in enumerate(trainer.dataset.num_references) if k == 2]
+
+    def losses(size: int) -> list[MosaicLoss]:
+        found = []
+        for start in range(0, 6, size):
+            generators = sample_generators(7, 100 + start, size)
+            found.append(train_step(trainer.pipeline, trainer.transformer, collate(samples[start : start + size]), trainer.config, 0, generators))
+        return found
+
+    (whole,), parts, single = losses(6), losses(3), losses(1)
+    assert prompts[:6] == prompts[6:12] == prompts[12:]
+    assert 0 < prompts[:6].count("") < 6
+    for name in ("hidden_states", "timestep", "reference_hidden_states"):
+        expected = calls[0][name]
+        torch.testing.assert_close(torch.cat([call[name] for call in calls[1:3]]), expected)
+        torch.testing.assert_close(torch.cat([call[name] for call in calls[3:]]), expected)
+    for found in (parts, single):
+        mean = MosaicLoss(*(torch.stack(terms).mean() for terms in zip(*found, strict=True)))
+        torch.testing.assert_close(mean, whole)
+    assert len({round(float(loss.flow_matching.detach()), 4) for loss in single}) == 6
 
 
 # ---- the step

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mosaic.data import collate
-from mosaic.objective import step_generator, train_step
+from mosaic.objective import sample_generators, train_step
 from mosaic.training import Trainer
 from scripts.train import main
 from tests import runs
@@ -57,7 +57,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "blocks": ({"loss.capture_blocks": [5]}, "capture_blocks must name blocks of 0..1"),
     "adapter": ({"lora.pretrained": "none.safetensors"}, "reference LoRA not found: none.safetensors"),
     "model": ({"model.pretrained": "no/such/folder"}, "model 'no/such/folder': no such folder"),
-    "accumulation": ({"training.gradient_accumulation_steps": 9}, "is 9, but an epoch has 4 batches only."),
+    "accumulation": ({"training.gradient_accumulation_steps": 9}, "x 1 processes must be at most the number of samples, 9, got 18."),
     "unknown": ({"lora.rnak": 3}, "lora.rnak is not a known setting. Did you mean rank? (--set lora.rnak=3)."),
     "resume": ({}, "--resume missing: no complete checkpoint there"),
 }
@@ -131,10 +131,10 @@ from mosaic import training
 from mosaic.config import load_config
 from safetensors.torch import save_file
 
-def spy(pipeline, transformer, batch, config, step, generator):
+def spy(pipeline, transformer, batch, config, step, generators):
     ids.append(batch.ids)
-    seeds.append(generator.initial_seed())
-    return train_step(pipeline, transformer, batch, config, step, generator)
+    seeds.extend(generator.initial_seed() for generator in generators)
+    return train_step(pipeline, transformer, batch, config, step, generators)
 
 ids, seeds, train_step, training.train_step = [], [], training.train_step, spy
 trainer = training.Trainer(load_config(sys.argv[1]))
@@ -180,8 +180,8 @@ def test_two_processes(world: Path, tmp_path: Path) -> None:
     terms = []
     for rank, record in enumerate(ranks):
         for micro_step, (name,) in enumerate(record["ids"]):
-            generator = step_generator(single.config.training.seed, 0, micro_step, rank)
-            loss = train_step(single.pipeline, single.transformer, collate([samples[name]]), single.config, 0, generator)
+            generators = sample_generators(single.config.training.seed, micro_step * 2 + rank, 1)
+            loss = train_step(single.pipeline, single.transformer, collate([samples[name]]), single.config, 0, generators)
             (loss.total / 4).backward()
             terms.append([float(term.detach()) for term in loss])
     torch.testing.assert_close(found[0], {key: p.grad for key, p in single.parameters.items()}, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,137 @@
+"""The start of a run: what is checked before the base model is loaded, which checkpoint is continued, and the adapter."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from mosaic.cases import load_cases
+from mosaic.checkpoint import clean_up, find_checkpoint
+from mosaic.config import Config
+from mosaic.data import (
+    BucketBatchSampler,
+    ReadableSamples,
+    TrainingDataset,
+    check_dataset,
+    check_supervision,
+    find_unreadable,
+    open_dataset,
+)
+from mosaic.hub import resolve_lora_file
+from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters
+from mosaic.lora_resize import resize_reference_lora
+from mosaic.objective import Grids
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.run_lock import RunLock
+
+logger = logging.getLogger(__name__)
+
+
+def check_files(config: Config) -> None:
+    """Check what can be checked before the base model is loaded, which may take minutes.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: Those of `check_dataset`, `load_cases` and `resolve_lora_file`; or the output folder is a
+        file, or cannot be written.
+    """
+    output = Path(config.training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"training.output_dir: must be a folder, but {output} is a file.")
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"training.output_dir: {parent} cannot be written (no permission, or a read-only disk). Choose another one.")
+    check_dataset(config.data, config.data.split)
+    if config.validation.every:
+        check_dataset(config.data, config.validation.split)
+        if config.validation.cases is not None:
+            load_cases(config.validation.cases, config.data.reference_size)
+    if config.lora.pretrained is not None:
+        resolve_lora_file(config.lora.pretrained, config.lora.weight_name)
+
+
+def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path | None:
+    """The checkpoint that `--resume` names, found by the main process for all; takes the lock of a folder that is there already.
+
+    Raises:
+        FileNotFoundError, ValueError: Those of `RunLock.acquire` and `find_checkpoint`.
+    """
+    found: list[str | None] = [None]
+    if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process:
+        if run_dir.is_dir():
+            lock.acquire()
+            clean_up(run_dir / "checkpoints")
+        path = find_checkpoint(resume, run_dir / "checkpoints")
+        found = [str(path) if path is not None else None]
+    broadcast_object_list(found)
+    return Path(found[0]) if found[0] is not None else None
+
+
+def training_dataset(config: Config, grids: Grids, accelerator: Accelerator) -> TrainingDataset | ReadableSamples:
+    """The samples to train on; without those that cannot be read where `data.skip_invalid` asks for that.
+
+    Raises:
+        FileNotFoundError, ValueError: Those of `open_dataset`, or the data cannot supervise.
+    """
+    data = config.data
+    dataset = open_dataset(data, data.split, grids.target, grids.reference)
+    if data.skip_invalid:
+        file = Path(config.training.output_dir) / "skipped.jsonl"
+        with accelerator.main_process_first():
+            skipped = find_unreadable(dataset, file, data.num_workers, accelerator.is_local_main_process)
+        if skipped:
+            logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
+            dataset = ReadableSamples(dataset, skipped)
+    check_supervision(dataset, data.min_point_coverage)
+    return dataset
+
+
+def training_sampler(config: Config, dataset: TrainingDataset | ReadableSamples, accelerator: Accelerator) -> BucketBatchSampler:
+    """The order of the data: a function of the seed and of the number of samples per optimizer step over all processes.
+
+    Raises:
+        ValueError: A step takes more samples than there are.
+    """
+    training, processes = config.training, accelerator.num_processes
+    accumulation = training.gradient_accumulation_steps
+    sampler = BucketBatchSampler(dataset.batch_keys, training.batch_size, training.seed, accelerator.process_index, processes, accumulation)
+    if sampler.global_batch > len(dataset):
+        raise ValueError(
+            f"training.batch_size {training.batch_size} x training.gradient_accumulation_steps {accumulation} x {processes} processes "
+            f"must be at most the number of samples, {len(dataset)}, got {sampler.global_batch}."
+        )
+    if sampler.num_repeated:
+        message = "%d samples are of a number of references or a size that fewer than %d samples have; an epoch repeats them"
+        logger.warning(message, sampler.num_repeated, sampler.global_batch)
+    return sampler
+
+
+def attach_adapter(pipeline: MosaicFluxPipeline, config: Config) -> None:
+    """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32.
+
+    Raises:
+        ValueError: The file does not fit, or has another rank and `lora.resize` is false.
+    """
+    settings, transformer = config.lora, pipeline.transformer
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, transformer):
+        module.requires_grad_(False)
+    start = None
+    if settings.pretrained is None:
+        torch.manual_seed(config.training.seed)
+        attach_reference_lora(transformer, settings.rank)
+    else:
+        path = resolve_lora_file(settings.pretrained, settings.weight_name)
+        start, rank = read_reference_lora(path, transformer)
+        if rank != settings.rank:
+            if not settings.resize:
+                raise ValueError(
+                    f"lora.rank is {settings.rank}, but {path} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
+                )
+            start, kept = resize_reference_lora(start, settings.rank, config.training.seed)
+            logger.info("%s: rank %d resized to %d, %.2f %% of the squared norm kept", path, rank, settings.rank, 100 * kept)
+        attach_reference_lora(transformer, settings.rank)
+    for key, parameter in reference_lora_parameters(transformer).items():
+        parameter.data = parameter.data.float() if start is None else start[key].float()
+        parameter.requires_grad_(True)

@@ -1,0 +1,142 @@
+"""Runs of one and of two processes are one run; a signal to one process stops all; a killed run is the uninterrupted one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mosaic.checkpoint import find_damage
+from tests import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 50
+
+pytestmark = pytest.mark.slow
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def write_config(world: Path, file: Path, output: str, **training: Any) -> str:
+    values = runs.settings(world, file.parent / output)
+    values["training"].update(training)
+    values["optimizer"].update(learning_rate=1e-3, ema_decay=0.9, warmup_steps=5)
+    values["data"].update(image_dropout=0.2, text_dropout=0.2)
+    file.write_text(json.dumps(values))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A global batch of 4 in several ways."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = []
+
+    def add(output: str, processes: int, batch_size: int, accumulation: int, steps: int, signal: list[int] | None = None) -> None:
+        config = write_config(
+            world,
+            folder / f"config_{len(jobs)}.json",
+            output,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=steps,
+            checkpoint_every=1000,
+        )
+        jobs.append({"config": config, "processes": processes, "signal": signal})
+
+    add("one", 1, 4, 1, STEPS)
+    add("two", 2, 2, 1, STEPS)
+    add("mixed", 2, 2, 1, 21)
+    add("mixed", 1, 2, 2, 35)
+    add("mixed", 2, 1, 2, STEPS)
+    add("stopped", 2, 2, 1, STEPS, [1, 6])
+    add("stopped", 2, 2, 1, STEPS)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = run_script(str(ROOT / "tests/ranks.py"), str(folder / "jobs.json"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((folder / "codes.json").read_text()) == [[0], [0, 0], [0, 0], [0], [0, 0], [75, 75], [0, 0]], result.stderr[-3000:]
+    return folder
+
+
+def samples(folder: Path, *jobs: int) -> dict[int, list[list]]:
+    """[id, timestep, mean of x_t] of all samples of each step, over all processes."""
+    found: dict[int, list[list]] = {}
+    for job in jobs:
+        for file in folder.glob(f"job_{job}_rank_*.json"):
+            for step, records in json.loads(file.read_text()).items():
+                found.setdefault(int(step), []).extend(records)
+    return {step: sorted(records) for step, records in found.items()}
+
+
+def losses(folder: Path, output: str) -> torch.Tensor:
+    lines = [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return torch.tensor([[value for name, value in line.items() if name.startswith("loss/")] for line in lines])
+
+
+@pytest.mark.parametrize(("output", "jobs"), [("two", (1,)), ("mixed", (2, 3, 4)), ("stopped", (5, 6))])
+def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: tuple[int, ...]) -> None:
+    """Samples, timesteps and noise of each step, and so the losses; also where the number changes at a resume, 2 to 1 and back."""
+    expected, found = samples(folder, 0), samples(folder, *jobs)
+    assert found.keys() == expected.keys() == set(range(STEPS))
+    for step in range(STEPS):
+        assert [record[0] for record in found[step]] == [record[0] for record in expected[step]]
+        assert len(expected[step]) == 4
+        for place in (1, 2):
+            assert [record[place] for record in found[step]] == pytest.approx([record[place] for record in expected[step]], abs=1e-5)
+    assert len({record[1] for records in expected.values() for record in records}) == 4 * STEPS
+    torch.testing.assert_close(losses(folder, output), losses(folder, "one"), rtol=1e-3, atol=1e-4)
+    for name in ("lora", "ema"):
+        file = f"checkpoints/step_{STEPS:08d}/{name}.safetensors"
+        torch.testing.assert_close(load_file(folder / output / file), load_file(folder / "one" / file), rtol=1e-2, atol=1e-3)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
+    assert find_damage(folder / "stopped/checkpoints/step_00000007") is None
+    assert samples(folder, 5).keys() == set(range(7))
+    assert samples(folder, 6).keys() == set(range(7, STEPS))
+    for name in ("lora", "optimizer", "ema"):  # two processes throughout: bit for bit
+        file = f"checkpoints/step_{STEPS:08d}/{name}.safetensors"
+        runs.assert_same_tensors(load_file(folder / "stopped" / file), load_file(folder / "two" / file))
+    assert (folder / "stopped/metrics.jsonl").read_text() == (folder / "two/metrics.jsonl").read_text()
+
+
+def test_kills_change_nothing(world: Path, tmp_path: Path) -> None:
+    """A short form of the script's 50 kills."""
+    config = write_config(world, tmp_path / "config.json", "unused", max_steps=16, checkpoint_every=2, keep_checkpoints=2)
+    result = run_script("scripts/kill_test.py", config, "--output", str(tmp_path / "kills"), "--kills", "3", "--seed", "1")
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "3 of 3 kills (" in result.stdout
+    assert "equal bit for bit: weights, optimizer, average, log" in result.stdout
+
+
+def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:
+    from scripts.kill_test import compare
+
+    for name, value in (("whole", 1.0), ("killed", 1.0)):
+        step = tmp_path / name / "checkpoints/step_00000002"
+        step.mkdir(parents=True)
+        for file in (step / "lora.safetensors", step / "optimizer.safetensors", tmp_path / name / "lora.safetensors"):
+            runs.write_lora(file, seed=5)
+        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": 1, "loss/total": {value}}}\n')
+    assert compare(tmp_path / "whole", tmp_path / "killed") == []
+    (tmp_path / "killed/metrics.jsonl").write_text('{"step": 1, "loss/total": 1.0000001}\n')
+    runs.write_lora(tmp_path / "killed/checkpoints/step_00000002/optimizer.safetensors", seed=6)
+    (tmp_path / "killed/checkpoints/step_00000002/lora.safetensors").unlink()
+    (tmp_path / "killed/checkpoints/.step_00000003.partial").mkdir()
+    found = compare(tmp_path / "whole", tmp_path / "killed")
+    assert [difference.split(":")[0] for difference in found] == [
+        "checkpoint lora.safetensors is missing",
+        "checkpoint optimizer.safetensors",
+        "metrics.jsonl",
+        "left over",
+    ]
