@@ -1,4 +1,4 @@
-"""Train a reference LoRA: `bash train.sh CONFIG [--set section.field=value ...] [--resume auto|FOLDER] [--dry-run]`."""
+"""Train a reference LoRA: `bash train.sh CONFIG [--set section.field=value ...] [--resume auto|FOLDER] [--dry-run | --print-config]`."""
 
 import argparse
 import logging
@@ -17,15 +17,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="JSON file, such as configs/pocket.json")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     parser.add_argument("--resume", metavar="auto|FOLDER", help="continue from the newest checkpoint of the run, or from this one")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--dry-run", action="store_true", help="look over the run as scripts/preflight.py does, and exit")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and exit")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMSNorm under autocast: only not fused
     try:
         config = load_config(arguments.config, arguments.set)
-        if arguments.dry_run:
+        if arguments.print_config:
             print(config_to_json(config), end="")
             return 0
+        if arguments.dry_run:
+            from mosaic.preflight import as_text, preflight
+
+            report = preflight(config, arguments.resume)
+            print(as_text(report))
+            return 0 if report.ready else 1
         from mosaic.signals import REQUEUE_EXIT_CODE, TrainingStopped
         from mosaic.training import train  # torch and diffusers are imported only once the config stands
 

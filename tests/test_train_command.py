@@ -39,10 +39,21 @@ def test_a_run_and_its_resume(config_file: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "run/checkpoints/step_00000002/state.json").is_file()
 
 
-def test_dry_run_prints_the_resolved_config(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(config_file), "--dry-run", "--set", "lora.rank=7"]) == 0
+def test_the_resolved_config_is_printed(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config_file), "--print-config", "--set", "lora.rank=7"]) == 0
     assert json.loads(capsys.readouterr().out)["lora"]["rank"] == 7
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_looks_over_the_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config_file), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[: printed.index("\n}\n") + 2])["lora"]["rank"] == runs.RANK
+    assert "predicted memory of one process" in printed
+    assert printed.endswith("ready\n")
+    assert not (tmp_path / "run").exists()
+    assert main([str(config_file), "--dry-run", "--set", "data.split=test"]) == 1
+    assert 'has no sample of the split "test"' in capsys.readouterr().out
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,0 +1,219 @@
+"""A training step on the meta device: the real `train_step`, backward pass and optimizer, without memory and without arithmetic.
+
+What is alive at its fullest moment is what the step needs, by part. The code itself is run, so that the prediction follows every change.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosaic.attention import resolve_capture_blocks
+from mosaic.config import Config
+from mosaic.data import MosaicBatch
+from mosaic.lora import attach_reference_lora, reference_lora_parameters
+from mosaic.meta_kernels import kernels_of
+from mosaic.model_shape import ModelShape
+from mosaic.objective import train_step
+from mosaic.storage_meter import TEMPORARY, StorageMeter, storage_bytes
+from mosaic.tokens import PATCH, token_grid
+from mosaic.transformer import MosaicFluxTransformer2DModel
+
+BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
+SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step.
+
+    Attributes:
+        peak: By part, at the moment when most is alive; the sum is the peak.
+        saved: Activations alive between the forward and the backward pass, captured rows included.
+        base: Frozen weights as they lie in memory here, in `model.dtype`.
+    """
+
+    peak: Counter[str]
+    saved: int
+    base: int
+
+
+def dry_run(config: Config, shape: ModelShape, num_references: int, device_type: str = "cuda", supervised: bool = True) -> StepMemory:
+    """Run one optimizer step on the meta device, from the second one on, when the optimizer has its state.
+
+    Args:
+        config: The run's settings; sizes and batch are the largest that it allows.
+        shape: The base model's shape.
+        num_references: K.
+        device_type: Whose kernels and autocast are followed: "cuda" or "cpu".
+        supervised: False leaves out the captured rows and the losses on them.
+
+    Raises:
+        ValueError: If a size does not fit the tokens.
+    """
+    transformer = build_transformer(config, shape)
+    step = _Step(config, shape, num_references, transformer, supervised)
+    parameters = reference_lora_parameters(transformer)
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=config.optimizer.learning_rate)
+    autocast = torch.bfloat16 if config.training.mixed_precision == "bf16" else None
+    for parameter in parameters.values():  # the state that the first step would leave
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    if config.training.gradient_accumulation_steps == 1:
+        optimizer.zero_grad(set_to_none=True)
+
+    meter = StorageMeter()
+    with meter, kernels_of(device_type, autocast):
+        meter.mark(BASE, [p for p in transformer.parameters() if not p.requires_grad])
+        meter.mark(ADAPTER, parameters.values())
+        meter.mark(OPTIMIZER, [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)])
+        meter.mark(GRADIENTS, [p.grad for p in parameters.values() if p.grad is not None])
+        for parameter in parameters.values():
+            parameter.register_post_accumulate_grad_hook(lambda p: meter.mark(GRADIENTS, [p.grad]))
+        meter.reset_peak()
+        loss = step()
+        saved, forward_peak = meter.live[TEMPORARY], meter.peak
+        meter.relabel(TEMPORARY, SAVED)
+        meter.reset_peak()
+        loss.backward()
+        backward_peak = meter.peak
+        del loss
+        meter.reset_peak()
+        optimizer.step()
+    # A peak inside the forward pass does not know yet what will be kept.
+    forward_peak[SAVED] = min(saved, forward_peak[TEMPORARY])
+    forward_peak[TEMPORARY] -= forward_peak[SAVED]
+    peak = max(forward_peak, backward_peak, meter.peak, key=lambda parts: parts.total())
+    peak[TRANSIENT] = peak.pop(TEMPORARY, 0)
+    base = storage_bytes(p for p in transformer.parameters() if not p.requires_grad)
+    return StepMemory(+peak, saved, base)
+
+
+def row_bytes(config: Config, shape: ModelShape, num_references: int, device_type: str = "cuda") -> int:
+    """Bytes that the captured rows, and the losses on them, add to what is alive between forward and backward pass.
+
+    Counted on one and on two blocks of each kind, since every further captured block adds the same.
+    """
+    every = replace(config, loss=replace(config.loss, capture_blocks="all"))
+
+    def added(count: int) -> int:
+        shallow = replace(shape, transformer={**shape.transformer, "num_layers": count, "num_single_layers": count})
+        with_rows, without = (dry_run(every, shallow, num_references, device_type, supervised).saved for supervised in (True, False))
+        return with_rows - without
+
+    double, single = shape.transformer["num_layers"], shape.transformer["num_single_layers"]
+    captured = len(resolve_capture_blocks(config.loss.capture_blocks, double, single))
+    two, four = added(1), added(2)
+    return max(two + (captured - 2) * (four - two) // 2, 0)
+
+
+def build_transformer(config: Config, shape: ModelShape, device: str = "meta") -> MosaicFluxTransformer2DModel:
+    """The transformer with its adapter as training has them, with memory only if the device has it.
+
+    One block of each kind is built and copied: they are all alike, and adapting 57 of them one by one takes half a minute.
+    """
+    values = {**shape.transformer}
+    blocks = {name: values[name] for name in ("num_layers", "num_single_layers")}
+    with torch.device(device):
+        transformer = MosaicFluxTransformer2DModel(**{**values, **dict.fromkeys(blocks, 1)})
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.model.dtype])
+    attach_reference_lora(transformer, config.lora.rank)
+    for parameter in reference_lora_parameters(transformer).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    for stack, count in zip((transformer.transformer_blocks, transformer.single_transformer_blocks), blocks.values(), strict=True):
+        stack.extend(copy.deepcopy(stack[0]) for _ in range(count - 1))
+    transformer.register_to_config(**blocks)
+    if checkpointing_mode(config) != "none":
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def checkpointing_mode(config: Config) -> str:
+    """`model.gradient_checkpointing` as a name; a config of an earlier version holds true or false."""
+    setting = config.model.gradient_checkpointing
+    return {True: "block", False: "none"}.get(setting, setting)
+
+
+class _Step:
+    """The forward pass and the losses of `train_step` on the largest batch that a config allows."""
+
+    def __init__(
+        self, config: Config, shape: ModelShape, num_references: int, transformer: MosaicFluxTransformer2DModel, supervised: bool
+    ) -> None:
+        data = replace(config.data, image_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
+        self.config, self.transformer = replace(config, data=data), transformer
+        self.pipeline = stand_in_pipeline(shape, transformer)
+        self.batch = largest_batch(config, shape, num_references)
+        self.supervised = supervised
+
+    def __call__(self) -> Tensor:
+        forward = self.transformer if self.supervised else _without_capture(self.transformer)
+        generator = torch.Generator().manual_seed(0)
+        if self.supervised:
+            return train_step(self.pipeline, forward, self.batch, self.config, 0, generator).total
+        return train_step(self.pipeline, forward, self.batch, self.config, 0, generator).flow_matching
+
+
+def _without_capture(transformer: nn.Module) -> Any:
+    """The transformer as a function that reads no rows; it returns zero rows, which cost nothing to keep."""
+
+    def forward(**inputs: Any) -> Any:
+        capture = inputs.pop("capture")
+        output = transformer(**inputs)
+        batch, num_target, _ = output.sample.shape
+        if capture.global_index is not None:
+            output["attention_rows"] = output.sample.new_zeros(()).float().expand(batch, capture.global_index.shape[1], num_target)
+        if capture.reference_means:
+            num_references = inputs["reference_hidden_states"].shape[1]
+            output["reference_rows"] = output.sample.new_zeros(()).float().expand(batch, num_references, num_target)
+        return output
+
+    return forward
+
+
+def stand_in_pipeline(shape: ModelShape, transformer: MosaicFluxTransformer2DModel) -> Any:
+    """What `train_step` asks of a pipeline, with encoders that give noise of the right shape."""
+    device, dtype = transformer.device, transformer.dtype
+    channels = shape.transformer["in_channels"] // PATCH**2
+    scale = shape.vae_scale_factor
+
+    def encode(images: Tensor) -> Any:
+        size = (len(images), channels, images.shape[-2] // scale, images.shape[-1] // scale)
+        latents = torch.randn(size, device=device, dtype=dtype)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents, sample=lambda generator: latents))
+
+    def encode_prompt(prompts: list[str], max_sequence_length: int, **_: Any) -> tuple[Tensor, Tensor, None]:
+        embeds = torch.randn(len(prompts), max_sequence_length, shape.transformer["joint_attention_dim"], device=device, dtype=dtype)
+        return embeds, torch.randn(len(prompts), shape.transformer["pooled_projection_dim"], device=device, dtype=dtype), None
+
+    vae = SimpleNamespace(dtype=dtype, config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0), encode=encode)
+    return SimpleNamespace(transformer=transformer, vae=vae, vae_scale_factor=scale, encode_prompt=encode_prompt)
+
+
+def largest_batch(config: Config, shape: ModelShape, num_references: int) -> MosaicBatch:
+    """Pictures of the largest size that a config allows, with as many points as it supervises."""
+    data, batch = config.data, config.training.batch_size
+    height, width = max(data.buckets or [data.image_size], key=lambda size: size[0] * size[1])
+    target = token_grid(height, width, shape.vae_scale_factor, where="data.image_size or data.buckets")
+    reference = token_grid(data.reference_size, data.reference_size, shape.vae_scale_factor, where="data.reference_size")
+    if num_references < 1:
+        raise ValueError(f"the number of references must be at least 1, got {num_references}.")
+    points = []
+    for k in range(num_references):
+        count = min(-(-config.loss.max_points // num_references), reference.num_tokens)
+        u = torch.arange(count)
+        points.append(torch.stack([u, torch.full_like(u, k % target.num_tokens)], dim=1))
+    return MosaicBatch(
+        [str(index) for index in range(batch)],
+        [""] * batch,
+        torch.zeros(()).expand(batch, 3, height, width),
+        torch.zeros(()).expand(batch, num_references, 3, data.reference_size, data.reference_size),
+        [points] * batch,
+    )

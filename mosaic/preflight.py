@@ -1,0 +1,214 @@
+"""Everything that can be known of a training run before it begins: tokens, FLOPs, memory by part, time, disk, and what is missing."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mosaic.config import Config, config_to_json, resolved_dict
+from mosaic.costs import captured_row_flops, lora_parameter_count, training_step_flops
+from mosaic.dry_run import checkpointing_mode
+from mosaic.memory_model import GIB, predict_memory, setting, step_tokens
+from mosaic.model_shape import ModelShape, read_model_shape
+from mosaic.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_surroundings, data_facts
+
+PEAK_TFLOPS = 989.0  # H100 and H200, dense bf16, data sheet
+CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption
+EFFICIENCY = 0.40  # share of the peak that a step reaches (model FLOPs utilisation); an assumption
+FITS_BELOW = 0.95  # share of a card's memory that may be planned: allocators lose the rest to fragmentation
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of one training process.
+
+    Attributes:
+        type: "cuda" or "cpu".
+        name: For messages.
+        memory: Bytes; None: not known.
+        count: Processes.
+        peak_tflops: Of one process.
+    """
+
+    type: str
+    name: str
+    memory: int | None
+    count: int
+    peak_tflops: float
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The report.
+
+    Attributes:
+        config: Resolved settings.
+        counts: Parameters and tokens by name.
+        tflop_per_step: TFLOP of one optimizer step of one process, recomputation included.
+        model_tflop_per_step: Without recomputation; what a utilisation is measured by.
+        memory: Bytes by part, of one process.
+        device: What it would run on.
+        hours_per_1k_steps: At `EFFICIENCY`.
+        findings: What was looked at.
+    """
+
+    config: Config
+    counts: dict[str, int]
+    tflop_per_step: float
+    model_tflop_per_step: float
+    memory: dict[str, int]
+    device: Device
+    hours_per_1k_steps: float
+    findings: list[Finding]
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing was found that would stop training."""
+        return all(finding.level != STOP for finding in self.findings)
+
+
+def preflight(config: Config, resume: str | None = None, gpu_memory: float | None = None, num_references: int | None = None) -> Preflight:
+    """Look over a run; loads no weights, downloads nothing, writes nothing.
+
+    Args:
+        config: The run's settings.
+        resume: As for `mosaic.training.train`.
+        gpu_memory: GiB of the card to plan for; None: the card that is there.
+        num_references: K to plan for; None: the largest in the data, or `data.max_references` where the data cannot be read.
+
+    Raises:
+        FileNotFoundError, ValueError: If the base model's folder is damaged, or sizes do not fit its tokens.
+    """
+    shape, facts = read_model_shape(config.model.pretrained), data_facts(config)
+    references = num_references or facts.max_references
+    device = find_device(config, gpu_memory)
+    memory = predict_memory(config, shape, references, device.type, device.count)
+    whole, useful = (step_tflop(config, shape, references, mode) for mode in (checkpointing_mode(config), "none"))
+    hours = 1000 * useful / (EFFICIENCY * device.peak_tflops) / 3600
+    findings = [*check_surroundings(config, shape, facts, resume), *check_device(config, device, sum(memory.values()))]
+    return Preflight(config, count(config, shape, references, facts), whole, useful, memory, device, hours, findings)
+
+
+def count(config: Config, shape: ModelShape, num_references: int, facts: DataFacts) -> dict[str, int]:
+    """Parameters and tokens."""
+    text, target, references = step_tokens(config, shape, num_references)
+    counts = {
+        "frozen parameters": shape.base_parameters,
+        "adapter parameters": lora_parameter_count(shape.transformer, config.lora.rank),
+        "references": num_references,
+        "text tokens": text,
+        "target tokens": target,
+        "reference tokens": references,
+        "tokens per sample": text + target + references,
+        "samples per step and process": config.training.batch_size * config.training.gradient_accumulation_steps,
+    }
+    return counts | ({} if facts.num_samples is None else {"samples": facts.num_samples})
+
+
+def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_checkpointing: str) -> float:
+    """TFLOP of one optimizer step of one process, captured rows included."""
+    text, target, references = step_tokens(config, shape, num_references)
+    batch, per_reference, blocks = config.training.batch_size, references // num_references, shape.transformer
+    step = training_step_flops(
+        blocks,
+        batch,
+        num_references,
+        target,
+        per_reference,
+        text,
+        config.lora.rank,
+        config.model.reference_attention,
+        gradient_checkpointing,
+    )
+    captured = {"all": blocks["num_layers"] + blocks["num_single_layers"], "double": blocks["num_layers"]}
+    setting_ = config.loss.capture_blocks
+    num_captured = captured[setting_] if isinstance(setting_, str) else len(setting_)
+    points = min(config.loss.max_points, references)
+    means = config.loss.disentanglement_rows == "all"
+    rows = captured_row_flops(blocks, batch, num_references, target, per_reference, points, num_captured, means)
+    return config.training.gradient_accumulation_steps * (step + rows) / 1e12
+
+
+def find_device(config: Config, gpu_memory: float | None) -> Device:
+    """The device that training would take, or the card that is planned for."""
+    peak = setting(config.training, "peak_tflops", None)
+    processes = max(torch.cuda.device_count(), 1)
+    if gpu_memory is not None:
+        return Device("cuda", f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak or PEAK_TFLOPS)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device("cuda", properties.name, properties.total_memory, processes, peak or PEAK_TFLOPS)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return Device("cpu", f"{os.cpu_count()} CPU cores", pages, 1, peak or CPU_CORE_TFLOPS * (os.cpu_count() or 1))
+
+
+def check_device(config: Config, device: Device, needed: int) -> list[Finding]:
+    """Whether the prediction fits. A machine without a card may be the place to plan on, not the one to train on."""
+    subject, given = "memory", f"{needed / GIB:.1f} GiB predicted"
+    if device.memory is None:
+        return [Finding(NOTE, subject, f"{given}; how much {device.name} have is not known.")]
+    fits = needed <= FITS_BELOW * device.memory
+    message = f"{given}, {device.memory / GIB:.1f} GiB on {device.name}."
+    if fits:
+        findings = [Finding(OK, subject, message)]
+    elif device.type == "cpu":
+        findings = [Finding(NOTE, subject, f"{message} No GPU is here; plan for a card with --gpu-memory GIB.")]
+    else:
+        findings = [Finding(STOP, subject, f"{message} {CURES}")]
+    if (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and config.training.mixed_precision == "bf16"
+        and not torch.cuda.is_bf16_supported()
+    ):
+        findings.append(
+            Finding(STOP, "training.mixed_precision", f'"bf16" is not supported by {device.name}; set training.mixed_precision=no.')
+        )
+    return findings
+
+
+CURES = (
+    "Less memory, in this order: model.gradient_checkpointing=block, data.text_cache and data.latent_cache (no encoders), "
+    "model.quantization=nf4, a smaller lora.rank, optimizer.name=adamw_8bit, smaller sizes; `python scripts/preflight.py --table` compares."
+)
+
+
+def as_text(report: Preflight) -> str:
+    """The report to read, the resolved config first."""
+    device = report.device
+    lines = [config_to_json(report.config).rstrip(), ""]
+    lines += [f"{name:30s} {value:>18,}" for name, value in report.counts.items()]
+    lines += [
+        f"{'TFLOP per step and process':30s} {report.tflop_per_step:>18,.4g}  ({report.model_tflop_per_step:,.4g} without recomputation)",
+        "",
+        f"predicted memory of one process on {device.name}, GiB",
+        *(f"  {name:28s} {size / GIB:>18.3f}" for name, size in report.memory.items() if size),
+        f"  {'total':28s} {sum(report.memory.values()) / GIB:>18.3f}",
+        "",
+        f"time for 1,000 steps: {_duration(report.hours_per_1k_steps)} at {EFFICIENCY:.0%} of {device.peak_tflops:,.4g} TFLOP/s (assumed)",
+        "",
+        *(f"{finding.level:5s} {finding.subject}: {finding.message}" for finding in report.findings),
+        "ready" if report.ready else "NOT READY",
+    ]
+    return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
+
+
+def as_dict(report: Preflight) -> dict[str, Any]:
+    """The report as JSON types."""
+    return {
+        "config": resolved_dict(report.config),
+        "counts": report.counts,
+        "tflop_per_step": report.tflop_per_step,
+        "model_tflop_per_step": report.model_tflop_per_step,
+        "memory_bytes": report.memory,
+        "device": asdict(report.device),
+        "hours_per_1k_steps": report.hours_per_1k_steps,
+        "efficiency": EFFICIENCY,
+        "findings": [finding._asdict() for finding in report.findings],
+        "ready": report.ready,
+    }

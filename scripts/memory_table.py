@@ -1,0 +1,112 @@
+"""Which settings fit which cards: predicted memory of FLUX.1-dev's training over K, resolution and what saves memory."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from mosaic.config import Config, from_dict
+from mosaic.memory_model import EMA, ENCODERS, GIB, SAVED, dry_parts, kept_attention_bytes, predict_memory
+from mosaic.model_shape import FLUX_DEV_SHAPE, ModelShape
+from mosaic.preflight import FITS_BELOW
+
+#: GB by the card's name: GiB that CUDA reports for an RTX 4090, an RTX A6000, an H100 and an H200.
+CARDS = {24: 23.6, 48: 47.5, 80: 79.2, 141: 139.8}
+SIZES, REFERENCES = (512, 1024), (1, 2, 4, 6)
+
+
+class Choice(NamedTuple):
+    """Settings of one column: `model.quantization`, `model.gradient_checkpointing`, and whether the encoders' results are cached."""
+
+    quantization: str
+    checkpointing: str
+    cached: bool
+
+    @property
+    def name(self) -> str:
+        """For a table's head."""
+        base = "bf16" if self.quantization == "none" else self.quantization
+        return f"{base}, {self.checkpointing}, {'cached' if self.cached else 'live'}"
+
+
+#: From the fastest steps to the least memory.
+CHOICES = (
+    Choice("none", "none", False),
+    Choice("none", "none", True),
+    Choice("none", "keep_attention", True),
+    Choice("none", "block", True),
+    Choice("int8", "keep_attention", True),
+    Choice("int8", "block", True),
+    Choice("nf4", "keep_attention", True),
+    Choice("nf4", "block", True),
+)
+
+
+def config_of(size: int) -> Config:
+    """Defaults at a resolution: rank 128, batch 1, bf16 autocast, losses on all blocks, no EMA."""
+    return from_dict({"data": {"image_size": [size, size], "reference_size": 512}})
+
+
+def interpolated(first: Mapping[str, int], last: Mapping[str, int], num_references: int) -> dict[str, int]:
+    """Parts between those of the least and the most references.
+
+    Exact for what grows with the tokens; a peak is the largest of several such lines, so that it lies below its chord: never too low.
+    """
+    share = (num_references - REFERENCES[0]) / (REFERENCES[-1] - REFERENCES[0])
+    return {name: round((1 - share) * first.get(name, 0) + share * last.get(name, 0)) for name in {**first, **last}}
+
+
+def totals(shape: ModelShape = FLUX_DEV_SHAPE) -> dict[tuple[int, int], dict[Choice, float]]:
+    """Predicted GiB by (px, K) and choice."""
+    result: dict[tuple[int, int], dict[Choice, float]] = {}
+    steps = [(size, mode) for size in SIZES for mode in (False, True)]
+    measured: dict[tuple[int, bool], list[dict[str, int]]] = {}
+    for size, recomputed in tqdm(steps, desc="dry runs", unit="setting"):
+        config = with_checkpointing(config_of(size), recomputed)
+        measured[size, recomputed] = [dry_parts(config, shape, k) for k in (REFERENCES[0], REFERENCES[-1])]
+    for size in SIZES:
+        config = config_of(size)
+        for k in REFERENCES:
+            result[size, k] = {}
+            for choice in CHOICES:
+                parts = interpolated(*measured[size, choice.checkpointing != "none"], k)
+                if choice.checkpointing == "keep_attention":
+                    parts[SAVED] += kept_attention_bytes(config, shape, k)
+                result[size, k][choice] = total_of(config, shape, k, choice, parts)
+    return result
+
+
+def with_checkpointing(config: Config, recomputed: bool) -> Config:
+    """The config with or without recomputed blocks, in whatever form its setting has."""
+    from dataclasses import replace
+
+    value: Any = recomputed if isinstance(config.model.gradient_checkpointing, bool) else ("block" if recomputed else "none")
+    return replace(config, model=replace(config.model, gradient_checkpointing=value))
+
+
+def total_of(config: Config, shape: ModelShape, num_references: int, choice: Choice, parts: Mapping[str, int]) -> float:
+    """GiB of one cell."""
+    memory = predict_memory(config, shape, num_references, dry=parts, quantization=choice.quantization)
+    assert memory[EMA] == 0
+    if choice.cached:
+        memory[ENCODERS] = 0
+    return sum(memory.values()) / GIB
+
+
+def best_fit(cells: Mapping[Choice, float], card: float) -> Choice | None:
+    """The first choice that fits a card of so many GiB."""
+    return next((choice for choice in CHOICES if cells[choice] <= FITS_BELOW * card), None)
+
+
+def print_table() -> None:
+    """Both tables as Markdown: predicted GiB, and the first choice that fits each card."""
+    result = totals()
+    print("Predicted GiB of one process, FLUX.1-dev, rank 128, batch 1, bf16, references of 512 px; base, recomputation, encoders:\n")
+    print("| px | K | " + " | ".join(choice.name for choice in CHOICES) + " |\n|---|---|" + "---:|" * len(CHOICES))
+    for (size, k), cells in result.items():
+        print(f"| {size} | {k} | " + " | ".join(f"{cells[choice]:.1f}" for choice in CHOICES) + " |")
+    print(f"\nThe fastest of these that fits into {FITS_BELOW:.0%} of a card:\n")
+    print("| px | K | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n|---|---|" + "---|" * len(CARDS))
+    for (size, k), cells in result.items():
+        best = [best_fit(cells, memory) for memory in CARDS.values()]
+        print(f"| {size} | {k} | " + " | ".join("none of these" if choice is None else choice.name for choice in best) + " |")

@@ -1,0 +1,66 @@
+"""Looks over a training run before anything heavy: counts, FLOPs, memory by part, time, disk, and whether everything it needs is there.
+
+    python scripts/preflight.py CONFIG [--set section.field=value ...] [--gpu-memory GIB] [--references K] [--json FILE]
+    python scripts/preflight.py --table
+
+Loads and downloads no weights, writes nothing but FILE. Exit code 0: ready; 1: something would stop training; 2: the command or the
+config is wrong. --table: which settings fit which cards with FLUX.1-dev, in a few minutes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mosaic.config import load_config
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="JSON file, such as configs/pocket.json")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
+    parser.add_argument("--resume", metavar="auto|FOLDER", help="as for scripts/train.py")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="plan for a card of this size instead of the one that is here")
+    parser.add_argument("--references", type=int, metavar="K", help="plan for K references instead of the most that the data have")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    parser.add_argument("--table", action="store_true", help="print which settings fit cards of 24, 48, 80 and 141 GB")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.config) == arguments.table:
+        parser.error("give either CONFIG or --table")
+    for name in ("gpu_memory", "references"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = parse_arguments(argv)
+    if arguments.table:
+        from scripts.memory_table import print_table
+
+        print_table()
+        return 0
+    try:
+        config = load_config(arguments.config, arguments.set)
+        from mosaic.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
+
+        report = preflight(config, arguments.resume, arguments.gpu_memory, arguments.references)
+    except (OSError, ValueError) as error:
+        print(f"preflight.py: error: {error}", file=sys.stderr)
+        return 2
+    print(as_text(report))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.json.with_name(arguments.json.name + ".partial")
+        partial.write_text(json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, arguments.json)
+    return 0 if report.ready else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
