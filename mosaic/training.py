@@ -35,6 +35,7 @@ from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lo
 from mosaic.losses import MosaicLoss
 from mosaic.objective import run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.sharding import average_gradients, check_distribution, is_sharded, place_models
 from mosaic.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Trainer:
         self.run_dir = Path(training.output_dir)
         self.metrics_file = self.run_dir / "metrics.jsonl"
         check_files(config)
+        check_distribution()
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             log_with="tensorboard",
@@ -85,7 +87,7 @@ class Trainer:
         validation = config.validation
         self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
         self._attach_adapter()
-        self.pipeline.to(self.accelerator.device)
+        self.transformer = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
         optimizer = config.optimizer
@@ -93,7 +95,6 @@ class Trainer:
             trainable, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
-        self.transformer = self.accelerator.prepare(self.pipeline.transformer)
         self.step = 0
 
     def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples:
@@ -172,6 +173,7 @@ class Trainer:
                 loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generator)
                 accelerator.backward(loss.total / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
+        average_gradients(self.transformer, self.parameters.values())
         if settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.max_grad_norm)
         self.optimizer.step()
@@ -229,10 +231,12 @@ class Trainer:
             epoch, done = epoch + 1, 0
 
     def validate(self) -> None:
-        """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; on the main process."""
-        if self.accelerator.is_main_process:
+        """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; written by the main process."""
+        is_main = self.accelerator.is_main_process
+        if is_main or is_sharded(self.transformer):
+            folder = self.run_dir / "validation" / f"step_{self.step:08d}" if is_main else None
             with averaged(self.ema, list(self.parameters.values())):
-                accuracy = validate(self.pipeline, self.held_out, self.config, self.run_dir / "validation" / f"step_{self.step:08d}")
+                accuracy = validate(self.pipeline, self.held_out, self.config, folder)
             self._log({f"attention/{name}": value for name, value in accuracy._asdict().items()})
         self.accelerator.wait_for_everyone()
 
