@@ -1,0 +1,134 @@
+"""The FLOP model: against the published totals of FLUX.1-dev and against the operations that the real code runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mosaic import costs
+from mosaic.lora import attach_reference_lora, reference_lora_parameters
+from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from tests import tiny
+
+REFERENCE_TOKENS, TEXT = 1024, 512
+
+
+def step(size: int, num_references: int, mode: str = "target", checkpointing: str = "none", rank: int = 128) -> float:
+    """TFLOP of a training step of FLUX.1-dev, batch 1."""
+    target = (size // 16) ** 2
+    return costs.training_step_flops(costs.FLUX_DEV, 1, num_references, target, REFERENCE_TOKENS, TEXT, rank, mode, checkpointing) / 1e12
+
+
+# px, K, mode, rank, checkpointing, TFLOP; the totals of an independent model of FLUX.1-dev (which gives the small terms a backward too)
+PUBLISHED = [
+    (512, 1, "target", 128, "none", 84.4),
+    (512, 2, "target", 128, "none", 123.3),
+    (512, 2, "target", 128, "keep_attention", 171.0),
+    (512, 2, "target", 128, "block", 178.5),
+    (512, 6, "joint", 128, "none", 355.9),
+    (512, 6, "target", 512, "none", 317.6),
+    (1024, 4, "target", 128, "none", 388.3),
+    (1024, 6, "target", 128, "block", 699.0),
+    (1024, 6, "target", 128, "keep_attention", 640.1),
+    (1024, 6, "isolated", 128, "none", 427.5),
+]
+
+
+@pytest.mark.parametrize(("size", "num_references", "mode", "rank", "checkpointing", "expected"), PUBLISHED)
+def test_flux_dev(size: int, num_references: int, mode: str, rank: int, checkpointing: str, expected: float) -> None:
+    assert step(size, num_references, mode, checkpointing, rank) == pytest.approx(expected, rel=1e-3)
+
+
+def test_captured_rows_of_flux_dev() -> None:
+    """A forward pass of 512 px, K = 2 measures 55.45 TFLOP and a step 123.9 with 512 points, 179.4 with recomputed blocks."""
+    rows = costs.captured_row_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, 512, 57, reference_means=False) / 1e12
+    forward = costs.forward_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, TEXT, 128, "target").total / 1e12
+    assert forward + rows / 4 == pytest.approx(55.45, rel=1e-3)
+    assert step(512, 2) + rows == pytest.approx(123.9, rel=2e-3)
+    assert step(512, 2, checkpointing="block") + rows * 5 / 4 == pytest.approx(179.4, rel=1e-3)
+
+
+def test_parameter_counts() -> None:
+    assert costs.base_parameter_count(costs.FLUX_DEV) == 11_901_408_320
+    assert costs.lora_parameter_count(costs.FLUX_DEV, 128) == 463_609_856
+    config = tiny.transformer_config(guidance_embeds=False)
+    transformer = MosaicFluxTransformer2DModel(**config)
+    assert costs.base_parameter_count(config) == sum(p.numel() for p in transformer.parameters())
+    attach_reference_lora(transformer, 3)
+    assert costs.lora_parameter_count(config, 3) == sum(p.numel() for p in reference_lora_parameters(transformer).values())
+
+
+GEOMETRY = {"batch_size": 3, "num_references": 2, "reference_tokens": 36, "target_tokens": 48, "text_tokens": 20}
+
+
+def meta_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward pass of `GEOMETRY` on the meta device."""
+    g = GEOMETRY
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    return {
+        "hidden_states": empty(g["batch_size"], g["target_tokens"], config["in_channels"]),
+        "encoder_hidden_states": empty(g["batch_size"], g["text_tokens"], config["joint_attention_dim"]),
+        "pooled_projections": empty(g["batch_size"], config["pooled_projection_dim"]),
+        "timestep": empty(g["batch_size"]),
+        "guidance": empty(g["batch_size"]) if config["guidance_embeds"] else None,
+        "img_ids": empty(g["target_tokens"], 3),
+        "txt_ids": empty(g["text_tokens"], 3),
+        "reference_hidden_states": empty(g["batch_size"], g["num_references"], g["reference_tokens"], config["in_channels"]),
+        "reference_ids": empty(g["num_references"] * g["reference_tokens"], 3),
+    }
+
+
+def count(config: Mapping[str, Any], mode: str, points: int = 0) -> tuple[int, int]:
+    """FLOPs of a forward pass, and of a forward and backward pass, that the counter sees."""
+    with torch.device("meta"):
+        transformer = MosaicFluxTransformer2DModel(**config)
+    attach_reference_lora(transformer, 5)
+    index = torch.zeros(GEOMETRY["batch_size"], points, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = transformer(
+            **meta_inputs(config), reference_attention=mode, capture=CaptureRequest(index, reference_means=True) if points else None
+        )
+        forward = counter.get_total_flops()
+        loss = output.sample.sum()
+        if points:
+            loss = loss + output.attention_rows.sum() + output.reference_rows.sum()
+        loss.backward()
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mode", ["target", "joint", "isolated"])
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_equals_the_operations_of_the_real_forward(mode: str, guidance_embeds: bool) -> None:
+    config = tiny.transformer_config(guidance_embeds, num_layers=3, num_single_layers=4)
+    forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
+    assert count(config, mode)[0] == pytest.approx(forward.total, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["target", "isolated"])
+def test_follows_the_operations_of_the_real_backward(mode: str) -> None:
+    """Plain attention keeps its softmax, so that its backward is four products and not five; deep enough for the edges not to count."""
+    config = tiny.transformer_config(num_layers=8, num_single_layers=16)
+    forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
+    expected = costs.training_step_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, gradient_checkpointing="none")
+    assert count(config, mode)[1] == pytest.approx(expected - forward.attention / 2, rel=0.02)
+
+
+def test_captured_rows_equal_the_operations() -> None:
+    config = tiny.transformer_config(num_layers=2, num_single_layers=3)
+    without, with_rows = count(config, "target")[1], count(config, "target", points=7)[1]
+    g = GEOMETRY
+    sizes = (g["batch_size"], g["num_references"], g["target_tokens"], g["reference_tokens"])
+    assert with_rows - without == costs.captured_row_flops(config, *sizes, 7, 5, reference_means=True)
+
+
+def test_unknown_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match='gradient_checkpointing must be one of none, block, keep_attention, got "blocks"'):
+        step(512, 1, checkpointing="blocks")
+    with pytest.raises(ValueError, match='reference_attention must be one of joint, target, isolated, got "self"'):
+        step(512, 1, mode="self")
