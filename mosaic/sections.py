@@ -230,6 +230,11 @@ class TrainingConfig(Section):
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: Count | None = 3
     """Number of newest checkpoints that are kept; None: all."""
+    trackers: tuple[()] | tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where numbers are shown beside the run's own files. "wandb" must be installed; a tracker that fails never ends a run."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in TFLOP/s, for the utilisation (MFU) that is logged; None: that of the data sheet for bf16 where the device is
+    known, else none is logged."""
 
     def __post_init__(self) -> None:
         """Validate; a run must have an end."""

@@ -36,6 +36,8 @@ from mosaic.losses import MosaicLoss
 from mosaic.objective import run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.sharding import average_gradients, check_distribution, is_sharded, place_models
+from mosaic.throughput import ThroughputMeter, batch_work
+from mosaic.tracking import Trackers
 from mosaic.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -73,11 +75,8 @@ class Trainer:
         self.metrics_file = self.run_dir / "metrics.jsonl"
         check_files(config)
         check_distribution()
-        self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision,
-            log_with="tensorboard",
-            project_dir=str(self.run_dir / "logs"),
-        )
+        self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
+        self.trackers = Trackers(training.trackers, self.run_dir / "logs")
         self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
         self.pipeline.set_progress_bar_config(disable=True)
         blocks = self.pipeline.transformer.config
@@ -95,6 +94,7 @@ class Trainer:
             trainable, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
+        self.meter = ThroughputMeter(self.accelerator.num_processes, self.accelerator.device, training.peak_tflops)
         self.step = 0
 
     def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples:
@@ -174,8 +174,10 @@ class Trainer:
                 accelerator.backward(loss.total / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         average_gradients(self.transformer, self.parameters.values())
+        trainable = list(self.parameters.values())
+        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
         if settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(trainable, settings.max_grad_norm, self.gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -206,13 +208,14 @@ class Trainer:
             self.validate()  # what the run starts from
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with progress:  # closed in any case, so that an error message starts on a line of its own
-            for batches in islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0)):
+            for batches in self.meter.wait_for(islice(self._batches(sampler, steps_per_epoch), max(total - self.step, 0))):
                 loss = self.optimizer_step(batches)
+                self.meter.end_step(batch_work(batch, self.pipeline, self.config) for batch in batches)
                 progress.update()
                 if self.step % training.log_every == 0 or self.step == total:
                     shown = zip(("flow", "scal", "mdl"), loss[1:], strict=True)
                     progress.set_postfix({name: f"{value:.3f}" for name, value in shown})
-                    self._log({f"loss/{name}": value.item() for name, value in loss._asdict().items()})
+                    self._log_step(loss)
                 if self.step % training.checkpoint_every == 0 or self.step == total:
                     self.save()
                 if validation.every and (self.step % validation.every == 0 or self.step == total):
@@ -248,19 +251,28 @@ class Trainer:
                 lines = self.metrics_file.read_text().splitlines(keepends=True) if self.step else []
                 complete = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
                 write_text(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= self.step))
-        self.accelerator.init_trackers("mosaic")
+            self.trackers.start(self.step, resolved_dict(self.config))
 
-    def _log(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self.step)
+    def _log_step(self, loss: MosaicLoss) -> None:
+        """Loss terms, gradient and learning rate of this step; the speed since the last entry goes elsewhere: no two runs share it."""
+        values = {f"loss/{name}": value.item() for name, value in loss._asdict().items()}
+        values["optimizer/gradient_norm"] = self.gradient_norm.item()
+        values["optimizer/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self._log(values)
+        self._log(self.meter.report(), self.run_dir / "throughput.jsonl")
+
+    def _log(self, values: dict[str, float], file: Path | None = None) -> None:
         if self.accelerator.is_main_process:
-            with open(self.metrics_file, "a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.trackers.log(values, self.step)
+            with open(file or self.metrics_file, "a") as lines:
+                lines.write(json.dumps({"step": self.step, **values}) + "\n")
 
     def _finish(self) -> Path:
         path = self.run_dir / "lora.safetensors"
         if self.accelerator.is_main_process:
             with averaged(self.ema, list(self.parameters.values())):
                 save_reference_lora(self.pipeline.transformer, path, resolved_dict(self.config))
+        self.trackers.close()
         self.accelerator.end_training()
         return path
 

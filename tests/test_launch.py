@@ -250,8 +250,18 @@ def test_exit_code(tmp_path: Path, codes: list[str], expected: int) -> None:
 
 
 def test_a_failure_ends_the_others_even_those_that_do_not_listen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "import os, signal, sys, time\nif os.environ['N'] == '1': sys.exit(4)\n"
-    text += "if os.environ['N'] == '2': signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+    ready = tmp_path / "ready"
+    text = f"""
+import os, signal, sys, time
+if os.environ["N"] == "1":
+    while not os.path.exists("{ready}"):
+        time.sleep(0.01)
+    sys.exit(4)
+if os.environ["N"] == "2":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open("{ready}", "w").close()
+time.sleep(60)
+"""
     begin = time.monotonic()
     assert run_processes(script(tmp_path, text), environments(N=["0", "1", "2"]), grace=0.3) == 4
     assert time.monotonic() - begin < 20
