@@ -1,6 +1,7 @@
-"""Attention accuracy: do supervised rows peak where they should?"""
+"""Attention accuracy and leakage: do supervised rows peak where they should, and do they look at another reference's tokens?"""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,10 @@ class AttentionAccuracy(NamedTuple):
         exact_chance: 1 / N_tgt.
         near_chance: Mean share of the grid that lies within one token of v.
         num_points: Number of points counted.
+        leakage: Mean over points of the share of the row's mass that lies on target tokens owned by another reference
+            (`attention_leakage`).
+        leakage_chance: What a uniform row would leak: the mean share of target tokens owned by another reference.
+        num_leakage_points: Number of points counted there.
     """
 
     exact: float
@@ -26,6 +31,9 @@ class AttentionAccuracy(NamedTuple):
     exact_chance: float
     near_chance: float
     num_points: int
+    leakage: float = math.nan
+    leakage_chance: float = math.nan
+    num_leakage_points: int = 0
 
 
 def attention_accuracy(attention_rows: Tensor, points: Points, target_grid: Grid) -> AttentionAccuracy:
@@ -49,6 +57,7 @@ def attention_accuracy(attention_rows: Tensor, points: Points, target_grid: Grid
         exact_chance=1 / target_grid.num_tokens,
         near_chance=(neighbours.float() / target_grid.num_tokens).mean().item(),
         num_points=len(v),
+        **attention_leakage(attention_rows, points)._asdict(),
     )
 
 
@@ -57,11 +66,49 @@ def _span(index: Tensor, length: int) -> Tensor:
     return torch.clamp(index + 1, max=length - 1) - torch.clamp(index - 1, min=0) + 1
 
 
+class AttentionLeakage(NamedTuple):
+    """The last three fields of `AttentionAccuracy`."""
+
+    leakage: float
+    leakage_chance: float
+    num_leakage_points: int
+
+
+def attention_leakage(attention_rows: Tensor, points: Points) -> AttentionLeakage:
+    """How much of a reference's attention lies on target tokens that another reference owns.
+
+    Reference j owns the target tokens v of its own points; by Eq. 2 no token has two owners, and most have none. A row of reference k
+    leaks sum(A[u, v] for v owned by j != k) / sum(A[u, v] for all v). The mean is over the points of samples in which another reference
+    owns tokens at all; a sample with one reference cannot leak and is not counted.
+
+    Args:
+        attention_rows: [B, P, N_tgt], not negative.
+        points: The points of the rows.
+    """
+    batch_size, _, num_tokens = attention_rows.shape
+    owner = torch.full((batch_size, num_tokens), -1, device=attention_rows.device)
+    sample = points.mask.nonzero()[:, 0]
+    owner[sample, points.target_index[points.mask]] = points.reference[points.mask]
+    owner, own = owner[sample], points.reference[points.mask][:, None]
+    foreign = (owner >= 0) & (owner != own)
+    counted = foreign.any(dim=-1)
+    if not counted.any():
+        return AttentionLeakage(math.nan, math.nan, 0)
+    rows, foreign = attention_rows[points.mask][counted].float(), foreign[counted].float()
+    leaked = (rows * foreign).sum(dim=-1) / rows.sum(dim=-1)
+    return AttentionLeakage(leaked.mean().item(), foreign.mean().item(), len(rows))
+
+
 def pool_accuracies(parts: list[AttentionAccuracy]) -> AttentionAccuracy:
     """Join accuracies of several batches, weighted by their points; the shares of no points at all are not numbers."""
-    total = sum(part.num_points for part in parts)
-    if not total:
-        return AttentionAccuracy(math.nan, math.nan, math.nan, math.nan, 0)
-    counted = [part for part in parts if part.num_points]
-    pooled = [sum(part.num_points / total * part[field] for part in counted) for field in range(4)]
-    return AttentionAccuracy(*pooled, num_points=total)
+    names = AttentionAccuracy._fields
+    shares = [_pooled(parts, names[:4], "num_points"), _pooled(parts, names[5:7], "num_leakage_points")]
+    return AttentionAccuracy(**shares[0], **shares[1])
+
+
+def _pooled(parts: list[AttentionAccuracy], shares: Sequence[str], count: str) -> dict[str, float]:
+    """Means of some shares, weighted by the number of points they are of, and that number's sum."""
+    counted = [part for part in parts if getattr(part, count)]
+    total = sum(getattr(part, count) for part in counted)
+    means = {name: sum(getattr(part, count) / total * getattr(part, name) for part in counted) if total else math.nan for name in shares}
+    return {**means, count: total}

@@ -239,6 +239,11 @@ class TrainingConfig(Section):
     non_finite: Literal["stop", "skip"] = "stop"
     """What happens where the loss or the gradient is not finite. "stop": save the batch's ids and a checkpoint of the steps before, then
     end; "skip": leave the batch out, with a note in the log."""
+    trackers: tuple[()] | tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where numbers are shown beside the run's own files. "wandb" must be installed; a tracker that fails never ends a run."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in TFLOP/s, for the utilisation (MFU) that is logged; None: that of the data sheet for bf16 where the device is
+    known, else none is logged."""
 
     def __post_init__(self) -> None:
         """Validate; a run must have an end."""

@@ -29,8 +29,11 @@ from mosaic.run_lock import RunLock
 from mosaic.run_log import RunLog
 from mosaic.run_snapshot import restore_snapshot, take_snapshot
 from mosaic.run_state import describe_run, require_same_run
+from mosaic.sharding import average_gradients, check_distribution, is_sharded, place_models
 from mosaic.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.starting import attach_adapter, check_files, choose_checkpoint, training_dataset, training_sampler
+from mosaic.throughput import ThroughputMeter, batch_work
+from mosaic.tracking import Trackers
 from mosaic.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -74,11 +77,8 @@ class Trainer:
         self.run_dir = Path(training.output_dir)
         self.signals = signals or StopSignals()
         check_files(config)
-        self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision,
-            log_with="tensorboard",
-            project_dir=str(self.run_dir / "logs"),
-        )
+        check_distribution()
+        self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
         self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
         self.pipeline.set_progress_bar_config(disable=True)
         blocks = self.pipeline.transformer.config
@@ -92,7 +92,7 @@ class Trainer:
         attach_adapter(self.pipeline, config)
         if config.model.gradient_checkpointing:
             self.pipeline.transformer.enable_gradient_checkpointing()
-        self.pipeline.to(self.accelerator.device)
+        self.transformer = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
         optimizer = config.optimizer
@@ -100,9 +100,11 @@ class Trainer:
             trainable, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
         self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
-        self.transformer = self.accelerator.prepare(self.pipeline.transformer)
         self.run = describe_run(config, self.global_batch, self.accelerator.num_processes, self.dataset.batch_keys)
-        self.log = RunLog(self.accelerator, self.run_dir / "metrics.jsonl")
+        self.trackers = Trackers(training.trackers if self.accelerator.is_main_process else (), self.run_dir / "logs")
+        self.log = RunLog(self.run_dir / "metrics.jsonl")
+        self.speed_log = RunLog(self.run_dir / "throughput.jsonl")  # apart, for no two runs share it
+        self.meter = ThroughputMeter(self.accelerator.num_processes, self.accelerator.device, training.peak_tflops)
         self.writer = CheckpointWriter(self.run_dir / "checkpoints", training, self._best_step)
         self.non_finite = NonFiniteSteps(self.accelerator, self.run_dir / "non_finite.json", training.non_finite)
         self.step = 0
@@ -172,7 +174,8 @@ class Trainer:
         # All slices have one size, so the mean of their means is the mean over the samples.
         loss = MosaicLoss(*accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
         trainable = list(self.parameters.values())
-        norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        average_gradients(self.transformer, trainable)
+        self.gradient_norm = norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
         if self.non_finite.accept(loss, norm, self.step, self.step * self.global_batch, batches):
             if settings.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(trainable, settings.max_grad_norm, norm)
@@ -207,16 +210,17 @@ class Trainer:
             self.validate()  # what the run starts from, or what a kill has cut short
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with progress:  # closed in any case, so that an error message starts on a line of its own
-            for batches in islice(batches_of_steps, max(total - self.step, 0)):
+            for batches in self.meter.wait_for(islice(batches_of_steps, max(total - self.step, 0))):
                 try:
                     loss = self.optimizer_step(batches)
                 except NonFiniteLoss:
                     self.save()  # the steps before this one
                     self._settle()
                     raise
+                self.meter.end_step(batch_work(batch, self.pipeline, self.config) for batch in batches)
                 progress.update()
                 if self.step % training.log_every == 0 or self.step == total:
-                    self._log_loss(loss, progress)
+                    self._log_step(loss, progress)
                 if self.step % training.checkpoint_every == 0 or self.step == total:
                     self.save()
                 if self._validation_is_due(total):
@@ -229,13 +233,25 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.json", config_to_json(self.config))
-        self.log.start(self.step)
+            self.log.start(self.step)
+            self.speed_log.start(self.step)
+        self.trackers.start(self.step, resolved_dict(self.config))
 
-    def _log_loss(self, loss: MosaicLoss, progress: tqdm) -> None:
-        if not all(map(torch.isfinite, loss)):
+    def _log_step(self, loss: MosaicLoss, progress: tqdm) -> None:
+        """Loss terms, gradient norm and learning rate of this step, and the speed since the last entry."""
+        speed = self.meter.report()
+        self._write(self.speed_log, speed)
+        if not all(map(torch.isfinite, (*loss, self.gradient_norm))):
             return  # the log has an entry of its own
         progress.set_postfix({name: f"{value:.3f}" for name, value in zip(("flow", "scal", "mdl"), loss[1:], strict=True)})
-        self.log.write(self.step, {f"loss/{name}": value.item() for name, value in loss._asdict().items()})
+        terms = {f"loss/{name}": value.item() for name, value in loss._asdict().items()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._write(self.log, {**terms, "optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate})
+
+    def _write(self, log: RunLog, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            log.write(self.step, values)
+            self.trackers.log(values, self.step)
 
     def _validation_is_due(self, total: int) -> bool:
         every = self.config.validation.every
@@ -248,16 +264,17 @@ class Trainer:
         return found[0]
 
     def validate(self) -> None:
-        """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; on the main process.
+        """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; written by the main process.
 
         A failure is logged and never ends a run.
         """
-        if self.accelerator.is_main_process:
-            folder = self.run_dir / "validation" / f"step_{self.step:08d}"
+        is_main = self.accelerator.is_main_process
+        if is_main or is_sharded(self.transformer):
+            folder = self.run_dir / "validation" / f"step_{self.step:08d}" if is_main else None
             try:
                 with averaged(self.ema, list(self.parameters.values())):
                     accuracy = validate(self.pipeline, self.held_out, self.config, folder)
-                self.log.write(self.step, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
+                self._write(self.log, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
             except Exception:
                 logger.exception("validation at step %d failed; training goes on", self.step)
         self.accelerator.wait_for_everyone()
@@ -284,5 +301,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             with averaged(self.ema, list(self.parameters.values())):
                 save_reference_lora(self.pipeline.transformer, path, resolved_dict(self.config))
-        self.log.close()
+        self.trackers.close()
+        self.accelerator.end_training()
         return path

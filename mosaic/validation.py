@@ -21,14 +21,14 @@ ACCURACY_BATCHES = 4  # batches of held-out samples on which attention accuracy 
 
 
 @torch.no_grad()
-def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Config, folder: Path) -> AttentionAccuracy:
+def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Config, folder: Path | None) -> AttentionAccuracy:
     """Render panels into `folder` and measure attention accuracy.
 
     Args:
         pipeline: With the adapter attached.
         dataset: Held-out samples.
         config: The run's settings; `validation` and `model` are used.
-        folder: Gets `case_<i>.png`.
+        folder: Gets `case_<i>.png`; None: nothing is written, in a process that only takes its part in a sharded forward pass.
     """
     validation = config.validation
     for index, (prompt, references) in enumerate(_cases(dataset, config)):
@@ -44,7 +44,8 @@ def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Con
             max_sequence_length=config.model.text_length,
             generator=torch.Generator().manual_seed(validation.seed + index),
         )
-        save_picture(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
+        if folder is not None:
+            save_picture(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
     sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)

@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMSNorm under autocast: only not fused
+    # Nothing here changes a block's output in place, of which FSDP2 warns wherever an output is a view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.print_config:

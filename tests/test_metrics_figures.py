@@ -24,7 +24,7 @@ from mosaic.figures import (
     token_centre,
     token_position,
 )
-from mosaic.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
+from mosaic.metrics import AttentionAccuracy, attention_accuracy, attention_leakage, pool_accuracies
 from mosaic.tokens import Grid
 from tests import tiny
 
@@ -82,13 +82,63 @@ def test_padding_is_not_counted() -> None:
 
 def test_pooling_is_weighted_by_points() -> None:
     parts = [AttentionAccuracy(1.0, 1.0, 0.1, 0.4, 3), AttentionAccuracy(0.0, 0.5, 0.1, 0.8, 1), accuracy_of([], [], Grid(2, 2))]
-    assert pool_accuracies(parts) == pytest.approx((0.75, 0.875, 0.1, 0.5, 4))
+    assert pool_accuracies(parts)[:5] == pytest.approx((0.75, 0.875, 0.1, 0.5, 4))
 
 
 def test_no_points_have_no_accuracy() -> None:
     for nothing in (accuracy_of([], [], Grid(2, 2)), pool_accuracies([])):
         assert nothing.num_points == 0
-        assert all(math.isnan(value) for value in nothing[:4])
+        assert all(math.isnan(value) for value in (*nothing[:4], nothing.leakage, nothing.leakage_chance))
+
+
+# ---- attention leakage
+
+
+def test_leakage_of_constructed_rows() -> None:
+    """Sample 0: reference 0 owns tokens 1 and 2, reference 1 owns 4; sample 1: one reference has points, so nothing counts."""
+    points = batch_points([[torch.tensor([[0, 1], [3, 2]]), torch.tensor([[2, 4]])], [torch.tensor([[1, 0]]), torch.empty(0, 2).long()]], 4, 6)
+    rows = torch.zeros(2, 3, 6)
+    rows[0, 0] = torch.tensor([0.1, 0.2, 0.0, 0.1, 0.5, 0.1])  # to token 4, of reference 1: 0.5
+    rows[0, 1] = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0, 0.0])  # only to its own
+    rows[0, 2] = torch.tensor([1.0, 0.5, 0.25, 0.0, 0.25, 0.0])  # to tokens 1 and 2: 0.75 of a mass of 2
+    rows[1, 0, 5] = 1
+    rows[1, 1:] = 1  # padding
+    found = attention_leakage(rows, points)
+    assert found == pytest.approx(((0.5 + 0 + 0.375) / 3, (1 / 6 + 1 / 6 + 2 / 6) / 3, 3))
+    assert attention_accuracy(rows, points, Grid(2, 3))[5:] == found
+
+
+def test_leakage_against_a_loop(generator: torch.Generator) -> None:
+    grid, num_references = Grid(4, 5), 3
+    samples = []
+    for _ in range(4):
+        owners = torch.randint(-1, num_references, (grid.num_tokens,), generator=generator)
+        samples.append([torch.tensor([[i, v] for i, v in enumerate((owners == k).nonzero()[:, 0].tolist())], dtype=torch.long).reshape(-1, 2) for k in range(num_references)])
+    points = batch_points(samples, grid.num_tokens, grid.num_tokens)
+    rows = torch.rand(*points.mask.shape, grid.num_tokens, generator=generator)
+    leaked = []
+    for b, sample in enumerate(samples):
+        row = iter(rows[b])
+        for k, own in enumerate(sample):
+            foreign = [v for j, other in enumerate(sample) if j != k for v in other[:, 1].tolist()]
+            for _ in range(len(own)):
+                found = next(row)
+                leaked.append(float(found[foreign].sum() / found.sum()))
+    assert attention_leakage(rows, points).leakage == pytest.approx(sum(leaked) / len(leaked), rel=1e-5)
+
+
+def test_uniform_rows_leak_by_chance_and_pooling_weighs_by_points() -> None:
+    def uniform(v: list[list[int]]) -> AttentionAccuracy:
+        sample = [torch.tensor([[i, v] for i, v in enumerate(tokens)], dtype=torch.long).reshape(-1, 2) for tokens in v]
+        points = batch_points([sample], 9, 6)
+        return attention_accuracy(torch.ones(*points.mask.shape, 6), points, Grid(2, 3))
+
+    parts = [uniform([[0, 1, 2], [4]]), uniform([[5], [1]]), uniform([[3, 4], []])]
+    assert [part.leakage for part in parts[:2]] == pytest.approx([part.leakage_chance for part in parts[:2]])
+    assert [part.num_leakage_points for part in parts] == [4, 2, 0]
+    pooled = pool_accuracies(parts)
+    assert (pooled.num_points, pooled.num_leakage_points) == (8, 6)
+    assert pooled.leakage == pytest.approx((3 * 1 / 6 + 3 / 6 + 2 * 1 / 6) / 6)
 
 
 # ---- figures

@@ -20,6 +20,7 @@ from mosaic.losses import MosaicLoss
 from mosaic.non_finite import NonFiniteLoss
 from mosaic.objective import train_step
 from mosaic.signals import StopSignals, TrainingStopped
+from mosaic.tracking import TensorBoardTracker
 from mosaic.training import Trainer, train
 from scripts.train import main
 from tests import runs
@@ -158,19 +159,22 @@ def test_skipping_everything_stops(world: Path, tmp_path: Path, monkeypatch: pyt
 # ---- tracker and validation
 
 
-def test_a_lost_tracker_costs_no_run(world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = Trainer(runs.make_config(world, tmp_path / "run", **OPTIONS))
-    monkeypatch.setattr(trainer.accelerator, "log", lambda *_, **__: 1 / 0)
-    trainer.fit()
-    (message,) = [text for text in caplog.messages if "logging" in text]  # once
-    assert message == "logging (tracker) failed, training goes on without it: ZeroDivisionError: division by zero"
+@pytest.mark.parametrize("failing", ["__init__", "log", "close"])
+def test_a_lost_tracker_costs_no_run(
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    monkeypatch.setattr(TensorBoardTracker, failing, lambda *_: 1 / 0)
+    train(runs.make_config(world, tmp_path / "run", **OPTIONS))
+    (message,) = [text for text in caplog.messages if "tracker" in text]  # once
+    assert message.endswith("ZeroDivisionError: division by zero")
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_tracker_that_does_not_start_costs_no_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(runs.make_config(world, tmp_path / "run", **OPTIONS))
-    monkeypatch.setattr(trainer.accelerator, "init_trackers", lambda *_: 1 / 0)
-    assert trainer.fit().is_file()
+def test_a_log_that_cannot_be_written_costs_no_run(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    assert train(runs.make_config(world, tmp_path / "run", **OPTIONS)).is_file()
+    (message,) = [text for text in caplog.messages if "metrics.jsonl" in text]  # once
+    assert "cannot be written, training goes on without it" in message
 
 
 def test_a_failing_validation_costs_no_run(
