@@ -5,6 +5,7 @@ What is alive at its fullest moment is what the step needs, by part. The code it
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from mosaic.model_shape import ModelShape
 from mosaic.objective import train_step
 from mosaic.storage_meter import TEMPORARY, StorageMeter, storage_bytes
 from mosaic.tokens import PATCH, token_grid
-from mosaic.transformer import MosaicFluxTransformer2DModel
+from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
 SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"
@@ -57,7 +58,7 @@ def dry_run(config: Config, shape: ModelShape, num_references: int, device_type:
         ValueError: If a size does not fit the tokens.
     """
     transformer = build_transformer(config, shape)
-    step = _Step(config, shape, num_references, transformer, supervised)
+    step = StandInStep(config, shape, num_references, transformer, supervised)
     parameters = reference_lora_parameters(transformer)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=config.optimizer.learning_rate)
     autocast = torch.bfloat16 if config.training.mixed_precision == "bf16" else None
@@ -141,38 +142,42 @@ def checkpointing_mode(config: Config) -> str:
     return {True: "block", False: "none"}.get(setting, setting)
 
 
-class _Step:
-    """The forward pass and the losses of `train_step` on the largest batch that a config allows."""
+class StandInStep:
+    """Forward pass and losses of `train_step` on the largest batch that a config allows; latents and embeddings are noise."""
 
     def __init__(
-        self, config: Config, shape: ModelShape, num_references: int, transformer: MosaicFluxTransformer2DModel, supervised: bool
+        self, config: Config, shape: ModelShape, num_references: int, transformer: MosaicFluxTransformer2DModel, supervised: bool = True
     ) -> None:
         data = replace(config.data, image_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
-        self.config, self.transformer = replace(config, data=data), transformer
+        self.config, self.supervised = replace(config, data=data), supervised
         self.pipeline = stand_in_pipeline(shape, transformer)
         self.batch = largest_batch(config, shape, num_references)
-        self.supervised = supervised
+        self.forward = transformer if supervised else _without_capture(transformer)
+        self.autocast = config.training.mixed_precision == "bf16" and transformer.device.type != "meta"
 
     def __call__(self) -> Tensor:
-        forward = self.transformer if self.supervised else _without_capture(self.transformer)
+        """The loss: all terms, or flow matching alone where nothing is supervised."""
         generator = torch.Generator().manual_seed(0)
-        if self.supervised:
-            return train_step(self.pipeline, forward, self.batch, self.config, 0, generator).total
-        return train_step(self.pipeline, forward, self.batch, self.config, 0, generator).flow_matching
+        loss = train_step(self.pipeline, self._transformer, self.batch, self.config, 0, generator)
+        return loss.total if self.supervised else loss.flow_matching
+
+    def _transformer(self, **inputs: Any) -> Any:
+        """The forward pass under autocast, as accelerate has it: the losses are outside."""
+        with torch.autocast(inputs["hidden_states"].device.type, torch.bfloat16) if self.autocast else nullcontext():
+            return self.forward(**inputs)
 
 
 def _without_capture(transformer: nn.Module) -> Any:
     """The transformer as a function that reads no rows; it returns zero rows, which cost nothing to keep."""
 
-    def forward(**inputs: Any) -> Any:
-        capture = inputs.pop("capture")
+    def forward(capture: CaptureRequest, **inputs: Any) -> MosaicTransformerOutput:
         output = transformer(**inputs)
         batch, num_target, _ = output.sample.shape
+        zero = torch.zeros((), device=output.sample.device)
         if capture.global_index is not None:
-            output["attention_rows"] = output.sample.new_zeros(()).float().expand(batch, capture.global_index.shape[1], num_target)
+            output["attention_rows"] = zero.expand(batch, capture.global_index.shape[1], num_target)
         if capture.reference_means:
-            num_references = inputs["reference_hidden_states"].shape[1]
-            output["reference_rows"] = output.sample.new_zeros(()).float().expand(batch, num_references, num_target)
+            output["reference_rows"] = zero.expand(batch, inputs["reference_hidden_states"].shape[1], num_target)
         return output
 
     return forward

@@ -1,295 +1,95 @@
 """Benchmarks.
 
-`python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/data_benchmark.py).
+`python scripts/benchmark.py train` measures training steps, optimizer included: random weights, latents and embeddings as from a cache. A
+table of K x resolution x gradient checkpointing with step time, memory, TFLOP and utilisation (scripts/train_benchmark.py): of FLUX.1-dev's
+shape with `--model flux_dev`, where that fits, or of the pocket transformer's with `--model pocket`, then also against the naive twin
+(scripts/twin_benchmark.py).
 
-`python scripts/benchmark.py train` times a training step of ours against the naive twin of tests/naive.py. Pocket size, random
-weights, cached latents. Three arms take turns in every order, step by step, in one process:
-  ours            forward with captured rows of all blocks, paper losses, backward, AdamW
-  flow_only       the same without capture, SCAL and MDL
-  twin            LoRA on all tokens then masked, dense attention mask, full attention maps, losses in loops
-Peak memory of each arm is read in a process of its own, above what the built objects take.
+`python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/data_benchmark.py).
 """
 
 import argparse
-import itertools
 import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-ARMS = ("ours", "flow_only", "twin")
-POCKET_CONFIG = ROOT / "assets/pocket/flux/transformer/config.json"
-#: The shipped pocket transformer's geometry, for a checkout without its weights.
-POCKET_GEOMETRY = {
-    "patch_size": 1,
-    "in_channels": 32,
-    "num_layers": 2,
-    "num_single_layers": 5,
-    "attention_head_dim": 32,
-    "num_attention_heads": 6,
-    "joint_attention_dim": 128,
-    "pooled_projection_dim": 128,
-    "guidance_embeds": False,
-    "axes_dims_rope": [8, 12, 12],
+from scripts import twin_benchmark
+from scripts.twin_benchmark import ARMS, REFERENCE_SIDE
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "pocket": {
+        "k": [4],
+        "sizes": [64],
+        "reference_size": 32,
+        "batch_size": 16,
+        "rank": 32,
+        "text_tokens": 24,
+        "max_points": 1024,
+        "steps": 36,
+    },
+    "flux_dev": {
+        "k": [1, 2, 4, 6],
+        "sizes": [512, 1024],
+        "reference_size": 512,
+        "batch_size": 1,
+        "rank": 128,
+        "text_tokens": 512,
+        "max_points": 1024,
+        "steps": 10,
+    },
 }
-TARGET_SIDE, REFERENCE_SIDE = 8, 4  # tokens: 64 px scenes and 32 px references at 8 px per token
-CORRESPONDENCE_WEIGHT, DISENTANGLEMENT_WEIGHT = 0.4, 0.6  # the paper's
-LEARNING_RATE, WARM_UP_STEPS = 1e-4, 2
-SETTINGS = ("k", "points_per_reference", "batch_size", "rank", "text_tokens", "threads", "steps")  # flags that make the numbers
-
-
-def transformer_config() -> dict[str, Any]:
-    """Arguments of the pocket transformer, from the shipped folder if it is there."""
-    if not POCKET_CONFIG.exists():
-        return dict(POCKET_GEOMETRY)
-    return {key: value for key, value in json.loads(POCKET_CONFIG.read_text()).items() if key in POCKET_GEOMETRY}
-
-
-def draw_points(args: argparse.Namespace) -> list[list[Any]]:
-    """Per sample, per reference, [P_k, 2] of (u, v): ragged, disjoint, `points_per_reference` in the mean."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    num_reference, num_target, mean = REFERENCE_SIDE**2, TARGET_SIDE**2, args.points_per_reference
-    spread = min(mean, num_reference - mean, 4)
-    samples = []
-    for _ in range(args.batch_size):
-        owners = torch.randperm(num_target, generator=generator).tensor_split(args.k)
-        pairs = []
-        for own in owners:
-            count = int(torch.randint(mean - spread, mean + spread + 1, (1,), generator=generator))
-            u = torch.randperm(num_reference, generator=generator)[:count]
-            pairs.append(torch.stack([u, own[torch.randint(len(own), (count,), generator=generator)]], dim=1))
-        samples.append(pairs)
-    return samples
-
-
-def build_inputs(args: argparse.Namespace, config: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Keyword arguments of the forward pass, noise and clean latents."""
-    import torch
-
-    from mosaic.tokens import Grid, position_ids, reference_position_ids, text_position_ids
-
-    generator = torch.Generator().manual_seed(1)
-    target, reference = Grid(TARGET_SIDE, TARGET_SIDE), Grid(REFERENCE_SIDE, REFERENCE_SIDE)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(args.batch_size, *shape, generator=generator)
-
-    channels = config["in_channels"]
-    noise, latents = draw(target.num_tokens, channels), draw(target.num_tokens, channels)
-    timestep = torch.rand(args.batch_size, generator=generator)
-    inputs = {
-        "hidden_states": latents + timestep[:, None, None] * (noise - latents),
-        "encoder_hidden_states": draw(args.text_tokens, config["joint_attention_dim"]),
-        "pooled_projections": draw(config["pooled_projection_dim"]),
-        "timestep": timestep,
-        "guidance": torch.ones(args.batch_size) if config["guidance_embeds"] else None,
-        "img_ids": position_ids(target),
-        "txt_ids": text_position_ids(args.text_tokens),
-        "reference_hidden_states": draw(args.k, reference.num_tokens, channels),
-        "reference_ids": reference_position_ids(reference, args.k),
-    }
-    return inputs, noise, latents
-
-
-def build_ours(args: argparse.Namespace, supervised: bool) -> Callable[[], Any]:
-    """A function that runs one training step of ours; with `supervised` including captured rows, SCAL and MDL."""
-    import torch
-
-    from mosaic.correspondence import batch_points
-    from mosaic.lora import attach_reference_lora, reference_lora_parameters
-    from mosaic.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
-    from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
-
-    torch.manual_seed(0)
-    config = transformer_config()
-    transformer = MosaicFluxTransformer2DModel(**config)
-    attach_reference_lora(transformer, args.rank)
-    optimizer = torch.optim.AdamW(list(reference_lora_parameters(transformer).values()), lr=LEARNING_RATE)
-    inputs, noise, latents = build_inputs(args, config)
-    samples = draw_points(args)
-
-    def step() -> Any:
-        if not supervised:
-            total = flow_matching_loss(transformer(**inputs).sample, noise, latents).mean()
-        else:
-            points = batch_points(samples, REFERENCE_SIDE**2, TARGET_SIDE**2)
-            output = transformer(**inputs, capture=CaptureRequest(points.global_index))
-            distributions = reference_distributions(output.attention_rows, points)
-            total = mosaic_loss(
-                flow_matching_loss(output.sample, noise, latents),
-                correspondence_loss(output.attention_rows, points),
-                disentanglement_loss(distributions, points.reference_mask),
-                CORRESPONDENCE_WEIGHT,
-                DISENTANGLEMENT_WEIGHT,
-            ).total
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total.detach()
-
-    return step
-
-
-def build_twin(args: argparse.Namespace) -> Callable[[], Any]:
-    """A function that runs one training step of the naive twin."""
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    from mosaic.lora import attach_reference_lora, reference_lora_parameters
-    from mosaic.transformer import MosaicFluxTransformer2DModel
-    from tests import naive
-
-    torch.manual_seed(0)
-    config = transformer_config()
-    with_lora = MosaicFluxTransformer2DModel(**config)
-    stock = FluxTransformer2DModel(**config).requires_grad_(False)
-    stock.load_state_dict(with_lora.state_dict())
-    attach_reference_lora(with_lora, args.rank)
-    lora = {key: p.detach().clone().requires_grad_() for key, p in reference_lora_parameters(with_lora).items()}
-    del with_lora
-    twin = naive.NaiveFlux(stock, naive.lora_matrices(lora))
-    optimizer = torch.optim.AdamW(list(lora.values()), lr=LEARNING_RATE)
-    inputs, noise, latents = build_inputs(args, config)
-    samples = draw_points(args)
-
-    def step() -> Any:
-        output = twin(**inputs)
-        maps = naive.mean_maps(output.maps)
-        flow = naive.flow_matching(output.velocity, noise, latents)
-        correspondence = naive.correspondence(maps, samples, REFERENCE_SIDE**2)
-        disentanglement = naive.disentanglement(maps, samples, REFERENCE_SIDE**2)
-        terms = zip(flow, correspondence, disentanglement, strict=True)
-        total = sum(f + CORRESPONDENCE_WEIGHT * c + DISENTANGLEMENT_WEIGHT * d for f, c, d in terms) / len(flow)
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total.detach()
-
-    return step
-
-
-def build_arm(name: str, args: argparse.Namespace) -> Callable[[], Any]:
-    """One training step of an arm, as a function."""
-    return build_twin(args) if name == "twin" else build_ours(args, supervised=name == "ours")
-
-
-def peak_memory_mib() -> float:
-    """Largest resident size of this process so far, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # of this program alone; rusage also remembers the parent that started it
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    unit = 1 if platform.system() == "Darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def measure_memory(args: argparse.Namespace) -> None:
-    """Print how far the peak rises over the built objects in three steps of `args.memory_of`, in MiB."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    step = build_arm(args.memory_of, args)
-    before = peak_memory_mib()
-    for _ in range(3):
-        step()
-    print(json.dumps({"peak_mib": peak_memory_mib() - before}))
-
-
-def memory_in_fresh_process(name: str, args: argparse.Namespace) -> float:
-    """`measure_memory` of one arm, in MiB."""
-    flags = [flag for key in SETTINGS for flag in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
-    command = [sys.executable, str(Path(__file__).resolve()), "train", "--memory-of", name, *flags]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return json.loads(output.splitlines()[-1])["peak_mib"]
-
-
-def time_in_turns(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of each measured step, the arms taking turns."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    steps = {name: build_arm(name, args) for name in ARMS}
-    times: dict[str, list[float]] = {name: [] for name in ARMS}
-    losses = {name: [] for name in ARMS}
-    orders = list(itertools.permutations(ARMS))  # who runs after whom matters to caches and to the allocator
-    for index in range(WARM_UP_STEPS + args.steps):
-        for name in orders[index % len(orders)]:
-            start = time.perf_counter()
-            losses[name].append(float(steps[name]()))
-            if index >= WARM_UP_STEPS:
-                times[name].append(1000 * (time.perf_counter() - start))
-    if (gap := max(abs(a - b) for a, b in zip(losses["ours"], losses["twin"], strict=True))) > 1e-3:  # the two must do the same work
-        raise RuntimeError(f"ours and the twin disagree on the loss by {gap:.2e}; the comparison would mean nothing.")
-    return times
-
-
-def report(args: argparse.Namespace, times: dict[str, list[float]], memory: dict[str, float]) -> dict[str, Any]:
-    """Medians, ratios to ours, and what capture and losses cost (median over paired steps)."""
-    median = {name: statistics.median(values) for name, values in times.items()}
-    costs = [100 * (ours - bare) / ours for ours, bare in zip(times["ours"], times["flow_only"], strict=True)]
-    arms = {
-        name: {
-            "ms_per_step": median[name],
-            "time_ratio": median[name] / median["ours"],
-            "peak_mib": memory[name],
-            "memory_ratio": memory[name] / memory["ours"],
-        }
-        for name in ARMS
-    }
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    return {"settings": settings, "arms": arms, "capture_and_losses_percent": statistics.median(costs)}
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """The result as a Markdown table."""
-    settings = result["settings"]
-    print(
-        f"One training step at pocket size: K = {settings['k']}, {settings['points_per_reference']} points per reference in the mean, "
-        f"batch {settings['batch_size']}, rank {settings['rank']}, {settings['threads']} threads, median of {settings['steps']} steps.\n"
-    )
-    print("| arm | ms per step | x ours | peak MiB | x ours |\n|---|---:|---:|---:|---:|")
-    for name, arm in result["arms"].items():
-        print(f"| {name} | {arm['ms_per_step']:.0f} | {arm['time_ratio']:.2f} | {arm['peak_mib']:.0f} | {arm['memory_ratio']:.2f} |")
-    print(f"\nCapture and losses cost {result['capture_and_losses_percent']:.1f} % of our step.")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="a training step against the naive twin")
-    train.add_argument("--k", type=int, default=4, help="references per sample")
-    train.add_argument("--points-per-reference", type=int, default=9, help="mean P; the default is the pocket world's at K = 4")
-    train.add_argument("--batch-size", type=int, default=16)
-    train.add_argument("--rank", type=int, default=32, help="LoRA rank")
-    train.add_argument("--text-tokens", type=int, default=24)
-    train.add_argument("--threads", type=int, default=2)
-    train.add_argument("--steps", type=int, default=36, help="measured steps per arm; best a multiple of 6, the orders of the arms")
-    train.add_argument("--output", type=Path, help="write the result as JSON")
-    train.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    train = commands.add_parser("train", help="training steps: time, memory, utilisation")
+    add_train_arguments(train)
     add_data_arguments(commands.add_parser("data", help="samples per second and memory of the reader"))
     args = parser.parse_args(argv)
-    if args.command == "data":
-        if min(args.size, args.k, args.batch_size, *args.rows) < 1 or args.size % 16 or args.seconds <= 0 or min(args.workers) < 0:
-            parser.error("--size must be a multiple of 16, --k, --batch-size, --rows and --seconds positive, --workers not negative")
-        return args
-    for name in (name for name in SETTINGS if getattr(args, name) < 1):
-        parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.points_per_reference > REFERENCE_SIDE**2:
-        parser.error(f"--points-per-reference must be at most {REFERENCE_SIDE**2}, a reference's tokens, got {args.points_per_reference}")
+    if args.command == "train":
+        complete_train_arguments(args)
+    check_arguments(parser, args)
     return args
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command `train`; what is not given depends on the model."""
+    parser.add_argument("--model", choices=sorted(DEFAULTS), default="pocket")
+    parser.add_argument(
+        "--k", type=int, nargs="+", help="references per sample; the twin is measured at the first (pocket 4; flux_dev 1 2 4 6)"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="sides of the target in px (pocket 64; flux_dev 512 1024)")
+    parser.add_argument("--checkpointing", nargs="+", default=["none", "block"], help="modes of model.gradient_checkpointing")
+    parser.add_argument("--reference-size", type=int, help="side of a reference in px (pocket 32; flux_dev 512)")
+    parser.add_argument("--batch-size", type=int, help="samples per step (pocket 16; flux_dev 1)")
+    parser.add_argument("--rank", type=int, help="LoRA rank (pocket 32; flux_dev 128)")
+    parser.add_argument("--text-tokens", type=int, help="text tokens (pocket 24; flux_dev 512)")
+    parser.add_argument("--max-points", type=int, help="points per sample in the table (1024, or as many as the references have tokens)")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: 989, an H100's or H200's; CPU: measured)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="measured steps per cell and per arm; for the twin best a multiple of 6 (pocket 36; flux_dev 10)"
+    )
+    parser.add_argument("--points-per-reference", type=int, default=9, help="twin: mean P; the default is the pocket world's at K = 4")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+
+
+def complete_train_arguments(args: argparse.Namespace) -> None:
+    """Fill in the model's defaults; `references` are all values of K, `k` the first."""
+    for name, value in DEFAULTS[args.model].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.references, args.k = args.k, args.k[0]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -304,6 +104,43 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open-only", type=Path, help=argparse.SUPPRESS)
 
 
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Name the flag whose value cannot be."""
+    lowest, flags = {"workers": 0}, {"references": "k"}
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and number < lowest.get(name, 1 if isinstance(number, int) else 1e-6):
+                problem = "not be negative" if name in lowest else "be positive"
+                parser.error(f"--{flags.get(name, name).replace('_', '-')} must {problem}, got {number}")
+    if args.command == "data" and args.size % 16:
+        parser.error(f"--size must be a multiple of 16, got {args.size}")
+    if args.command == "train":
+        if args.points_per_reference > REFERENCE_SIDE**2:
+            limit = f"at most {REFERENCE_SIDE**2}, a reference's tokens"
+            parser.error(f"--points-per-reference must be {limit}, got {args.points_per_reference}")
+        from mosaic.costs import CHECKPOINTING_MODES
+
+        for mode in args.checkpointing:
+            if mode not in CHECKPOINTING_MODES:
+                parser.error(f"--checkpointing must be of {', '.join(CHECKPOINTING_MODES)}, got {mode}")
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The command `train`."""
+    if args.memory_of:
+        return twin_benchmark.measure_memory(args)
+    from scripts import train_benchmark
+
+    result = train_benchmark.run(args)
+    if args.model == "pocket":
+        print()
+        result |= twin_benchmark.compare(args)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Run the benchmark; returns the result."""
     args = parse(argv)
@@ -311,19 +148,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         from scripts import data_benchmark
 
         return data_benchmark.run(args)
-    if args.memory_of:
-        return measure_memory(args)
-    memory = {name: memory_in_fresh_process(name, args) for name in ARMS}
-    result = report(args, time_in_turns(args), memory)
-    print_table(result)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    try:
+        return run_train(args)
+    except ValueError as error:
+        raise SystemExit(f"benchmark.py: error: {error}") from error
 
 
 def keep_memory() -> None:
-    """Start anew with glibc set as train.sh sets it on a CPU: else fresh pages for large tensors cost several percent of a step, at random."""
+    """Start anew with glibc set as train.sh sets it on a CPU: else fresh pages for large tensors cost percents of a step, at random."""
     wanted = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
     if sys.platform == "linux" and not wanted.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

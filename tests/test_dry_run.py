@@ -45,12 +45,12 @@ class Measured:
 
     def __init__(self, settings: Config, model: ModelShape, num_references: int) -> None:
         transformer = dry_run.build_transformer(settings, model, device="cpu")
-        step = dry_run._Step(settings, model, num_references, transformer, supervised=True)
+        step = dry_run.StandInStep(settings, model, num_references, transformer)
         parameters = list(reference_lora_parameters(transformer).values())
         optimizer = torch.optim.AdamW(parameters)
-        self.run(step, optimizer, settings)
+        self.run(step, optimizer)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            gradients = self.run(step, optimizer, settings)
+            gradients = self.run(step, optimizer)
         log = [(event.name(), event.start_ns(), event) for event in profiler.profiler.kineto_results.events()]
         spans = {name: (start, start + event.duration_ns()) for name, start, event in log if name in ("forward", "backward")}
         changes = sorted((start, event.nbytes()) for name, start, event in log if name == "[memory]")
@@ -65,9 +65,8 @@ class Measured:
         self.optimizer = storage_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
     @staticmethod
-    def run(step: Any, optimizer: torch.optim.Optimizer, settings: Config) -> list[Tensor]:
-        enabled = settings.training.mixed_precision == "bf16"
-        with torch.profiler.record_function("forward"), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    def run(step: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        with torch.profiler.record_function("forward"):
             loss = step()
         with torch.profiler.record_function("backward"):
             loss.backward()
