@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mosaic.attention import resolve_capture_blocks
+from mosaic.caches import Caches, open_caches, unneeded_components
 from mosaic.cases import load_cases
 from mosaic.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.data import (
     BucketBatchSampler,
+    CachedSamples,
     MosaicBatch,
     ReadableSamples,
     TrainingDataset,
@@ -76,7 +78,11 @@ class Trainer:
             log_with="tensorboard",
             project_dir=str(self.run_dir / "logs"),
         )
-        self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
+        self.caches = open_caches(config)
+        absent = dict.fromkeys(unneeded_components(config, self.caches))
+        self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
+        if "vae" in absent:  # from which the pipeline would have it
+            self.pipeline.vae_scale_factor = self.caches.latents.encoding["vae"]["scale_factor"]
         self.pipeline.set_progress_bar_config(disable=True)
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
@@ -96,8 +102,9 @@ class Trainer:
         self.transformer = self.accelerator.prepare(self.pipeline.transformer)
         self.step = 0
 
-    def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples:
-        """The data set, if it can supervise; without the samples that cannot be read where `data.skip_invalid` asks for that."""
+    def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples | CachedSamples:
+        """The data set, if it can supervise; without the samples that cannot be read where `data.skip_invalid` asks for that, and with
+        what the caches hold, where there are any."""
         data = self.config.data
         if data.skip_invalid:
             file = self.run_dir / "skipped.jsonl"
@@ -106,6 +113,8 @@ class Trainer:
             if skipped:
                 logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
                 dataset = ReadableSamples(dataset, skipped)
+        if self.caches != Caches(None, None):
+            dataset = CachedSamples(dataset, *self.caches)
         check_supervision(dataset, data.min_point_coverage)
         return dataset
 
@@ -113,7 +122,8 @@ class Trainer:
         """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32."""
         settings, transformer = self.config.lora, self.pipeline.transformer
         for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2, transformer):
-            module.requires_grad_(False)
+            if module is not None:  # its outputs may be cached
+                module.requires_grad_(False)
         start = None
         if settings.pretrained is None:
             torch.manual_seed(self.config.training.seed)
