@@ -146,7 +146,8 @@ def fill(root: Path, source: Source, encoding: Mapping[str, Any], made_of: Mappi
             entries = {key: tensors for one in found for key, tensors in one.entries.items()}
             write_shard(shard_path(root, number), units[number], names, entries)
             left_out += len(found) - len(names)
-    if all(is_finished(shard_path(root, number), units[number]) for number in range(len(units))):
+    is_complete = all(is_finished(shard_path(root, number), units[number]) for number in range(len(units)))
+    if is_complete and not ((root / INDEX).is_file() and (root / NAMES).is_file()):
         write_index(root, len(units))  # the last process to get here; two at once write the same
     skipped = f", {left_out} could not be read" if left_out else ""
     return f"{len(numbers)} {source.unit}s encoded, {total - len(numbers)} were finished before{skipped} ({root})"
@@ -163,9 +164,11 @@ def claim(root: Path, description: dict[str, Any]) -> None:
         difference = first_difference(read_json(path), description)
         if difference:
             raise ValueError(f"{root}: holds a cache that was made otherwise: {difference}. Name another folder, or remove this one.")
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root}: must be a new or empty folder, or a cache; it has no {DESCRIPTION}. Name another folder.")
-    shard_path(root, 0).parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(partial, path)
+    else:
+        if root.exists() and (not root.is_dir() or any(found.suffix != ".partial" for found in root.iterdir())):
+            raise ValueError(f"{root}: must be a new or empty folder, or a cache; it has no {DESCRIPTION}. Name another folder.")
+        root.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(description, indent=2) + "\n")
+        os.replace(partial, path)
+    shard_path(root, 0).parent.mkdir(exist_ok=True)

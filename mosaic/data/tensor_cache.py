@@ -13,9 +13,9 @@ files are there only while they describe the shards.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mosaic.schema import first_difference, read_json, shown
 
+T = TypeVar("T")
 KEY_BYTES = 16
 DESCRIPTION, INDEX, NAMES = "cache.json", "index.parquet", "names.parquet"
 VERSION = 1
@@ -136,7 +137,7 @@ class TensorCache:
 
         Raises:
             FileNotFoundError: There is no cache, or it is not finished.
-            ValueError: It is of another kind or made otherwise, or its index is damaged.
+            ValueError: It is of another kind or made otherwise, its index is damaged, or a shard is missing or cut short.
         """
         self.root, self.setting, self.encoding = Path(root), setting, encoding
         if not (self.root / DESCRIPTION).is_file():
@@ -155,6 +156,8 @@ class TensorCache:
         table = self._read_table(INDEX, INDEX_SCHEMA)
         self._keys = np.frombuffer(table["key"].combine_chunks().buffers()[1], f"S{KEY_BYTES}", table.num_rows) if len(table) else []
         self._positions = [table[name].to_numpy() for name in _POSITION.names]
+        for shard in np.unique(self._positions[0]).tolist():
+            self._open(shard_path(self.root, shard), lambda file: None)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -170,11 +173,17 @@ class TensorCache:
         if at == len(self._keys) or self._keys[at] != wanted:
             return None
         shard, group, row = (int(column[at]) for column in self._positions)
-        path = shard_path(self.root, shard)
+
+        def entry(file: safe_open) -> dict[str, Tensor]:
+            names = [name for name in file.keys() if name.startswith(f"{group}.") and not name.endswith(".key")]  # noqa: SIM118
+            return {name.split(".", 1)[1]: file.get_slice(name)[row].clone() for name in names}
+
+        return self._open(shard_path(self.root, shard), entry)
+
+    def _open(self, path: Path, action: Callable[[safe_open], T]) -> T:
         try:
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(f"{group}.") and not name.endswith(".key")]  # noqa: SIM118
-                return {name.split(".", 1)[1]: file.get_slice(name)[row].clone() for name in names}
+                return action(file)
         except (OSError, SafetensorError, IndexError) as error:
             raise ValueError(f"{path}: cannot be read ({error}). Remove the file and build it again: {COMMAND}") from error
 
