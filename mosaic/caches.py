@@ -39,9 +39,13 @@ def latent_encoding(config: Config) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, OSError: There is no such VAE.
+        ValueError: Its config is not that of a FLUX VAE.
     """
     folder, data = component_folder(config.model.pretrained, "vae"), config.data
     vae = component_config(folder)
+    for name in ("shift_factor", "scaling_factor", "block_out_channels"):
+        if vae.get(name) is None:
+            raise ValueError(f"{folder / 'config.json'}: {name} must be given, as in every FLUX VAE.")
     return {
         "vae": {
             "revision": component_revision(folder),

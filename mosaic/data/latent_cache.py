@@ -20,7 +20,7 @@ def picture_key(picture: Tensor) -> bytes:
     Args:
         picture: float32 [3, H, W] in [-1, 1], made of 8-bit pixels in the training frame.
     """
-    pixels = (picture + 1).mul(127.5).round().to(torch.uint8)
+    pixels = (picture + 1).mul_(127.5).round_().to(torch.uint8)
     return content_key(str(tuple(pixels.shape)).encode(), pixels.contiguous().numpy().tobytes())
 
 
