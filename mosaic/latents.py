@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
 
@@ -34,9 +35,25 @@ def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator
     Returns:
         [B, C, H / f, W / f].
     """
-    posterior = vae.encode(images).latent_dist
+    return draw_latents(vae.encode(images).latent_dist, vae.config.shift_factor, vae.config.scaling_factor, generator)
+
+
+def draw_latents(
+    posterior: DiagonalGaussianDistribution, shift_factor: float, scaling_factor: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Shifted and scaled latents of posteriors.
+
+    Args:
+        posterior: Of B pictures.
+        shift_factor: The VAE's.
+        scaling_factor: The VAE's.
+        generator: Draws a sample; None takes the mode.
+
+    Returns:
+        [B, C, h, w].
+    """
     latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return (latents - shift_factor) * scaling_factor
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:

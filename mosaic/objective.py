@@ -4,13 +4,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from mosaic.config import Config, LossConfig
 from mosaic.correspondence import batch_points, draw_points
 from mosaic.data import MosaicBatch
+from mosaic.data.samples import Posteriors, TextEmbeddings
 from mosaic.flow import add_noise, sample_timesteps
-from mosaic.latents import encode_images
+from mosaic.latents import draw_latents, encode_images
 from mosaic.losses import MosaicLoss, correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, text_position_ids, token_grid
@@ -134,17 +136,38 @@ def encode_batch(
 
     Args:
         pipeline: Frozen VAE and text encoders.
-        batch: Pictures.
+        batch: Pictures. Where it brings cached posteriors or embeddings, those are taken, and the encoders need not be there.
         prompts: B prompts, maybe dropped ones.
         text_length: T5 tokens.
         generator: Draws the targets from the VAE posterior, one for all or one per sample; None takes its mode. References always take
             the mode.
     """
-    device, dtype = pipeline.transformer.device, pipeline.vae.dtype
-    latents = pack_latents(encode_images(pipeline.vae, batch.targets.to(device, dtype), generator))
-    references = pack_latents(encode_images(pipeline.vae, batch.references.flatten(0, 1).to(device, dtype)))
-    prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=text_length)
-    return EncodedBatch(latents, references.unflatten(0, (len(latents), -1)), prompt_embeds, pooled)
+    device = pipeline.transformer.device
+    if batch.posteriors is None:
+        dtype = pipeline.vae.dtype
+        latents = encode_images(pipeline.vae, batch.targets.to(device, dtype), generator)
+        references = encode_images(pipeline.vae, batch.references.flatten(0, 1).to(device, dtype))
+    else:
+        latents, references = draw_cached(batch.posteriors, device, generator)
+    if batch.text is None:
+        prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=text_length)
+    else:
+        prompt_embeds, pooled = select_cached(batch.text, prompts, device)
+    return EncodedBatch(pack_latents(latents), pack_latents(references).unflatten(0, (len(latents), -1)), prompt_embeds, pooled)
+
+
+def draw_cached(cached: Posteriors, device: torch.device, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Latents of targets [B, C, h, w] and references [B K, C, h, w], drawn as from the VAE itself."""
+    posteriors = [DiagonalGaussianDistribution(moments.to(device)) for moments in (cached.target, cached.references.flatten(0, 1))]
+    factors = cached.shift_factor, cached.scaling_factor
+    return draw_latents(posteriors[0], *factors, generator), draw_latents(posteriors[1], *factors)
+
+
+def select_cached(cached: TextEmbeddings, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[B, T, d_text] and [B, d_pooled] of the batch's prompts, of which dropped ones are empty."""
+    is_empty = torch.tensor([not prompt for prompt in prompts])
+    prompt_embeds = torch.where(is_empty[:, None, None], cached.empty_prompt_embeds, cached.prompt_embeds)
+    return prompt_embeds.to(device), torch.where(is_empty[:, None], cached.empty_pooled, cached.pooled).to(device)
 
 
 def predict(

@@ -178,6 +178,15 @@ def to_plain(value: object) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def first_difference(found: Any, wanted: Any, name: str = "") -> str:
+    """Words for the first difference of two JSON values, "" if they are equal."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [*wanted, *(key for key in found if key not in wanted)]
+        texts = (first_difference(found.get(key), wanted.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return next((text for text in texts if text), "")
+    return "" if found == wanted else f"{name or 'settings'} was {shown(found)} and is now {shown(wanted)}"
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a dict of key-value pairs; a key given twice is an error, since one of its values would be lost."""
     result = dict(pairs)

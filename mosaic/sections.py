@@ -91,6 +91,11 @@ class DataConfig(Section):
     """Training refuses data of which a smaller share of the references has correspondence points; 0 trains on any."""
     skip_invalid: bool = False
     """Leave out samples that cannot be read, after a pass over all of them, and list them in the run's folder; false: stop at the first."""
+    latent_cache: Text | None = None
+    """Folder that `preprocess/cache.py` fills with what the VAE makes of the pictures, and that training reads; None: training encodes."""
+    text_cache: Text | None = None
+    """Folder that `preprocess/cache.py` fills with what the text encoders make of the prompts (4 MiB each with FLUX.1), and that training
+    reads; None: training encodes."""
     num_workers: CountOrZero = 4
     """Processes that load data, per training process. 0: load in the training process."""
     image_dropout: Probability = 0.05

@@ -52,7 +52,8 @@ def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.M
         return accelerator.prepare(pipeline.transformer)
     transformer, device = pipeline.transformer, accelerator.device
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        module.to(device)
+        if module is not None:  # its outputs may be cached
+            module.to(device)
     adapter = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
     for parameter in adapter:
         parameter.data = parameter.data.to(device)

@@ -8,11 +8,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+from mosaic.caches import Caches
 from mosaic.cases import load_cases
 from mosaic.checkpoint import clean_up, find_checkpoint
 from mosaic.config import Config
 from mosaic.data import (
     BucketBatchSampler,
+    CachedSamples,
     ReadableSamples,
     TrainingDataset,
     check_dataset,
@@ -69,8 +71,10 @@ def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path 
     return Path(found[0]) if found[0] is not None else None
 
 
-def training_dataset(config: Config, grids: Grids, accelerator: Accelerator) -> TrainingDataset | ReadableSamples:
-    """The samples to train on; without those that cannot be read where `data.skip_invalid` asks for that.
+def training_dataset(
+    config: Config, grids: Grids, caches: Caches, accelerator: Accelerator
+) -> TrainingDataset | ReadableSamples | CachedSamples:
+    """The samples to train on, with what the caches hold; without those that cannot be read where `data.skip_invalid` asks for that.
 
     Raises:
         FileNotFoundError, ValueError: Those of `open_dataset`, or the data cannot supervise.
@@ -84,11 +88,13 @@ def training_dataset(config: Config, grids: Grids, accelerator: Accelerator) -> 
         if skipped:
             logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
             dataset = ReadableSamples(dataset, skipped)
+    if caches != Caches(None, None):
+        dataset = CachedSamples(dataset, *caches)
     check_supervision(dataset, data.min_point_coverage)
     return dataset
 
 
-def training_sampler(config: Config, dataset: TrainingDataset | ReadableSamples, accelerator: Accelerator) -> BucketBatchSampler:
+def training_sampler(config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples, accelerator: Accelerator) -> BucketBatchSampler:
     """The order of the data: a function of the seed and of the number of samples per optimizer step over all processes.
 
     Raises:
@@ -116,7 +122,8 @@ def attach_adapter(pipeline: MosaicFluxPipeline, config: Config) -> None:
     """
     settings, transformer = config.lora, pipeline.transformer
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, transformer):
-        module.requires_grad_(False)
+        if module is not None:  # its outputs may be cached
+            module.requires_grad_(False)
     start = None
     if settings.pretrained is None:
         torch.manual_seed(config.training.seed)

@@ -60,7 +60,7 @@ def batch_work(batch: MosaicBatch, pipeline: MosaicFluxPipeline, config: Config)
     from mosaic.costs import training_step_flops
 
     grids, count = batch_grids(pipeline, batch), len(batch.prompts)
-    num_references, text_tokens = batch.references.shape[1], config.model.text_length
+    num_references, text_tokens = batch.num_references, config.model.text_length
     target, reference = grids.target.num_tokens, grids.reference.num_tokens
     flops = training_step_flops(
         pipeline.transformer.config,

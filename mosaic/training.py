@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mosaic.attention import resolve_capture_blocks
 from mosaic.averaging import averaged
+from mosaic.caches import open_caches, unneeded_components
 from mosaic.checkpoint import folder_of, load_snapshot
 from mosaic.checkpoint_writer import CheckpointWriter
 from mosaic.config import Config, config_to_json, resolved_dict
@@ -79,12 +80,16 @@ class Trainer:
         check_files(config)
         check_distribution()
         self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
-        self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
+        self.caches = open_caches(config)
+        absent = dict.fromkeys(unneeded_components(config, self.caches))
+        self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
+        if "vae" in absent:  # from which the pipeline would have it
+            self.pipeline.vae_scale_factor = self.caches.latents.encoding["vae"]["scale_factor"]
         self.pipeline.set_progress_bar_config(disable=True)
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
-        self.dataset = training_dataset(config, grids, self.accelerator)
+        self.dataset = training_dataset(config, grids, self.caches, self.accelerator)
         self.sampler = training_sampler(config, self.dataset, self.accelerator)
         self.global_batch = self.sampler.global_batch
         validation = config.validation

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mosaic.data import Row
-from mosaic.schema import read_json, shown, to_plain
+from mosaic.schema import first_difference, read_json, to_plain
 from preprocess.extractors import ExtractorSpec
 from preprocess.extractors.protocol import Extractor
 from preprocess.layouts import Layout, replace_file
@@ -52,12 +52,3 @@ def claim_settings(layout: Layout, wanted: dict[str, Any], rows: Iterable[Row]) 
             f"{path}: the results here were made with other settings: {difference}. "
             "Start with the same settings, move the results and this file away, or name another folder with --output."
         )
-
-
-def first_difference(found: Any, wanted: Any, name: str = "") -> str:
-    """Words for the first difference of two JSON values, "" if they are equal."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = [*wanted, *(key for key in found if key not in wanted)]
-        texts = (first_difference(found.get(key), wanted.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
-        return next((text for text in texts if text), "")
-    return "" if found == wanted else f"{name or 'settings'} was {shown(found)} and is now {shown(wanted)}"

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import os
 import random
-import shutil
 import signal
 import sys
 import time

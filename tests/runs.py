@@ -24,6 +24,7 @@ REFERENCE_SIZE = 12  # px: 3 x 3 tokens
 NUM_REFERENCES = (2, 1, 2, 2, 1, 2, 2, 1, 2)  # K of the training samples: batches of 2 make 4 per epoch
 HELD_OUT = (2, 1, 2, 1)
 RANK = 3
+ASPECT_SIZES = ((16, 16), (16, 32), (32, 16))  # px; tokens of 4 px
 
 
 def write_model(folder: Path) -> Path:
@@ -67,6 +68,22 @@ def write_dataset(root: Path) -> Path:
         for split, counts in (("train", NUM_REFERENCES), ("heldout", HELD_OUT)):
             for index, num_references in enumerate(counts):
                 writer.add(_sample(index, split, num_references))
+    return root
+
+
+def write_aspects(root: Path) -> Path:
+    """Nine training and nine held-out samples of one reference, with targets of three aspects."""
+    with DatasetWriter(root) as writer:
+        for split in ("train", "heldout"):
+            for index in range(9):
+                rng = np.random.default_rng([index, split == "train"])
+                height, width = ASPECT_SIZES[index % 3]
+                grid = (height // 2, width // 2)
+                v = rng.permutation(grid[0] * grid[1])[:20]
+                points = np.stack([rng.integers(0, 36, 20), v], axis=1)
+                reference = ReferenceRecord(Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)), "cat", points)
+                target = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+                writer.add(SampleRecord(f"{split}-{index}", split, "a cat and a mug", target, [reference], (6, 6), grid))
     return root
 
 

@@ -17,24 +17,14 @@ from mosaic.training import Trainer, train
 from preprocess import compose
 from tests import runs
 
-SIZES = ((16, 16), (16, 32), (32, 16))  # px; tokens of 4 px
+SIZES = runs.ASPECT_SIZES
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Single-subject samples of three aspects."""
     folder = runs.write_world(tmp_path_factory.mktemp("world"))
-    with DatasetWriter(folder / "aspects") as writer:
-        for split in ("train", "heldout"):
-            for index in range(9):
-                rng = np.random.default_rng([index, split == "train"])
-                height, width = SIZES[index % 3]
-                grid = (height // 2, width // 2)
-                v = rng.permutation(grid[0] * grid[1])[:20]
-                points = np.stack([rng.integers(0, 36, 20), v], axis=1)
-                reference = ReferenceRecord(Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)), "cat", points)
-                target = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-                writer.add(SampleRecord(f"{split}-{index}", split, "a cat and a mug", target, [reference], (6, 6), grid))
+    runs.write_aspects(folder / "aspects")
     return folder
 
 

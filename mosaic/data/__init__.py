@@ -1,5 +1,6 @@
 """Data sets: readers, the writer of our format, batches."""
 
+from mosaic.data.cached_samples import CachedSamples
 from mosaic.data.inspection import Inspection, check_supervision
 from mosaic.data.manifest import Manifest
 from mosaic.data.multi_reference import MultiReferenceDataset
@@ -14,6 +15,7 @@ from mosaic.data.writer import DatasetWriter
 
 __all__ = [
     "BucketBatchSampler",
+    "CachedSamples",
     "DatasetWriter",
     "Inspection",
     "Manifest",

@@ -90,6 +90,14 @@ class MultiReferenceDataset(Dataset[Sample]):
         """int16 [N, 2], what the samples of a batch share: K and bucket. For `BucketBatchSampler`."""
         return np.column_stack([self.num_references, self.bucket])
 
+    def sample_ids(self) -> list[str | None]:
+        """Names of all samples in order; no picture is read."""
+        return list(self.manifest.column("id"))
+
+    def prompts(self) -> list[str]:
+        """Prompts of all samples in order; no picture is read."""
+        return list(self.manifest.column("prompt"))
+
     def __len__(self) -> int:
         return len(self.manifest)
 

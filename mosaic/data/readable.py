@@ -60,6 +60,15 @@ class ReadableSamples(Dataset[Sample]):
         """Those of the samples that are left."""
         return self.dataset.batch_keys[self._kept]
 
+    def sample_ids(self) -> list[str | None]:
+        """Names of the samples that are left."""
+        names = self.dataset.sample_ids()
+        return [names[index] for index in self._kept]
+
+    def prompts(self) -> list[str]:
+        """Prompts of the data set, also of the samples that are left out."""
+        return self.dataset.prompts()
+
     def __len__(self) -> int:
         return len(self._kept)
 

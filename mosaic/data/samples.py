@@ -1,10 +1,44 @@
 """What every data set yields, and the batches made of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Posteriors:
+    """What the VAE makes of the pictures of a sample or batch, read from a latent cache; mean, then logarithmic variance, along 2 C.
+
+    Attributes:
+        target: [2 C, h, w], in a batch [B, 2 C, h, w].
+        references: [K, 2 C, h, w], in a batch [B, K, 2 C, h, w].
+        shift_factor: The VAE's, taken off a latent drawn from a posterior.
+        scaling_factor: The VAE's, which multiplies the shifted latent.
+    """
+
+    target: Tensor
+    references: Tensor
+    shift_factor: float
+    scaling_factor: float
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """What the text encoders make of the prompt of a sample or the prompts of a batch, read from a text cache.
+
+    Attributes:
+        prompt_embeds: [T, d_text], in a batch [B, T, d_text].
+        pooled: [d_pooled], in a batch [B, d_pooled].
+        empty_prompt_embeds: [T, d_text], of the empty prompt.
+        empty_pooled: [d_pooled], of the empty prompt.
+    """
+
+    prompt_embeds: Tensor
+    pooled: Tensor
+    empty_prompt_embeds: Tensor
+    empty_pooled: Tensor
 
 
 @dataclass(frozen=True)
@@ -18,6 +52,8 @@ class Sample:
         references: float32 [K, 3, H_r, W_r] in [-1, 1].
         points: Per reference int64 [P_k, 2] of (u, v) on the training token grids; u unique within a reference, v in one reference only.
         missing: Names of the parts that the data set lacks for this sample ("mask", "points"); such a sample is not supervised.
+        posteriors: Cached ones of the pictures; None: the pictures are to be encoded.
+        text: Cached embeddings of the prompt; None: the prompt is to be encoded.
     """
 
     id: str
@@ -26,6 +62,8 @@ class Sample:
     references: Tensor
     points: list[Tensor]
     missing: tuple[str, ...] = ()
+    posteriors: Posteriors | None = None
+    text: TextEmbeddings | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +76,8 @@ class MosaicBatch:
         targets: float32 [B, 3, H, W] in [-1, 1].
         references: float32 [B, K, 3, H_r, W_r] in [-1, 1].
         points: Per sample, per reference int64 [P_k, 2] of (u, v).
+        posteriors: Cached ones of the pictures; None: the pictures are to be encoded.
+        text: Cached embeddings of the prompts; None: the prompts are to be encoded.
     """
 
     ids: list[str]
@@ -45,6 +85,8 @@ class MosaicBatch:
     targets: Tensor
     references: Tensor
     points: list[list[Tensor]]
+    posteriors: Posteriors | None = None
+    text: TextEmbeddings | None = None
 
     @property
     def num_references(self) -> int:
@@ -70,4 +112,20 @@ def collate(samples: Sequence[Sample]) -> MosaicBatch:
         targets=torch.stack([sample.target for sample in samples]),
         references=torch.stack([sample.references for sample in samples]),
         points=[sample.points for sample in samples],
+        posteriors=_join_posteriors([sample.posteriors for sample in samples if sample.posteriors is not None]),
+        text=_join_text([sample.text for sample in samples if sample.text is not None]),
     )
+
+
+def _join_posteriors(found: list[Posteriors]) -> Posteriors | None:
+    if not found:
+        return None
+    targets, references = torch.stack([one.target for one in found]), torch.stack([one.references for one in found])
+    return replace(found[0], target=targets, references=references)
+
+
+def _join_text(found: list[TextEmbeddings]) -> TextEmbeddings | None:
+    if not found:
+        return None
+    embeds, pooled = torch.stack([one.prompt_embeds for one in found]), torch.stack([one.pooled for one in found])
+    return replace(found[0], prompt_embeds=embeds, pooled=pooled)

@@ -138,6 +138,14 @@ class SemAlignDataset(Dataset[Sample]):
         """Array [N, 2], what the samples of a batch share: K and size, of which there is one here. For `BucketBatchSampler`."""
         return np.column_stack([self.num_references, np.zeros(len(self), dtype=np.int64)])
 
+    def sample_ids(self) -> list[str | None]:
+        """Names of all samples in order, None where the row cannot be read; no picture is read."""
+        return self._ids["id"].take(pa.array(self._members)).to_pylist()
+
+    def prompts(self) -> list[str]:
+        """Prompts of all samples in order, without those that are null; no picture is read."""
+        return self.rows.captions(self.rows.kept[self._members])
+
     def __len__(self) -> int:
         return len(self._members)
 

@@ -130,6 +130,28 @@ class SemAlignRows:
             raise ValueError(f"{place}: cannot be read: {error}.") from error
         raise ValueError(f"{place}: cannot be read: the row group has fewer rows than the file says.")
 
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """Read the captions of many rows, without those that are null; no picture is read.
+
+        Args:
+            rows: Their numbers, counted over all files, ascending.
+
+        Raises:
+            ValueError: A file is damaged.
+        """
+        found = []
+        for start, number, group, file_start in self._groups.tolist():
+            first, end = np.searchsorted(rows, [start, start + self._handles[number].get().metadata.row_group(group).num_rows])
+            if first == end:
+                continue
+            try:
+                table = self._handles[number].get().read_row_group(group, columns=["description"], use_threads=False)
+                captions = pc.struct_field(table["description"], "description_0").take(pa.array(rows[first:end] - start))
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{self.files[number]}[{start - file_start}]: cannot be read: {error}.") from error
+            found.extend(captions.drop_null().to_pylist())
+        return found
+
 
 def find_parquet(root: Path, location: str | Path | None, exclude: Sequence[Path] = ()) -> list[Path]:
     """Return the Parquet files of a data set, sorted by name.

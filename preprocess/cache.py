@@ -1,0 +1,102 @@
+"""Fill the caches of a config: accelerate launch preprocess/cache.py CONFIG --set data.latent_cache=DIR [--set data.text_cache=DIR]
+
+What the frozen encoders make of the samples of `data.split` is the same in every epoch, so it can be kept. The latent cache holds mean and
+logarithmic variance of the VAE's posterior of every picture (768 KiB per sample at 512 px, K = 2), the text cache the embeddings of every
+distinct prompt and of the empty one (4 MiB each). Training with the same config then reads them instead of encoding; with both, and without
+validation, VAE and text encoders are not loaded. Every process takes its own share; finished shards are kept, so an interrupted run
+goes on when started again. Plain `python preprocess/cache.py` runs one process.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accelerate import PartialState
+
+from mosaic.caches import TEXT_COMPONENTS, latent_encoding, text_encoding
+from mosaic.component_files import component_config, component_folder
+from mosaic.config import Config, load_config
+from mosaic.data import check_dataset, open_dataset
+from mosaic.objective import run_grids
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.training import DTYPES
+from preprocess.arguments import check_device
+from preprocess.caching import PictureSource, PromptSource, fill
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="JSON file, such as configs/pocket.json")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
+    parser.add_argument("--shard-size", type=int, default=128, metavar="N", help="samples or prompts per file (default: 128)")
+    parser.add_argument("--device", help="device of the encoders (default: this process's GPU, else the CPU)")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace, state: PartialState) -> list[str]:
+    """Fill the caches that the config names; returns a summary of each.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: Settings, data or weights do not fit.
+    """
+    config = load_config(arguments.config, arguments.set)
+    data = config.data
+    if data.latent_cache is None and data.text_cache is None:
+        raise ValueError("nothing to cache: name a folder with --set data.latent_cache=DIR, --set data.text_cache=DIR, or both.")
+    if data.latent_cache == data.text_cache:
+        raise ValueError(f"data.latent_cache and data.text_cache must be two folders, got {data.latent_cache} twice.")
+    if arguments.shard_size < 1:
+        raise ValueError(f"--shard-size must be at least 1, got {arguments.shard_size}.")
+    device = check_device(arguments.device or str(state.device))
+    with state.main_process_first():  # the index of ids of SemAlign data is made once
+        check_dataset(data, data.split)
+    pipeline = load_encoders(config).to(device)
+    grids = run_grids(pipeline, config)
+    dataset = open_dataset(data, data.split, grids.target, grids.reference)
+    made_of = {"format": data.format, "root": data.root, "split": data.split, "shard_size": arguments.shard_size}
+    summaries = []
+    if data.latent_cache is not None:
+        pictures = PictureSource(dataset, pipeline, data.skip_invalid, data.num_workers)
+        summaries.append(fill(Path(data.latent_cache), pictures, latent_encoding(config), made_of, arguments.shard_size, state))
+    if data.text_cache is not None:
+        prompts = PromptSource(dataset, pipeline, config.model.text_length)
+        summaries.append(fill(Path(data.text_cache), prompts, text_encoding(config), made_of, arguments.shard_size, state))
+    return summaries
+
+
+def load_encoders(config: Config) -> MosaicFluxPipeline:
+    """The pipeline without its transformer, and without the encoders that are not needed."""
+    absent = ["transformer"]
+    if config.data.latent_cache is None:
+        absent.append("vae")
+    if config.data.text_cache is None:
+        absent.extend(TEXT_COMPONENTS)
+    pretrained = config.model.pretrained
+    pipeline = MosaicFluxPipeline.from_pretrained(pretrained, dtype=DTYPES[config.model.dtype], **dict.fromkeys(absent))
+    if "vae" in absent:
+        levels = component_config(component_folder(pretrained, "vae"))["block_out_channels"]
+        pipeline.vae_scale_factor = 2 ** (len(levels) - 1)
+    return pipeline
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = parse_arguments(argv)
+    state = PartialState(cpu=(arguments.device or "").startswith("cpu"))
+    try:
+        summaries = run(arguments, state)
+    except (ValueError, OSError) as error:
+        print(f"cache.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        state.destroy_process_group()
+    for summary in summaries:
+        print(f"process {state.process_index + 1} of {state.num_processes}: {summary}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
