@@ -35,6 +35,7 @@ from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lo
 from mosaic.losses import MosaicLoss
 from mosaic.objective import run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.recomputation import set_gradient_checkpointing
 from mosaic.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,7 @@ class Trainer:
             if rank != settings.rank:
                 raise ValueError(f"lora.rank is {settings.rank}, but {path} has rank {rank}. Set lora.rank={rank}.")
             attach_reference_lora(transformer, rank)
-        if self.config.model.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        set_gradient_checkpointing(transformer, self.config.model.gradient_checkpointing)
         for key, parameter in reference_lora_parameters(transformer).items():
             parameter.data = parameter.data.float() if start is None else start[key].float()
             parameter.requires_grad_(True)

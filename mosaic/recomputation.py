@@ -1,0 +1,53 @@
+"""What the backward pass computes anew instead of keeping it: whole blocks, blocks but for their attention, or copies of keys and values.
+
+The modes are those of `model.gradient_checkpointing`. All give the same numbers: the same operations run again on the same inputs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+# Every kernel behind scaled_dot_product_attention; the plain matrix products of its "math" backend are computed anew.
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+]
+
+
+def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function, keep its inputs only, and call it again in the backward pass. Nothing in these models is random."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def recompute_around_attention(function: Callable[..., Any], *inputs: Any) -> Any:
+    """The same, but what attention kernels returned is kept, so that they run once."""
+    contexts = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+MODES = {"block": recompute, "keep_attention": recompute_around_attention}
+
+
+def set_gradient_checkpointing(transformer: FluxTransformer2DModel, mode: str) -> None:
+    """Choose what the backward pass keeps of the transformer's blocks.
+
+    Args:
+        transformer: Its blocks.
+        mode: "none", "block" (a block's input is kept) or "keep_attention" (and its attention's output).
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+    if mode not in ("none", *MODES):
+        raise ValueError(f"gradient checkpointing must be one of {('none', *MODES)}, got {mode!r}.")
+    if mode == "none":
+        transformer.disable_gradient_checkpointing()
+    else:
+        transformer.enable_gradient_checkpointing(MODES[mode])
