@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mosaic.recomputation import recompute, recompute_around_attention
+from mosaic.recomputation import recompute, recompute_copies
 
 ReferenceAttention = Literal["target", "joint", "isolated"]
 REFERENCE_ATTENTION_MODES: tuple[str, ...] = get_args(ReferenceAttention)
@@ -112,14 +112,11 @@ def branch_attention(
     if layout.reference_attention == "isolated":
         references = attend_per_reference(reference_query, [], reference_key, [], reference_value)
     else:
-        # K copies of the main tokens' keys and values: made anew in the backward pass. The compiler decides that by itself.
-        run = recompute_around_attention if torch.is_grad_enabled() and not torch.compiler.is_compiling() else _call
-        references = run(attend_per_reference, reference_query, [text_key, target_key], reference_key, [main_value], reference_value)
+        # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
+        references = recompute_copies(
+            attend_per_reference, reference_query, [text_key, target_key], reference_key, [main_value], reference_value
+        )
     return AttentionOutput(attend(main_query, key, value), references, rows)
-
-
-def _call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return function(*inputs)
 
 
 def _attend_per_reference(
@@ -190,9 +187,10 @@ class _PointRows(torch.autograd.Function):
     def forward(ctx: Any, reference_query: Tensor, target_key: Tensor, global_index: Tensor) -> Tensor:
         """reference_query [B, K * N_ref, H, D], target_key [B, N_tgt, H, D], global_index [B, P]."""
         ctx.save_for_backward(reference_query, target_key, global_index)
-        parts = _head_parts(_rows_at(reference_query, global_index), target_key)
-        sums = [_softmax_rows(rows, key).sum(dim=1) for rows, key in parts]
-        return _total(sums) / reference_query.shape[2]
+        total = reference_query.new_zeros(*global_index.shape, target_key.shape[1], dtype=torch.float32)
+        for rows, key in _head_parts(_rows_at(reference_query, global_index), target_key):
+            total += _softmax_rows(rows, key).sum(dim=1)
+        return total / reference_query.shape[2]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -225,13 +223,6 @@ def _head_parts(rows: Tensor, target_key: Tensor) -> list[tuple[Tensor, Tensor]]
     one_head = max(1, 4 * rows.shape[0] * rows.shape[1] * target_key.shape[1])
     heads = min(rows.shape[2], max(1, MAP_BYTES // one_head))
     return list(zip(rows.split(heads, dim=2), target_key.split(heads, dim=2), strict=True))
-
-
-def _total(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total.add_(tensor)
-    return total
 
 
 def _rows_at(reference_query: Tensor, global_index: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The modes are those of `model.gradient_checkpointing`. All give the same numbers
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,9 @@ ATTENTION_KERNELS = [
 ]
 
 
+_in_a_checkpoint: ContextVar[bool] = ContextVar("in_a_checkpoint", default=False)
+
+
 def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
     """Call a function, keep its inputs only, and call it again in the backward pass. Nothing in these models is random."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -32,7 +36,26 @@ def recompute_around_attention(function: Callable[..., Any], *inputs: Any) -> An
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-MODES = {"block": recompute, "keep_attention": recompute_around_attention}
+def recompute_copies(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call an attention that copies its inputs first, and make the copies again in the backward pass instead of keeping them.
+
+    A plain call where nothing is kept anyway, and in a compiled block, where the compiler decides.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _in_a_checkpoint.get():
+        return function(*inputs)
+    return recompute_around_attention(function, *inputs)
+
+
+def _inside(function: Callable[..., Any], *inputs: Any) -> Any:
+    """A checkpoint within a selective one would keep the attention's output of every block."""
+    token = _in_a_checkpoint.set(True)
+    try:
+        return function(*inputs)
+    finally:
+        _in_a_checkpoint.reset(token)
+
+
+MODES = {"block": partial(recompute, _inside), "keep_attention": partial(recompute_around_attention, _inside)}
 
 
 def set_gradient_checkpointing(transformer: FluxTransformer2DModel, mode: str) -> None:

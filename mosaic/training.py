@@ -35,6 +35,7 @@ from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lo
 from mosaic.losses import MosaicLoss
 from mosaic.objective import run_grids, step_generator, train_step
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.quantization import check_quantization, quantize_base
 from mosaic.recomputation import set_gradient_checkpointing
 from mosaic.validation import validate
 
@@ -78,6 +79,7 @@ class Trainer:
             project_dir=str(self.run_dir / "logs"),
         )
         self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
+        quantize_base(self.pipeline.transformer, config.model.quantization, self.accelerator.device)
         self.pipeline.set_progress_bar_config(disable=True)
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
@@ -270,6 +272,7 @@ def check_files(config: Config) -> None:
     """
     if Path(config.training.output_dir).exists() and not Path(config.training.output_dir).is_dir():
         raise ValueError(f"training.output_dir: must be a folder, but {config.training.output_dir} is a file.")
+    check_quantization(config.model.quantization)
     check_dataset(config.data, config.data.split)
     if config.validation.every:
         check_dataset(config.data, config.validation.split)
