@@ -34,6 +34,7 @@ from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.objective import run_grids, step_generator, train_step
+from mosaic.optimizers import build_optimizer, check_optimizer
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.quantization import check_quantization, quantize_base
 from mosaic.recomputation import set_gradient_checkpointing
@@ -91,11 +92,9 @@ class Trainer:
         self.pipeline.to(self.accelerator.device)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            trainable, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-        )
-        self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
+        self.optimizer = build_optimizer(config.optimizer, trainable)
+        decay = config.optimizer.ema_decay
+        self.ema = EMAModel(trainable, decay=decay, foreach=True) if decay is not None else None
         self.transformer = self.accelerator.prepare(self.pipeline.transformer)
         self.step = 0
 
@@ -128,6 +127,8 @@ class Trainer:
                 raise ValueError(f"lora.rank is {settings.rank}, but {path} has rank {rank}. Set lora.rank={rank}.")
             attach_reference_lora(transformer, rank)
         set_gradient_checkpointing(transformer, self.config.model.gradient_checkpointing)
+        if self.config.model.compile:
+            transformer.compile_repeated_blocks(fullgraph=True)
         for key, parameter in reference_lora_parameters(transformer).items():
             parameter.data = parameter.data.float() if start is None else start[key].float()
             parameter.requires_grad_(True)
@@ -273,6 +274,7 @@ def check_files(config: Config) -> None:
     if Path(config.training.output_dir).exists() and not Path(config.training.output_dir).is_dir():
         raise ValueError(f"training.output_dir: must be a folder, but {config.training.output_dir} is a file.")
     check_quantization(config.model.quantization)
+    check_optimizer(config.optimizer)
     check_dataset(config.data, config.data.split)
     if config.validation.every:
         check_dataset(config.data, config.validation.split)

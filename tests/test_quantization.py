@@ -1,18 +1,23 @@
 """A quantised frozen base: text and target are the bare quantised model's, the adapter learns, and every optional package is asked for."""
 
 import importlib.util
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mosaic import quantization
-from mosaic.lora import load_reference_lora, save_reference_lora
+from mosaic.config import load_config
+from mosaic.lora import branch_linear, load_reference_lora, save_reference_lora
 from mosaic.quantization import FULL_PRECISION, PACKAGES, check_quantization, quantize_base
-from mosaic.training import train
+from mosaic.training import Trainer, train
 from mosaic.transformer import MosaicFluxTransformer2DModel
 from tests import runs, tiny
 from tests.test_transformer import our_step
@@ -97,8 +102,6 @@ def test_target_tokens_of_one_layer_are_the_bare_layers(transformer: MosaicFluxT
     tokens = torch.randn(2, 9, 32)
     want = layer(tokens)
     tiny.attach_random_lora(transformer)
-    from mosaic.lora import branch_linear
-
     found = branch_linear(transformer.transformer_blocks[0].attn.to_q, tokens, 5)
     assert torch.equal(found[:, :5], want[:, :5])
     assert not torch.equal(found[:, 5:], want[:, 5:])
@@ -116,5 +119,32 @@ def test_a_missing_package_is_named(name: str, package: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=library(name).marks) for name in PACKAGES])
 def test_a_run_on_a_quantised_base(name: str, world: Path, tmp_path: Path) -> None:
-    path = train(runs.make_config(world, tmp_path / "run", model__quantization=name, model__gradient_checkpointing="block", validation__every=3))
+    path = train(
+        runs.make_config(world, tmp_path / "run", model__quantization=name, model__gradient_checkpointing="block", validation__every=3)
+    )
     assert path.is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+def test_the_24_gb_preset_end_to_end(world: Path, tmp_path: Path, fresh_accelerator: None) -> None:
+    preset = load_config("configs/mosaic_24gb.json")
+    assert (preset.model.quantization, preset.model.gradient_checkpointing, preset.optimizer.name) == ("nf4", "block", "adamw_8bit")
+    options = {f"model__{name}": getattr(preset.model, name) for name in ("quantization", "gradient_checkpointing", "dtype", "compile")}
+    config = runs.make_config(
+        world, tmp_path / "run", **options, optimizer__name="adamw_8bit", training__mixed_precision="bf16", training__max_steps=4
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(config)
+    before = runs.values(trainer)
+    layer = trainer.pipeline.transformer.transformer_blocks[0].attn.to_q.base_layer
+    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.numel() == 32 * 32 // 2  # half a byte each
+    codes = layer.weight.clone()
+    path = trainer.fit()
+    assert torch.equal(layer.weight, codes)
+    moved = [key for key, value in load_file(path).items() if not torch.equal(value, before[key])]
+    assert len(moved) == len(before) - 4
+    losses = [json.loads(line)["loss/total"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)

@@ -182,3 +182,27 @@ def test_rows_of_many_blocks_hold_one_sum() -> None:
     # The rows and, in each captured block, what the queries' cut adds if anything: far less than the rows of another block.
     assert rows_size <= held[1] - held[2] < 1.2 * rows_size
     assert abs(held[0] - held[1]) < 0.2 * rows_size
+
+
+# ---- compilation
+
+
+# Dynamo itself looks at `.grad` of the block's inputs, and makes an instance of every autograd function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_blocks_in_every_mode(mode: str, batch: tiny.Batch) -> None:
+    transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)
+    parameters = tiny.attach_random_lora(transformer)
+    expected = our_step(transformer, parameters, batch)
+    set_gradient_checkpointing(transformer, mode)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)  # a graph break would be an error
+    with Operations() as operations:
+        found = our_step(transformer, parameters, batch)
+    torch._dynamo.reset()
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    for key, gradient in expected[3].items():
+        torch.testing.assert_close(found[3][key], gradient, atol=1e-6, rtol=1e-4)
+    assert operations.attention_calls() == (8 if mode == "block" else 4)
