@@ -6,17 +6,20 @@ so no mask is ever built and nothing is padded.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from mosaic.recomputation import recompute, recompute_copies
 
 ReferenceAttention = Literal["target", "joint", "isolated"]
 REFERENCE_ATTENTION_MODES: tuple[str, ...] = get_args(ReferenceAttention)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-ROWS_PER_CHUNK = 256  # rows of a reference whose softmax is held at once when all its tokens are averaged
+ROWS_PER_CHUNK = 256  # rows of a sample whose softmax is held at once when all tokens of the references are averaged
+MAP_BYTES = 128 * 2**20  # of the float32 rows of some heads that are held at once; a pass holds two such maps
 
 
 class Layout(NamedTuple):
@@ -105,19 +108,38 @@ def branch_attention(
     if layout.reference_attention == "joint":
         return AttentionOutput(*attend(query, key, value).split([main_length, layout.length], dim=1), rows)
     main_value, reference_value = value.split([main_length, layout.length], dim=1)
-    sees_main = layout.reference_attention == "target"
-    reference = attend(
-        _per_reference([], reference_query, layout),
-        _per_reference([text_key, target_key] if sees_main else [], reference_key, layout),
-        _per_reference([main_value] if sees_main else [], reference_value, layout),
+    attend_per_reference = partial(_attend_per_reference, attend, layout)
+    if layout.reference_attention == "isolated":
+        references = attend_per_reference(reference_query, [], reference_key, [], reference_value)
+    else:
+        # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
+        references = recompute_copies(
+            attend_per_reference, reference_query, [text_key, target_key], reference_key, [main_value], reference_value
+        )
+    return AttentionOutput(attend(main_query, key, value), references, rows)
+
+
+def _attend_per_reference(
+    attend: Attend,
+    layout: Layout,
+    query: Tensor,
+    shared_keys: Sequence[Tensor],
+    key: Tensor,
+    shared_values: Sequence[Tensor],
+    value: Tensor,
+) -> Tensor:
+    """Each reference's queries over the shared keys and its own, [B, K * N_ref, H, D]."""
+    folded = attend(
+        _per_reference([], query, layout), _per_reference(shared_keys, key, layout), _per_reference(shared_values, value, layout)
     )  # (B * K, N_ref, H, D)
-    return AttentionOutput(attend(main_query, key, value), reference.reshape(reference_query.shape), rows)
+    return folded.reshape(query.shape)
 
 
 def _per_reference(shared: Sequence[Tensor], references: Tensor, layout: Layout) -> Tensor:
     """Folds the references into the batch, behind the shared pieces: [B, S_i, H, D] and [B, K * N_ref, H, D] -> [B * K, S, H, D]."""
+    own = references.unflatten(1, (layout.num_references, -1))
     pieces = [piece[:, None].expand(-1, layout.num_references, -1, -1, -1) for piece in shared]
-    return torch.cat([*pieces, references.unflatten(1, (layout.num_references, -1))], dim=2).flatten(0, 1)
+    return (torch.cat([*pieces, own], dim=2) if pieces else own).flatten(0, 1)
 
 
 def capture_rows(reference_query: Tensor, target_key: Tensor, layout: Layout, capture: Capture) -> AttentionRows:
@@ -136,16 +158,15 @@ def capture_rows(reference_query: Tensor, target_key: Tensor, layout: Layout, ca
     if capture.global_index is not None:
         points = _PointRows.apply(reference_query, target_key, capture.global_index)
     if capture.reference_means:
-        chunks = reference_query.unflatten(1, (layout.num_references, -1)).split(ROWS_PER_CHUNK, dim=2)
+        chunk_rows = max(1, ROWS_PER_CHUNK // layout.num_references)
+        chunks = reference_query.unflatten(1, (layout.num_references, -1)).split(chunk_rows, dim=2)
         total = sum(_checkpointed(_sum_of_rows, chunk, target_key) for chunk in chunks)
         means = total / layout.num_reference_tokens
     return AttentionRows(points, means)
 
 
 def _checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return recompute(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
 
 
 def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
@@ -156,33 +177,52 @@ def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
 
 
 class _PointRows(torch.autograd.Function):
-    """Head-mean rows of some reference tokens, [B, P, N_tgt], computed anew in the backward pass.
+    """Head-mean rows of some reference tokens, [B, P, N_tgt], computed anew in the backward pass, some heads at a time.
 
-    Written out because it is part of every training step: it keeps only the query and key that the block keeps anyway, and costs
-    less than a general checkpoint with its gathers and slices.
+    Written out because it is part of every training step: it keeps only the query and key that the block keeps anyway, holds no map of
+    all heads, and costs less than a general checkpoint with its gathers and slices.
     """
 
     @staticmethod
     def forward(ctx: Any, reference_query: Tensor, target_key: Tensor, global_index: Tensor) -> Tensor:
         """reference_query [B, K * N_ref, H, D], target_key [B, N_tgt, H, D], global_index [B, P]."""
         ctx.save_for_backward(reference_query, target_key, global_index)
-        return _softmax_rows(_rows_at(reference_query, global_index), target_key).mean(dim=1)
+        total = reference_query.new_zeros(*global_index.shape, target_key.shape[1], dtype=torch.float32)
+        for rows, key in _head_parts(_rows_at(reference_query, global_index), target_key):
+            total += _softmax_rows(rows, key).sum(dim=1)
+        return total / reference_query.shape[2]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Through the head mean, the softmax and the scaled product."""
         reference_query, target_key, global_index = ctx.saved_tensors
         rows = _rows_at(reference_query, global_index)
-        with _no_autocast(rows):
-            attention = _softmax_rows(rows, target_key)  # (B, H, P, N)
-            weighted = attention * (gradient[:, None] * (rows.shape[3] ** -0.5 / rows.shape[2]))
-            weighted = torch.addcmul(weighted, attention, weighted.sum(dim=-1, keepdim=True), value=-1)
-            rows_gradient = weighted @ target_key.float().transpose(1, 2)  # (B, H, P, D)
-            key_gradient = weighted.transpose(2, 3) @ rows.float().transpose(1, 2)  # (B, H, N, D)
+        scaled = gradient[:, None] * (rows.shape[3] ** -0.5 / rows.shape[2])
+        parts = [_row_gradients(*part, scaled) for part in _head_parts(rows, target_key)]
+        rows_gradient = torch.cat([part for part, _ in parts], dim=2).to(reference_query)
+        key_gradient = torch.cat([part for _, part in parts], dim=2).to(target_key)
         query_gradient = reference_query.new_zeros(reference_query.shape)
         flat = global_index + torch.arange(len(rows), device=rows.device)[:, None] * reference_query.shape[1]
-        query_gradient.flatten(0, 1).index_add_(0, flat.flatten(), rows_gradient.transpose(1, 2).to(query_gradient).flatten(0, 1))
-        return query_gradient, key_gradient.transpose(1, 2).to(target_key), None
+        query_gradient.flatten(0, 1).index_add_(0, flat.flatten(), rows_gradient.flatten(0, 1))
+        return query_gradient, key_gradient, None
+
+
+def _row_gradients(rows: Tensor, target_key: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows [B, P, H, D] and target_key [B, N, H, D], float32, from that of their head mean times its factors, [B, 1, P, N]."""
+    attention = _softmax_rows(rows, target_key)  # (B, H, P, N)
+    with _no_autocast(rows):
+        weighted = attention * gradient
+        weighted.addcmul_(attention, weighted.sum(dim=-1, keepdim=True), value=-1)
+        rows_gradient = weighted @ target_key.float().transpose(1, 2)  # (B, H, P, D)
+        key_gradient = weighted.transpose(2, 3) @ rows.float().transpose(1, 2)  # (B, H, N, D)
+    return rows_gradient.transpose(1, 2), key_gradient.transpose(1, 2)
+
+
+def _head_parts(rows: Tensor, target_key: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows [B, P, H, D] and keys [B, N, H, D] of as many heads at a time as MAP_BYTES allow."""
+    one_head = max(1, 4 * rows.shape[0] * rows.shape[1] * target_key.shape[1])
+    heads = min(rows.shape[2], max(1, MAP_BYTES // one_head))
+    return list(zip(rows.split(heads, dim=2), target_key.split(heads, dim=2), strict=True))
 
 
 def _rows_at(reference_query: Tensor, global_index: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """The attention losses."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """The optimizer and its learning rate."""
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     """Length, batch, precision and outputs of a run."""
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)

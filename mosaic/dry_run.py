@@ -19,14 +19,15 @@ from mosaic.data import MosaicBatch
 from mosaic.lora import attach_reference_lora, reference_lora_parameters
 from mosaic.meta_kernels import kernels_of
 from mosaic.model_shape import ModelShape
-from mosaic.objective import train_step
+from mosaic.objective import sample_generators, train_step
+from mosaic.recomputation import set_gradient_checkpointing
+from mosaic.starting import DTYPES
 from mosaic.storage_meter import TEMPORARY, StorageMeter, storage_bytes
 from mosaic.tokens import PATCH, token_grid
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
 SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,9 @@ def build_transformer(config: Config, shape: ModelShape, device: str = "meta") -
     for stack, count in zip((transformer.transformer_blocks, transformer.single_transformer_blocks), blocks.values(), strict=True):
         stack.extend(copy.deepcopy(stack[0]) for _ in range(count - 1))
     transformer.register_to_config(**blocks)
-    if checkpointing_mode(config) != "none":
-        transformer.enable_gradient_checkpointing()
+    recomputed = config.model.gradient_checkpointing != "none"  # what "keep_attention" keeps beside is added by the memory model
+    set_gradient_checkpointing(transformer, "block" if recomputed else "none")
     return transformer
-
-
-def checkpointing_mode(config: Config) -> str:
-    """`model.gradient_checkpointing` as a name; a config of an earlier version holds true or false."""
-    setting = config.model.gradient_checkpointing
-    return {True: "block", False: "none"}.get(setting, setting)
 
 
 class StandInStep:
@@ -157,8 +152,8 @@ class StandInStep:
 
     def __call__(self) -> Tensor:
         """The loss: all terms, or flow matching alone where nothing is supervised."""
-        generator = torch.Generator().manual_seed(0)
-        loss = train_step(self.pipeline, self._transformer, self.batch, self.config, 0, generator)
+        generators = sample_generators(0, 0, len(self.batch.ids))
+        loss = train_step(self.pipeline, self._transformer, self.batch, self.config, 0, generators)
         return loss.total if self.supervised else loss.flow_matching
 
     def _transformer(self, **inputs: Any) -> Any:

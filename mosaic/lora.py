@@ -32,7 +32,7 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, reference
     y = W x + b;  y[:, start:] += B_ref A_ref x[:, start:];  y[:, :start] += s B A x[:, :start] for every other active adapter.
 
     Args:
-        layer: A linear layer, adapted by PEFT or not.
+        layer: A linear layer, quantised or not, adapted by PEFT or not. Only its forward is called, its weight is never read.
         hidden_states: [B, S, d_in].
         start: Index of the first reference token; S if there is none.
         references: hidden_states[:, start:] as a tensor with memory of its own, where the caller has one: the reference LoRA keeps its
@@ -44,6 +44,8 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, reference
     if not isinstance(layer, LoraLayer):
         return layer(hidden_states)
     output = layer.base_layer(hidden_states)
+    if type(layer.base_layer) is not nn.Linear:  # what a quantised layer returns may be a view that must not be written to
+        output = output.clone()
     length = hidden_states.shape[1]
     if ADAPTER_NAME in layer.lora_A and start < length:
         tokens = hidden_states[:, start:] if references is None else references

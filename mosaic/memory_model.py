@@ -13,7 +13,6 @@ from mosaic.dry_run import (
     ROWS,
     SAVED,
     TRANSIENT,
-    checkpointing_mode,
     dry_run,
     largest_batch,
     row_bytes,
@@ -87,7 +86,7 @@ def dry_parts(config: Config, shape: ModelShape, num_references: int, device_typ
     memory = dry_run(config, shape, num_references, device_type)
     rows = min(row_bytes(config, shape, num_references, device_type), memory.peak[SAVED])
     parts = {**memory.peak, ROWS: rows, SAVED: memory.peak[SAVED] - rows}
-    if checkpointing_mode(config) == "keep_attention":
+    if config.model.gradient_checkpointing == "keep_attention":
         parts[SAVED] += kept_attention_bytes(config, shape, num_references)
     return parts
 

@@ -8,7 +8,6 @@ import torch
 
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.costs import captured_row_flops, lora_parameter_count, training_step_flops
-from mosaic.dry_run import checkpointing_mode
 from mosaic.memory_model import GIB, predict_memory, setting, step_tokens
 from mosaic.model_shape import ModelShape, read_model_shape
 from mosaic.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_surroundings, data_facts
@@ -84,7 +83,7 @@ def preflight(config: Config, resume: str | None = None, gpu_memory: float | Non
     references = num_references or facts.max_references
     device = find_device(config, gpu_memory)
     memory = predict_memory(config, shape, references, device.type, device.count)
-    whole, useful = (step_tflop(config, shape, references, mode) for mode in (checkpointing_mode(config), "none"))
+    whole, useful = (step_tflop(config, shape, references, mode) for mode in (config.model.gradient_checkpointing, "none"))
     hours = 1000 * useful / (EFFICIENCY * device.peak_tflops) / 3600
     findings = [*check_surroundings(config, shape, facts, resume), *check_device(config, device, sum(memory.values()))]
     return Preflight(config, count(config, shape, references, facts), whole, useful, memory, device, hours, findings)

@@ -17,6 +17,7 @@ Momentum = Annotated[float, Bounds(minimum=0, below=1)]
 NotNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
 Blocks = Literal["all", "double"] | tuple[CountOrZero, ...]
+PRODIGY_MIN_RATE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,14 @@ class ModelConfig(Section):
     reference_attention: Literal["target", "joint", "isolated"] = "target"
     """What a reference's tokens attend to. "target": text, target and that reference; "joint": everything (Eq. 7 as written);
     "isolated": that reference only."""
-    gradient_checkpointing: bool = True
-    """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Number format in which the frozen transformer's matrices are stored. "nf4" needs bitsandbytes; "int8" and "fp8" (weights only)
+    need torchao. Saves memory, not time."""
+    gradient_checkpointing: Literal["none", "block", "keep_attention"] = "block"
+    """What the backward pass computes anew. "none": nothing; "keep_attention": the blocks but not their attention; "block": the whole
+    blocks, the least memory. About 1.4 times the operations of "none"."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster steps after slower first ones, on GPUs."""
     text_length: Count = 512
     """Length in tokens to which prompts are padded or cut for the T5 encoder."""
 
@@ -191,12 +198,15 @@ class LossConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """AdamW on the adapter's weights, with a constant learning rate after an optional warm-up."""
+    """The optimizer of the adapter's weights, with a constant learning rate after an optional warm-up."""
 
     path: ClassVar[str] = "optimizer"
 
+    name: Literal["adamw", "adamw_8bit", "prodigy"] = "adamw"
+    """AdamW is "adamw"; "adamw_8bit": the same with 8-bit running means, a quarter of their memory, needs bitsandbytes; "prodigy" finds
+    its step size by itself, needs prodigyopt."""
     learning_rate: Positive = 1e-4
-    """Learning rate after the warm-up."""
+    """Learning rate after the warm-up. prodigy: a factor on the step size it finds; use 1."""
     weight_decay: NotNegative = 1e-2
     """Decoupled weight decay."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
@@ -209,6 +219,15 @@ class OptimizerConfig(Section):
     """Optimizer steps over which the learning rate rises linearly from 0."""
     ema_decay: Momentum | None = None
     """Decay of an exponential moving average of the adapter, which is then what is validated and exported; None: no average."""
+
+    def __post_init__(self) -> None:
+        """Validate; a learning rate meant for AdamW would leave Prodigy standing still."""
+        super().__post_init__()
+        if self.name == "prodigy" and self.learning_rate < PRODIGY_MIN_RATE:
+            raise FieldError(
+                "optimizer.learning_rate",
+                f'must be at least {PRODIGY_MIN_RATE} where optimizer.name is "prodigy" (a factor, usually 1), got {self.learning_rate:g}',
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from mosaic.caches import Caches
+from mosaic.caches import Caches, unneeded_components
 from mosaic.cases import load_cases
 from mosaic.checkpoint import clean_up, find_checkpoint
 from mosaic.config import Config
@@ -26,9 +26,13 @@ from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters
 from mosaic.lora_resize import resize_reference_lora
 from mosaic.objective import Grids
+from mosaic.optimizers import check_optimizer
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.quantization import check_quantization, quantize_base
+from mosaic.recomputation import set_gradient_checkpointing
 from mosaic.run_lock import RunLock
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 logger = logging.getLogger(__name__)
 
 
@@ -36,8 +40,8 @@ def check_files(config: Config) -> None:
     """Check what can be checked before the base model is loaded, which may take minutes.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: Those of `check_dataset`, `load_cases` and `resolve_lora_file`; or the output folder is a
-        file, or cannot be written.
+        FileNotFoundError, OSError, ValueError: Those of `check_quantization`, `check_optimizer`, `check_dataset`, `load_cases` and
+        `resolve_lora_file`; or the output folder is a file, or cannot be written.
     """
     output = Path(config.training.output_dir)
     if output.exists() and not output.is_dir():
@@ -45,6 +49,8 @@ def check_files(config: Config) -> None:
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"training.output_dir: {parent} cannot be written (no permission, or a read-only disk). Choose another one.")
+    check_quantization(config.model.quantization)
+    check_optimizer(config.optimizer)
     check_dataset(config.data, config.data.split)
     if config.validation.every:
         check_dataset(config.data, config.validation.split)
@@ -69,6 +75,21 @@ def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path 
         found = [str(path) if path is not None else None]
     broadcast_object_list(found)
     return Path(found[0]) if found[0] is not None else None
+
+
+def load_base(config: Config, caches: Caches, device: torch.device) -> MosaicFluxPipeline:
+    """The frozen base, quantised where the config asks for it, without the models whose outputs are cached.
+
+    Raises:
+        OSError, ValueError: Those of `MosaicFluxPipeline.from_pretrained`.
+    """
+    absent = dict.fromkeys(unneeded_components(config, caches))
+    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
+    if "vae" in absent:  # from which the pipeline would have it
+        pipeline.vae_scale_factor = caches.latents.encoding["vae"]["scale_factor"]
+    quantize_base(pipeline.transformer, config.model.quantization, device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def training_dataset(
@@ -139,6 +160,9 @@ def attach_adapter(pipeline: MosaicFluxPipeline, config: Config) -> None:
             start, kept = resize_reference_lora(start, settings.rank, config.training.seed)
             logger.info("%s: rank %d resized to %d, %.2f %% of the squared norm kept", path, rank, settings.rank, 100 * kept)
         attach_reference_lora(transformer, settings.rank)
+    set_gradient_checkpointing(transformer, config.model.gradient_checkpointing)
+    if config.model.compile:
+        transformer.compile_repeated_blocks(fullgraph=True)
     for key, parameter in reference_lora_parameters(transformer).items():
         parameter.data = parameter.data.float() if start is None else start[key].float()
         parameter.requires_grad_(True)

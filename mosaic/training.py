@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from mosaic.attention import resolve_capture_blocks
 from mosaic.averaging import averaged
-from mosaic.caches import open_caches, unneeded_components
+from mosaic.caches import open_caches
 from mosaic.checkpoint import folder_of, load_snapshot
 from mosaic.checkpoint_writer import CheckpointWriter
 from mosaic.config import Config, config_to_json, resolved_dict
@@ -25,20 +25,19 @@ from mosaic.lora import reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.non_finite import NonFiniteLoss, NonFiniteSteps
 from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.optimizers import build_optimizer
 from mosaic.run_lock import RunLock
 from mosaic.run_log import RunLog
 from mosaic.run_snapshot import restore_snapshot, take_snapshot
 from mosaic.run_state import describe_run, require_same_run
 from mosaic.sharding import average_gradients, check_distribution, is_sharded, place_models
 from mosaic.signals import StopSignals, TrainingStopped, ignore_in_worker
-from mosaic.starting import attach_adapter, check_files, choose_checkpoint, training_dataset, training_sampler
+from mosaic.starting import attach_adapter, check_files, choose_checkpoint, load_base, training_dataset, training_sampler
 from mosaic.throughput import ThroughputMeter, batch_work
 from mosaic.tracking import Trackers
 from mosaic.validation import validate
 
 logger = logging.getLogger(__name__)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -81,11 +80,7 @@ class Trainer:
         check_distribution()
         self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
         self.caches = open_caches(config)
-        absent = dict.fromkeys(unneeded_components(config, self.caches))
-        self.pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
-        if "vae" in absent:  # from which the pipeline would have it
-            self.pipeline.vae_scale_factor = self.caches.latents.encoding["vae"]["scale_factor"]
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = load_base(config, self.caches, self.accelerator.device)
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
@@ -95,16 +90,12 @@ class Trainer:
         validation = config.validation
         self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
         attach_adapter(self.pipeline, config)
-        if config.model.gradient_checkpointing:
-            self.pipeline.transformer.enable_gradient_checkpointing()
         self.transformer = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            trainable, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-        )
-        self.ema = EMAModel(trainable, decay=optimizer.ema_decay) if optimizer.ema_decay is not None else None
+        self.optimizer = build_optimizer(config.optimizer, trainable)
+        decay = config.optimizer.ema_decay
+        self.ema = EMAModel(trainable, decay=decay, foreach=True) if decay is not None else None
         self.run = describe_run(config, self.global_batch, self.accelerator.num_processes, self.dataset.batch_keys)
         self.trackers = Trackers(training.trackers if self.accelerator.is_main_process else (), self.run_dir / "logs")
         self.log = RunLog(self.run_dir / "metrics.jsonl")

@@ -1,7 +1,8 @@
 """Which settings fit which cards: predicted memory of FLUX.1-dev's training over K, resolution and what saves memory."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -77,11 +78,8 @@ def totals(shape: ModelShape = FLUX_DEV_SHAPE) -> dict[tuple[int, int], dict[Cho
 
 
 def with_checkpointing(config: Config, recomputed: bool) -> Config:
-    """The config with or without recomputed blocks, in whatever form its setting has."""
-    from dataclasses import replace
-
-    value: Any = recomputed if isinstance(config.model.gradient_checkpointing, bool) else ("block" if recomputed else "none")
-    return replace(config, model=replace(config.model, gradient_checkpointing=value))
+    """The config with or without recomputed blocks."""
+    return replace(config, model=replace(config.model, gradient_checkpointing="block" if recomputed else "none"))
 
 
 def total_of(config: Config, shape: ModelShape, num_references: int, choice: Choice, parts: Mapping[str, int]) -> float:

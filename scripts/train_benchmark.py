@@ -63,17 +63,12 @@ def model_shape(model: str) -> ModelShape:
 def config_of(args: argparse.Namespace, size: int, mode: str) -> Config:
     """Settings of a cell."""
     large = args.model == "flux_dev"
-    checkpointing: Any = mode
-    if isinstance(from_dict({}).model.gradient_checkpointing, bool):
-        if mode == "keep_attention":
-            raise ValueError("--checkpointing keep_attention: this version recomputes whole blocks only; use none or block.")
-        checkpointing = mode == "block"
     return from_dict(
         {
             "model": {
                 "dtype": "bfloat16" if large else "float32",
                 "text_length": args.text_tokens,
-                "gradient_checkpointing": checkpointing,
+                "gradient_checkpointing": mode,
             },
             "lora": {"rank": args.rank},
             "data": {"image_size": [size, size], "reference_size": args.reference_size},

@@ -314,7 +314,7 @@ def test_length_logging_and_paths_may_change(run: Path, world: Path, tmp_path: P
         **OPTIONS | {f"training__{name}": value for name, value in changes.items()},
         lora__pretrained=None,
         validation__num_cases=1,
-        model__gradient_checkpointing=True,
+        model__gradient_checkpointing="block",
     )
     train(config, resume=str(run / "checkpoints/step_00000003"))
     assert names(tmp_path / "other/checkpoints") == ["step_00000004"]

@@ -110,11 +110,11 @@ def test_overrides(tmp_path: Path) -> None:
     config = load_config(
         path,
         ["lora.rank=16", "lora.rank=32", "loss.preset=release", "data.root=a=b", 'data.split="7"', "optimizer.learning_rate=5e-5"]
-        + ["loss.capture_blocks=[0, 3]", "training.max_steps=null", "training.max_epochs=2", "model.gradient_checkpointing=false"],
+        + ["loss.capture_blocks=[0, 3]", "training.max_steps=null", "training.max_epochs=2", "model.gradient_checkpointing=none"],
     )
     assert (config.lora.rank, config.loss.divergence, config.loss.capture_blocks) == (32, "jensen_shannon", (0, 3))
     assert (config.data.root, config.data.split, config.optimizer.learning_rate) == ("a=b", "7", 5e-5)
-    assert (config.training.max_steps, config.training.max_epochs, config.model.gradient_checkpointing) == (None, 2, False)
+    assert (config.training.max_steps, config.training.max_epochs, config.model.gradient_checkpointing) == (None, 2, "none")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,15 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
         ({"lora": {"rank": 2.0}}, "lora.rank must be an integer of at least 1, got 2.0 (FILE)."),
         ({"lora": {"rank": None}}, "lora.rank must be an integer of at least 1, got null (FILE)."),
         ({"lora": []}, "lora must be an object of settings, got [] (FILE)."),
-        ({"model": {"gradient_checkpointing": 1}}, "model.gradient_checkpointing must be true or false, got 1 (FILE)."),
+        (
+            {"model": {"gradient_checkpointing": True}},
+            'model.gradient_checkpointing must be one of "none", "block", "keep_attention", got true (FILE).',
+        ),
+        ({"model": {"compile": 1}}, "model.compile must be true or false, got 1 (FILE)."),
+        (
+            {"optimizer": {"name": "prodigy", "learning_rate": 1e-4}},
+            'optimizer.learning_rate must be at least 0.1 where optimizer.name is "prodigy" (a factor, usually 1), got 0.0001 (FILE).',
+        ),
         ({"data": {"root": ""}}, 'data.root must be a string that is not empty, got "" (FILE).'),
         ({"data": {"image_size": 512}}, "data.image_size must be a list of 2 values, each an integer of at least 1, got 512 (FILE)."),
         (

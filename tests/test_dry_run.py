@@ -28,7 +28,7 @@ def shape(**changes: Any) -> ModelShape:
 def config(**changes: Any) -> Config:
     """Targets of 16 x 16 and references of 8 x 8 tokens."""
     values: dict[str, dict[str, Any]] = {
-        "model": {"dtype": "float32", "text_length": 32, "gradient_checkpointing": False},
+        "model": {"dtype": "float32", "text_length": 32, "gradient_checkpointing": "none"},
         "lora": {"rank": 8},
         "data": {"image_size": [64, 64], "reference_size": 32},
         "loss": {"max_points": 64},
@@ -76,7 +76,6 @@ class Measured:
         return gradients
 
 
-RECOMPUTED = True  # blocks computed anew in the backward pass
 CASES = {
     "no autocast": ({}, {}, 2),
     "one reference, wide adapter, larger target": (
@@ -84,7 +83,7 @@ CASES = {
         {"num_layers": 1, "num_single_layers": 2},
         1,
     ),
-    "recomputed": ({"model__gradient_checkpointing": RECOMPUTED}, {"num_layers": 1, "num_single_layers": 5}, 2),
+    "recomputed": ({"model__gradient_checkpointing": "block"}, {"num_layers": 1, "num_single_layers": 5}, 2),
     "joint attention, all rows": ({"model__reference_attention": "joint", "loss__preset": "release"}, {"num_single_layers": 1}, 2),
     "autocast": ({"model__dtype": "bfloat16", "training__mixed_precision": "bf16"}, {"num_layers": 1}, 3),
 }

@@ -1,0 +1,78 @@
+"""Storage of the frozen transformer in 4 or 8 bits (`model.quantization`). The reference LoRA stays in full precision.
+
+The branches only call a base layer's forward, so nothing else has to know. The libraries are optional. Layers are replaced after loading
+and not by diffusers while it loads, because diffusers refuses nf4 on machines without a GPU.
+"""
+
+import importlib.util
+
+import torch
+from torch import nn
+
+PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+# Small, and at the ends of the network, where rounding shows most.
+FULL_PRECISION = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+
+
+def require_package(package: str, setting: str) -> None:
+    """Check that an optional package is there, without importing it.
+
+    Args:
+        package: Its name, for import and for pip alike.
+        setting: What needs it, such as 'model.quantization "nf4"'.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
+
+
+def check_quantization(quantization: str) -> None:
+    """Check that the package of a `model.quantization` is installed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if quantization != "none":
+        require_package(PACKAGES[quantization], f'model.quantization "{quantization}"')
+
+
+def quantize_base(transformer: nn.Module, quantization: str, device: torch.device) -> None:
+    """Quantise the blocks' matrices in place, one after the other; the model is frozen by this.
+
+    Args:
+        transformer: A FLUX transformer without adapters.
+        quantization: "none", "nf4" (bitsandbytes), "int8" or "fp8" (torchao, weights only).
+        device: Where nf4 layers are quantised and stay.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    if quantization == "none":
+        return
+    check_quantization(quantization)
+    transformer.requires_grad_(False)
+    if quantization == "nf4":
+        for name, layer in list(transformer.named_modules()):
+            if _is_quantized(layer, name):
+                transformer.set_submodule(name, _nf4(layer).to(device))
+        return
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    quantize_(transformer, Int8WeightOnlyConfig() if quantization == "int8" else Float8WeightOnlyConfig(), _is_quantized)
+
+
+def _is_quantized(layer: nn.Module, name: str) -> bool:
+    return isinstance(layer, nn.Linear) and name.split(".")[0] not in FULL_PRECISION
+
+
+def _nf4(layer: nn.Linear) -> nn.Module:
+    """A layer of bitsandbytes with the same weights, which it quantises when it is moved to a device."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    options = {"bias": layer.bias is not None, "compute_dtype": layer.weight.dtype, "quant_type": "nf4", "device": "meta"}
+    quantized = Linear4bit(layer.in_features, layer.out_features, **options)
+    quantized.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    quantized.bias = layer.bias
+    return quantized
