@@ -14,7 +14,7 @@ from mosaic.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_su
 
 PEAK_TFLOPS = 989.0  # H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption
-EFFICIENCY = 0.40  # share of the peak that a step reaches (model FLOPs utilisation); an assumption
+EFFICIENCY = 0.40  # share of the peak at which a step runs, recomputation counted as work; an assumption
 FITS_BELOW = 0.95  # share of a card's memory that may be planned: allocators lose the rest to fragmentation
 
 
@@ -84,7 +84,7 @@ def preflight(config: Config, resume: str | None = None, gpu_memory: float | Non
     device = find_device(config, gpu_memory)
     memory = predict_memory(config, shape, references, device.type, device.count)
     whole, useful = (step_tflop(config, shape, references, mode) for mode in (config.model.gradient_checkpointing, "none"))
-    hours = 1000 * useful / (EFFICIENCY * device.peak_tflops) / 3600
+    hours = 1000 * whole / (EFFICIENCY * device.peak_tflops) / 3600
     findings = [*check_surroundings(config, shape, facts, resume), *check_device(config, device, sum(memory.values()))]
     return Preflight(config, count(config, shape, references, facts), whole, useful, memory, device, hours, findings)
 
