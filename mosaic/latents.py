@@ -38,7 +38,10 @@ def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator
 
 
 def draw_latents(
-    posterior: DiagonalGaussianDistribution, shift_factor: float, scaling_factor: float, generator: torch.Generator | None = None
+    posterior: DiagonalGaussianDistribution,
+    shift_factor: float,
+    scaling_factor: float,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     """Shifted and scaled latents of posteriors.
 
@@ -46,7 +49,7 @@ def draw_latents(
         posterior: Of B pictures.
         shift_factor: The VAE's.
         scaling_factor: The VAE's.
-        generator: Draws a sample; None takes the mode.
+        generator: Draws samples, one for all or one per picture; None takes the mode.
 
     Returns:
         [B, C, h, w].

@@ -104,7 +104,8 @@ class Trainer:
 
     def _supervised(self, dataset: TrainingDataset) -> TrainingDataset | ReadableSamples | CachedSamples:
         """The data set, if it can supervise; without the samples that cannot be read where `data.skip_invalid` asks for that, and with
-        what the caches hold, where there are any."""
+        what the caches hold, where there are any.
+        """
         data = self.config.data
         if data.skip_invalid:
             file = self.run_dir / "skipped.jsonl"
