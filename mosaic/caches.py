@@ -76,4 +76,6 @@ def unneeded_components(config: Config, caches: Caches) -> list[str]:
     if cached and config.validation.every is not None:
         logger.info("validation needs %s in memory, cached or not; validation.every=null leaves them out", ", ".join(cached))
         return []
+    if cached:
+        logger.info("not loaded, for their outputs are cached: %s", ", ".join(cached))
     return cached

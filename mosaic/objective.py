@@ -156,7 +156,9 @@ def encode_batch(
     return EncodedBatch(pack_latents(latents), pack_latents(references).unflatten(0, (len(latents), -1)), prompt_embeds, pooled)
 
 
-def draw_cached(cached: Posteriors, device: torch.device, generator: torch.Generator | list[torch.Generator] | None) -> tuple[Tensor, Tensor]:
+def draw_cached(
+    cached: Posteriors, device: torch.device, generator: torch.Generator | list[torch.Generator] | None
+) -> tuple[Tensor, Tensor]:
     """Latents of targets [B, C, h, w] and references [B K, C, h, w], drawn as from the VAE itself."""
     posteriors = [DiagonalGaussianDistribution(moments.to(device)) for moments in (cached.target, cached.references.flatten(0, 1))]
     factors = cached.shift_factor, cached.scaling_factor
