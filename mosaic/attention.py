@@ -171,7 +171,7 @@ def _checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
     """[B, P, H, D], [B, N, H, D] -> [B, H, P, N] float32, outside any autocast."""
-    with _no_autocast(rows):
+    with no_autocast(rows):
         query, key = rows.float().transpose(1, 2) * rows.shape[-1] ** -0.5, target_key.float().permute(0, 2, 3, 1)
         return torch.softmax(query @ key, dim=-1)
 
@@ -210,7 +210,7 @@ class _PointRows(torch.autograd.Function):
 def _row_gradients(rows: Tensor, target_key: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of rows [B, P, H, D] and target_key [B, N, H, D], float32, from that of their head mean times its factors, [B, 1, P, N]."""
     attention = _softmax_rows(rows, target_key)  # (B, H, P, N)
-    with _no_autocast(rows):
+    with no_autocast(rows):
         weighted = attention * gradient
         weighted.addcmul_(attention, weighted.sum(dim=-1, keepdim=True), value=-1)
         rows_gradient = weighted @ target_key.float().transpose(1, 2)  # (B, H, P, D)
@@ -230,7 +230,8 @@ def _rows_at(reference_query: Tensor, global_index: Tensor) -> Tensor:
     return reference_query[torch.arange(len(global_index), device=global_index.device)[:, None], global_index]
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Context in which operations on `x` take place in its own dtype."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device knows no autocast
 
 

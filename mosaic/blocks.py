@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from mosaic.attention import AttentionOutput, AttentionRows, Capture, Layout, branch_attention
+from mosaic.attention import AttentionOutput, AttentionRows, Capture, Layout, branch_attention, no_autocast
 from mosaic.lora import branch_linear, branch_vectors
 
 FLOAT16_LIMIT = 65504.0
@@ -52,6 +52,12 @@ def _vectors(layer: nn.Module, temb: Tensor, count: int) -> list[_Vectors]:
         _Vectors(*pair)
         for pair in zip(main.chunk(count, -1), [None] * count if references is None else references.chunk(count, -1), strict=True)
     ]
+
+
+def _normalize(norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
+    """LayerNorm in the tokens' own dtype (its sums are float32 in any case), of which autocast would keep two float32 copies."""
+    with no_autocast(hidden_states):
+        return norm(hidden_states)
 
 
 def _modulate(hidden_states: Tensor, shift: _Vectors, scale: _Vectors, start: int) -> _Tokens:
@@ -136,7 +142,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         start = hidden_states.shape[1] - layout.length
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, self.norm1.silu(temb), 6)
-        normed = _modulate(self.norm1.norm(hidden_states), shift_msa, scale_msa, start)
+        normed = _modulate(_normalize(self.norm1.norm, hidden_states), shift_msa, scale_msa, start)
         text, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb[:, 0])
 
         query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
@@ -149,7 +155,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
 
         attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), references), start)
         hidden_states = hidden_states + _gate(attn.to_out[1](attended_image), gate_msa, start)
-        normed = _modulate(self.norm2(hidden_states), shift_mlp, scale_mlp, start)
+        normed = _modulate(_normalize(self.norm2, hidden_states), shift_mlp, scale_mlp, start)
         inner = _with_references(self.ff.net[1](self.ff.net[0].gelu(_linear(self.ff.net[0].proj, normed, start))), start)
         hidden_states = hidden_states + _gate(_linear(self.ff.net[2], inner, start), gate_mlp, start)
 
@@ -177,7 +183,7 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         start = residual.shape[1] - layout.length
         shift, scale, gate = _vectors(self.norm.linear, self.norm.silu(temb), 3)
-        normed = _modulate(self.norm.norm(residual), shift, scale, start)
+        normed = _modulate(_normalize(self.norm.norm, residual), shift, scale, start)
 
         mlp = self.act_mlp(_linear(self.proj_mlp, normed, start))
         query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,40 @@ def test_copies_of_keys_and_values_are_not_held(generator: torch.Generator) -> N
     assert held == 4 * heads * length * (width + 1)
     assert output.main.shape[1] == main
     torch.autograd.grad(output.main.sum() + output.references.sum(), inputs)
+
+
+def gradients_of_two_processes(rank: int, store: str, folder: str) -> None:
+    """Each process takes another batch; DDP joins the gradients, which rank 0 writes for every mode."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for mode in MODES:
+        transformer, batch = tiny.build_transformer(num_layers=1, num_single_layers=1), tiny.build_batch(seed=rank)
+        parameters = tiny.attach_random_lora(transformer)
+        set_gradient_checkpointing(transformer, mode)
+        wrapped = torch.nn.parallel.DistributedDataParallel(transformer)
+        output = wrapped(**batch.inputs, capture=CaptureRequest(batch.points.global_index))
+        (output.sample.square().mean() + output.attention_rows.square().sum()).backward()
+        if rank == 0:
+            torch.save({key: p.grad for key, p in parameters.items()}, f"{folder}/{mode}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_join_the_same_gradients_in_every_mode(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(gradients_of_two_processes, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    expected, *others = (torch.load(tmp_path / f"{mode}.pt", weights_only=True) for mode in MODES)
+    sums = None
+    for seed in (0, 1):
+        transformer, batch = tiny.build_transformer(num_layers=1, num_single_layers=1), tiny.build_batch(seed=seed)
+        parameters = tiny.attach_random_lora(transformer)
+        output = transformer(**batch.inputs, capture=CaptureRequest(batch.points.global_index))
+        loss = output.sample.square().mean() + output.attention_rows.square().sum()
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), found, strict=True)]
+        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+    for (key, gradient), total in zip(expected.items(), sums, strict=True):
+        torch.testing.assert_close(gradient, total / 2, atol=1e-6, rtol=1e-5)
+        for other in others:
+            assert torch.equal(other[key], gradient), key
 
 
 # ---- captured rows
