@@ -77,7 +77,8 @@ class Report:
     def lines(self) -> list[str]:
         """The report for a terminal."""
         counts = ", ".join(f"{count} {moment}" for moment, count in sorted(self.moments.items()))
-        result = "equal bit for bit: weights, optimizer, average, log" if not self.differences else "DIFFERENT: " + "; ".join(self.differences)
+        equal = "equal bit for bit: weights, optimizer, average, log"
+        result = f"DIFFERENT: {'; '.join(self.differences)}" if self.differences else equal
         return [f"{sum(self.moments.values())} of {self.wanted} kills ({counts}) in {self.seconds:.0f} s", result]
 
 

@@ -150,7 +150,7 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
             {"loss": {"corespondence_weight": 1}},
             "loss.corespondence_weight is not a known setting. Did you mean correspondence_weight? (FILE).",
         ),
-        ({"lora": {"zzz": 1}}, "lora.zzz is not a known setting. Known here: rank, pretrained, weight_name (FILE)."),
+        ({"lora": {"zzz": 1}}, "lora.zzz is not a known setting. Known here: rank, pretrained, weight_name, resize (FILE)."),
         ({"lora": {"rank": "128"}}, 'lora.rank must be an integer of at least 1, got "128" (FILE).'),
         ({"lora": {"rank": True}}, "lora.rank must be an integer of at least 1, got true (FILE)."),
         ({"lora": {"rank": 2.0}}, "lora.rank must be an integer of at least 1, got 2.0 (FILE)."),

@@ -321,9 +321,8 @@ def test_ranks_and_micro_batches_share_the_global_batches(batch_size: int, world
         shares.append(list(sampler))
         assert (sampler.global_batch, len(sampler)) == (4, sampler.steps_per_epoch * accumulation)
         assert sampler.num_repeated == 1 + 3
-    rows = [sum((share[row] for share in shares), []) for row in range(len(shares[0]))]
-    joined = [sum(rows[start : start + accumulation], []) for start in range(0, len(rows), accumulation)]
-    assert joined == epoch(1, batch_size=4, first_step=1)
+    joined = [index for row in zip(*shares, strict=True) for batch in row for index in batch]
+    assert joined == [index for batch in epoch(1, batch_size=4, first_step=1) for index in batch]
 
 
 @pytest.mark.parametrize("arguments", [([1], 0, 0), ([1], 1, 0, 2, 2), ([], 1, 0), ([1], 1, 0, 0, 1, 0)])

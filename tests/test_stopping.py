@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 
 from mosaic import non_finite, training
 from mosaic.data import MosaicBatch
+from mosaic.data.stream import batches_from
 from mosaic.losses import MosaicLoss
 from mosaic.non_finite import NonFiniteLoss
 from mosaic.objective import train_step
-from mosaic.signals import StopSignals, TrainingStopped
+from mosaic.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.tracking import TensorBoardTracker
 from mosaic.training import Trainer, train
 from scripts.train import main
@@ -103,6 +105,21 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_to_a_whole_group_leave_the_loading_processes_alive(trainer: Trainer, number: signal.Signals) -> None:
+    """And what they load does not depend on their number."""
+    alone = batches_from(1, trainer.dataset, trainer.sampler, 0)
+    expected = [next(alone)[0].ids for _ in range(6)]
+    stream = batches_from(1, trainer.dataset, trainer.sampler, 2, ignore_in_worker)
+    found = [next(stream)[0].ids]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, number)
+    found += [next(stream)[0].ids for _ in range(5)]
+    assert found == expected
 
 
 # ---- not finite
