@@ -21,7 +21,7 @@ from mosaic.config import Config, load_config
 from mosaic.data import check_dataset, open_dataset
 from mosaic.objective import run_grids
 from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.starting import DTYPES
+from mosaic.training.starting import DTYPES
 from preprocess.arguments import check_device
 from preprocess.caching import PictureSource, PromptSource, fill
 

@@ -118,7 +118,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         if args.points_per_reference > REFERENCE_SIDE**2:
             limit = f"at most {REFERENCE_SIDE**2}, a reference's tokens"
             parser.error(f"--points-per-reference must be {limit}, got {args.points_per_reference}")
-        from mosaic.costs import CHECKPOINTING_MODES
+        from mosaic.planning.costs import CHECKPOINTING_MODES
 
         for mode in args.checkpointing:
             if mode not in CHECKPOINTING_MODES:

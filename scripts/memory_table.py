@@ -7,9 +7,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mosaic.config import Config, from_dict
-from mosaic.memory_model import EMA, ENCODERS, GIB, SAVED, dry_parts, kept_attention_bytes, predict_memory
-from mosaic.model_shape import FLUX_DEV_SHAPE, ModelShape
-from mosaic.preflight import FITS_BELOW
+from mosaic.planning.memory_model import EMA, ENCODERS, GIB, SAVED, dry_parts, kept_attention_bytes, predict_memory
+from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape
+from mosaic.planning.preflight import FITS_BELOW
 
 #: GB by the card's name: GiB that CUDA reports for an RTX 4090, an RTX A6000, an H100 and an H200.
 CARDS = {24: 23.6, 48: 47.5, 80: 79.2, 141: 139.8}

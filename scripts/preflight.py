@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config = load_config(arguments.config, arguments.set)
-        from mosaic.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
+        from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
 
         report = preflight(config, arguments.resume, arguments.gpu_memory, arguments.references)
     except (OSError, ValueError) as error:

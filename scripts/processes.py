@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-REQUEUE_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal with a checkpoint written, to be started again
+REQUEUE_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal with a checkpoint written, to be started again
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # what the others get after a failure; they may hang in a collective operation
@@ -26,7 +26,7 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
         grace: Seconds that the others get to end after one has failed.
 
     Returns:
-        0 where all returned 0; the code of the first failure (128 + n where signal n ended it); else `REQUEUE_CODE`.
+        0 where all returned 0; the code of the first failure (128 + n where signal n ended it); else `REQUEUE_EXIT_CODE`.
     """
     children: list[subprocess.Popen] = []
     received: list[int] = []
@@ -75,8 +75,8 @@ def _wait(children: Sequence[subprocess.Popen], grace: float) -> int:
     failure = _first_failure(children) if failure is None else failure
     if failure is not None:
         return failure if failure >= 0 else 128 - failure
-    return REQUEUE_CODE if any(child.returncode == REQUEUE_CODE for child in children) else 0
+    return REQUEUE_EXIT_CODE if any(child.returncode == REQUEUE_EXIT_CODE for child in children) else 0
 
 
 def _first_failure(children: Sequence[subprocess.Popen]) -> int | None:
-    return next((code for child in children if (code := child.poll()) not in (None, 0, REQUEUE_CODE)), None)
+    return next((code for child in children if (code := child.poll()) not in (None, 0, REQUEUE_EXIT_CODE)), None)

@@ -30,13 +30,13 @@ def main(argv: list[str] | None = None) -> int:
             print(config_to_json(config), end="")
             return 0
         if arguments.dry_run:
-            from mosaic.preflight import as_text, preflight
+            from mosaic.planning.preflight import as_text, preflight
 
             report = preflight(config, arguments.resume)
             print(as_text(report))
             return 0 if report.ready else 1
-        from mosaic.signals import REQUEUE_EXIT_CODE, TrainingStopped
         from mosaic.training import train  # torch and diffusers are imported only once the config stands
+        from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
 
         try:
             path = train(config, arguments.resume)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mosaic.config import Config, from_dict
-from mosaic.costs import lora_parameter_count
-from mosaic.dry_run import StandInStep, build_transformer
 from mosaic.lora import reference_lora_parameters
-from mosaic.memory_model import FORMAT_BYTES, GIB
-from mosaic.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
-from mosaic.preflight import PEAK_TFLOPS, find_device, step_tflop
-from mosaic.storage_meter import StorageMeter, total
+from mosaic.planning.costs import lora_parameter_count
+from mosaic.planning.dry_run import StandInStep, build_transformer
+from mosaic.planning.memory_model import FORMAT_BYTES, GIB
+from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
+from mosaic.planning.preflight import PEAK_TFLOPS, find_device, step_tflop
+from mosaic.planning.storage_meter import StorageMeter, total
 from scripts.twin_benchmark import POCKET_GEOMETRY, ROOT
 
 WARM_UP_STEPS = 2

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mosaic import objective, training
+from mosaic import objective
+from mosaic.training import trainer as training
 from scripts.kill_test import preload
 from scripts.train import main as train_main
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.costs import training_step_flops
-from mosaic.model_shape import ModelShape
+from mosaic.planning.costs import training_step_flops
+from mosaic.planning.model_shape import ModelShape
 from scripts import benchmark, train_benchmark, twin_benchmark
 from tests import tiny
 
@@ -162,6 +162,6 @@ def test_a_cell_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_a_model_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("mosaic.preflight.os.sysconf", lambda name: 2**14)
+    monkeypatch.setattr("mosaic.planning.preflight.os.sysconf", lambda name: 2**14)
     with pytest.raises(SystemExit, match="--model flux_dev needs 29.1 GiB .* Use --model pocket here, or a GPU of 80 GB"):
         benchmark.main(["train", "--model", "flux_dev"])

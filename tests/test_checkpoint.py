@@ -17,12 +17,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mosaic import checkpoint, starting, training
-from mosaic.checkpoint import checkpoint_folders, clean_up, find_checkpoint, find_damage, rotate
 from mosaic.metrics import AttentionAccuracy
-from mosaic.optimizer_state import optimizer_tensors, restore_optimizer
-from mosaic.run_lock import RunLock
-from mosaic.training import Trainer, train
+from mosaic.training import Trainer, checkpoint, starting, train
+from mosaic.training import trainer as training
+from mosaic.training.checkpoint import checkpoint_folders, clean_up, find_checkpoint, find_damage, rotate
+from mosaic.training.optimizer_state import optimizer_tensors, restore_optimizer
+from mosaic.training.run_lock import RunLock
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -258,7 +258,7 @@ def test_a_checkpoint_folder_that_cannot_be_written(world: Path, tmp_path: Path)
         train(runs.make_config(world, tmp_path / "run", training__max_steps=1))
 
 
-HOLD = "import sys, pathlib; sys.path.insert(0, {root!r}); from mosaic.run_lock import RunLock; RunLock(pathlib.Path({folder!r})).acquire()"
+HOLD = "import sys, pathlib; sys.path.insert(0, {root!r}); from mosaic.training.run_lock import RunLock; RunLock(pathlib.Path({folder!r})).acquire()"
 
 
 def test_two_runs_in_one_folder(run: Path, world: Path) -> None:

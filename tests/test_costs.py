@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mosaic import costs
 from mosaic.lora import attach_reference_lora, reference_lora_parameters
+from mosaic.planning import costs
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 from tests import tiny
 
@@ -112,11 +112,17 @@ def test_equals_the_operations_of_the_real_forward(mode: str, guidance_embeds: b
 
 @pytest.mark.parametrize("mode", ["target", "isolated"])
 def test_follows_the_operations_of_the_real_backward(mode: str) -> None:
-    """Plain attention keeps its softmax, so that its backward is four products and not five; deep enough for the edges not to count."""
+    """Plain attention keeps its softmax, so that its backward is four products and not five; deep enough for the edges not to count.
+
+    Where references see the main tokens, their attention is recomputed around its kernel, of which plain attention has none.
+    """
     config = tiny.transformer_config(num_layers=8, num_single_layers=16)
     forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
     expected = costs.training_step_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, gradient_checkpointing="none")
-    assert count(config, mode)[1] == pytest.approx(expected - forward.attention / 2, rel=0.02)
+    main, references = GEOMETRY["text_tokens"] + GEOMETRY["target_tokens"], GEOMETRY["num_references"] * GEOMETRY["reference_tokens"]
+    pairs = costs.attention_pairs(main, GEOMETRY["num_references"], GEOMETRY["reference_tokens"], mode)
+    again = forward.attention * (1 - main * (main + references) / pairs) if mode == "target" else 0.0
+    assert count(config, mode)[1] == pytest.approx(expected - forward.attention / 2 + again, rel=0.02)
 
 
 def test_captured_rows_equal_the_operations() -> None:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mosaic import dry_run
 from mosaic.config import Config, from_dict
-from mosaic.dry_run import ADAPTER, BASE, GRADIENTS, OPTIMIZER, SAVED, TRANSIENT
 from mosaic.lora import reference_lora_parameters
-from mosaic.meta_kernels import kernels_of
-from mosaic.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
-from mosaic.storage_meter import StorageMeter, storage_bytes, total
+from mosaic.planning import dry_run
+from mosaic.planning.dry_run import ADAPTER, BASE, GRADIENTS, OPTIMIZER, SAVED, TRANSIENT
+from mosaic.planning.meta_kernels import kernels_of
+from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
+from mosaic.planning.storage_meter import StorageMeter, storage_bytes, total
 from tests import runs, tiny
 
 TOLERANCE = 0.05

@@ -8,10 +8,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from mosaic import optimizers, quantization
-from mosaic.optimizers import build_optimizer
+from mosaic import quantization
 from mosaic.sections import OptimizerConfig
-from mosaic.training import train
+from mosaic.training import optimizers, train
+from mosaic.training.optimizers import build_optimizer
 from tests import runs
 
 

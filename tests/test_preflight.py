@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import GatedRepoError
 
-from mosaic import memory_model, preflight, preflight_checks
 from mosaic.config import Config, from_dict, load_config
-from mosaic.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, OPTIMIZER, ROWS, SAVED, TRANSIENT
-from mosaic.model_shape import FLUX_DEV_SHAPE
-from mosaic.preflight_checks import NOTE, OK, STOP
+from mosaic.planning import memory_model, preflight, preflight_checks
+from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, OPTIMIZER, ROWS, SAVED, TRANSIENT
+from mosaic.planning.model_shape import FLUX_DEV_SHAPE
+from mosaic.planning.preflight_checks import NOTE, OK, STOP
+from mosaic.training.checkpoint import CHECKSUMS, REQUIRED, checksum
 from scripts import memory_table
 from scripts.preflight import main
 from tests import runs
@@ -92,7 +93,9 @@ def test_what_would_stop_training(
 def test_an_earlier_run_in_the_folder(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run/checkpoints/step_00000002"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
+    for name in REQUIRED:
+        (folder / name).write_text("{}")
+    (folder / CHECKSUMS).write_text(json.dumps({name: checksum(folder / name) for name in REQUIRED}))
     assert main([str(config_file)]) == 1
     assert "holds checkpoints of an earlier run" in capsys.readouterr().out
     assert main([str(config_file), "--resume", "auto"]) == 0
@@ -203,7 +206,7 @@ def test_parts_beside_the_dry_run() -> None:
 def test_rows_are_apart_from_the_other_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import Counter
 
-    from mosaic.dry_run import StepMemory
+    from mosaic.planning.dry_run import StepMemory
 
     monkeypatch.setattr(memory_model, "dry_run", lambda *_: StepMemory(Counter(DRY), 4 * GIB, 22 * GIB))
     monkeypatch.setattr(memory_model, "row_bytes", lambda *_: GIB)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mosaic.checkpoint import find_damage
+from mosaic.training.checkpoint import find_damage
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mosaic.sharding import check_distribution
+from mosaic.training.sharding import check_distribution
 from scripts.launch import make_plan, process_environments
 from scripts.processes import run_processes
 from tests import runs
@@ -19,7 +19,7 @@ import sys, warnings
 import torch
 from torch.distributed.tensor import DTensor
 from mosaic.config import load_config
-from mosaic.sharding import is_sharded
+from mosaic.training.sharding import is_sharded
 from mosaic.training import Trainer
 
 warnings.simplefilter("error")

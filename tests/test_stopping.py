@@ -15,15 +15,15 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mosaic import non_finite, training
 from mosaic.data import MosaicBatch
 from mosaic.data.stream import batches_from
 from mosaic.losses import MosaicLoss
-from mosaic.non_finite import NonFiniteLoss
 from mosaic.objective import train_step
-from mosaic.signals import StopSignals, TrainingStopped, ignore_in_worker
-from mosaic.tracking import TensorBoardTracker
-from mosaic.training import Trainer, train
+from mosaic.training import Trainer, non_finite, train
+from mosaic.training import trainer as training
+from mosaic.training.non_finite import NonFiniteLoss
+from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
+from mosaic.training.tracking import TensorBoardTracker
 from scripts.train import main
 from tests import runs
 

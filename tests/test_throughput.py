@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.costs import training_step_flops
-from mosaic.throughput import ThroughputMeter, Work, batch_work, known_peak, resident_peak_bytes
+from mosaic.planning.costs import training_step_flops
 from mosaic.training import Trainer, train
+from mosaic.training.throughput import ThroughputMeter, Work, batch_work, known_peak, resident_peak_bytes
 from tests import runs, tiny
 
 CPU = torch.device("cpu")

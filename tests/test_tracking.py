@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mosaic import tracking
-from mosaic.tracking import Trackers
+from mosaic.training import tracking
+from mosaic.training.tracking import Trackers
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:

@@ -138,7 +138,7 @@ def test_train_sh_from_another_folder_passes_all_arguments_on(config_file: Path)
 
 WORKER = """
 import json, sys, torch
-from mosaic import training
+from mosaic.training import trainer as training
 from mosaic.config import load_config
 from safetensors.torch import save_file
 

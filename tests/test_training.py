@@ -10,7 +10,6 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mosaic import training
 from mosaic.config import resolved_dict
 from mosaic.data import MosaicBatch, collate
 from mosaic.lora import reference_lora_parameters
@@ -18,6 +17,7 @@ from mosaic.losses import MosaicLoss
 from mosaic.objective import train_step
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer, train
+from mosaic.training import trainer as training
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

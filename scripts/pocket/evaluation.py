@@ -17,7 +17,7 @@ from mosaic.metrics import AttentionAccuracy, pool_accuracies
 from mosaic.objective import run_grids
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.tokens import Grid
-from mosaic.validation import batch_attention_accuracy
+from mosaic.training.validation import batch_attention_accuracy
 from scripts.pocket import world
 from scripts.pocket.judge import JUDGE_SIZE, Judge, make_candidates
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mosaic.config import Config
-from mosaic.costs import lora_parameter_count, width
-from mosaic.dry_run import (
+from mosaic.planning.costs import lora_parameter_count, width
+from mosaic.planning.dry_run import (
     ADAPTER,
     BASE,
     GRADIENTS,
@@ -17,7 +17,7 @@ from mosaic.dry_run import (
     largest_batch,
     row_bytes,
 )
-from mosaic.model_shape import ModelShape
+from mosaic.planning.model_shape import ModelShape
 
 EMA, BUCKETS, ENCODERS, CONTEXT = "EMA", "gradient buckets", "text encoders and VAE", "CUDA context"
 PARTS = (BASE, ADAPTER, GRADIENTS, BUCKETS, OPTIMIZER, EMA, SAVED, ROWS, TRANSIENT, ENCODERS, CONTEXT)

@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from mosaic.checkpoint import Snapshot, rotate, write_checkpoint
 from mosaic.sections import TrainingConfig
+from mosaic.training.checkpoint import Snapshot, rotate, write_checkpoint
 
 logger = logging.getLogger(__name__)
 

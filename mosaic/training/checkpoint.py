@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mosaic.durable import flush
 from mosaic.lora import read_reference_lora, write_reference_lora
 from mosaic.schema import read_json, shown
+from mosaic.training.durable import flush
 
 logger = logging.getLogger(__name__)
 STEP_FOLDER = re.compile(r"step_(\d{8,})")

@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mosaic.data import MosaicBatch
-from mosaic.durable import write_text
 from mosaic.losses import MosaicLoss
+from mosaic.training.durable import write_text
 
 logger = logging.getLogger(__name__)
 MOST_IN_A_ROW = 100  # a run that leaves out every batch is broken

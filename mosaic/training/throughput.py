@@ -56,8 +56,8 @@ class Work(NamedTuple):
 
 
 def batch_work(batch: MosaicBatch, pipeline: MosaicFluxPipeline, config: Config) -> Work:
-    """The work of one micro-batch, by `mosaic.costs`; encoders, losses and the optimizer are not counted."""
-    from mosaic.costs import training_step_flops
+    """The work of one micro-batch, by `mosaic.planning.costs`; encoders, losses and the optimizer are not counted."""
+    from mosaic.planning.costs import training_step_flops
 
     grids, count = batch_grids(pipeline, batch), len(batch.prompts)
     num_references, text_tokens = batch.num_references, config.model.text_length

@@ -10,7 +10,6 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from mosaic.caches import Caches, unneeded_components
 from mosaic.cases import load_cases
-from mosaic.checkpoint import clean_up, find_checkpoint
 from mosaic.config import Config
 from mosaic.data import (
     BucketBatchSampler,
@@ -26,11 +25,12 @@ from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters
 from mosaic.lora_resize import resize_reference_lora
 from mosaic.objective import Grids
-from mosaic.optimizers import check_optimizer
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.quantization import check_quantization, quantize_base
 from mosaic.recomputation import set_gradient_checkpointing
-from mosaic.run_lock import RunLock
+from mosaic.training.checkpoint import clean_up, find_checkpoint
+from mosaic.training.optimizers import check_optimizer
+from mosaic.training.run_lock import RunLock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from mosaic.cases import load_cases
-from mosaic.checkpoint import find_checkpoint
 from mosaic.config import Config, DataConfig
-from mosaic.costs import lora_parameter_count
 from mosaic.data.manifest import Manifest
 from mosaic.hub import require_model_name
-from mosaic.memory_model import GIB, OPTIMIZER_BYTES, setting
-from mosaic.model_shape import ENCODERS, ModelShape
+from mosaic.planning.costs import lora_parameter_count
+from mosaic.planning.memory_model import GIB, OPTIMIZER_BYTES, setting
+from mosaic.planning.model_shape import ENCODERS, ModelShape
+from mosaic.training.checkpoint import find_checkpoint
 
 OK, NOTE, STOP = "ok", "note", "stop"
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao", "adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}

@@ -7,8 +7,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from mosaic.checkpoint import Snapshot
-from mosaic.optimizer_state import optimizer_tensors, restore_optimizer
+from mosaic.training.checkpoint import Snapshot
+from mosaic.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 
 def take_snapshot(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.costs import captured_row_flops, lora_parameter_count, training_step_flops
-from mosaic.memory_model import GIB, predict_memory, setting, step_tokens
-from mosaic.model_shape import ModelShape, read_model_shape
-from mosaic.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_surroundings, data_facts
+from mosaic.planning.costs import captured_row_flops, lora_parameter_count, training_step_flops
+from mosaic.planning.memory_model import GIB, predict_memory, setting, step_tokens
+from mosaic.planning.model_shape import ModelShape, read_model_shape
+from mosaic.planning.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_surroundings, data_facts
 
 PEAK_TFLOPS = 989.0  # H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption

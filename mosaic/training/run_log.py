@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mosaic.durable import flush, write_text
+from mosaic.training.durable import flush, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -13,29 +13,29 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mosaic.attention import resolve_capture_blocks
-from mosaic.averaging import averaged
 from mosaic.caches import open_caches
-from mosaic.checkpoint import folder_of, load_snapshot
-from mosaic.checkpoint_writer import CheckpointWriter
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.data import MosaicBatch, open_dataset
 from mosaic.data.stream import batches_from
-from mosaic.durable import write_text
 from mosaic.lora import reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
-from mosaic.non_finite import NonFiniteLoss, NonFiniteSteps
 from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
-from mosaic.optimizers import build_optimizer
-from mosaic.run_lock import RunLock
-from mosaic.run_log import RunLog
-from mosaic.run_snapshot import restore_snapshot, take_snapshot
-from mosaic.run_state import describe_run, require_same_run
-from mosaic.sharding import average_gradients, check_distribution, is_sharded, place_models
-from mosaic.signals import StopSignals, TrainingStopped, ignore_in_worker
-from mosaic.starting import attach_adapter, check_files, choose_checkpoint, load_base, training_dataset, training_sampler
-from mosaic.throughput import ThroughputMeter, batch_work
-from mosaic.tracking import Trackers
-from mosaic.validation import validate
+from mosaic.training.averaging import averaged
+from mosaic.training.checkpoint import folder_of, load_snapshot
+from mosaic.training.checkpoint_writer import CheckpointWriter
+from mosaic.training.durable import write_text
+from mosaic.training.non_finite import NonFiniteLoss, NonFiniteSteps
+from mosaic.training.optimizers import build_optimizer
+from mosaic.training.run_lock import RunLock
+from mosaic.training.run_log import RunLog
+from mosaic.training.run_snapshot import restore_snapshot, take_snapshot
+from mosaic.training.run_state import describe_run, require_same_run
+from mosaic.training.sharding import average_gradients, check_distribution, is_sharded, place_models
+from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
+from mosaic.training.starting import attach_adapter, check_files, choose_checkpoint, load_base, training_dataset, training_sampler
+from mosaic.training.throughput import ThroughputMeter, batch_work
+from mosaic.training.tracking import Trackers
+from mosaic.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
