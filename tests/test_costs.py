@@ -114,14 +114,15 @@ def test_equals_the_operations_of_the_real_forward(mode: str, guidance_embeds: b
 def test_follows_the_operations_of_the_real_backward(mode: str) -> None:
     """Plain attention keeps its softmax, so that its backward is four products and not five; deep enough for the edges not to count.
 
-    Where references see the main tokens, their attention is recomputed around its kernel, of which plain attention has none.
+    Where references see the main tokens, their attention is recomputed around its kernel. Plain attention has none: its first product is
+    computed again, its second not, since nothing of it is kept.
     """
     config = tiny.transformer_config(num_layers=8, num_single_layers=16)
     forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
     expected = costs.training_step_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, gradient_checkpointing="none")
     main, references = GEOMETRY["text_tokens"] + GEOMETRY["target_tokens"], GEOMETRY["num_references"] * GEOMETRY["reference_tokens"]
     pairs = costs.attention_pairs(main, GEOMETRY["num_references"], GEOMETRY["reference_tokens"], mode)
-    again = forward.attention * (1 - main * (main + references) / pairs) if mode == "target" else 0.0
+    again = forward.attention / 2 * (1 - main * (main + references) / pairs) if mode == "target" else 0.0
     assert count(config, mode)[1] == pytest.approx(expected - forward.attention / 2 + again, rel=0.02)
 
 
