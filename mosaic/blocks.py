@@ -54,8 +54,8 @@ def _vectors(layer: nn.Module, temb: Tensor, count: int) -> list[_Vectors]:
     ]
 
 
-def _normalize(norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
-    """LayerNorm in the tokens' own dtype (its sums are float32 in any case), of which autocast would keep two float32 copies."""
+def _normalize(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm in the tokens' own dtype (its sums are float32 in any case), of which autocast would keep float32 copies."""
     with no_autocast(hidden_states):
         return norm(hidden_states)
 
@@ -147,8 +147,8 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
 
         query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         text_query, text_key, text_value = (_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-        query = torch.cat([attn.norm_added_q(text_query), attn.norm_q(query)], dim=1)
-        key = torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1)
+        query = torch.cat([_normalize(attn.norm_added_q, text_query), _normalize(attn.norm_q, query)], dim=1)
+        key = torch.cat([_normalize(attn.norm_added_k, text_key), _normalize(attn.norm_k, key)], dim=1)
         value = torch.cat([text_value, value], dim=1)
         main, references, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
         attended_text, attended_target = main.split([text_length, start], dim=1)
@@ -187,7 +187,7 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 
         mlp = self.act_mlp(_linear(self.proj_mlp, normed, start))
         query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = _normalize(attn.norm_q, query), _normalize(attn.norm_k, key)
         main, references, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
 
         joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)

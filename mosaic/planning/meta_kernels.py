@@ -20,7 +20,8 @@ def kernels_of(device_type: str, autocast_dtype: torch.dtype | None = None) -> I
     """Context in which `torch.nn.functional` computes meta tensors with the kernels of "cuda" or "cpu".
 
     Covers the functions that autocast changes inside FLUX's blocks: linear and attention run in `autocast_dtype`; on CUDA, LayerNorm
-    and RMSNorm run in float32 (on a CPU they keep their input's format). Not for several threads: the functions are replaced.
+    and RMSNorm run in float32 (on a CPU they keep their input's format), but where autocast is off (`mosaic.attention.no_autocast`). Not
+    for several threads: the functions are replaced.
 
     Args:
         device_type: "cuda" or "cpu".
@@ -35,7 +36,8 @@ def kernels_of(device_type: str, autocast_dtype: torch.dtype | None = None) -> I
     for name in FUNCTIONS:
         setattr(functional, name, _replacement(name, originals[name], device_type, autocast_dtype))
     try:
-        yield
+        with torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):  # says only where it is on
+            yield
     finally:
         for name, original in originals.items():
             setattr(functional, name, original)
@@ -51,7 +53,7 @@ def _replacement(name: str, original: Callable[..., Any], device_type: str, auto
     def function(*args: Any, **kwargs: Any) -> Any:
         if not next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).is_meta:
             return original(*args, **kwargs)
-        if dtype is not None:
+        if dtype is not None and torch.is_autocast_enabled("cpu"):
             args = tuple(_cast(value, dtype) for value in args)
             kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
         if name == "rms_norm" and on_cuda:
