@@ -44,13 +44,22 @@ GOOD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"task_type": "edit", "instruction": "a cat", "input_images": ["a.png", "b.png"], "output_image": "c.png"},
         ["a.png", "b.png"],
     ),
-    "MUSAR-Gen": ({"cond_img_1": "b.png", "cond_img_0": "a.png", "tgt_img": "t.png", "cond_prompt_0": "x", "prompt": "a cat"}, ["a.png", "b.png"]),
+    "MUSAR-Gen": (
+        {"cond_img_1": "b.png", "cond_img_0": "a.png", "tgt_img": "t.png", "cond_prompt_0": "x", "prompt": "a cat"},
+        ["a.png", "b.png"],
+    ),
     "names": ({"prompt": "a <cat>", "references": {"cat": "b.png"}}, ["b.png"]),
-    "names in a list": ({"prompt": "a <cat>", "references": [{"path": "b.png", "name": "cat", "strength": 1}, "a.png"]}, ["b.png", "a.png"]),
+    "names in a list": (
+        {"prompt": "a <cat>", "references": [{"path": "b.png", "name": "cat", "strength": 1}, "a.png"]},
+        ["b.png", "a.png"],
+    ),
     "names with strength": ({"prompt": "a <cat>", "references": {"cat": {"path": "b.png", "strength": 1.0}}}, ["b.png"]),
     "pattern": ({"prompt": "a cat", "references": ["bags/*", "a.png"]}, ["bags/1.jpg", "bags/10.png", "bags/2.png", "a.png"]),
     "file that looks like a pattern": ({"prompt": "a cat", "references": ["odd[1].png"]}, ["odd[1].png"]),
-    "options": ({**UNO, "seed": 3, "height": 16, "width": 8, "num_inference_steps": 2, "guidance_scale": 0, "image_guidance_scale": 2.5}, ["a.png", "b.png"]),
+    "options": (
+        {**UNO, "seed": 3, "height": 16, "width": 8, "num_inference_steps": 2, "guidance_scale": 0, "image_guidance_scale": 2.5},
+        ["a.png", "b.png"],
+    ),
     "seeds": ({**UNO, "seeds": [3, 1]}, ["a.png", "b.png"]),
 }
 
@@ -80,10 +89,16 @@ def test_keys_without_use_are_noted(folder: Path) -> None:
 
 def test_lines_count_in_messages_and_a_bad_line_costs_only_itself(folder: Path) -> None:
     path = folder / "cases.jsonl"
-    path.write_text("\n".join([json.dumps(UNO), "", "{", json.dumps(UNO), '{"prompt": 1, "image_paths": ["a.png"]}', '{"a": 1, "a": 2}']) + "\n")
+    path.write_text(
+        "\n".join([json.dumps(UNO), "", "{", json.dumps(UNO), '{"prompt": 1, "image_paths": ["a.png"]}', '{"a": 1, "a": 2}']) + "\n"
+    )
     file = read_cases(path)
     assert [case.index for case in file.cases] == [0, 2]  # the bad line keeps its number
-    starts = [f"{path}:3: not valid JSON: line 1, column 2", f"{path}:5.prompt: must be a string", f"{path}:6: not valid JSON: the key 'a' is given twice"]
+    starts = [
+        f"{path}:3: not valid JSON: line 1, column 2",
+        f"{path}:5.prompt: must be a string",
+        f"{path}:6: not valid JSON: the key 'a' is given twice",
+    ]
     for problem, start in zip(file.problems, starts, strict=True):
         assert str(problem).startswith(start)
     (folder / "lines.json").write_text(path.read_text().replace("\n\n", "\n"))
@@ -92,28 +107,58 @@ def test_lines_count_in_messages_and_a_bad_line_costs_only_itself(folder: Path) 
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown name": ({"prompt": "a <dog>", "references": {"cat": "a.png"}}, "[0].prompt: <dog> names no reference of this case. The names here: cat."),
-    "name without names": ({"prompt": "a <dog>", "references": ["a.png"]}, '[0].prompt: <dog> names no reference of this case. Give names as "references"'),
+    "unknown name": (
+        {"prompt": "a <dog>", "references": {"cat": "a.png"}},
+        "[0].prompt: <dog> names no reference of this case. The names here: cat.",
+    ),
+    "name without names": (
+        {"prompt": "a <dog>", "references": ["a.png"]},
+        '[0].prompt: <dog> names no reference of this case. Give names as "references"',
+    ),
     "unused name": ({"prompt": "a cat", "references": {"cat": "a.png"}}, "[0].prompt: must use every name, but <cat> is missing"),
-    "bad name": ({"prompt": "a <c/t>", "references": {"c/t": "a.png"}}, '[0].references.c/t.name: must be made of letters, digits, spaces and hyphens, got "c/t".'),
-    "name twice": ({"prompt": "<x>", "references": [{"path": "a.png", "name": "x"}, {"path": "b.png", "name": "x"}]}, '[0].references: a name must stand for one reference picture, but "x" stands for 2.'),
-    "name of a pattern": ({"prompt": "<x>", "references": {"x": "bags/*"}}, '[0].references.x: a name must stand for one picture, but "bags/*" matches 3.'),
-    "strength": ({"prompt": "<x>", "references": {"x": {"path": "a.png", "strength": 0.5}}}, "[0].references.x.strength: other strengths than 1 are not supported yet, got 0.5."),
-    "no strength": ({"prompt": "x", "references": [{"path": "a.png", "strength": "1"}]}, '[0].references[0].strength: must be a number of at least 0, got "1".'),
+    "bad name": (
+        {"prompt": "a <c/t>", "references": {"c/t": "a.png"}},
+        '[0].references.c/t.name: must be made of letters, digits, spaces and hyphens, got "c/t".',
+    ),
+    "name twice": (
+        {"prompt": "<x>", "references": [{"path": "a.png", "name": "x"}, {"path": "b.png", "name": "x"}]},
+        '[0].references: a name must stand for one reference picture, but "x" stands for 2.',
+    ),
+    "name of a pattern": (
+        {"prompt": "<x>", "references": {"x": "bags/*"}},
+        '[0].references.x: a name must stand for one picture, but "bags/*" matches 3.',
+    ),
+    "strength": (
+        {"prompt": "<x>", "references": {"x": {"path": "a.png", "strength": 0.5}}},
+        "[0].references.x.strength: other strengths than 1 are not supported yet, got 0.5.",
+    ),
+    "no strength": (
+        {"prompt": "x", "references": [{"path": "a.png", "strength": "1"}]},
+        '[0].references[0].strength: must be a number of at least 0, got "1".',
+    ),
     "missing of a name": ({"prompt": "<x>", "references": {"x": "none.png"}}, "[0].references.x: file not found: "),
     "pattern without a match": ({"prompt": "x", "references": ["none/*.png"]}, '[0].references[0]: no picture file matches "none/*.png".'),
     "pattern through all folders": ({"prompt": "x", "references": ["**/*.png"]}, '[0].references[0]: a pattern must not hold "**"'),
     "two ways": ({**UNO, "references": ["a.png"]}, "[0]: references and image_paths mean the same: give one of them."),
     "two ways of OmniGen2": ({"prompt": "x", "instruction": "x", "input_images": ["a.png"]}, "[0]: instruction and prompt mean the same"),
-    "a gap": ({"prompt": "x", "cond_img_0": "a.png", "cond_img_2": "b.png"}, "[0]: cond_img_0, cond_img_2: must be numbered from 0 without gaps."),
+    "a gap": (
+        {"prompt": "x", "cond_img_0": "a.png", "cond_img_2": "b.png"},
+        "[0]: cond_img_0, cond_img_2: must be numbered from 0 without gaps.",
+    ),
     "their key in messages": ({"instruction": "x", "input_images": [3]}, "[0].input_images[0]: must be a string, got 3."),
     "seed and seeds": ({**UNO, "seed": 1, "seeds": [1]}, "[0].seed: must not be given together with seeds."),
     "equal seeds": ({**UNO, "seeds": [1, 1]}, "[0].seeds: must differ, since they name the output files, got [1, 1]."),
     "no seeds": ({**UNO, "seeds": []}, "[0].seeds: must be a list of one or more values"),
-    "steps": ({**UNO, "num_inference_steps": 0}, "[0].num_inference_steps: must be an integer of at least 1 and at most 1000 or null, got 0."),
+    "steps": (
+        {**UNO, "num_inference_steps": 0},
+        "[0].num_inference_steps: must be an integer of at least 1 and at most 1000 or null, got 0.",
+    ),
     "grid": ({"grid": {"prompts": []}}, "[0].grid: must be an object with the keys prompts and references"),
     "empty grid": ({"grid": {"prompts": [], "references": ["a.png"]}}, "[0].grid.prompts: must be a list of one or more values, got []."),
-    "prompt in a grid": ({"grid": {"prompts": [3], "references": ["a.png"]}}, "[0].grid(prompts[0], references[0]).prompt: must be a string, got 3."),
+    "prompt in a grid": (
+        {"grid": {"prompts": [3], "references": ["a.png"]}},
+        "[0].grid(prompts[0], references[0]).prompt: must be a string, got 3.",
+    ),
 }
 
 
@@ -124,7 +169,9 @@ def test_bad_cases(folder: Path, name: str) -> None:
         read(folder, [entry])
 
 
-@pytest.mark.parametrize("name", ["strength", "no strength", "two ways", "no seeds", "steps", "grid", "empty grid", "prompt in a grid", "their key in messages"])
+@pytest.mark.parametrize(
+    "name", ["strength", "no strength", "two ways", "no seeds", "steps", "grid", "empty grid", "prompt in a grid", "their key in messages"]
+)
 def test_the_schema_refuses_them_too(name: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate([BAD[name][0]], make_cases_schema.cases_schema())
