@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mosaic.case_references import check_text, match_pictures
+from mosaic.case_references import MAX_PATH, check_text, match_pictures
 from mosaic.schema import shown
 
 MAX_CASES = 100_000
@@ -36,7 +36,7 @@ def expand_grid(entry: dict[str, Any], place: str, folder: Path) -> list[tuple[s
     for number, value in enumerate(grid["references"]):
         name = f"references[{number}]"
         if isinstance(value, str):
-            check_text(value, f"{where}.{name}")
+            check_text(value, f"{where}.{name}", MAX_PATH)
             sets += [(name, [path]) for path in match_pictures(value, f"{where}.{name}", folder)]
         else:
             sets.append((name, value))

@@ -17,6 +17,7 @@ from mosaic.schema import shown
 MAX_REFERENCES = 64  # per case
 MAX_MATCHES = 10_000  # pictures that one pattern may name
 MAX_TEXT = 10_000  # letters; T5 reads at most 512 tokens
+MAX_PATH = 4096  # letters
 KEYS = ("path", "name", "strength")
 NAME = re.compile(r"\w(?:[\w -]*\w)?")
 _PLACEHOLDER = re.compile(r"<([^<>]*)>")
@@ -89,14 +90,14 @@ def named_prompt(prompt: str, references: Sequence[Reference], place: str) -> st
     return _PLACEHOLDER.sub(lambda match: match[1].strip(), prompt)
 
 
-def check_text(value: Any, place: str) -> None:
-    """Raise ValueError unless the value is a string with something in it that can be encoded."""
+def check_text(value: Any, place: str, max_letters: int = MAX_TEXT) -> None:
+    """Raise ValueError unless the value is a string with something in it that can be encoded, and not too long."""
     if not isinstance(value, str):
         raise ValueError(f"{place}: must be a string, got {shown(value)}.")
     if not value.strip():
         raise ValueError(f"{place}: must not be empty, got {shown(value)}.")
-    if len(value) > MAX_TEXT:
-        raise ValueError(f"{place}: must have at most {MAX_TEXT} letters, got {len(value)}.")
+    if len(value) > max_letters:
+        raise ValueError(f"{place}: must have at most {max_letters} letters, got {len(value)}.")
     if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(f"{place}: must be plain text, but it holds a NUL or half of a surrogate pair: {shown(ascii(value))}.")
 
@@ -124,14 +125,14 @@ def match_pictures(pattern: str, place: str, folder: Path) -> list[str]:
 def _read_item(item: Any, place: str, folder: Path) -> list[Reference]:
     """References of one path, pattern or object."""
     if not isinstance(item, dict):
-        check_text(item, place)
+        check_text(item, place, MAX_PATH)
         return [Reference(folder / path) for path in match_pictures(item, place, folder)]
     unknown = [key for key in item if key not in KEYS]
     if unknown:
         raise ValueError(f"{place}.{unknown[0]}: is not a known key. Known here: {', '.join(KEYS)}.")
     if "path" not in item:
         raise ValueError(f'{place}: the key "path" is missing.')
-    check_text(item["path"], f"{place}.path")
+    check_text(item["path"], f"{place}.path", MAX_PATH)
     name, strength = item.get("name"), item.get("strength", 1)
     if name is not None:
         check_text(name, f"{place}.name")
@@ -150,7 +151,7 @@ def _with_name(item: Any, name: str, place: str) -> dict[str, Any]:
         if "name" in item:
             raise ValueError(f"{place}.name: must not be given here, since {shown(name)} is the name already.")
         return {**item, "name": name}
-    check_text(item, place)
+    check_text(item, place, MAX_PATH)
     return {"path": item, "name": name}
 
 

@@ -34,7 +34,7 @@ def load_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"file not found: {path}.") from error
     except (OSError, ValueError) as error:  # a ValueError: the path holds a NUL or a letter that no file name can hold
-        raise ValueError(f"the file cannot be read: {path} ({error}).") from error
+        raise ValueError(f"the file cannot be read: {path} ({getattr(error, 'strerror', None) or error}).") from error
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"must be a picture file, but it is a folder: {path}.")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer

@@ -10,14 +10,15 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.case_references import MAX_REFERENCES, MAX_TEXT
+from mosaic.case_references import MAX_PATH, MAX_REFERENCES, MAX_TEXT
 from mosaic.case_shapes import IMAGE_PATHS, SHAPES, Shape
 from mosaic.cases import MAX_INDEX, OPTIONS, CaseOptions
 from scripts.make_config_schema import field_meanings, type_schema
 
 FILE = ROOT / "cases.schema.json"
 TEXT = {"type": "string", "pattern": r"\S", "maxLength": MAX_TEXT}
-PATH = TEXT | {"description": "A picture, relative to the cases file; with *, ? or [ ] all pictures that match, sorted."}
+MATCHING = "A picture, relative to the cases file; with *, ? or [ ] all pictures that match, sorted."
+PATH = TEXT | {"maxLength": MAX_PATH, "description": MATCHING}
 PATHS = {"type": "array", "items": PATH, "minItems": 1, "maxItems": MAX_REFERENCES}
 STRENGTH = {"description": "Weight of the reference in attention; other values than 1 are not supported yet.", "const": 1}
 
