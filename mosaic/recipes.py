@@ -94,8 +94,8 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "reference_attention": config.model.reference_attention,
         "text_length": config.model.text_length,
         "dtype": config.model.dtype,
-        "model": {"name": config.model.pretrained, "digest": model_digest},
-        "lora": None if lora_digest is None else {"name": settings.lora, "digest": lora_digest},
+        "model": {"name": _public_name(config.model.pretrained), "digest": model_digest},
+        "lora": None if lora_digest is None else {"name": _public_name(settings.lora), "digest": lora_digest},
         "device": device,
         "num_threads": settings.num_threads,
         "batch_size": 1,
@@ -137,6 +137,11 @@ def job_files(job: PictureJob, folder: Path, with_attention: bool) -> list[Path]
     """Files of a job, in the order in which they are written: the picture last, so that one that is there is complete."""
     endings = ["_attention.png"] * with_attention + ["_panel.png", ".png"]
     return [folder / f"{job.name}{ending}" for ending in endings]
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a local path the last part, since recipes travel with pictures and the rest is the machine's business."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _has_digest(path: Path, job: PictureJob) -> bool:

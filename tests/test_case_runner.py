@@ -21,6 +21,7 @@ from mosaic.cases import load_cases
 from mosaic.digests import BLOCK, WHOLE, weights_digest
 from mosaic.figures import save_picture
 from mosaic.images import load_image
+from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.recipes import PictureJob, read_recipe
 from tests import runs
 
@@ -90,6 +91,8 @@ def test_names_and_recipes(alone: Path, world: Path) -> None:
         assert recipe == {key: value for key, value in row.items() if key not in ("file", "seconds")}
         assert row["seconds"] > 0
         assert load_image(alone / row["file"]).size == (row["width"], row["height"])
+        assert (row["model"]["name"], row["lora"]["name"]) == ("model", "lora.safetensors")  # no paths of a machine
+        assert str(world) not in json.dumps(row)
         assert row["lora"]["digest"] == weights_digest(world / "lora.safetensors")
         assert {"torch", "diffusers", "python"} <= row["versions"].keys()
     assert found[1]["prompt"] == "a cat and a mug"
@@ -172,6 +175,23 @@ def test_threads_are_fixed_and_given_back(world: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(case_runner, "render_jobs", lambda *_, **__: seen.append(torch.get_num_threads()))
     assert inference.main(arguments(world, tmp_path / "out", "--set", "inference.num_threads=2")) == 1
     assert (seen, torch.get_num_threads()) == ([2], before)
+
+
+def test_another_batch_size_starts_from_the_same_noise(world: Path, alone: Path) -> None:
+    found = [row for row in rows(alone) if row["index"] in (20, 22)]
+    pipeline = MosaicFluxPipeline.from_pretrained(world / "model")
+    pipeline.load_reference_lora(world / "lora.safetensors")
+    pictures = pipeline(
+        [row["prompt"] for row in found],
+        [[load_image(world / PICTURES[0])]] * 2,
+        **{key: found[0][key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in found],
+        reference_size=runs.REFERENCE_SIZE,
+        max_sequence_length=found[0]["text_length"],
+    ).images
+    for row, picture in zip(found, pictures, strict=True):
+        difference = np.asarray(picture).astype(int) - np.asarray(load_image(alone / row["file"])).astype(int)
+        assert np.abs(difference).max() <= 2
 
 
 # ---- what fails
