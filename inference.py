@@ -1,17 +1,24 @@
 """Render a cases file: `python inference.py` draws example_cases.json with the shipped pocket weights, from any current directory.
 
-FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. Per case: the picture, a panel references | result (all of them in
-overview.png), and with --save-attention the attention maps with lines from reference points to their peaks.
+FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. On several GPUs or machines: `accelerate launch inference.py ...`.
+Per case: the picture with its recipe, a panel references | result (all of them in overview.png), and with --save-attention the attention
+maps with lines from reference points to their peaks; manifest.jsonl has a line per picture. Cases and pictures are checked before the model
+loads. A bad case does not stop the others: it is reported, and the exit code is 1. Finished pictures are skipped when started again.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mosaic.cases import Case, load_cases
+from mosaic.cases import Case, read_cases
 from mosaic.config import Config, load_config
+
+if TYPE_CHECKING:
+    from mosaic.case_runner import RunResult
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONFIG = ROOT / "configs" / "pocket.json"
@@ -28,6 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="inference.seed")
     parser.add_argument("--steps", type=int, help="inference.num_inference_steps")
     parser.add_argument("--save-attention", action="store_true", help="also write attention maps")
+    parser.add_argument("--check", action="store_true", help="only check the cases and their pictures")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     return parser.parse_args(argv)
 
@@ -54,76 +62,76 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return arguments.set + [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
 
 
-def render(config: Config, cases: list[Case]) -> list[Path]:
-    """Render all cases; returns the paths of the pictures."""
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, asked before the processes know of each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(config: Config, cases: list[Case]) -> "RunResult":
+    """Render the cases, this process its share; see `mosaic.case_runner.run_cases`."""
+    from datetime import timedelta
+
     import torch
-    from tqdm.auto import tqdm
+    from accelerate import PartialState
 
-    from mosaic.figures import attention_panel, case_panel, contact_sheet, save_picture
-    from mosaic.hub import resolve_lora_file
-    from mosaic.images import load_image, prepare_reference
-    from mosaic.pipeline import MosaicFluxPipeline
-    from mosaic.tokens import token_grid
+    from mosaic.case_runner import run_cases
 
-    settings, folder = config.inference, Path(config.inference.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"inference.output_dir: must be a folder, but {folder} is a file.")
-    lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)  # before the base, which loads for long
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]
-    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=dtype)
-    grid = token_grid(settings.height, settings.width, pipeline.vae_scale_factor, where="inference.height, inference.width")
-    size = config.data.reference_size
-    reference_grid = token_grid(size, size, pipeline.vae_scale_factor, where="data.reference_size")
-    if lora_file is not None:
-        pipeline.load_reference_lora(lora_file)
-    if torch.cuda.is_available() and settings.cpu_offload:
-        pipeline.enable_model_cpu_offload()
-    elif torch.cuda.is_available():
-        pipeline.to("cuda")
-    pipeline.set_progress_bar_config(leave=False)
-    written, panels = [], []
-    for case in tqdm(cases, desc="cases", unit="case"):
-        references = [load_image(path) for path in case.image_paths]
-        result = pipeline(
-            case.prompt,
-            references if lora_file is not None else None,
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            image_guidance_scale=settings.image_guidance_scale,
-            generator=torch.Generator().manual_seed(settings.seed + case.index),
-            reference_size=size,
-            reference_scale=settings.reference_scale,
-            reference_attention=config.model.reference_attention,
-            max_sequence_length=config.model.text_length,
-            output_attention=settings.save_attention,
-        )
-        picture = result.images[0]
-        written.append(save_picture(picture, folder / f"case_{case.index:03d}.png"))
-        panels.append(case_panel(references, picture, case.prompt))
-        save_picture(panels[-1], folder / f"case_{case.index:03d}_panel.png")
-        if result.attention is not None and result.attention[0] is not None:
-            prepared = [prepare_reference(reference, size, settings.reference_scale) for reference in references]
-            maps = attention_panel(prepared, picture, result.attention[0], reference_grid, grid)
-            save_picture(maps, folder / f"case_{case.index:03d}_attention.png")
-    save_picture(contact_sheet(panels), folder / "overview.png")
-    return written
+    # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each. The first process to end waits
+    # for the last one, however long that takes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(config.inference.num_threads)
+    try:
+        return run_cases(cases, config, state)
+    finally:
+        torch.set_num_threads(num_threads)
+        state.destroy_process_group()
+
+
+def report(result: "RunResult", folder: str) -> None:
+    """Say what there is, and every problem."""
+    before = f" ({result.num_finished_before} were finished before)" if result.num_finished_before else ""
+    print(f"{result.num_pictures} pictures in {folder}{before}")
+    show_problems(result.problems)
+
+
+def show_problems(problems: Iterable[object]) -> None:
+    """One line for each, whatever line breaks a file name may hold."""
+    for problem in problems:
+        print(f"error: {' '.join(str(problem).splitlines())}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Command line; returns the exit code: 1 if some of the cases failed, 2 if nothing could begin."""
     arguments = parse_arguments(argv)
+    first = is_first_process()
     try:
         defaults = [] if arguments.config else pocket_inputs()
         config = load_config(arguments.config or DEFAULT_CONFIG, defaults + overrides(arguments))
-        cases = load_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
-        written = render(config, cases)
+        file = read_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
+        for note in file.notes if first else []:
+            print(f"note: {note}", file=sys.stderr)
+        if arguments.check or not file.cases:
+            if first:
+                print(f"{len(file.cases)} good cases in {config.inference.cases}")
+                show_problems(file.problems)
+            return 1 if file.problems else 0
+        if file.problems and first:
+            print(f"{len(file.problems)} bad cases, listed at the end, are left out; the first: {file.problems[0]}", file=sys.stderr)
+        result = run(config, file.cases)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            show_problems([error])
         return 2
-    print(f"{len(written)} pictures in {config.inference.output_dir}")
-    return 0
+    except KeyboardInterrupt:
+        if first:
+            print("interrupted: the same command goes on with the pictures that are missing", file=sys.stderr)
+        return 130
+    if not first:  # the first process speaks, and decides, for all
+        return 0
+    result = result._replace(problems=[*map(str, file.problems), *result.problems])
+    report(result, config.inference.output_dir)
+    return 1 if result.problems else 0
 
 
 if __name__ == "__main__":

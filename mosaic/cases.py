@@ -1,121 +1,263 @@
 """The cases file: prompts with their reference pictures, checked completely before anything is computed."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from mosaic.case_grids import expand_grid
+from mosaic.case_references import Reference, check_text, named_prompt, read_references
+from mosaic.case_shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry, unify
 from mosaic.images import load_image, prepare_reference
-from mosaic.schema import read_json, shown
+from mosaic.schema import Bounds, FieldError, Section, nearest, parse_json, read_json, read_text, shown
 
-KEYS = ("index", "prompt", "image_paths")
 MAX_INDEX = 999_999_999  # the index names files
+MAX_FILE = 64 * 2**20  # bytes
+LINES = (".jsonl", ".ndjson")
+Side = Annotated[int, Bounds(minimum=1, maximum=8192)]
+Seed = Annotated[int, Bounds(minimum=0, below=2**63)]
+Scale = Annotated[float, Bounds(minimum=0)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaseOptions(Section):
+    """What a case may decide for itself. None: as the section `inference` of the config says."""
+
+    path: ClassVar[str] = "case"
+
+    seed: Seed | None = None
+    """Seed of the start noise; None: `inference.seed` + index."""
+    seeds: tuple[Seed, ...] | None = None
+    """Seeds of several pictures, instead of `seed` and `num_images_per_prompt`."""
+    num_images_per_prompt: Annotated[int, Bounds(minimum=1, maximum=1000)] | None = None
+    """Number of pictures; their seeds are `seed`, `seed` + 1, and so on."""
+    height: Side | None = None
+    """Height of the picture in pixels; a multiple of the model's token size."""
+    width: Side | None = None
+    """Width of the picture in pixels; a multiple of the model's token size."""
+    num_inference_steps: Annotated[int, Bounds(minimum=1, maximum=1000)] | None = None
+    """Sampling steps."""
+    guidance_scale: Scale | None = None
+    """Embedded guidance of the text and target branch."""
+    image_guidance_scale: Scale | None = None
+    """How far the velocity goes from that without references to that with them and beyond."""
+
+    def __post_init__(self) -> None:
+        """Validate; there is one way to say which pictures are wanted."""
+        super().__post_init__()
+        for name in ("seed", "num_images_per_prompt"):
+            if self.seeds is not None and getattr(self, name) is not None:
+                raise FieldError(f"case.{name}", "must not be given together with seeds")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise FieldError("case.seeds", f"must differ, since they name the output files, got {shown(list(self.seeds))}")
+
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(CaseOptions))
+KEYS = ("index", PROMPT, REFERENCES, IMAGE_PATHS, *OPTIONS)
 
 
 class Case(NamedTuple):
-    """One picture to make.
+    """A prompt with its references.
 
     Attributes:
         index: Number in the names of the case's output files; unique within a cases file.
-        prompt: Text, not empty.
-        image_paths: Reference pictures, one or more, as paths from the current directory.
+        prompt: Text, not empty, as the model sees it: names without their brackets.
+        references: One or more reference pictures.
+        options: What the case decides for itself.
+        place: Where it stands, for messages, such as "cases.json[3]".
     """
 
     index: int
     prompt: str
-    image_paths: tuple[Path, ...]
+    references: tuple[Reference, ...]
+    options: CaseOptions = CaseOptions()
+    place: str = ""
+
+    @property
+    def image_paths(self) -> tuple[Path, ...]:
+        """Files of the reference pictures."""
+        return tuple(reference.path for reference in self.references)
+
+
+class CaseFile(NamedTuple):
+    """What a cases file holds.
+
+    Attributes:
+        cases: The good cases, in the order of the file.
+        problems: One error for each bad case, in the order of the file.
+        notes: What the reader should know of the file, one sentence each.
+    """
+
+    cases: list[Case]
+    problems: list[ValueError | FileNotFoundError]
+    notes: list[str]
 
 
 def load_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> list[Case]:
-    """Read a cases file: `[{"index": 0, "prompt": "...", "image_paths": ["..."]}]`, paths relative to the file.
-
-    Every picture is decoded and prepared once, so that no case fails after others have been rendered.
-
-    Args:
-        path: The JSON file.
-        reference_size: Side in pixels for which the references will be prepared.
-        reference_scale: Share of that side that the subject's long side will fill.
-
-    Returns:
-        The cases in the order of the file.
+    """Read a cases file in which every case must be good; see `read_cases`.
 
     Raises:
         FileNotFoundError: The file or a picture is missing.
         ValueError: Anything else is wrong with the file or a picture. Messages name the file and the place, such as
             `cases.json[3].image_paths[1]: ...`.
     """
+    file = read_cases(path, reference_size, reference_scale)
+    if file.problems:
+        raise file.problems[0]
+    return file.cases
+
+
+def read_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> CaseFile:
+    """Read a cases file: `[{"index": 0, "prompt": "...", "image_paths": ["..."]}]`, paths relative to the file.
+
+    The forms are those of `cases.schema.json`: JSON, or JSONL with a case per line; a case may be a grid of cases, or have the keys of
+    another project. A case without an index has its position in the file. Every picture is decoded and prepared once, so that no case
+    fails after others have been rendered.
+
+    Args:
+        path: The file.
+        reference_size: Side in pixels for which the references will be prepared.
+        reference_scale: Share of that side that the subject's long side will fill.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: It is not a list of cases.
+    """
     path = Path(path)
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: must be a list of cases, got {_kind(entries)}: {_FORM}")
-    if not entries:
-        raise ValueError(f"{path}: must hold at least one case, got an empty list: {_FORM}")
-    cases = [_read_case(entry, f"{path}[{number}]", path.parent) for number, entry in enumerate(entries)]
-    first: dict[int, int] = {}
-    for number, case in enumerate(cases):
-        if first.setdefault(case.index, number) != number:
-            raise ValueError(
-                f"{path}[{number}].index: must be unique, since it names the output files, but {case.index} is also the index of "
-                f"{path}[{first[case.index]}]."
-            )
-    _check_pictures(cases, path, reference_size, reference_scale)
-    return cases
+    problems: dict[int, ValueError | FileNotFoundError] = {}
+    cases: dict[int, Case] = {}
+    unused: set[str] = set()
+    first: dict[int, str] = {}
+    checked: dict[Path, ValueError | FileNotFoundError | None] = {}
+    for position, (place, item) in enumerate(_expanded(_entries(path), path.parent)):
+        try:
+            entry = _unified(item, place)
+            unused.update(entry.unused)
+            case = _read_case(entry, place, path.parent, position)
+            if first.setdefault(case.index, place) != place:
+                raise ValueError(
+                    f"{place}.index: must be unique, since it names the output files, but {case.index} is also the index of "
+                    f"{first[case.index]}."
+                )
+            _check_pictures(case, entry, checked, reference_size, reference_scale)
+            cases[position] = case
+        except (ValueError, FileNotFoundError) as error:
+            problems[position] = error
+    notes = [f"{path}: {', '.join(sorted(unused))} of its cases: of no use here, since pictures are named by index."] if unused else []
+    return CaseFile(list(cases.values()), list(problems.values()), notes)
 
 
 _FORM = 'expected [{"index": 0, "prompt": "...", "image_paths": ["..."]}].'
 
 
-def _read_case(entry: Any, place: str, folder: Path) -> Case:
+def _entries(path: Path) -> list[tuple[str, Any]]:
+    """Place and value of every entry of the file; an error in place of a line that is not JSON."""
+    if path.is_file() and path.stat().st_size > MAX_FILE:
+        cure = "Split it, or use patterns and grids"
+        raise ValueError(f"{path}: must have at most {MAX_FILE >> 20} MiB, got {path.stat().st_size >> 20}. {cure}.")
+    if path.suffix.lower() in LINES:
+        entries = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        if not entries:
+            raise ValueError(f"{path}: must hold at least one case, one per line, got an empty file: {_FORM[:-1]} without the brackets.")
+        return [(place, _parsed(line, place)) for place, line in entries]
+    try:
+        values = read_json(path)
+    except ValueError as error:
+        cure = f" A file with a case per line must be named {path.stem}.jsonl." if "Extra data" in str(error) else ""
+        raise ValueError(f"{error}{cure}") from error
+    if isinstance(values, dict) and "grid" in values:
+        return [(str(path), values)]
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: must be a list of cases, got {_kind(values)}: {_FORM}")
+    if not values:
+        raise ValueError(f"{path}: must hold at least one case, got an empty list: {_FORM}")
+    return [(f"{path}[{number}]", value) for number, value in enumerate(values)]
+
+
+def _parsed(line: str, place: str) -> Any:
+    try:
+        return parse_json(line, place)
+    except ValueError as error:
+        return error
+
+
+def _expanded(entries: list[tuple[str, Any]], folder: Path) -> list[tuple[str, Any]]:
+    """The entries with every grid as its cases; an error in place of a grid that cannot be expanded."""
+    cases: list[tuple[str, Any]] = []
+    for place, entry in entries:
+        if not (isinstance(entry, dict) and "grid" in entry):
+            cases.append((place, entry))
+            continue
+        try:
+            cases += expand_grid(entry, place, folder)
+        except ValueError as error:
+            cases.append((place, error))
+    return cases
+
+
+def _unified(item: Any, place: str) -> Entry:
+    """The entry in our keys; raises what stands in its place."""
+    if isinstance(item, Exception):
+        raise item
+    if not isinstance(item, dict):
+        raise ValueError(f"{place}: must be an object with the keys index, prompt, image_paths, got {_kind(item)}.")
+    try:
+        return unify(item)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _read_case(entry: Entry, place: str, folder: Path, position: int) -> Case:
     """Check the keys and types of one case; no picture is opened."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{place}: must be an object with the keys {', '.join(KEYS)}, got {_kind(entry)}.")
-    unknown = [key for key in entry if key not in KEYS]
-    missing = [key for key in KEYS if key not in entry]
+    values, names = entry.values, {key: entry.given_keys.get(key, key) for key in KEYS}
+    unknown = [key for key in values if key not in KEYS]
+    key = IMAGE_PATHS if REFERENCES not in values else REFERENCES
+    missing = [name for name in (PROMPT, key) if name not in values]
     if missing:
         found = f" Found instead: {', '.join(unknown)}." if unknown else ""
-        raise ValueError(f'{place}: the key "{missing[0]}" is missing.{found}')
+        raise ValueError(f'{place}: the key "{names[missing[0]]}" is missing.{found}')
     if unknown:
-        raise ValueError(f"{place}.{unknown[0]}: is not a known key. Known here: {', '.join(KEYS)}.")
-    index, prompt, image_paths = (entry[key] for key in KEYS)
+        raise ValueError(f"{place}.{unknown[0]}: is not a known key.{nearest(unknown[0], KEYS)} Known here: {', '.join(KEYS)}.")
+    if REFERENCES in values and IMAGE_PATHS in values:
+        raise ValueError(f"{place}: references and {names[IMAGE_PATHS]} mean the same: give one of them.")
+    index, prompt = values.get("index", position), values[PROMPT]
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_INDEX:
         raise ValueError(f"{place}.index: must be an integer from 0 to {MAX_INDEX} (it names the output files), got {shown(index)}.")
-    _check_text(prompt, f"{place}.prompt")
-    if not isinstance(image_paths, list):
-        raise ValueError(f"{place}.image_paths: must be a list of paths of reference pictures, got {shown(image_paths)}.")
-    if not image_paths:
-        raise ValueError(f"{place}.image_paths: must name at least one reference picture, got an empty list.")
-    for number, image_path in enumerate(image_paths):
-        _check_text(image_path, f"{place}.image_paths[{number}]")
-    return Case(index, prompt, tuple(folder / image_path for image_path in image_paths))
+    check_text(prompt, f"{place}.{names[PROMPT]}")
+    references = read_references(values[key], f"{place}.{names[key]}", folder)
+    if key == REFERENCES:
+        prompt = named_prompt(prompt, references, f"{place}.{names[PROMPT]}")
+    try:
+        options = CaseOptions(**{name: values[name] for name in OPTIONS if name in values})
+    except FieldError as error:
+        raise ValueError(f"{place}{error.path.removeprefix('case')}: {error.problem}.") from error
+    return Case(index, prompt, references, options, place)
 
 
-def _check_text(value: Any, place: str) -> None:
-    """Raise ValueError unless the value is a string with something in it that can be encoded."""
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: must be a string, got {shown(value)}.")
-    if not value.strip():
-        raise ValueError(f"{place}: must not be empty, got {shown(value)}.")
-    if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{place}: must be plain text, but it holds a NUL or half of a surrogate pair: {value!a}.")
+def _check_pictures(case: Case, entry: Entry, checked: dict[Path, Any], reference_size: int, reference_scale: float) -> None:
+    """Decode and prepare every picture of a case that has not been checked yet, naming the case in errors."""
+    key = next(key for key in (REFERENCES, IMAGE_PATHS) if key in entry.values)
+    place = f"{case.place}.{entry.given_keys.get(key, key)}"
+    by_name = isinstance(entry.values[key], dict)
+    for position, (path, name, _) in enumerate(case.references):
+        if path not in checked:
+            checked[path] = _picture_problem(path, reference_size, reference_scale)
+        if checked[path] is not None:
+            raise type(checked[path])(f"{place}{f'.{name}' if by_name else f'[{position}]'}: {checked[path]}")
 
 
-def _check_pictures(cases: list[Case], path: Path, reference_size: int, reference_scale: float) -> None:
-    """Decode and prepare every picture once, naming the case in errors."""
-    checked: set[Path] = set()
-    for number, case in enumerate(cases):
-        for position, image_path in enumerate(case.image_paths):
-            if image_path in checked:
-                continue
-            place = f"{path}[{number}].image_paths[{position}]"
-            try:
-                image = load_image(image_path)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{place}: {error} Paths are relative to the JSON file.") from error
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
-            try:
-                prepare_reference(image, reference_size, reference_scale)
-            except ValueError as error:
-                raise ValueError(f"{place}: {image_path}: {error}") from error
-            checked.add(image_path)
+def _picture_problem(path: Path, reference_size: int, reference_scale: float) -> ValueError | FileNotFoundError | None:
+    """What is wrong with a reference picture, or None."""
+    try:
+        image = load_image(path)
+    except FileNotFoundError as error:
+        return FileNotFoundError(f"{error} Paths are relative to the JSON file.")
+    except ValueError as error:
+        return error
+    try:
+        prepare_reference(image, reference_size, reference_scale)
+    except (ValueError, MemoryError) as error:
+        return ValueError(f"{path}: {error}")
+    return None
 
 
 def _kind(value: Any) -> str:

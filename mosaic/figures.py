@@ -1,11 +1,13 @@
 """Pictures for people: panels references | result, and attention maps with lines from reference points to their peaks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mosaic.images import to_rgb
@@ -23,13 +25,16 @@ def tensor_to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Write a PNG aside, then rename it; the folder is made."""
+def save_picture(image: Image.Image, path: str | os.PathLike, text: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """Write a PNG with texts in its metadata aside, then rename it; the folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    metadata = PngInfo()
+    for key, value in text.items():
+        metadata.add_itxt(key, value)
     try:
-        image.save(partial, format="PNG")
+        image.save(partial, format="PNG", pnginfo=metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -34,9 +34,11 @@ def load_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"file not found: {path}.") from error
     except (OSError, ValueError) as error:  # a ValueError: the path holds a NUL or a letter that no file name can hold
-        raise ValueError(f"the file cannot be read: {path} ({error}).") from error
+        raise ValueError(f"the file cannot be read: {path} ({getattr(error, 'strerror', None) or error}).") from error
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"must be a picture file, but it is a folder: {path}.")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+        raise ValueError(f"must be a regular picture file, but it is a pipe or device: {path}.")
     if status.st_size == 0:
         raise ValueError(f"the picture file is empty (0 bytes): {path}.")
     try:
@@ -159,4 +161,6 @@ def _readable_formats() -> list[str]:
 
 def _reason(error: Exception) -> str:
     """Return the reason of a decoding error in a few words; Pillow's "cannot identify" repeats the path."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller"
     return "no known picture format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or type(error).__name__

@@ -140,8 +140,18 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: There is no such file.
         ValueError: It is a folder, cannot be read, is not UTF-8 or not JSON; the message gives line and column.
     """
+    return parse_json(read_text(path), str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file (UTF-8).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a folder, cannot be read, or is not UTF-8.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: file not found. Relative paths start at the current directory, {Path.cwd()}.") from error
     except IsADirectoryError as error:
@@ -150,7 +160,6 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: must be a UTF-8 text file, but byte {error.start} is not UTF-8.") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}.") from error
-    return parse_json(text, str(path))
 
 
 def parse_json(text: str, place: str) -> Any:

@@ -305,7 +305,7 @@ class InferenceConfig(Section):
     path: ClassVar[str] = "inference"
 
     cases: Text = "example_cases.json"
-    """Cases file: a list of {"index", "prompt", "image_paths"}."""
+    """Cases file, JSON or JSONL; its forms are in cases.schema.json."""
     output_dir: Text = "outputs/inference"
     """Folder for the pictures and panels."""
     lora: Text | None = None
@@ -331,3 +331,5 @@ class InferenceConfig(Section):
     """Also save the attention maps of the references."""
     cpu_offload: bool = False
     """Keep models in CPU memory and move each to the GPU when it is needed, for GPUs with little memory."""
+    num_threads: Count = 1
+    """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""

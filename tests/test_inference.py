@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import inference
+from mosaic.case_runner import RunResult
 from mosaic.cases import load_cases
 from mosaic.images import load_image
 from mosaic.pipeline import MosaicFluxPipeline
@@ -49,15 +50,19 @@ def pixels(path: Path) -> np.ndarray:
 
 def assert_error(arguments: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -> None:
     """Exit code 2, one line that says everything, no traceback, no output folder."""
-    assert inference.main(arguments) == 2
+    assert_error_line(2, arguments, capsys, *parts)
+    assert not list(Path().iterdir())
+    assert not Path("../pictures").exists()
+
+
+def assert_error_line(code: int, arguments: list[str], capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    assert inference.main(arguments) == code
     stderr = capsys.readouterr().err
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, stderr
     for part in parts:
         assert part in errors[0]
     assert "Traceback" not in stderr
-    assert not list(Path().iterdir())
-    assert not Path("../pictures").exists()
 
 
 # ---- what it writes
@@ -66,7 +71,7 @@ def assert_error(arguments: list[str], capsys: pytest.CaptureFixture[str], *part
 def test_files_are_named_by_index(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inference.main(["--config", str(config_file)]) == 0
     folder = tmp_path / "pictures"
-    assert names(folder) == ["case_002.png", "case_002_panel.png", "case_007.png", "case_007_panel.png", "overview.png"]
+    assert names(folder) == ["case_002.png", "case_002_panel.png", "case_007.png", "case_007_panel.png", "manifest.jsonl", "overview.png"]
     assert capsys.readouterr().out == f"2 pictures in {folder}\n"
     assert load_image(folder / "case_002.png").size == (24, 16)
 
@@ -88,7 +93,9 @@ def test_pictures_are_those_of_the_pipeline_with_the_references(config_file: Pat
 def test_same_seed_same_picture(config_file: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert inference.main(["--config", str(config_file), "--output-dir", str(tmp_path / name), "--seed", str(seed)]) == 0
-    assert runs.files_below(tmp_path / "a") == runs.files_below(tmp_path / "b")
+    first, second = (runs.files_below(tmp_path / name) for name in "ab")
+    assert first.pop("manifest.jsonl").count(b"\n") == second.pop("manifest.jsonl").count(b"\n") == 2  # their seconds differ
+    assert first == second
     assert not np.array_equal(pixels(tmp_path / "a/case_002.png"), pixels(tmp_path / "c/case_002.png"))
 
 
@@ -114,7 +121,7 @@ def test_flags_win_over_set(config_file: Path, tmp_path: Path) -> None:
 
 def test_the_default_finds_the_repository_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    monkeypatch.setattr(inference, "render", lambda config, cases: found.append((config, cases)) or [])
+    monkeypatch.setattr(inference, "run", lambda config, cases: found.append((config, cases)) or RunResult(len(cases), 0, []))
     assert inference.main([]) == 0
     config, cases = found[0]
     assert Path(config.model.pretrained).resolve() == ROOT / "assets/pocket/flux"
@@ -132,12 +139,12 @@ def test_the_default_finds_the_repository_from_any_folder(monkeypatch: pytest.Mo
 
 
 GOOD = {"index": 0, "prompt": "a cat", "image_paths": ["picture.png"]}
+NO_CASES = ("not JSON", "not a list", "empty")
 BAD_CASES: dict[str, tuple[Any, str]] = {
     "not JSON": ("[{", "cases.json: not valid JSON: line 1, column 3"),
     "not a list": ({"index": 0}, "cases.json: must be a list of cases, got an object"),
     "empty": ([], "cases.json: must hold at least one case"),
     "no prompt": ([GOOD, {"index": 1, "image_paths": ["picture.png"]}], 'cases.json[1]: the key "prompt" is missing'),
-    "no index": ([{"prompt": "a cat", "image_paths": ["picture.png"]}], 'cases.json[0]: the key "index" is missing'),
     "prompt of another type": ([GOOD, {**GOOD, "prompt": 5}], "cases.json[1].prompt: must be a string, got 5"),
     "paths of another type": ([{**GOOD, "image_paths": "picture.png"}], "cases.json[0].image_paths: must be a list of paths"),
     "path of another type": ([{**GOOD, "image_paths": ["picture.png", 3]}], "cases.json[0].image_paths[1]: must be a string, got 3"),
@@ -156,7 +163,8 @@ BAD_CASES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("kind", BAD_CASES)
 def test_bad_cases(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "render", lambda *_: pytest.fail("a bad cases file must be found before anything is loaded"))
+    finished = []
+    monkeypatch.setattr(inference, "run", lambda _, cases: finished.extend(cases) or RunResult(len(cases), 0, []))
     content, message = BAD_CASES[kind]
     folder = tmp_path / "cases"
     (folder / "folder").mkdir(parents=True)
@@ -164,7 +172,15 @@ def test_bad_cases(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (folder / "text.png").write_text("no picture")
     (folder / "zero.png").touch()
     (folder / "cases.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    assert_error(["--config", str(config_file), "--cases", str(folder / "cases.json")], capsys, message, str(folder))
+    arguments = ["--config", str(config_file), "--cases", str(folder / "cases.json")]
+    if kind in NO_CASES:
+        assert_error(arguments, capsys, message, str(folder))
+        return
+    assert_error_line(1, arguments, capsys, message, str(folder))
+    assert [case.prompt for case in finished] == [entry["prompt"] for entry in content[:-1]], "the other cases finish"
+    finished.clear()
+    assert_error_line(1, [*arguments, "--check"], capsys, message)
+    assert not finished
 
 
 BAD_SETTINGS: dict[str, tuple[list[str], str]] = {

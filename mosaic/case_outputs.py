@@ -1,0 +1,90 @@
+"""What a run leaves beside its pictures: journals while it runs; the manifest and the contact sheets at its end."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaic.figures import contact_sheet, save_picture
+from mosaic.images import load_image
+from mosaic.recipes import PictureJob, job_files, read_recipe
+
+MANIFEST = "manifest.jsonl"
+JOURNALS = ".journal_*.jsonl"
+PANELS_PER_SHEET = 60
+
+
+class Journal:
+    """A process's notes on its pictures, a line each, kept until the manifest is written."""
+
+    def __init__(self, folder: Path, process_index: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / JOURNALS.replace("*", str(process_index))
+
+    def add(self, job: PictureJob, **values: Any) -> None:
+        """Add a line. A line break comes first: the last line of a killed process may be half a line."""
+        line = json.dumps({"name": job.name, "digest": job.recipe["digest"], **values}, ensure_ascii=False)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"\n{line}\n")
+
+
+def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
+    """By digest, the last that manifest and journals of a folder say of a picture; lines that are not whole are left out."""
+    notes: dict[str, dict[str, Any]] = {}
+    for path in [folder / MANIFEST, *sorted(folder.glob(JOURNALS))]:
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        for line in text.split("\n"):
+            try:
+                note = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(note, dict) and isinstance(note.get("digest"), str):
+                notes[note["digest"]] = note
+    return notes
+
+
+def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
+    """Write a line for every finished picture, in the order of the jobs, and remove the journals.
+
+    A line is the recipe that the picture carries, its file and the seconds it took (null where they were lost).
+
+    Returns:
+        What went wrong, for every job whose picture is missing.
+    """
+    notes, rows, failures = read_notes(folder), [], []
+    for job in jobs:
+        path = folder / f"{job.name}.png"
+        recipe, note = read_recipe(path), notes.get(job.recipe["digest"], {})
+        if recipe is None or recipe.get("digest") != job.recipe["digest"]:
+            failures.append(f"{job.case.place} ({job.name}): {note.get('error') or 'its process ended before the picture was made.'}")
+        else:
+            rows.append({**recipe, "file": path.name, "seconds": note.get("seconds")})
+    if rows:
+        _replace(folder / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for path in folder.glob(JOURNALS):
+        path.unlink()
+    return failures
+
+
+def write_sheets(jobs: Sequence[PictureJob], folder: Path) -> None:
+    """Write the panels of all finished pictures as overview.png, or as overview_1.png, overview_2.png, ... where one does not hold them."""
+    paths = [job_files(job, folder, with_attention=False)[0] for job in jobs]
+    paths = [path for path in paths if path.exists()]
+    pages = [paths[start : start + PANELS_PER_SHEET] for start in range(0, len(paths), PANELS_PER_SHEET)]
+    names = ["overview.png"] if len(pages) == 1 else [f"overview_{number}.png" for number in range(1, len(pages) + 1)]
+    for name, page in zip(names, pages, strict=True):
+        save_picture(contact_sheet([load_image(path) for path in page]), folder / name)
+    for path in folder.glob("overview*.png"):
+        if path.name not in names:
+            path.unlink()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file aside, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,304 @@
+"""The case runner: alone, over two processes, killed and resumed it gives the same pictures, names and manifest."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import inference
+from mosaic import case_runner
+from mosaic.case_outputs import PANELS_PER_SHEET, Journal, read_notes, write_sheets
+from mosaic.cases import load_cases
+from mosaic.digests import BLOCK, WHOLE, weights_digest
+from mosaic.figures import save_picture
+from mosaic.images import load_image
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.recipes import PictureJob, read_recipe
+from tests import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = [f"reference_{index}.png" for index in range(3)]
+ENTRIES: list[dict[str, Any]] = [
+    {"index": 7, "prompt": "a cat on the beach", "image_paths": PICTURES[:1]},
+    {"index": 2, "prompt": "a <cat> and a mug", "references": {"cat": PICTURES[1]}, "num_images_per_prompt": 2, "height": 8},
+    {"index": 4, "instruction": "a mug", "input_images": PICTURES, "num_inference_steps": 3},
+    {"grid": {"prompts": ["a cat", "a mug"], "references": ["reference_[01].png"]}, "index": 20, "seed": 5, "image_guidance_scale": 2},
+]
+NAMES = ["case_007", "case_002_seed_44", "case_002_seed_45", *(f"case_{index:03d}" for index in (4, 20, 21, 22, 23))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = runs.write_world(tmp_path_factory.mktemp("world"))
+    (folder / "cases.json").write_text(json.dumps(ENTRIES))
+    (folder / "config.json").write_text(json.dumps(runs.settings(folder, folder / "unused")))
+    return folder
+
+
+def arguments(world: Path, output: Path, *more: str) -> list[str]:
+    return ["--config", str(world / "config.json"), "--output-dir", str(output), *more]
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one process."""
+    output = tmp_path_factory.mktemp("alone")
+    assert inference.main(arguments(world, output)) == 0
+    return output
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Every file byte for byte, the manifest but for its seconds; nothing else is left behind."""
+    first, second = runs.files_below(found), runs.files_below(expected)
+    assert first.keys() == second.keys()
+    assert [name for name in first if name != "manifest.jsonl" and first[name] != second[name]] == []
+    assert [{**row, "seconds": 0} for row in rows(found)] == [{**row, "seconds": 0} for row in rows(expected)]
+
+
+def launch(world: Path, output: Path, num_processes: int) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)] if num_processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1" if num_processes > 1 else "2"}
+    command = [sys.executable, *launcher, str(ROOT / "inference.py"), *arguments(world, output)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
+
+
+# ---- what a run leaves
+
+
+def test_names_and_recipes(alone: Path, world: Path) -> None:
+    found = rows(alone)
+    assert [row["name"] for row in found] == NAMES
+    assert {path.name for path in alone.iterdir()} == {
+        "manifest.jsonl",
+        "overview.png",
+        *(f"{name}{ending}" for name in NAMES for ending in (".png", "_panel.png")),
+    }
+    for row in found:
+        recipe = read_recipe(alone / row["file"])
+        assert recipe == {key: value for key, value in row.items() if key not in ("file", "seconds")}
+        assert row["seconds"] > 0
+        assert load_image(alone / row["file"]).size == (row["width"], row["height"])
+        assert (row["model"]["name"], row["lora"]["name"]) == ("model", "lora.safetensors")  # no paths of a machine
+        assert str(world) not in json.dumps(row)
+        assert row["lora"]["digest"] == weights_digest(world / "lora.safetensors")
+        assert {"torch", "diffusers", "python"} <= row["versions"].keys()
+    assert found[1]["prompt"] == "a cat and a mug"
+    assert [row["seed"] for row in found] == [49, 44, 45, 46, 5, 5, 5, 5]
+    assert [row["num_inference_steps"] for row in found] == [2, 2, 2, 3, 2, 2, 2, 2]
+    assert [row["height"] for row in found] == [16, 8, 8, 16, 16, 16, 16, 16]
+    assert [len(row["references"]) for row in found] == [1, 1, 1, 3, 1, 1, 1, 1]
+    assert len({row["digest"] for row in found}) == len(found)
+    pictures = {(alone / row["file"]).read_bytes() for row in found}
+    assert len(pictures) == len(found)
+
+
+# ---- the same, whatever happens
+
+
+def test_two_processes_give_the_same(world: Path, alone: Path, tmp_path: Path) -> None:
+    process = launch(world, tmp_path / "out", 2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert output.count(f"{len(NAMES)} pictures in ") == 1
+    assert_same(tmp_path / "out", alone)
+
+
+def test_killed_and_resumed_gives_the_same(world: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    process = launch(world, folder, 1)
+    while not list(folder.glob("case_*[0-9].png")):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "manifest.jsonl").exists()
+    (journal,) = folder.glob(".journal_*")
+    with open(journal, "a") as file:  # as if killed in the middle of a line, and of a picture
+        file.write('{"name": "case_0')
+    finished = len(list(folder.glob("case_*[0-9].png")))
+    (folder / f"{NAMES[-1]}.png.partial").write_bytes(b"half")
+    damaged = folder / f"{NAMES[-2]}.png"
+    damaged.write_bytes((alone / damaged.name).read_bytes()[:-40])
+    assert inference.main(arguments(world, folder)) == 0
+    assert f"{len(NAMES)} pictures in {folder} ({finished} were finished before)" in capsys.readouterr().out
+    assert_same(folder, alone)
+    assert all(row["seconds"] > 0 for row in rows(folder))
+
+
+def test_a_second_run_loads_nothing(world: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = runs.files_below(alone)
+    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: pytest.fail("all pictures are finished"))
+    assert inference.main(arguments(world, alone)) == 0
+    assert runs.files_below(alone) == before  # the seconds too
+
+
+def test_finished_means_the_recipe_not_the_name(world: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    for name, data in runs.files_below(alone).items():
+        save = folder / name
+        save.parent.mkdir(exist_ok=True)
+        save.write_bytes(data)
+    rendered = []
+    render = case_runner.render_job
+    monkeypatch.setattr(case_runner, "render_job", lambda job, *rest, **more: rendered.append(job.name) or render(job, *rest, **more))
+    changed = [dict(entry) for entry in ENTRIES]
+    changed[0]["prompt"] = "a mug on the beach"
+    (tmp_path / "reference_2.png").write_bytes((world / "reference_0.png").read_bytes())  # another picture under an old name
+    for name in PICTURES[:2]:
+        (tmp_path / name).write_bytes((world / name).read_bytes())
+    (tmp_path / "cases.json").write_text(json.dumps(changed))
+    (folder / f"{NAMES[1]}_panel.png").unlink()
+    more = ["--cases", str(tmp_path / "cases.json")]
+    assert inference.main(arguments(world, folder, *more)) == 0
+    assert rendered == [NAMES[0], NAMES[1], NAMES[3]]
+    for setting in ("inference.num_inference_steps=1", "model.reference_attention=isolated", "inference.num_threads=2"):
+        rendered.clear()
+        assert inference.main(arguments(world, folder, *more, "--set", setting)) == 0
+        assert len(rendered) == len(NAMES) - setting.startswith("inference.num_inference_steps")  # one case has its own
+
+
+def test_threads_are_fixed_and_given_back(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(case_runner, "render_jobs", lambda *_, **__: seen.append(torch.get_num_threads()))
+    assert inference.main(arguments(world, tmp_path / "out", "--set", "inference.num_threads=2")) == 1
+    assert (seen, torch.get_num_threads()) == ([2], before)
+
+
+def test_another_batch_size_starts_from_the_same_noise(world: Path, alone: Path) -> None:
+    found = [row for row in rows(alone) if row["index"] in (20, 22)]
+    pipeline = MosaicFluxPipeline.from_pretrained(world / "model")
+    pipeline.load_reference_lora(world / "lora.safetensors")
+    pictures = pipeline(
+        [row["prompt"] for row in found],
+        [[load_image(world / PICTURES[0])]] * 2,
+        **{key: found[0][key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in found],
+        reference_size=runs.REFERENCE_SIZE,
+        max_sequence_length=found[0]["text_length"],
+    ).images
+    for row, picture in zip(found, pictures, strict=True):
+        difference = np.asarray(picture).astype(int) - np.asarray(load_image(alone / row["file"])).astype(int)
+        assert np.abs(difference).max() <= 2
+
+
+# ---- what fails
+
+
+def test_a_case_that_fails_does_not_stop_the_others(
+    world: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = case_runner.read_references
+
+    def fail(job: PictureJob) -> list[Image.Image]:
+        if job.name == NAMES[1]:
+            raise RuntimeError("out of\nmemory")
+        return read(job)
+
+    monkeypatch.setattr(case_runner, "read_references", fail)
+    cases = [
+        *ENTRIES,
+        {"prompt": "", "image_paths": PICTURES, "index": 30},
+        {"prompt": "a", "image_paths": PICTURES, "index": 31, "width": 18},
+    ]
+    path = world / "failing.json"
+    path.write_text(json.dumps(cases))
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path))) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert [error.split(": ")[1] for error in errors] == [
+        f"{path}[4].prompt",
+        f"{path}[5].height, width",
+        f"{path}[1] ({NAMES[1]})",
+    ]
+    assert errors[2].endswith("RuntimeError: out of memory")
+    assert "height and width must be positive multiples of the token size 4 px, got 16 x 18" in errors[1]
+    assert "2 bad cases" not in captured.err  # the size is known to be bad only with the model's config
+    assert [row["name"] for row in rows(tmp_path)] == [name for name in NAMES if name != NAMES[1]]
+    for row in rows(tmp_path):
+        assert (tmp_path / row["file"]).read_bytes() == (alone / row["file"]).read_bytes()
+    monkeypatch.setattr(case_runner, "read_references", read)
+    assert inference.main(arguments(world, tmp_path)) == 0
+    assert_same(tmp_path, alone)
+
+
+def test_a_reference_that_changes_on_the_way_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "reference.png"
+    picture.write_bytes((world / PICTURES[0]).read_bytes())
+    (tmp_path / "cases.json").write_text(json.dumps([{"prompt": "a", "image_paths": ["reference.png"]}]))
+    load = case_runner.load_pipeline
+
+    def swap(*rest: Any) -> Any:
+        picture.write_bytes((world / PICTURES[1]).read_bytes())
+        return load(*rest)
+
+    monkeypatch.setattr(case_runner, "load_pipeline", swap)
+    assert inference.main(arguments(world, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))) == 1
+    assert f"{picture}: has changed since the cases were checked. Start again." in capsys.readouterr().err
+
+
+def test_maps_of_an_earlier_recipe_go(world: Path, tmp_path: Path) -> None:
+    path = world / "one.json"
+    path.write_text(json.dumps(ENTRIES[:1]))
+    for more, expected in ((["--save-attention"], True), ([], True), (["--seed", "1"], False), (["--seed", "1", "--save-attention"], True)):
+        assert inference.main(arguments(world, tmp_path, "--cases", str(path), *more)) == 0
+        assert (tmp_path / "case_007_attention.png").exists() == expected
+
+
+# ---- parts
+
+
+def test_a_digest_of_large_weights_sees_a_change_at_both_ends_and_of_the_size(tmp_path: Path) -> None:
+    path, digests = tmp_path / "weights.safetensors", set()
+    size = WHOLE + 2 * BLOCK
+    for position in (None, 0, size - 1, "longer"):
+        with open(path, "wb") as file:
+            file.truncate(size + (position == "longer"))
+            if isinstance(position, int):
+                file.seek(position)
+                file.write(b"x")
+        digests.add(weights_digest(path))
+    assert len(digests) == 4
+
+
+def test_many_panels_make_several_sheets(world: Path, tmp_path: Path) -> None:
+    (case,) = load_cases(world / "cases.json", runs.REFERENCE_SIZE)[:1]
+    jobs = [PictureJob(f"case_{index:03d}", case, {}) for index in range(PANELS_PER_SHEET + 1)]
+    for job in jobs:
+        save_picture(Image.new("RGB", (10, 10)), tmp_path / f"{job.name}_panel.png")
+    write_sheets(jobs, tmp_path)
+    assert load_image(tmp_path / "overview_1.png").size == (20, 10 * PANELS_PER_SHEET // 2)
+    assert load_image(tmp_path / "overview_2.png").size == (10, 10)
+    write_sheets(jobs[:1], tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("overview*")) == ["overview.png"]
+
+
+def test_a_journal_survives_half_lines(tmp_path: Path, world: Path) -> None:
+    (case,) = load_cases(world / "cases.json", runs.REFERENCE_SIZE)[:1]
+    journal = Journal(tmp_path, 3)
+    journal.path.write_text('{"name": "a", "dig')
+    journal.add(PictureJob("b", case, {"digest": "2"}), seconds=1)
+    journal.add(PictureJob("b", case, {"digest": "2"}), seconds=2)
+    (tmp_path / "manifest.jsonl").write_text('{"digest": "1", "seconds": 5}\n[]\n{"digest": 3}\nNaN\n')
+    assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {"1": 5, "2": 2}
+
+
+def test_saved_text_is_unicode(tmp_path: Path) -> None:
+    save_picture(Image.fromarray(np.zeros((2, 2, 3), np.uint8)), tmp_path / "a.png", {"mosaic": '{"prompt": "Käse 🧀"}'})
+    assert read_recipe(tmp_path / "a.png") == {"prompt": "Käse 🧀"}
+    save_picture(Image.new("RGB", (2, 2)), tmp_path / "b.png")
+    assert read_recipe(tmp_path / "b.png") is None
