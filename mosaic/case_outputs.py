@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ class Journal:
             file.write(f"\n{line}\n")
 
 
-def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
-    """By digest, the last that manifest and journals of a folder say of a picture; lines that are not whole are left out."""
-    notes: dict[str, dict[str, Any]] = {}
+def read_notes(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """By name and digest, the last that manifest and journals of a folder say of a picture; lines that are not whole are left out."""
+    notes: dict[tuple[str, str], dict[str, Any]] = {}
     for path in [folder / MANIFEST, *sorted(folder.glob(JOURNALS))]:
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -42,28 +43,30 @@ def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
                 note = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(note, dict) and isinstance(note.get("digest"), str):
-                notes[note["digest"]] = note
+            if isinstance(note, dict) and isinstance(note.get("name"), str) and isinstance(note.get("digest"), str):
+                notes[note["name"], note["digest"]] = note
     return notes
 
 
 def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     """Write a line for every finished picture, in the order of the jobs, and remove the journals.
 
-    A line is the recipe that the picture carries, its file and the seconds it took (null where they were lost).
+    A line is the recipe that the picture carries, its file and the seconds it took (null where they were lost). Lines of an earlier
+    manifest on pictures of other cases that are still there come last.
 
     Returns:
         What went wrong, for every job whose picture is missing.
     """
     notes, rows, failures = read_notes(folder), [], []
     for job in jobs:
-        path = folder / f"{job.name}.png"
-        recipe, note = read_recipe(path), notes.get(job.recipe["digest"], {})
-        if recipe is None or recipe.get("digest") != job.recipe["digest"]:
+        note, recipe = notes.get((job.name, job.recipe["digest"]), {}), _recipe_at(folder, job.name)
+        if recipe.get("digest") != job.recipe["digest"]:
             failures.append(f"{job.case.place} ({job.name}): {note.get('error') or 'its process ended before the picture was made.'}")
         else:
-            rows.append({**recipe, "file": path.name, "seconds": note.get("seconds")})
-    if rows:
+            rows.append({**recipe, "file": f"{job.name}.png", "seconds": note.get("seconds")})
+    names = {job.name for job in jobs}
+    rows += [note for (name, digest), note in notes.items() if name not in names and _recipe_at(folder, name).get("digest") == digest]
+    if folder.is_dir():
         _replace(folder / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for path in folder.glob(JOURNALS):
         path.unlink()
@@ -79,8 +82,14 @@ def write_sheets(jobs: Sequence[PictureJob], folder: Path) -> None:
     for name, page in zip(names, pages, strict=True):
         save_picture(contact_sheet([load_image(path) for path in page]), folder / name)
     for path in folder.glob("overview*.png"):
-        if path.name not in names:
+        if path.name not in names and re.fullmatch(r"overview(_\d+)?\.png", path.name):
             path.unlink()
+
+
+def _recipe_at(folder: Path, name: str) -> dict[str, Any]:
+    """The recipe of the picture of that name; empty where there is none. Names come from files, and may not lead out of the folder."""
+    path = folder / f"{name}.png"
+    return (read_recipe(path) if path.parent == folder else None) or {}
 
 
 def _replace(path: Path, text: str) -> None:

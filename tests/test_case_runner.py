@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,9 @@ from PIL import Image
 
 import inference
 from mosaic import case_runner
-from mosaic.case_outputs import PANELS_PER_SHEET, Journal, read_notes, write_sheets
 from mosaic.cases import load_cases
-from mosaic.digests import BLOCK, WHOLE, weights_digest
-from mosaic.figures import save_picture
+from mosaic.config import load_config
+from mosaic.digests import weights_digest
 from mosaic.images import load_image
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.recipes import PictureJob, read_recipe
@@ -136,6 +136,46 @@ def test_killed_and_resumed_gives_the_same(world: Path, alone: Path, tmp_path: P
     assert f"{len(NAMES)} pictures in {folder} ({finished} were finished before)" in capsys.readouterr().out
     assert_same(folder, alone)
     assert all(row["seconds"] > 0 for row in rows(folder))
+
+
+def test_each_process_renders_its_share(world: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(world / "config.json", [f"inference.output_dir={tmp_path}"])
+    cases = load_cases(world / "cases.json", runs.REFERENCE_SIZE)
+    shares: list[list[str]] = []
+    monkeypatch.setattr(case_runner, "render_jobs", lambda jobs, *_, **__: shares.append([job.name for job in jobs]))
+    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: None)
+    for name in (f"{NAMES[0]}.png", f"{NAMES[0]}_panel.png"):  # finished: what is left is shared out
+        (tmp_path / name).write_bytes((alone / name).read_bytes())
+    for index in range(3):
+        state = SimpleNamespace(
+            process_index=index, num_processes=3, is_main_process=False, device=torch.device("cpu"), wait_for_everyone=lambda: None
+        )
+        case_runner.run_cases(cases, config, state)
+    assert shares == [NAMES[1::3], NAMES[2::3], NAMES[3::3]]
+
+
+def test_pictures_of_other_cases_stay_in_the_manifest(world: Path, alone: Path, tmp_path: Path) -> None:
+    path = world / "some.json"
+    for entries in (ENTRIES[:1], ENTRIES[1:]):
+        path.write_text(json.dumps(entries))
+        assert inference.main(arguments(world, tmp_path, "--cases", str(path))) == 0
+    assert [row["name"] for row in rows(tmp_path)] == [*NAMES[1:], NAMES[0]]
+    (tmp_path / f"{NAMES[0]}.png").unlink()
+    with open(tmp_path / "manifest.jsonl", "a") as file:
+        file.write(json.dumps({"name": str(alone / NAMES[0]), "digest": rows(alone)[0]["digest"]}) + "\n")
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path))) == 0
+    assert [row["name"] for row in rows(tmp_path)] == NAMES[1:]
+
+
+def test_an_interruption_ends_in_one_line(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(case_runner, "render_job", interrupt)
+    assert inference.main(arguments(world, tmp_path)) == 130
+    assert capsys.readouterr().err.endswith("interrupted: the same command goes on with the pictures that are missing\n")
 
 
 def test_a_second_run_loads_nothing(world: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,48 +297,3 @@ def test_maps_of_an_earlier_recipe_go(world: Path, tmp_path: Path) -> None:
     for more, expected in ((["--save-attention"], True), ([], True), (["--seed", "1"], False), (["--seed", "1", "--save-attention"], True)):
         assert inference.main(arguments(world, tmp_path, "--cases", str(path), *more)) == 0
         assert (tmp_path / "case_007_attention.png").exists() == expected
-
-
-# ---- parts
-
-
-def test_a_digest_of_large_weights_sees_a_change_at_both_ends_and_of_the_size(tmp_path: Path) -> None:
-    path, digests = tmp_path / "weights.safetensors", set()
-    size = WHOLE + 2 * BLOCK
-    for position in (None, 0, size - 1, "longer"):
-        with open(path, "wb") as file:
-            file.truncate(size + (position == "longer"))
-            if isinstance(position, int):
-                file.seek(position)
-                file.write(b"x")
-        digests.add(weights_digest(path))
-    assert len(digests) == 4
-
-
-def test_many_panels_make_several_sheets(world: Path, tmp_path: Path) -> None:
-    (case,) = load_cases(world / "cases.json", runs.REFERENCE_SIZE)[:1]
-    jobs = [PictureJob(f"case_{index:03d}", case, {}) for index in range(PANELS_PER_SHEET + 1)]
-    for job in jobs:
-        save_picture(Image.new("RGB", (10, 10)), tmp_path / f"{job.name}_panel.png")
-    write_sheets(jobs, tmp_path)
-    assert load_image(tmp_path / "overview_1.png").size == (20, 10 * PANELS_PER_SHEET // 2)
-    assert load_image(tmp_path / "overview_2.png").size == (10, 10)
-    write_sheets(jobs[:1], tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("overview*")) == ["overview.png"]
-
-
-def test_a_journal_survives_half_lines(tmp_path: Path, world: Path) -> None:
-    (case,) = load_cases(world / "cases.json", runs.REFERENCE_SIZE)[:1]
-    journal = Journal(tmp_path, 3)
-    journal.path.write_text('{"name": "a", "dig')
-    journal.add(PictureJob("b", case, {"digest": "2"}), seconds=1)
-    journal.add(PictureJob("b", case, {"digest": "2"}), seconds=2)
-    (tmp_path / "manifest.jsonl").write_text('{"digest": "1", "seconds": 5}\n[]\n{"digest": 3}\nNaN\n')
-    assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {"1": 5, "2": 2}
-
-
-def test_saved_text_is_unicode(tmp_path: Path) -> None:
-    save_picture(Image.fromarray(np.zeros((2, 2, 3), np.uint8)), tmp_path / "a.png", {"mosaic": '{"prompt": "Käse 🧀"}'})
-    assert read_recipe(tmp_path / "a.png") == {"prompt": "Käse 🧀"}
-    save_picture(Image.new("RGB", (2, 2)), tmp_path / "b.png")
-    assert read_recipe(tmp_path / "b.png") is None

@@ -1,0 +1,57 @@
+"""What a run leaves beside its pictures: journals, contact sheets, digests of weights, recipes in PNGs."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mosaic.case_outputs import PANELS_PER_SHEET, Journal, read_notes, write_sheets
+from mosaic.case_references import Reference
+from mosaic.cases import Case
+from mosaic.digests import BLOCK, WHOLE, weights_digest
+from mosaic.figures import save_picture
+from mosaic.images import load_image
+from mosaic.recipes import PictureJob, read_recipe
+
+CASE = Case(0, "a cat", (Reference(Path("cat.png")),))
+
+
+def test_a_digest_of_large_weights_sees_a_change_at_both_ends_and_of_the_size(tmp_path: Path) -> None:
+    path, digests = tmp_path / "weights.safetensors", set()
+    size = WHOLE + 2 * BLOCK
+    for position in (None, 0, size - 1, "longer"):
+        with open(path, "wb") as file:
+            file.truncate(size + (position == "longer"))
+            if isinstance(position, int):
+                file.seek(position)
+                file.write(b"x")
+        digests.add(weights_digest(path))
+    assert len(digests) == 4
+
+
+def test_many_panels_make_several_sheets(tmp_path: Path) -> None:
+    jobs = [PictureJob(f"case_{index:03d}", CASE, {}) for index in range(PANELS_PER_SHEET + 1)]
+    for job in jobs:
+        save_picture(Image.new("RGB", (10, 10)), tmp_path / f"{job.name}_panel.png")
+    write_sheets(jobs, tmp_path)
+    assert load_image(tmp_path / "overview_1.png").size == (20, 10 * PANELS_PER_SHEET // 2)
+    assert load_image(tmp_path / "overview_2.png").size == (10, 10)
+    (tmp_path / "overview_mine.png").touch()
+    write_sheets(jobs[:1], tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("overview*")) == ["overview.png", "overview_mine.png"]
+
+
+def test_a_journal_survives_half_lines(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 3)
+    journal.path.write_text('{"name": "a", "dig')
+    journal.add(PictureJob("b", CASE, {"digest": "2"}), seconds=1)
+    journal.add(PictureJob("b", CASE, {"digest": "2"}), seconds=2)
+    (tmp_path / "manifest.jsonl").write_text('{"name": "a", "digest": "1", "seconds": 5}\n[]\n{"digest": 3}\nNaN\n')
+    assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {("a", "1"): 5, ("b", "2"): 2}
+
+
+def test_saved_text_is_unicode(tmp_path: Path) -> None:
+    save_picture(Image.fromarray(np.zeros((2, 2, 3), np.uint8)), tmp_path / "a.png", {"mosaic": '{"prompt": "Käse 🧀"}'})
+    assert read_recipe(tmp_path / "a.png") == {"prompt": "Käse 🧀"}
+    save_picture(Image.new("RGB", (2, 2)), tmp_path / "b.png")
+    assert read_recipe(tmp_path / "b.png") is None
