@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosaic.cases import Case, read_cases
+from mosaic.cases.reading import Case, read_cases
 from mosaic.config import Config, load_config
 
 if TYPE_CHECKING:
-    from mosaic.case_runner import RunResult
+    from mosaic.cases.runner import RunResult
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONFIG = ROOT / "configs" / "pocket.json"
@@ -68,13 +68,13 @@ def is_first_process() -> bool:
 
 
 def run(config: Config, cases: list[Case]) -> "RunResult":
-    """Render the cases, this process its share; see `mosaic.case_runner.run_cases`."""
+    """Render the cases, this process its share; see `mosaic.cases.runner.run_cases`."""
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    from mosaic.case_runner import run_cases
+    from mosaic.cases.runner import run_cases
 
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each. The first process to end waits
     # for the last one, however long that takes.

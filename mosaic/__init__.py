@@ -12,7 +12,7 @@ _EXPORTS = {
     "load_image": "mosaic.images",
     "prepare_reference": "mosaic.images",
     "load_config": "mosaic.config",
-    "load_cases": "mosaic.cases",
+    "load_cases": "mosaic.cases.reading",
 }
 __all__ = list(_EXPORTS)
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from mosaic.digests import file_digest
 from mosaic.hub import require_model_name, unreachable_message
 from mosaic.schema import read_json
 
@@ -66,5 +67,4 @@ def _sha256(path: Path) -> str:
     stored = path.resolve()
     if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
         return stored.name
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

@@ -305,7 +305,7 @@ class InferenceConfig(Section):
     path: ClassVar[str] = "inference"
 
     cases: Text = "example_cases.json"
-    """Cases file, JSON or JSONL; its forms are in cases.schema.json."""
+    """Cases file, JSON or JSONL; its forms are in configs/cases.schema.json."""
     output_dir: Text = "outputs/inference"
     """Folder for the pictures and panels."""
     lora: Text | None = None

@@ -1,4 +1,4 @@
-"""Writes cases.schema.json, the JSON Schema of cases files, from the options of `mosaic.cases` and the shapes of `mosaic.case_shapes`."""
+"""Writes configs/cases.schema.json, the JSON Schema of cases files, from `mosaic.cases.reading` and `mosaic.cases.shapes`."""
 
 import argparse
 import json
@@ -10,12 +10,12 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.case_references import MAX_PATH, MAX_REFERENCES, MAX_TEXT
-from mosaic.case_shapes import IMAGE_PATHS, SHAPES, Shape
-from mosaic.cases import MAX_INDEX, OPTIONS, CaseOptions
+from mosaic.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
+from mosaic.cases.references import MAX_PATH, MAX_REFERENCES, MAX_TEXT
+from mosaic.cases.shapes import IMAGE_PATHS, SHAPES, Shape
 from scripts.make_config_schema import field_meanings, type_schema
 
-FILE = ROOT / "cases.schema.json"
+FILE = ROOT / "configs/cases.schema.json"
 TEXT = {"type": "string", "pattern": r"\S", "maxLength": MAX_TEXT}
 MATCHING = "A picture, relative to the cases file; with *, ? or [ ] all pictures that match, sorted."
 PATH = TEXT | {"maxLength": MAX_PATH, "description": MATCHING}
@@ -108,7 +108,7 @@ def cases_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """What cases.schema.json must hold."""
+    """What configs/cases.schema.json must hold."""
     return json.dumps(cases_schema(), indent=2, ensure_ascii=False) + "\n"
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mosaic.case_outputs import PANELS_PER_SHEET, Journal, read_notes, write_sheets
-from mosaic.case_references import Reference
-from mosaic.cases import Case
+from mosaic.cases.outputs import PANELS_PER_SHEET, Journal, read_notes, write_sheets
+from mosaic.cases.reading import Case
+from mosaic.cases.recipes import PictureJob, read_recipe
+from mosaic.cases.references import Reference
 from mosaic.digests import BLOCK, WHOLE, weights_digest
 from mosaic.figures import save_picture
 from mosaic.images import load_image
-from mosaic.recipes import PictureJob, read_recipe
 
 CASE = Case(0, "a cat", (Reference(Path("cat.png")),))
 

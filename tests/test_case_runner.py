@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 import inference
-from mosaic import case_runner
-from mosaic.cases import load_cases
+from mosaic.cases import runner as case_runner
+from mosaic.cases.reading import load_cases
+from mosaic.cases.recipes import PictureJob, read_recipe
 from mosaic.config import load_config
 from mosaic.digests import weights_digest
 from mosaic.images import load_image
 from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.recipes import PictureJob, read_recipe
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]

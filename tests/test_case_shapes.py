@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 from PIL import Image
 
-from mosaic.cases import CaseOptions, load_cases, read_cases
-from mosaic.recipes import picture_seeds
+from mosaic.cases.reading import CaseOptions, load_cases, read_cases
+from mosaic.cases.recipes import picture_seeds
 from scripts import make_cases_schema
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mosaic.cases import load_cases
+from mosaic.cases.reading import load_cases
 
 
 @pytest.fixture

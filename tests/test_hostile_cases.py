@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import inference
-from mosaic.cases import MAX_FILE, read_cases
+from mosaic.cases.reading import MAX_FILE, read_cases
+from mosaic.cases.recipes import read_recipe
 from mosaic.images import load_image, prepare_reference
-from mosaic.recipes import read_recipe
 from tests import runs
 
 RED = Image.new("RGB", (8, 8), (200, 0, 0))

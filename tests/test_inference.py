@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import inference
-from mosaic.case_runner import RunResult
-from mosaic.cases import load_cases
+from mosaic.cases.reading import load_cases
+from mosaic.cases.runner import RunResult
 from mosaic.images import load_image
 from mosaic.pipeline import MosaicFluxPipeline
 from tests import runs

@@ -9,11 +9,12 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from mosaic.config import Config, from_dict, load_config
+from mosaic.digests import file_digest
 from mosaic.planning import memory_model, preflight, preflight_checks
 from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, OPTIMIZER, ROWS, SAVED, TRANSIENT
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE
 from mosaic.planning.preflight_checks import NOTE, OK, STOP
-from mosaic.training.checkpoint import CHECKSUMS, REQUIRED, checksum
+from mosaic.training.checkpoint import CHECKSUMS, REQUIRED
 from scripts import memory_table
 from scripts.preflight import main
 from tests import runs
@@ -95,7 +96,7 @@ def test_an_earlier_run_in_the_folder(config_file: Path, tmp_path: Path, capsys:
     folder.mkdir(parents=True)
     for name in REQUIRED:
         (folder / name).write_text("{}")
-    (folder / CHECKSUMS).write_text(json.dumps({name: checksum(folder / name) for name in REQUIRED}))
+    (folder / CHECKSUMS).write_text(json.dumps({name: file_digest(folder / name) for name in REQUIRED}))
     assert main([str(config_file)]) == 1
     assert "holds checkpoints of an earlier run" in capsys.readouterr().out
     assert main([str(config_file), "--resume", "auto"]) == 0
@@ -117,7 +118,7 @@ def test_wrong_commands(config_file: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.name for path in Path("configs").glob("*.json") if path.name not in ("schema.json", "flux_dev.json"))
+    "name", sorted(path.name for path in Path("configs").glob("*.json") if "schema" not in path.name and path.name != "flux_dev.json")
 )
 @pytest.mark.usefixtures("quick")
 def test_every_preset_is_ready_where_its_data_are(name: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from mosaic.cases import load_cases
+from mosaic.cases.reading import load_cases
 from mosaic.config import Config, DataConfig
 from mosaic.data.manifest import Manifest
 from mosaic.hub import require_model_name

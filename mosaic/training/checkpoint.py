@@ -5,7 +5,6 @@ there is an average, `state.json` (counters, schedules, run) and `checksums.json
 written. Hidden folders beside are what a kill has left of writing or removing one; `clean_up` removes them.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mosaic.digests import file_digest
 from mosaic.lora import read_reference_lora, write_reference_lora
 from mosaic.schema import read_json, shown
 from mosaic.training.durable import flush
@@ -89,7 +89,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         if snapshot.ema is not None:
             write_reference_lora(snapshot.ema, partial / "ema.safetensors", config)
         _write_json(partial / "state.json", {**snapshot.state, "step": snapshot.step})
-        _write_json(partial / CHECKSUMS, {path.name: checksum(path) for path in sorted(partial.iterdir())})
+        _write_json(partial / CHECKSUMS, {path.name: file_digest(path) for path in sorted(partial.iterdir())})
         for path in partial.iterdir():
             flush(path)
         flush(partial)
@@ -121,12 +121,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is what was written."""
     if not (path / CHECKSUMS).is_file():
@@ -139,7 +133,7 @@ def find_damage(path: Path) -> str | None:
         return f"{CHECKSUMS} must name {', '.join(sorted(REQUIRED))}"
     for name, wanted in expected.items():
         try:
-            if checksum(path / name) != wanted:
+            if file_digest(path / name) != wanted:
                 return f"{name} is not what was written (its SHA-256 differs)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

@@ -9,7 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from mosaic.caches import Caches, unneeded_components
-from mosaic.cases import load_cases
+from mosaic.cases.reading import load_cases
 from mosaic.config import Config
 from mosaic.data import (
     BucketBatchSampler,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from mosaic.cases import load_cases
+from mosaic.cases.reading import load_cases
 from mosaic.config import Config
 from mosaic.correspondence import batch_points
 from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collate

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mosaic.case_outputs import Journal, write_manifest, write_sheets
-from mosaic.cases import Case
+from mosaic.cases.outputs import Journal, write_manifest, write_sheets
+from mosaic.cases.reading import Case
+from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, shared_recipe, unfinished
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.figures import attention_panel, case_panel, save_picture
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.images import decode_image, prepare_reference
 from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.recipes import PictureJob, case_jobs, job_files, png_text, shared_recipe, unfinished
 from mosaic.tokens import token_grid
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mosaic.cases.recipes import PictureJob, job_files, read_recipe
 from mosaic.figures import contact_sheet, save_picture
 from mosaic.images import load_image
-from mosaic.recipes import PictureJob, job_files, read_recipe
 
 MANIFEST = "manifest.jsonl"
 JOURNALS = ".journal_*.jsonl"

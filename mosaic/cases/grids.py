@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mosaic.case_references import MAX_PATH, check_text, match_pictures
+from mosaic.cases.references import MAX_PATH, check_text, match_pictures
 from mosaic.schema import shown
 
 MAX_CASES = 100_000

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from mosaic.case_grids import expand_grid
-from mosaic.case_references import Reference, check_text, named_prompt, read_references
-from mosaic.case_shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry, unify
+from mosaic.cases.grids import expand_grid
+from mosaic.cases.references import Reference, check_text, named_prompt, read_references
+from mosaic.cases.shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry, unify
 from mosaic.images import load_image, prepare_reference
 from mosaic.schema import Bounds, FieldError, Section, nearest, parse_json, read_json, read_text, shown
 
@@ -109,7 +109,7 @@ def load_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
 def read_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> CaseFile:
     """Read a cases file: `[{"index": 0, "prompt": "...", "image_paths": ["..."]}]`, paths relative to the file.
 
-    The forms are those of `cases.schema.json`: JSON, or JSONL with a case per line; a case may be a grid of cases, or have the keys of
+    The forms are those of `configs/cases.schema.json`: JSON, or JSONL with a case per line; a case may be a grid of cases, or have the keys of
     another project. A case without an index has its position in the file. Every picture is decoded and prepared once, so that no case
     fails after others have been rendered.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mosaic.cases import Case
+from mosaic.cases.reading import Case
 from mosaic.config import Config
 from mosaic.digests import file_digest
 from mosaic.tokens import token_grid
