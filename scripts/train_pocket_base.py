@@ -14,7 +14,7 @@ import datetime
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,12 +38,10 @@ EMPTY_CAPTIONS = 0.05
 CHECKPOINT_MINUTES, SAMPLE_MINUTES, EXPORT_MINUTES = 3.0, 5.0, 10.0
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_arguments(description: str) -> argparse.ArgumentParser:
+    """The flags that every training of the base has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of tokens, checkpoints, samples, export")
-    parser.add_argument("--vae-dir", type=Path, help="run folder of scripts/train_pocket_vae.py")
-    parser.add_argument("--start-from", type=Path, help="diffusers folder of a pocket FLUX whose weights a new run starts from")
     parser.add_argument("--max-minutes", type=float, help="length of the training; the learning rate decays to its end")
     parser.add_argument("--steps", type=int, help="the same, in steps")
     parser.add_argument("--stop-at", help="the same, as a clock time HH:MM")
@@ -54,6 +52,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = run_arguments(__doc__)
+    parser.add_argument("--vae-dir", type=Path, help="run folder of scripts/train_pocket_vae.py")
+    parser.add_argument("--start-from", type=Path, help="diffusers folder of a pocket FLUX whose weights a new run starts from")
     parser.add_argument("--export", type=Path, help="write the latest checkpoint here as a diffusers folder, and end")
     return parser.parse_args(argv)
 
@@ -96,21 +102,30 @@ def draw_batch(
     return store.tokens[layout.name][chosen].float(), ids
 
 
-def flow_matching_loss(
-    components: dict[str, Any], layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of the velocity (METHOD.md section 5): x_t = (1 - t) x_0 + t eps, target eps - x_0.
+class NoisyBatch(NamedTuple):
+    """This process's share of a batch (METHOD.md section 5): x_t = (1 - t) x_0 + t eps.
 
-    The noise is drawn for the whole batch, of which each process computes its share.
+    Attributes:
+        tokens: x_t, [batch, tokens, 32].
+        velocity: eps - x_0, [batch, tokens, 32].
+        time: t, [batch].
+        ids: caption ids of the CLIP and the T5 encoder, each [batch, text length].
     """
+
+    tokens: Tensor
+    velocity: Tensor
+    time: Tensor
+    ids: tuple[Tensor, Tensor]
+
+
+def draw_noise(layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> NoisyBatch:
+    """Noise and times, drawn for the whole batch [batch, tokens, 32], of which each process keeps its share."""
     time_ = time_shift(torch.sigmoid(torch.randn(len(clean), generator=generator)), layout.tokens)
     noise = torch.randn(clean.shape, generator=generator)
     mine = slice(runs.processes()[0], None, runs.processes()[1])
-    clean, noise, time_, ids = clean[mine], noise[mine], time_[mine], (ids[0][mine], ids[1][mine])
+    clean, noise, time_ = clean[mine], noise[mine], time_[mine]
     mixed = time_[:, None, None]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        velocity = predict_velocity(components, layout, (1 - mixed) * clean + mixed * noise, time_, ids)
-    return (velocity - (noise - clean)).square().mean()
+    return NoisyBatch((1 - mixed) * clean + mixed * noise, noise - clean, time_, (ids[0][mine], ids[1][mine]))
 
 
 def load_start(components: dict[str, Any], folder: Path) -> None:
@@ -130,12 +145,13 @@ def load_start(components: dict[str, Any], folder: Path) -> None:
 class BaseTraining:
     """The state of one training run."""
 
+    trained: tuple[str, ...] = TRAINED
+    sample_guidance: float | None = None
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.run_dir = arguments, arguments.run_dir
-        self.components = build_components(arguments.run_dir, arguments.seed)
-        if arguments.start_from and not self.checkpoint.exists():
-            load_start(self.components, arguments.start_from)
-        self.modules = {name: self.components[name].train() for name in TRAINED}
+        self.components = self.build()
+        self.modules = {name: self.components[name].train() for name in self.trained}
         self.parameters = runs.named_parameters(self.modules)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -160,6 +176,25 @@ class BaseTraining:
         """Where the run keeps its state."""
         return self.run_dir / "checkpoint.pt"
 
+    def build(self) -> dict[str, Any]:
+        """The components at the start of a run."""
+        components = build_components(self.run_dir, self.arguments.seed)
+        if self.arguments.start_from and not self.checkpoint.exists():
+            load_start(components, self.arguments.start_from)
+        return components
+
+    def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """The loss of a batch of clean tokens [batch, tokens, 32] and caption ids; noise is drawn for all of it, and this
+        process's share is computed."""
+        noisy = draw_noise(layout, clean, ids, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids)
+        return (velocity - noisy.velocity).square().mean()
+
+    def export(self) -> None:
+        """Writes the averaged weights of the latest checkpoint."""
+        export(self.run_dir, self.run_dir / "export")
+
     def save(self) -> None:
         """Writes a checkpoint."""
         runs.save_checkpoint(self.checkpoint, self.modules, self.optimizer, self.average, self.clock)
@@ -170,7 +205,7 @@ class BaseTraining:
         weights = torch.tensor([layout.weight for layout in LAYOUTS])
         layout = LAYOUTS[int(torch.multinomial(weights, 1, generator=generator))]
         clean, ids = draw_batch(self.store, layout, self.arguments.batch_size, self.empty, generator)
-        loss = flow_matching_loss(self.components, layout, clean, ids, generator)
+        loss = self.loss(layout, clean, ids, generator)
         loss.backward()
         value, progress = runs.average_gradients(self.parameters, loss.item(), self.clock.progress())
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -196,7 +231,8 @@ class BaseTraining:
         with self.average.applied(self.parameters), torch.compiler.set_stance("force_eager"):
             for layout in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[3], LAYOUTS[5]):
                 captions = self.store.captions[layout.name][:: len(self.store.captions[layout.name]) // 8][:8]
-                rows.append(np.concatenate(list(sample_pictures(self.components, layout, captions, 42)), axis=1))
+                pictures = sample_pictures(self.components, layout, captions, 42, guidance=self.sample_guidance)
+                rows.append(np.concatenate(list(pictures), axis=1))
         width = 768
         rows = [np.pad(row[:, :width], ((0, 0), (0, width - min(width, row.shape[1])), (0, 0))) for row in rows]
         picture = Image.fromarray(np.concatenate(rows))
@@ -228,11 +264,11 @@ class BaseTraining:
                 self.sample()
             if self.due("export", EXPORT_MINUTES):
                 self.save()
-                export(self.run_dir, self.run_dir / "export")
+                self.export()
         if first:
             self.save()
             self.sample()
-            export(self.run_dir, self.run_dir / "export")
+            self.export()
 
 
 def seconds_until(clock_time: str) -> float:

@@ -1,8 +1,8 @@
 """Runs of one or more processes on gloo, forked from one process that has imported everything: `python tests/ranks.py JOBS.json`.
 
-JOBS.json is a list of {"config": file, "processes": n, "signal": null or [rank, step]}; `rank` gets a SIGUSR1 in that optimizer step. All
-resume where they can. Rank r of job j writes `job_<j>_rank_<r>.json` beside JOBS.json: {"step": [[id, timestep, mean of x_t], ...]}, and the
-exit codes go to `codes.json`.
+JOBS.json is a list of {"config": file, "processes": n, "signal": null or [rank, step, name]}; `rank` gets that signal, such as "SIGTERM",
+in that optimizer step. All resume where they can. Rank r of job j writes `job_<j>_rank_<r>.json` beside JOBS.json:
+{"step": [[id, timestep, mean of x_t], ...]}, and the exit codes go to `codes.json`.
 """
 
 import json
@@ -33,8 +33,8 @@ def run_rank(job: dict, rank: int, port: int, record: Path) -> int:
     train_step, predict = training.train_step, objective.predict
 
     def spy_step(pipeline, transformer, batch, config, step, generators):  # noqa: ANN001, ANN202
-        if job["signal"] == [rank, step]:
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if job["signal"] and job["signal"][:2] == [rank, step]:
+            os.kill(os.getpid(), signal.Signals[job["signal"][2]])
 
         def spy_predict(pipeline, transformer, encoded, noisy_latents, timesteps, *others):  # noqa: ANN001, ANN002, ANN202
             means = noisy_latents.double().mean(dim=(1, 2)).tolist()

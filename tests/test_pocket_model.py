@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from scripts import train_pocket_base, train_pocket_vae
+from scripts import distill_pocket_base, train_pocket_base, train_pocket_vae
 from scripts.pocket import base_data, runs, sampling
 from scripts.pocket.base_data import LAYOUTS, caption_ids, position_ids
 from scripts.pocket.model import TOKEN_CHANNELS, build_pocket_flux, build_vae, save_pocket_flux
@@ -236,6 +236,35 @@ def test_a_run_can_start_from_exported_weights(run_folder: Path, tmp_path: Path)
     (run_folder / "words.txt").write_text("other\nwords\n")
     with pytest.raises(ValueError, match="other words than this run's captions"):
         train_pocket_base.BaseTraining(train_pocket_base.parse_arguments(arguments))
+
+
+def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Path) -> None:
+    """The student starts as its teacher at every guidance, learns u + g (v - u), and is saved with its embedding."""
+    save_pocket_flux(components, tmp_path / "teacher")
+    layout, generator = SCENE, torch.Generator().manual_seed(0)
+    training = distill_pocket_base.GuidanceDistillation(
+        distill_pocket_base.parse_arguments(["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1"])
+    )
+    teacher = training.teacher
+    torch.nn.init.normal_(teacher["transformer"].proj_out.weight, generator=generator)
+    training.components["transformer"].load_state_dict(teacher["transformer"].state_dict(), strict=False)
+    noisy, time = torch.randn(2, layout.tokens, TOKEN_CHANNELS, generator=generator), torch.tensor([0.3, 0.9])
+    ids = tuple(caption_ids(components[name], CAPTIONS[:2]) for name in ("tokenizer", "tokenizer_2"))
+    with torch.no_grad():
+        captioned, uncaptioned = (sampling.predict_velocity(teacher, layout, noisy, time, given) for given in (ids, training.empty))
+        student = sampling.predict_velocity(training.components, layout, noisy, time, ids, torch.tensor([1.0, 3.5]))
+        guidance = torch.tensor([1.0, 3.0])
+        goal = distill_pocket_base.guided_velocity(teacher, layout, noisy, time, ids, training.empty, guidance)
+    torch.testing.assert_close(student, captioned)
+    torch.testing.assert_close(goal[0], captioned[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(goal[1], (3 * captioned - 2 * uncaptioned)[1], rtol=1e-3, atol=1e-4)
+    assert (captioned - uncaptioned).abs().max() > 1e-3
+    before = training.components["text_encoder"].state_dict()["embeddings.token_embedding.weight"].clone()
+    training.run()
+    assert torch.equal(before, training.components["text_encoder"].state_dict()["embeddings.token_embedding.weight"])
+    student = FluxPipeline.from_pretrained(run_folder / "export", local_files_only=True).transformer
+    assert student.config.guidance_embeds
+    assert student.time_text_embed.guidance_embedder.linear_2.bias.abs().max() > 0
 
 
 def test_the_vae_learns_and_its_latent_statistics_are_set() -> None:

@@ -41,7 +41,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     jobs = []
 
-    def add(output: str, processes: int, batch_size: int, accumulation: int, steps: int, signal: list[int] | None = None) -> None:
+    def add(output: str, processes: int, batch_size: int, accumulation: int, steps: int, signal: list | None = None) -> None:
         config = write_config(
             world,
             folder / f"config_{len(jobs)}.json",
@@ -58,12 +58,13 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("mixed", 2, 2, 1, 21)
     add("mixed", 1, 2, 2, 35)
     add("mixed", 2, 1, 2, STEPS)
-    add("stopped", 2, 2, 1, STEPS, [1, 6])
+    add("stopped", 2, 2, 1, STEPS, [1, 6, "SIGUSR1"])
+    add("stopped", 2, 2, 1, STEPS, [0, 20, "SIGTERM"])
     add("stopped", 2, 2, 1, STEPS)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     result = run_script(str(ROOT / "tests/ranks.py"), str(folder / "jobs.json"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((folder / "codes.json").read_text()) == [[0], [0, 0], [0, 0], [0], [0, 0], [75, 75], [0, 0]], result.stderr[-3000:]
+    assert json.loads((folder / "codes.json").read_text()) == [[0], [0, 0], [0, 0], [0], [0, 0], [75, 75], [75, 75], [0, 0]], result.stderr[-3000:]
     return folder
 
 
@@ -83,7 +84,7 @@ def losses(folder: Path, output: str) -> torch.Tensor:
     return torch.tensor([[value for name, value in line.items() if name.startswith("loss/")] for line in lines])
 
 
-@pytest.mark.parametrize(("output", "jobs"), [("two", (1,)), ("mixed", (2, 3, 4)), ("stopped", (5, 6))])
+@pytest.mark.parametrize(("output", "jobs"), [("two", (1,)), ("mixed", (2, 3, 4)), ("stopped", (5, 6, 7))])
 def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: tuple[int, ...]) -> None:
     """Samples, timesteps and noise of each step, and so the losses; also where the number changes at a resume, 2 to 1 and back."""
     expected, found = samples(folder, 0), samples(folder, *jobs)
@@ -101,9 +102,10 @@ def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: 
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
-    assert find_damage(folder / "stopped/checkpoints/step_00000007") is None
-    assert samples(folder, 5).keys() == set(range(7))
-    assert samples(folder, 6).keys() == set(range(7, STEPS))
+    """SIGUSR1 in step 6 of the second process, then SIGTERM in step 20 of the first."""
+    for job, first, stop in ((5, 0, 7), (6, 7, 21), (7, 21, STEPS)):
+        assert find_damage(folder / f"stopped/checkpoints/step_{stop:08d}") is None
+        assert samples(folder, job).keys() == set(range(first, stop))
     for name in ("lora", "optimizer", "ema"):  # two processes throughout: bit for bit
         file = f"checkpoints/step_{STEPS:08d}/{name}.safetensors"
         runs.assert_same_tensors(load_file(folder / "stopped" / file), load_file(folder / "two" / file))

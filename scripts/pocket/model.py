@@ -24,8 +24,8 @@ DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 5
 TEXT_WIDTH, TEXT_HEADS, TEXT_LAYERS = 128, 4, 2
 
 
-def build_transformer(seed: int, heads: int = HEADS) -> FluxTransformer2DModel:
-    """A FLUX transformer without guidance embedding, freshly initialised; the output layer starts at zero."""
+def build_transformer(seed: int, heads: int = HEADS, guidance_embeds: bool = False) -> FluxTransformer2DModel:
+    """A FLUX transformer, freshly initialised; the output layer starts at zero."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -36,7 +36,7 @@ def build_transformer(seed: int, heads: int = HEADS) -> FluxTransformer2DModel:
         num_attention_heads=heads,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(8, 12, 12),
     )
     torch.nn.init.zeros_(transformer.proj_out.weight)

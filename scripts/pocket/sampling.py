@@ -50,7 +50,12 @@ def explicit_attention() -> Iterator[None]:
 
 
 def predict_velocity(
-    components: dict[str, Any], layout: Layout, noisy: Tensor, time: Tensor, ids: tuple[Tensor, Tensor]
+    components: dict[str, Any],
+    layout: Layout,
+    noisy: Tensor,
+    time: Tensor,
+    ids: tuple[Tensor, Tensor],
+    guidance: Tensor | None = None,
 ) -> Tensor:
     """Velocity of noisy tokens.
 
@@ -60,6 +65,7 @@ def predict_velocity(
         noisy: [batch, tokens, 32].
         time: [batch], 1 = pure noise.
         ids: caption ids of the CLIP and the T5 encoder, each [batch, text length].
+        guidance: [batch], embedded guidance, for a transformer that has it.
 
     Returns:
         [batch, tokens, 32], float32.
@@ -76,6 +82,7 @@ def predict_velocity(
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=time,
+            guidance=guidance,
             img_ids=position_ids(layout),
             txt_ids=torch.zeros(text.shape[1], 3),
         )
@@ -86,15 +93,16 @@ def predict_velocity(
 
 @torch.no_grad()
 def sample_pictures(
-    components: dict[str, Any], layout: Layout, captions: list[str], seed: int, steps: int = 20
+    components: dict[str, Any], layout: Layout, captions: list[str], seed: int, steps: int = 20, guidance: float | None = None
 ) -> np.ndarray:
     """Euler sampling over FLUX's sigmas: whole pictures of a layout, uint8 [n, height, width, 3]."""
+    scale = None if guidance is None else torch.full([len(captions)], guidance)
     ids = tuple(caption_ids(components[name], captions) for name in ("tokenizer", "tokenizer_2"))
     channels = components["transformer"].config.in_channels
     tokens = torch.randn((len(captions), layout.tokens, channels), generator=torch.Generator().manual_seed(seed))
     times = torch.cat([time_shift(torch.linspace(1.0, 1.0 / steps, steps), layout.tokens), torch.zeros(1)])
     for now, after in itertools.pairwise(times):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            velocity = predict_velocity(components, layout, tokens, now.expand(len(captions)), ids)
+            velocity = predict_velocity(components, layout, tokens, now.expand(len(captions)), ids, scale)
         tokens = tokens + (after - now) * velocity
     return decode_samples(components["vae"], layout, tokens)

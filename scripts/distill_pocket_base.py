@@ -1,0 +1,110 @@
+"""Distils text guidance into the pocket FLUX, as FLUX.1-dev has it: one pass with an embedded guidance scale stands for two.
+
+The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, gets a
+guidance embedding that starts at zero, and learns u + g (v - u), where v is the teacher's velocity with the caption, u that with the
+empty caption, and g is drawn per sample; at g = 1 that is the teacher itself, so that a reference adapter trains at guidance 1. The text
+encoders stay the teacher's. RUN_DIR holds the tokens, the VAE and the words of the teacher's run. A run that was stopped goes on when it is
+started again; `torchrun --nproc-per-node N` as there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.pocket import runs
+from scripts.pocket.base_data import Layout
+from scripts.pocket.model import build_transformer, save_pocket_flux
+from scripts.pocket.sampling import explicit_attention, predict_velocity
+from scripts.train_pocket_base import BaseTraining, draw_noise, run_arguments
+
+#: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
+MAX_GUIDANCE, SHARE_OF_ONE = 4.0, 0.25
+
+
+def with_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The teacher's weights with a guidance embedding that adds nothing yet."""
+    student = build_transformer(0, guidance_embeds=True)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert not unexpected and all("guidance_embedder" in name for name in missing), (missing, unexpected)
+    last = student.time_text_embed.guidance_embedder.linear_2
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return student
+
+
+def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
+    """[count] guidance scales: some 1, the others uniform up to MAX_GUIDANCE."""
+    guidance = 1.0 + (MAX_GUIDANCE - 1.0) * torch.rand(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < SHARE_OF_ONE, 1.0, guidance)
+
+
+def guided_velocity(teacher: dict[str, Any], layout: Layout, noisy: Tensor, time: Tensor, ids: tuple, empty: tuple, guidance: Tensor) -> Tensor:
+    """u + g (v - u) of the teacher, [batch, tokens, 32]; `empty` are the ids of the empty caption, each [1, text length]."""
+    both = tuple(torch.cat([given, blank.expand_as(given)]) for given, blank in zip(ids, empty, strict=True))
+    velocities = predict_velocity(teacher, layout, noisy.repeat(2, 1, 1), time.repeat(2), both)
+    captioned, uncaptioned = velocities.chunk(2)
+    return uncaptioned + guidance[:, None, None] * (captioned - uncaptioned)
+
+
+class GuidanceDistillation(BaseTraining):
+    """Training of the student's transformer."""
+
+    trained = ("transformer",)
+    sample_guidance = 2.5
+
+    def build(self) -> dict[str, Any]:
+        """The student; the teacher is kept beside it."""
+        teacher = FluxPipeline.from_pretrained(self.arguments.teacher, dtype=torch.float32).components
+        names = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer")
+        self.teacher = {name: teacher[name] for name in names}
+        for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+            self.teacher[name].eval().requires_grad_(False)
+        return {**self.teacher, "transformer": with_guidance(self.teacher["transformer"])}
+
+    def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """Mean squared error to the teacher's guided velocity."""
+        guidance = draw_guidance(len(clean), generator)[runs.processes()[0] :: runs.processes()[1]]
+        noisy = draw_noise(layout, clean, ids, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                goal = guided_velocity(self.teacher, layout, noisy.tokens, noisy.time, noisy.ids, self.empty, guidance)
+            velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids, guidance)
+        return (velocity - goal).square().mean()
+
+    def export(self) -> None:
+        """Writes the averaged weights of the latest checkpoint as a diffusers folder."""
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        student = with_guidance(self.teacher["transformer"])
+        parameters = runs.named_parameters({"transformer": student})
+        with torch.no_grad():
+            for name, value in state["average"].items():
+                parameters[name].copy_(value)
+        save_pocket_flux({**self.teacher, "transformer": student.to(torch.bfloat16)}, self.run_dir / "export")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = run_arguments(__doc__)
+    parser.add_argument("--teacher", type=Path, required=True, help="diffusers folder of a pocket FLUX without guidance embedding")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains and exports."""
+    arguments = parse_arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    runs.join_processes()
+    with explicit_attention():
+        GuidanceDistillation(arguments).run()
+
+
+if __name__ == "__main__":
+    main()
