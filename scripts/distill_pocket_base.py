@@ -1,10 +1,11 @@
 """Distils text guidance into the pocket FLUX, as FLUX.1-dev has it: one pass with an embedded guidance scale stands for two.
 
-The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, gets a
-guidance embedding that starts at zero, and learns u + g (v - u), where v is the teacher's velocity with the caption, u that with the
-empty caption, and g is drawn per sample; at g = 1 that is the teacher itself, so that a reference adapter trains at guidance 1. The text
-encoders stay the teacher's. RUN_DIR holds the tokens, the VAE and the words of the teacher's run. A run that was stopped goes on when it is
-started again; `torchrun --nproc-per-node N` as there.
+The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, with a guidance
+embedding that starts at zero. For a guidance g, drawn per sample, it learns u + g (v - u), where v is the velocity with the caption and u that
+with the empty one: v + (g - 1) (v - u), of which the first v is the data's own, so that the student goes on learning from pictures, and the
+difference is the teacher's. At g = 1 that is plain flow matching, and there reference adapters train. The text encoders stay the teacher's.
+RUN_DIR holds the tokens, the VAE and the words of the teacher's run. A run that was stopped goes on when it is started again; `torchrun
+--nproc-per-node N` as there.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from scripts.pocket import runs
 from scripts.pocket.base_data import Layout
 from scripts.pocket.model import build_transformer, save_pocket_flux
 from scripts.pocket.sampling import explicit_attention, predict_velocity
-from scripts.train_pocket_base import BaseTraining, draw_noise, run_arguments
+from scripts.train_pocket_base import BaseTraining, NoisyBatch, draw_noise, run_arguments
 
 #: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
 MAX_GUIDANCE, SHARE_OF_ONE = 4.0, 0.25
@@ -45,12 +46,11 @@ def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < SHARE_OF_ONE, 1.0, guidance)
 
 
-def guided_velocity(teacher: dict[str, Any], layout: Layout, noisy: Tensor, time: Tensor, ids: tuple, empty: tuple, guidance: Tensor) -> Tensor:
-    """u + g (v - u) of the teacher, [batch, tokens, 32]; `empty` are the ids of the empty caption, each [1, text length]."""
-    both = tuple(torch.cat([given, blank.expand_as(given)]) for given, blank in zip(ids, empty, strict=True))
-    velocities = predict_velocity(teacher, layout, noisy.repeat(2, 1, 1), time.repeat(2), both)
-    captioned, uncaptioned = velocities.chunk(2)
-    return uncaptioned + guidance[:, None, None] * (captioned - uncaptioned)
+def guidance_direction(teacher: dict[str, Any], layout: Layout, noisy: NoisyBatch, empty: tuple[Tensor, Tensor]) -> Tensor:
+    """v - u of the teacher, [batch, tokens, 32]; `empty` are the ids of the empty caption, each [1, text length]."""
+    both = tuple(torch.cat([given, blank.expand_as(given)]) for given, blank in zip(noisy.ids, empty, strict=True))
+    captioned, uncaptioned = predict_velocity(teacher, layout, noisy.tokens.repeat(2, 1, 1), noisy.time.repeat(2), both).chunk(2)
+    return captioned - uncaptioned
 
 
 class GuidanceDistillation(BaseTraining):
@@ -69,13 +69,14 @@ class GuidanceDistillation(BaseTraining):
         return {**self.teacher, "transformer": with_guidance(self.teacher["transformer"])}
 
     def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-        """Mean squared error to the teacher's guided velocity."""
+        """Mean squared error to v + (g - 1) (v - u)."""
         guidance = draw_guidance(len(clean), generator)[runs.processes()[0] :: runs.processes()[1]]
         noisy = draw_noise(layout, clean, ids, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
-                goal = guided_velocity(self.teacher, layout, noisy.tokens, noisy.time, noisy.ids, self.empty, guidance)
+                direction = guidance_direction(self.teacher, layout, noisy, self.empty)
             velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids, guidance)
+        goal = noisy.velocity + (guidance - 1.0)[:, None, None] * direction
         return (velocity - goal).square().mean()
 
     def export(self) -> None:

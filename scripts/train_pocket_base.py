@@ -119,8 +119,13 @@ class NoisyBatch(NamedTuple):
 
 
 def draw_noise(layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> NoisyBatch:
-    """Noise and times, drawn for the whole batch [batch, tokens, 32], of which each process keeps its share."""
-    time_ = time_shift(torch.sigmoid(torch.randn(len(clean), generator=generator)), layout.tokens)
+    """Noise and times, drawn for the whole batch [batch, tokens, 32], of which each process keeps its share.
+
+    Half of the times are FLUX's logit-normal ones, half are spread as a sampler's steps: the first steps, in which a picture's subjects
+    find their places, would else hardly be seen.
+    """
+    logit_normal, even = torch.sigmoid(torch.randn(len(clean), generator=generator)), torch.rand(len(clean), generator=generator)
+    time_ = time_shift(torch.where(torch.rand(len(clean), generator=generator) < 0.5, logit_normal, even), layout.tokens)
     noise = torch.randn(clean.shape, generator=generator)
     mine = slice(runs.processes()[0], None, runs.processes()[1])
     clean, noise, time_ = clean[mine], noise[mine], time_[mine]

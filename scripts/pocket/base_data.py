@@ -57,12 +57,12 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("scene", 0, True, 20_000, 0.40),
-    Layout("sheet1", 1, True, 16_000, 0.22),
-    Layout("sheet2", 2, True, 8_000, 0.13),
-    Layout("sheet3", 3, True, 3_000, 0.06),
-    Layout("sheet4", 4, True, 3_000, 0.06),
-    Layout("strip", 4, False, 4_000, 0.13),
+    Layout("scene", 0, True, 20_000, 0.60),
+    Layout("sheet1", 1, True, 16_000, 0.12),
+    Layout("sheet2", 2, True, 8_000, 0.10),
+    Layout("sheet3", 3, True, 3_000, 0.05),
+    Layout("sheet4", 4, True, 3_000, 0.05),
+    Layout("strip", 4, False, 4_000, 0.08),
 )
 
 
