@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic import lora
+from mosaic.attention_report import AttentionRecorder, PictureAttention, subject_tokens
 from mosaic.hub import require_model_name, unreachable_message
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
@@ -38,12 +39,12 @@ class MosaicPipelineOutput(BaseOutput):
 
     Attributes:
         images: One picture per prompt and image, prompts first; PIL, numpy or torch by `output_type`.
-        attention: With `output_attention=True` one float32 tensor [K, N_ref, N_tgt] per picture (rows sum to 1; mean over
-            heads, blocks and steps), None for a picture without references. Otherwise None.
+        attention: With `output_attention=True` one `PictureAttention` per picture (maps, entropy over the steps, leakage, peaks), None
+            for a picture without references or stopped before its first step. Otherwise None.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
-    attention: list[Tensor | None] | None = None
+    attention: list[PictureAttention | None] | None = None
 
 
 @dataclass
@@ -129,7 +130,8 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             reference_attention: "target", "joint" or "isolated". None: as trained, else "target".
             max_sequence_length: T5 tokens. None: as many as the tokenizer allows, at most 512.
             output_type: "pil", "np", "pt" or "latent" (packed [B, N, C]).
-            output_attention: Whether to return the attention of every reference token to the target.
+            output_attention: Whether to return where the references look: `MosaicPipelineOutput.attention`. Costs the memory of one float32
+                map [K * N_ref, N_tgt] per picture, whatever the number of steps.
             callback_on_step_end: Called as f(pipeline, step, timestep, tensors) and may return changed tensors.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets.
 
@@ -162,23 +164,26 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
 
         prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
         references = self._encode_references(inputs, reference_size, reference_scale)
+        subjects = self._subjects(inputs, references, reference_size, reference_scale) if output_attention else None
         latents = self._start_noise(inputs, grid, prompt_embeds.dtype)
         results: list[Tensor] = [None] * len(latents)
-        attention: list[Tensor | None] = [None] * len(latents)
+        attention: list[PictureAttention | None] = [None] * len(latents)
         for prompts in group_by_num_references(references):
             pictures = [p * num_images_per_prompt + i for p in prompts for i in range(num_images_per_prompt)]
             repeated = [p for p in prompts for _ in range(num_images_per_prompt)]
-            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None)
+            group, recorder = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None), None
             if references[prompts[0]] is not None:
                 stacked = torch.stack([references[p] for p in repeated])  # (B, K, C, h, w)
                 group.reference_grid = Grid(stacked.shape[-2] // 2, stacked.shape[-1] // 2)
                 group.reference_latents = pack_latents(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]).to(group.latents)
-            maps = self._denoise(
-                group, grid, num_inference_steps, attention_mode, output_attention, callback_on_step_end, callback_on_step_end_tensor_inputs
+                recorder = AttentionRecorder([subjects[p] for p in repeated]) if output_attention else None
+            self._denoise(
+                group, grid, num_inference_steps, attention_mode, recorder, callback_on_step_end, callback_on_step_end_tensor_inputs
             )
+            recorded = recorder.results(group.reference_grid, grid) if recorder is not None else [None] * len(pictures)
             for row, picture in enumerate(pictures):
                 results[picture] = group.latents[row]
-                attention[picture] = None if maps is None else maps[row]
+                attention[picture] = recorded[row]
         images = torch.stack(results)
         if output_type != "latent":
             images = decode_latents(self.vae, unpack_latents(images, grid))
@@ -214,6 +219,21 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             encoded.append(None if tensor is None else encode_images(self.vae, tensor))
         return encoded
 
+    def _subjects(self, inputs: PipelineInputs, references: list[Tensor | None], size: int, scale: float) -> list[Tensor | None]:
+        """Per prompt bool [K, N_ref], the tokens that the subjects cover: all where latents were given. None without references."""
+        subjects: list[Tensor | None] = []
+        for number, latents in enumerate(references):
+            if latents is None:
+                subjects.append(None)
+                continue
+            grid = Grid(latents.shape[-2] // 2, latents.shape[-1] // 2)
+            if inputs.reference_latents is not None:
+                subjects.append(torch.ones(len(latents), grid.num_tokens, dtype=torch.bool, device=latents.device))
+                continue
+            prepared = [prepare_reference(picture, size, scale) for picture in inputs.reference_images[number]]
+            subjects.append(torch.stack([subject_tokens(picture, grid) for picture in prepared]).to(latents.device))
+        return subjects
+
     def _start_noise(self, inputs: PipelineInputs, grid: Grid, dtype: torch.dtype) -> Tensor:
         """Packed noise [B * num_images_per_prompt, N, C], drawn for all pictures at once, whatever their groups."""
         channels = self.transformer.config.in_channels // 4
@@ -230,11 +250,11 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         grid: Grid,
         num_inference_steps: int,
         reference_attention: str,
-        output_attention: bool,
+        recorder: AttentionRecorder | None,
         callback: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None,
         callback_tensors: Sequence[str],
-    ) -> Tensor | None:
-        """Run the sampler on `group.latents` in place; returns attention [B, K, N_ref, N_tgt] or None."""
+    ) -> None:
+        """Run the sampler on `group.latents` in place; where there is a recorder, it gets the attention of every step."""
         device, batch = group.latents.device, len(group.latents)
         timesteps = self._timesteps(grid.num_tokens, num_inference_steps, device)
         guidance = torch.full([batch], self._guidance_scale, device=device) if self.transformer.config.guidance_embeds else None
@@ -245,10 +265,9 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             references["reference_hidden_states"] = group.reference_latents
             references["reference_ids"] = reference_position_ids(group.reference_grid, num_references, device)
             references["reference_attention"] = reference_attention
-            if output_attention:
+            if recorder is not None:
                 every_token = torch.arange(num_references * group.reference_grid.num_tokens, device=device)
                 references["capture"] = CaptureRequest(every_token.expand(batch, -1))
-        attention = 0
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, t in enumerate(timesteps):
                 if self.interrupt:
@@ -270,15 +289,14 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                     without = self.transformer(**arguments, **{**references, **absent}).sample
                     velocity = without + self._image_guidance_scale * (velocity - without)
                 group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
-                if "capture" in references:
-                    attention = attention + output.attention_rows / len(timesteps)
+                if recorder is not None:
+                    recorder.add(output.attention_rows)
                 if callback is not None:
                     changed = callback(self, step, t, {name: getattr(group, name) for name in callback_tensors}) or {}
                     for name in callback_tensors:
                         setattr(group, name, changed.get(name, getattr(group, name)))
                 progress.update()
         self._current_timestep = None
-        return attention.unflatten(1, (num_references, -1)).cpu() if "capture" in references else None
 
     def _timesteps(self, num_tokens: int, num_inference_steps: int, device: torch.device) -> Tensor:
         """Timesteps of FLUX: sigmas linspace(1, 1/steps) through the resolution shift."""

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mosaic.attention_report import PictureAttention
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.reading import Case
 from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, shared_recipe, unfinished
@@ -153,7 +154,7 @@ def render_job(
     )
     drawn = [case_panel(references, result.images[0], job.recipe["prompt"][:CAPTION_LETTERS]), result.images[0]]
     if with_attention and with_lora:
-        drawn.insert(0, draw_attention(job, references, result.images[0], result.attention[0], pipeline.vae_scale_factor))
+        drawn.insert(0, draw_attention(job, references, result.images[0], result.attention[0]))
     text = png_text(job.recipe)
     journal.add(job, seconds=round(time.perf_counter() - start, 3))
     folder = journal.path.parent
@@ -179,11 +180,7 @@ def read_references(job: PictureJob) -> list[Image.Image]:
     return pictures
 
 
-def draw_attention(
-    job: PictureJob, references: Sequence[Image.Image], picture: Image.Image, attention: Tensor, vae_scale_factor: int
-) -> Image.Image:
+def draw_attention(job: PictureJob, references: Sequence[Image.Image], picture: Image.Image, attention: PictureAttention) -> Image.Image:
     """The attention maps of a picture."""
-    size = job.recipe["reference_size"]
-    prepared = [prepare_reference(reference, size, job.recipe["reference_scale"]) for reference in references]
-    reference_grid = token_grid(size, size, vae_scale_factor)
-    return attention_panel(prepared, picture, attention, reference_grid, token_grid(picture.height, picture.width, vae_scale_factor))
+    prepared = [prepare_reference(reference, job.recipe["reference_size"], job.recipe["reference_scale"]) for reference in references]
+    return attention_panel(prepared, picture, attention)
