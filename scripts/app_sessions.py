@@ -25,13 +25,15 @@ class Kept(NamedTuple):
 
     Attributes:
         path: The PNG, with the recipe in its metadata.
-        attention_path: The attention maps; None: there are none.
+        panel_path: The attention maps; None: there are none.
+        leakage: As in `Rendered`.
         recipe: What made it.
         seconds: What it took.
     """
 
     path: Path
-    attention_path: Path | None
+    panel_path: Path | None
+    leakage: list[list[float]] | None
     recipe: dict[str, Any]
     seconds: float
 
@@ -74,15 +76,15 @@ class Session:
         """Write a finished picture with its recipe into the session's folder; the oldest beyond `MAX_PICTURES` is removed."""
         recipe, text = rendered.job.recipe, png_text(rendered.job.recipe)
         path = save_picture(rendered.picture, self.folder / f"{rendered.job.name}.png", text)
-        attention_path = None
-        if rendered.attention is not None:
-            attention_path = save_picture(rendered.attention, self.folder / f"{rendered.job.name}_attention.png", text)
-        kept = Kept(path, attention_path, recipe, rendered.seconds)
+        panel_path = None
+        if rendered.panel is not None:
+            panel_path = save_picture(rendered.panel, self.folder / f"{rendered.job.name}_attention.png", text)
+        kept = Kept(path, panel_path, rendered.leakage, recipe, rendered.seconds)
         with self._lock:
             self.pictures = (kept, *self.pictures)
             gone, self.pictures = self.pictures[MAX_PICTURES:], self.pictures[:MAX_PICTURES]
         for old in gone:
-            for file in filter(None, (old.path, old.attention_path)):
+            for file in filter(None, (old.path, old.panel_path)):
                 file.unlink(missing_ok=True)
         return kept
 

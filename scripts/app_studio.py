@@ -32,13 +32,15 @@ class Rendered(NamedTuple):
 
     Attributes:
         picture: RGB.
-        attention: The attention maps of its references; None where they were not asked for or there are no references.
+        panel: The attention maps of its references; None where they were not asked for or there are no references.
+        leakage: Entry (i, j) is the share of reference i's attention on what reference j owns; None as for `panel`.
         job: Its job, with the recipe.
         seconds: What it took.
     """
 
     picture: Image.Image
-    attention: Image.Image | None
+    panel: Image.Image | None
+    leakage: list[list[float]] | None
     job: PictureJob
     seconds: float
 
@@ -196,15 +198,12 @@ class Studio:
             callback_on_step_end_tensor_inputs=(),
             **strength_arguments([entry["strength"] for entry in recipe["references"]]),
         )
-        picture = output.images[0]
-        panel = self._panel(run, references, picture, output.attention[0]) if run.with_attention and not run.cancel_asked else None
-        return Rendered(picture, panel, run.job, time.perf_counter() - run.started)
-
-    def _panel(self, run: Run, references: Sequence[Image.Image], picture: Image.Image, attention: torch.Tensor) -> Image.Image:
-        size, scale = run.job.recipe["reference_size"], run.job.recipe["reference_scale"]
-        prepared = [prepare_reference(reference, size, scale) for reference in references]
-        grids = token_grid(size, size, self.vae_scale_factor), token_grid(picture.height, picture.width, self.vae_scale_factor)
-        return attention_panel(prepared, picture, attention, *grids)
+        picture, seconds = output.images[0], time.perf_counter() - run.started
+        if not run.with_attention or run.cancel_asked:
+            return Rendered(picture, None, None, run.job, seconds)
+        attention = output.attention[0]
+        prepared = [prepare_reference(reference, recipe["reference_size"], recipe["reference_scale"]) for reference in references]
+        return Rendered(picture, attention_panel(prepared, picture, attention), attention.leakage.tolist(), run.job, seconds)
 
 
 def strength_arguments(strengths: Sequence[float]) -> dict[str, Any]:
