@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from mosaic.cases.recipes import PictureJob, shared_recipe
+from mosaic.cases.recipes import PictureJob, sampling_arguments, shared_recipe
 from mosaic.cases.runner import load_pipeline
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
@@ -17,6 +17,7 @@ from mosaic.figures import attention_panel
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.images import prepare_reference
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
 from scripts.app_form import Form, plan_picture
 from scripts.app_uploads import Upload
@@ -129,6 +130,7 @@ class Studio:
         factor = vae_scale_factor(name)
         token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
         token_grid(size, size, factor, where="data.reference_size")
+        refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
         shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device.type)
         return cls(load_pipeline(config, lora_file, device), config, shared)
 
@@ -189,14 +191,11 @@ class Studio:
         output = self._pipeline(
             recipe["prompt"],
             references or None,
-            **{key: recipe[key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
+            **sampling_arguments(recipe),
             generator=torch.Generator().manual_seed(recipe["seed"]),
-            **{key: recipe[key] for key in ("reference_size", "reference_scale", "reference_attention")},
-            max_sequence_length=recipe["text_length"],
             output_attention=run.with_attention,
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=(),
-            **strength_arguments([entry["strength"] for entry in recipe["references"]]),
         )
         picture, seconds = output.images[0], time.perf_counter() - run.started
         if not run.with_attention or run.cancel_asked:
@@ -204,11 +203,6 @@ class Studio:
         attention = output.attention[0]
         prepared = [prepare_reference(reference, recipe["reference_size"], recipe["reference_scale"]) for reference in references]
         return Rendered(picture, attention_panel(prepared, picture, attention), attention.leakage.tolist(), run.job, seconds)
-
-
-def strength_arguments(strengths: Sequence[float]) -> dict[str, Any]:
-    """The pipeline's argument for strengths that are not all 1."""
-    return {"reference_strength": list(strengths)} if any(strength != 1 for strength in strengths) else {}
 
 
 def _in_words(error: Exception) -> str:
