@@ -14,7 +14,7 @@ from mosaic.schema import FieldError, shown
 from scripts.app_uploads import Upload
 
 MAX_STEPS = 100
-MAX_GUIDANCE = 20.0
+MAX_GUIDANCE = 10.0
 PLACEHOLDER = re.compile(r"<([^<>]*)>")
 LABELS = {
     "seed": "Seed",
@@ -98,7 +98,10 @@ def _references(form: Form, uploads: Sequence[Upload]) -> tuple[Reference, ...]:
         {"path": f"{number}", "name": name.strip() or None, "strength": strength}
         for number, (name, strength) in enumerate(zip(form.names, form.strengths, strict=True), 1)
     ]
-    references = read_references(items, "References", Path())
+    try:
+        references = read_references(items, "References", Path())
+    except ValueError as error:  # people count from one
+        raise ValueError(re.sub(r"^References\[(\d+)\]\.", lambda found: f"Reference {int(found[1]) + 1}, ", str(error))) from error
     return tuple(
         reference._replace(path=Path(f"{number}") / upload.name)
         for number, (reference, upload) in enumerate(zip(references, uploads, strict=True), 1)
@@ -116,7 +119,8 @@ def _options(form: Form, config: Config, vae_scale_factor: int) -> CaseOptions:
     try:
         options = CaseOptions(**values)
     except FieldError as error:
-        raise ValueError(f"{LABELS[error.path.removeprefix('case.')]}: {error.problem}.") from error
+        problem = error.problem.replace(" or null", "")  # in a case it may be; here it would be an empty field
+        raise ValueError(f"{LABELS[error.path.removeprefix('case.')]}: {problem}.") from error
     for name, limit in highest.items():
         if values[name] > limit:
             raise ValueError(f"{LABELS[name]}: must be at most {limit:g} on this page, got {values[name]:g}. Larger ones: inference.py.")

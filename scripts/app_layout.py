@@ -60,7 +60,7 @@ class Page:
         self.upload_notice = gr.HTML(elem_id="m-upload-notice")
 
     def _prompt(self) -> None:
-        usual, settings = default_state(self.config).settings, self.config.inference
+        usual = default_state(self.config).settings
         limits = size_limits(self.config, self.handlers.studio.vae_scale_factor)
         gr.HTML("<h2 class='m-title'>Prompt <small>write &lt;bag&gt; for the reference named bag</small></h2>")
         self.prompt = gr.Textbox("", show_label=False, lines=3, max_length=10_000, placeholder="a bird in a meadow", elem_id="m-prompt")
@@ -76,10 +76,12 @@ class Page:
                 self.steps = gr.Slider(1, MAX_STEPS, usual["steps"], step=1, label="Steps", min_width=140)
                 self.seed = gr.Number(usual["seed"], label="Seed", minimum=0, precision=0, min_width=140, elem_id="m-seed")
             with gr.Row():
-                label = "Image guidance (looks of the references; other values than 1 take twice the time)"
-                self.image_guidance = gr.Slider(0, 5, min(5, settings.image_guidance_scale), step=0.1, label=label, min_width=140)
-                label = "Guidance (prompt; no effect on models without guidance embedding)"
-                self.guidance = gr.Slider(0, MAX_GUIDANCE, usual["guidance"], step=0.1, label=label, min_width=140)
+                info = "brings out the references' looks; other values than 1 take twice the time"
+                given = {"label": "Image guidance", "info": info, "min_width": 140}
+                self.image_guidance = gr.Slider(0, MAX_GUIDANCE, usual["image_guidance"], step=0.1, **given)
+                info = "strength of the prompt; no effect on models without guidance embedding"
+                given = {"label": "Guidance", "info": info, "min_width": 140}
+                self.guidance = gr.Slider(0, MAX_GUIDANCE, usual["guidance"], step=0.1, **given)
             with gr.Row():
                 self.new_seed = gr.Checkbox(False, label="New seed for each picture", min_width=140)
                 self.attention = gr.Checkbox(True, label="Attention view", min_width=140)
