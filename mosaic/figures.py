@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from mosaic.attention_report import Line, PictureAttention
 from mosaic.images import to_rgb
 from mosaic.tokens import Grid
 
@@ -87,42 +88,33 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Im
 
 
 def attention_panel(
-    references: Sequence[Image.Image], result: Image.Image, attention: Tensor, reference_grid: Grid, target_grid: Grid, num_lines: int = 4
+    references: Sequence[Image.Image], result: Image.Image, attention: PictureAttention, lines: Sequence[Line] | None = None
 ) -> Image.Image:
-    """One row per reference: its picture with points, lines to the rows' peaks in the result, and a heat map of its mean row.
+    """One row per reference: its picture with points, lines to the rows' peaks in the result, and a heat map of its subject's mean row.
 
     Args:
         references: K prepared reference pictures (square).
         result: The generated picture.
-        attention: float32 [K, N_ref, N_tgt], rows sum to 1.
-        reference_grid: Grid of N_ref.
-        target_grid: Grid of N_tgt.
-        num_lines: Points per reference: the subject's tokens with the sharpest rows.
+        attention: Where the references look in it.
+        lines: What to draw; None: the strongest lines of every reference.
     """
+    if lines is None:
+        lines = [line for k in range(len(references)) for line in attention.strongest(k)]
     width, height = 3 * TILE + 4 * MARGIN, len(references) * (TILE + MARGIN) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for k, reference in enumerate(references):
+    for k, (reference, distribution) in enumerate(zip(references, attention.distributions, strict=True)):
         top = MARGIN + k * (TILE + MARGIN)
-        subject = subject_tokens(reference, reference_grid)
-        rows = attention[k][subject]
         corners = (MARGIN, top), (2 * MARGIN + TILE, top)
         canvas.paste(tile(reference), corners[0])
         canvas.paste(tile(result), corners[1])
-        canvas.paste(heat_map(result, rows.mean(dim=0), target_grid), (3 * MARGIN + 2 * TILE, top))
-        strongest = rows.max(dim=-1).values.argsort(descending=True)[:num_lines].tolist()
-        for position in strongest:
-            start = token_position(int(subject[position]), reference_grid, reference.size, corners[0])
-            end = token_position(int(rows[position].argmax()), target_grid, result.size, corners[1])
-            draw_line(draw, start, end, LINE_COLOURS[k % len(LINE_COLOURS)])
+        canvas.paste(heat_map(result, distribution, attention.target_grid), (3 * MARGIN + 2 * TILE, top))
+        for line in lines:
+            if line.reference == k:
+                start = token_position(line.u, attention.reference_grid, reference.size, corners[0])
+                end = token_position(line.v, attention.target_grid, result.size, corners[1])
+                draw_line(draw, start, end, LINE_COLOURS[k % len(LINE_COLOURS)])
     return canvas
-
-
-def subject_tokens(reference: Image.Image, grid: Grid) -> np.ndarray:
-    """Indices of the tokens that a reference's subject covers at least half; of a thin subject those it touches; all if there is none."""
-    pixels = np.asarray(to_rgb(reference).resize((grid.columns * 4, grid.rows * 4), Image.Resampling.BOX)).min(axis=-1) < 235
-    share = pixels.reshape(grid.rows, 4, grid.columns, 4).mean(axis=(1, 3)).reshape(-1)
-    return next(found for found in map(np.flatnonzero, (share >= 0.5, share > 0, share >= 0)) if len(found))
 
 
 def token_centre(index: int, grid: Grid) -> tuple[float, float]:

@@ -48,28 +48,32 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"the file cannot be read: {path} ({error.strerror}).") from error
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> Image.Image:
     """Decode the content of a picture file, as `load_image` does.
 
     Args:
         data: Content of a file in one of `FORMATS`.
         name: Name of the file, for messages.
+        max_pixels: Pictures with more are refused before their pixels are decoded. None: Pillow's own limit.
 
     Returns:
         The decoded picture, upright; its `format` is the file's.
 
     Raises:
-        ValueError: The content is empty, damaged or no picture.
+        ValueError: The content is empty, damaged or no picture, or has too many pixels.
     """
     if not data:
         raise ValueError(f"the picture file is empty (0 bytes): {name}.")
-    return _decode(io.BytesIO(data), name)
+    return _decode(io.BytesIO(data), name, max_pixels)
 
 
-def _decode(file: BinaryIO, name: str) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.Image:
     """Decode an open picture file; its errors are ValueErrors that begin with the problem."""
     try:
         with Image.open(file, formats=_readable_formats()) as picture:
+            if max_pixels is not None and picture.width * picture.height > max_pixels:
+                given = f"{picture.width} x {picture.height} pixels"
+                raise ValueError(f"it has {given}, more than {max_pixels / 1e6:g} million; make it smaller")
             image = ImageOps.exif_transpose(picture)
             image.load()
             image.format = picture.format

@@ -99,6 +99,25 @@ def attention_leakage(attention_rows: Tensor, points: Points) -> AttentionLeakag
     return AttentionLeakage(leaked.mean().item(), foreign.mean().item(), len(rows))
 
 
+def leakage_matrix(attention_rows: Tensor, reference: Tensor, owner: Tensor, num_references: int) -> Tensor:
+    """Where the attention of each reference of one sample lies, by owner; `attention_leakage` split by pairs of references.
+
+    Args:
+        attention_rows: [P, N_tgt], not negative.
+        reference: int64 [P], the reference of each row.
+        owner: int64 [N_tgt], the reference that owns a target token, or -1.
+        num_references: K.
+
+    Returns:
+        float32 [K, K]: entry (i, j) is the mean, over the rows of reference i, of the share that lies on tokens owned by j. A row of the
+        matrix lacks to 1 what lies on tokens without an owner; that of a reference without rows is not a number.
+    """
+    rows = attention_rows.float() / attention_rows.float().sum(dim=-1, keepdim=True)
+    owned = torch.nn.functional.one_hot(owner + 1, num_references + 1)[:, 1:].to(rows)
+    total = torch.zeros(num_references, num_references, device=rows.device).index_add(0, reference, rows @ owned)
+    return total / torch.bincount(reference, minlength=num_references)[:, None]
+
+
 def pool_accuracies(parts: list[AttentionAccuracy]) -> AttentionAccuracy:
     """Join accuracies of several batches, weighted by their points; the shares of no points at all are not numbers."""
     names = AttentionAccuracy._fields

@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic import lora
+from mosaic.attention_report import AttentionRecorder, PictureAttention, subject_tokens
 from mosaic.hub import require_model_name, unreachable_message
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.pipeline_inputs import PipelineInputs, check_inputs, check_sampling, group_by_num_references
 from mosaic.pipeline_lora import ReferenceLoraLoaderMixin
+from mosaic.reference_cache import CachedTransformer, refresh_interval
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 
@@ -38,12 +40,12 @@ class MosaicPipelineOutput(BaseOutput):
 
     Attributes:
         images: One picture per prompt and image, prompts first; PIL, numpy or torch by `output_type`.
-        attention: With `output_attention=True` one float32 tensor [K, N_ref, N_tgt] per picture (rows sum to 1; mean over
-            heads, blocks and steps), None for a picture without references. Otherwise None.
+        attention: With `output_attention=True` one `PictureAttention` per picture (maps, entropy over the steps, leakage, peaks), None
+            for a picture without references or stopped before its first step. Otherwise None.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
-    attention: list[Tensor | None] | None = None
+    attention: list[PictureAttention | None] | None = None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class _Group:
     pooled_prompt_embeds: Tensor
     reference_latents: Tensor | None  # packed [B, K, N_ref, C]
     reference_grid: Grid | None
+    reference_strength: Tensor | None  # [B, K]
 
 
 class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
@@ -100,6 +103,9 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         reference_size: int | None = None,
         reference_scale: float = 0.9,
         reference_attention: str | None = None,
+        reference_strength: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        reference_cache: bool = False,
+        refresh_references: int | None = None,
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         output_attention: bool = False,
@@ -127,9 +133,17 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             reference_size: Side of the references in px. None: as trained, else 512.
             reference_scale: Share of that side that the subject's long side takes.
             reference_attention: "target", "joint" or "isolated". None: as trained, else "target".
+            reference_strength: How strongly references are attended to: for all one number, or for one prompt one per reference, or for a
+                list of prompts one list each. Its logarithm is added to the logits of the reference's keys, so that 1 changes nothing and
+                0 hides the reference. None: 1.
+            reference_cache: Compute the references at the first step only and keep their keys and values for the others: 0.67 GiB per
+                512 px reference and picture with FLUX.1-dev, half as much again with `output_attention`, and the same for the second
+                pass of `image_guidance_scale`. Exact; only for isolated references.
+            refresh_references: The same for the other modes: compute the references every so many steps. An approximation, except for 1.
             max_sequence_length: T5 tokens. None: as many as the tokenizer allows, at most 512.
             output_type: "pil", "np", "pt" or "latent" (packed [B, N, C]).
-            output_attention: Whether to return the attention of every reference token to the target.
+            output_attention: Whether to return where the references look: `MosaicPipelineOutput.attention`. Costs the memory of one float32
+                map [K * N_ref, N_tgt] per picture, whatever the number of steps.
             callback_on_step_end: Called as f(pipeline, step, timestep, tensors) and may return changed tensors.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets.
 
@@ -143,6 +157,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
             reference_latents=reference_latents,
+            reference_strength=reference_strength,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             has_reference_lora=lora.has_reference_lora(self.transformer),
@@ -157,28 +172,43 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
         attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
         check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
+        interval = refresh_interval(reference_cache, refresh_references, attention_mode)
         self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
         self._interrupt, self._current_timestep = False, None
 
         prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
         references = self._encode_references(inputs, reference_size, reference_scale)
+        subjects = self._subjects(inputs, references, reference_size, reference_scale) if output_attention else None
         latents = self._start_noise(inputs, grid, prompt_embeds.dtype)
         results: list[Tensor] = [None] * len(latents)
-        attention: list[Tensor | None] = [None] * len(latents)
+        attention: list[PictureAttention | None] = [None] * len(latents)
         for prompts in group_by_num_references(references):
             pictures = [p * num_images_per_prompt + i for p in prompts for i in range(num_images_per_prompt)]
             repeated = [p for p in prompts for _ in range(num_images_per_prompt)]
-            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None)
+            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None, None)
+            recorder = None
             if references[prompts[0]] is not None:
                 stacked = torch.stack([references[p] for p in repeated])  # (B, K, C, h, w)
                 group.reference_grid = Grid(stacked.shape[-2] // 2, stacked.shape[-1] // 2)
                 group.reference_latents = pack_latents(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]).to(group.latents)
-            maps = self._denoise(
-                group, grid, num_inference_steps, attention_mode, output_attention, callback_on_step_end, callback_on_step_end_tensor_inputs
+                strengths = [inputs.reference_strengths[p] for p in repeated]
+                if any(strength != 1 for row in strengths for strength in row):
+                    group.reference_strength = torch.tensor(strengths, device=latents.device)
+                recorder = AttentionRecorder([subjects[p] for p in repeated]) if output_attention else None
+            self._denoise(
+                group,
+                grid,
+                num_inference_steps,
+                attention_mode,
+                interval,
+                recorder,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
             )
+            recorded = recorder.results(group.reference_grid, grid) if recorder is not None else [None] * len(pictures)
             for row, picture in enumerate(pictures):
                 results[picture] = group.latents[row]
-                attention[picture] = None if maps is None else maps[row]
+                attention[picture] = recorded[row]
         images = torch.stack(results)
         if output_type != "latent":
             images = decode_latents(self.vae, unpack_latents(images, grid))
@@ -214,6 +244,21 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             encoded.append(None if tensor is None else encode_images(self.vae, tensor))
         return encoded
 
+    def _subjects(self, inputs: PipelineInputs, references: list[Tensor | None], size: int, scale: float) -> list[Tensor | None]:
+        """Per prompt bool [K, N_ref], the tokens that the subjects cover: all where latents were given. None without references."""
+        subjects: list[Tensor | None] = []
+        for number, latents in enumerate(references):
+            if latents is None:
+                subjects.append(None)
+                continue
+            grid = Grid(latents.shape[-2] // 2, latents.shape[-1] // 2)
+            if inputs.reference_latents is not None:
+                subjects.append(torch.ones(len(latents), grid.num_tokens, dtype=torch.bool, device=latents.device))
+                continue
+            prepared = [prepare_reference(picture, size, scale) for picture in inputs.reference_images[number]]
+            subjects.append(torch.stack([subject_tokens(picture, grid) for picture in prepared]).to(latents.device))
+        return subjects
+
     def _start_noise(self, inputs: PipelineInputs, grid: Grid, dtype: torch.dtype) -> Tensor:
         """Packed noise [B * num_images_per_prompt, N, C], drawn for all pictures at once, whatever their groups."""
         channels = self.transformer.config.in_channels // 4
@@ -230,11 +275,12 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         grid: Grid,
         num_inference_steps: int,
         reference_attention: str,
-        output_attention: bool,
+        interval: float,
+        recorder: AttentionRecorder | None,
         callback: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None,
         callback_tensors: Sequence[str],
-    ) -> Tensor | None:
-        """Run the sampler on `group.latents` in place; returns attention [B, K, N_ref, N_tgt] or None."""
+    ) -> None:
+        """Run the sampler on `group.latents` in place; where there is a recorder, it gets the attention of every step."""
         device, batch = group.latents.device, len(group.latents)
         timesteps = self._timesteps(grid.num_tokens, num_inference_steps, device)
         guidance = torch.full([batch], self._guidance_scale, device=device) if self.transformer.config.guidance_embeds else None
@@ -245,10 +291,13 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             references["reference_hidden_states"] = group.reference_latents
             references["reference_ids"] = reference_position_ids(group.reference_grid, num_references, device)
             references["reference_attention"] = reference_attention
-            if output_attention:
+            references["reference_strength"] = group.reference_strength
+            if recorder is not None:
                 every_token = torch.arange(num_references * group.reference_grid.num_tokens, device=device)
                 references["capture"] = CaptureRequest(every_token.expand(batch, -1))
-        attention = 0
+        absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None} if references else {}
+        with_references = CachedTransformer(self.transformer, references, interval)
+        without_references = CachedTransformer(self.transformer, references | absent, interval)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, t in enumerate(timesteps):
                 if self.interrupt:
@@ -263,22 +312,20 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                     "txt_ids": text_ids,
                     "img_ids": position_ids(grid, device=device),
                 }
-                output = self.transformer(**arguments, **references)
+                output = with_references(step, **arguments)
                 velocity = output.sample
                 if references and self._image_guidance_scale != 1:
-                    absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None}
-                    without = self.transformer(**arguments, **{**references, **absent}).sample
+                    without = without_references(step, **arguments).sample
                     velocity = without + self._image_guidance_scale * (velocity - without)
                 group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
-                if "capture" in references:
-                    attention = attention + output.attention_rows / len(timesteps)
+                if recorder is not None:
+                    recorder.add(output.attention_rows)
                 if callback is not None:
                     changed = callback(self, step, t, {name: getattr(group, name) for name in callback_tensors}) or {}
                     for name in callback_tensors:
                         setattr(group, name, changed.get(name, getattr(group, name)))
                 progress.update()
         self._current_timestep = None
-        return attention.unflatten(1, (num_references, -1)).cpu() if "capture" in references else None
 
     def _timesteps(self, num_tokens: int, num_inference_steps: int, device: torch.device) -> Tensor:
         """Timesteps of FLUX: sigmas linspace(1, 1/steps) through the resolution shift."""

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mosaic import figures
+from mosaic.attention_report import PictureAttention
 from mosaic.correspondence import batch_points
 from mosaic.figures import (
     MARGIN,
@@ -18,7 +19,6 @@ from mosaic.figures import (
     contact_sheet,
     heat_map,
     save_picture,
-    subject_tokens,
     tensor_to_image,
     tile,
     token_centre,
@@ -26,7 +26,6 @@ from mosaic.figures import (
 )
 from mosaic.metrics import AttentionAccuracy, attention_accuracy, attention_leakage, pool_accuracies
 from mosaic.tokens import Grid
-from tests import tiny
 
 # ---- attention accuracy
 
@@ -208,16 +207,6 @@ def test_token_position_in_a_picture_that_is_not_square() -> None:
     assert token_position(5, Grid(4, 2), (20, 40), (10, 100)) == (10 + 64 + 0.75 * 128, 100 + 0.625 * TILE)
 
 
-def test_subject_tokens() -> None:
-    picture = np.full((40, 40, 3), 255, np.uint8)
-    picture[10:20, 20:40] = (0, 120, 0)  # tokens (1, 2) and (1, 3) of 4 x 4
-    picture[30:40, 0:2] = 0  # less than half of token (3, 0)
-    assert subject_tokens(Image.fromarray(picture), Grid(4, 4)).tolist() == [6, 7]
-    picture[10:20] = 255
-    assert subject_tokens(Image.fromarray(picture), Grid(4, 4)).tolist() == [12]  # thin, but there
-    assert subject_tokens(solid("white"), Grid(2, 3)).tolist() == [0, 1, 2, 3, 4, 5]
-
-
 def test_heat_map_is_red_at_the_peak_and_white_beside_the_picture() -> None:
     row = torch.zeros(8)
     row[6] = 0.3  # row 1, column 2 of 2 x 4
@@ -234,38 +223,35 @@ def test_attention_panel_lines_end_at_points_and_peaks(monkeypatch: pytest.Monke
     lines = []
     draw_line = figures.draw_line
     monkeypatch.setattr(figures, "draw_line", lambda draw, start, end, colour: (lines.append((start, end, colour)), draw_line(draw, start, end, colour)))
-    reference_grid, target_grid = Grid(2, 2), Grid(2, 4)
-    first, second = solid("white", 20, 20), solid("white", 20, 20)
-    first.paste("navy", (0, 0, 10, 20))  # tokens 0 and 2
-    second.paste("navy", (10, 10, 20, 20))  # token 3
-    attention = torch.full((2, 4, 8), 0.01)
-    attention[0, 0, 5], attention[0, 2, 2], attention[1, 3, 7] = 0.5, 0.9, 0.8
-    attention[0, 1, 0] = attention[1, 0, 0] = 1.0  # white tokens are not shown
-    panel = attention_panel([first, second], solid("grey", 40, 20), attention, reference_grid, target_grid)
+    reference_grid, target_grid = Grid(2, 4), Grid(2, 4)
+    maps = torch.full((2, 8, 8), 0.01)
+    maps[0, 0, 5], maps[0, 6, 2], maps[1, 7, 7] = 0.5, 0.9, 0.8
+    maps[0, 3, 0] = maps[1, 0, 0] = 1.0  # no tokens of a subject
+    subject = torch.zeros(2, 8, dtype=torch.bool)
+    subject[0, [0, 6]] = subject[1, 7] = True
+    attention = PictureAttention(maps, torch.zeros(1, 2), subject, reference_grid, target_grid)
+    pictures, result = [solid("white", 20, 20)] * 2, solid("grey", 40, 20)
+    panel = attention_panel(pictures, result, attention)
     assert panel.size == (3 * TILE + 4 * MARGIN, 2 * (TILE + MARGIN) + MARGIN)
     left, right, tops = MARGIN, 2 * MARGIN + TILE, (MARGIN, 2 * MARGIN + TILE)
 
     def reference_xy(u: int, k: int) -> tuple[float, float]:
-        return left + (u % 2 + 0.5) * TILE / 2, tops[k] + (u // 2 + 0.5) * TILE / 2
+        return left + (u % 4 + 0.5) * TILE / 4, tops[k] + (u // 4 + 0.5) * TILE / 2
 
     def target_xy(v: int, k: int) -> tuple[float, float]:
         return right + (v % 4 + 0.5) * TILE / 4, tops[k] + TILE / 4 + (v // 4 + 0.5) * TILE / 4  # 256 x 128 inside the tile
 
     assert [line[:2] for line in lines] == [
-        (reference_xy(2, 0), target_xy(2, 0)),  # the sharpest row first
+        (reference_xy(6, 0), target_xy(2, 0)),  # the sharpest row first
         (reference_xy(0, 0), target_xy(5, 0)),
-        (reference_xy(3, 1), target_xy(7, 1)),
+        (reference_xy(7, 1), target_xy(7, 1)),
     ]
     assert lines[0][2] == lines[1][2] != lines[2][2]
     x, y = (round(value) for value in lines[0][1])
     assert panel.getpixel((x, y)) == lines[0][2]
-
-
-def test_attention_panel_shows_at_most_num_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = []
-    monkeypatch.setattr(figures, "draw_line", lambda *arguments: lines.append(arguments))
-    attention_panel([tiny.picture(0)], solid("grey"), torch.rand(1, 16, 9), Grid(4, 4), Grid(3, 3), num_lines=3)
-    assert len(lines) == 3
+    lines.clear()
+    attention_panel(pictures, result, attention, [attention.line(1, 0)])
+    assert [line[:2] for line in lines] == [(reference_xy(0, 1), target_xy(0, 1))]
 
 
 def test_save_picture(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The pipeline: against stock FLUX without references, groups, seeds, callbacks, loading, and the messages of bad input."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mosaic.attention_report import subject_tokens
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.lora import attach_reference_lora, reference_lora_parameters
@@ -187,12 +189,50 @@ def test_attention_maps(shared: MosaicFluxPipeline) -> None:
     output, plain = shared(**common, output_attention=True), shared(**common)
     torch.testing.assert_close(output.images, plain.images)
     assert output.attention[1] is None
-    for maps, count in ((output.attention[0], 1), (output.attention[2], 2)):
-        assert maps.shape == (count, 9, GRID.num_tokens)
-        assert maps.dtype == torch.float32
-        torch.testing.assert_close(maps.sum(-1), torch.ones(count, 9))
+    for found, count in ((output.attention[0], 1), (output.attention[2], 2)):
+        assert found.maps.shape == (count, 9, GRID.num_tokens)
+        assert found.maps.dtype == found.entropy.dtype == torch.float32
+        torch.testing.assert_close(found.maps.sum(-1), torch.ones(count, 9))
+        assert found.entropy.shape == (2, count)
+        assert (found.reference_grid, found.target_grid) == ((3, 3), GRID)
     one = shared(**CALL | {"prompt": "a fish", "reference_images": references[2], "latents": noise(3)[2:]}, output_attention=True)
-    torch.testing.assert_close(one.attention[0], output.attention[2], atol=1e-5, rtol=1e-4)
+    for name in ("maps", "entropy", "subject"):
+        torch.testing.assert_close(getattr(one.attention[0], name), getattr(output.attention[2], name), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_over_the_steps_and_over_the_subjects(shared: MosaicFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, forward = [], shared.transformer.forward
+
+    def keep(*arguments: object, **more: object) -> object:
+        output = forward(*arguments, **more)
+        rows.append(output.attention_rows.clone())
+        return output
+
+    monkeypatch.setattr(shared.transformer, "forward", keep)
+    pictures = [tiny.picture(2), tiny.picture(3)]
+    common = CALL | {"prompt": "a fish", "latents": noise(1), "num_inference_steps": 3}
+    found = shared(**common, reference_images=pictures, output_attention=True).attention[0]
+    torch.testing.assert_close(found.maps.flatten(0, 1), torch.stack(rows).mean(dim=(0, 1)))
+    for k, picture in enumerate(pictures):
+        assert torch.equal(found.subject[k], subject_tokens(prepare_reference(picture, 12), Grid(3, 3)))
+        for step, one in enumerate(rows):
+            row_entropies = [-sum(p * math.log(p) for p in row.tolist() if p) for row in one[0, k * 9 : k * 9 + 9][found.subject[k]]]
+            assert float(found.entropy[step, k]) == pytest.approx(sum(row_entropies) / len(row_entropies), rel=1e-4)
+    latents = torch.randn(2, tiny.CHANNELS // 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    assert shared(**common, reference_latents=[latents], output_attention=True).attention[0].subject.all()
+
+
+def test_a_sampler_that_is_stopped_has_the_attention_of_its_steps(shared: MosaicFluxPipeline) -> None:
+    def stop(pipeline: MosaicFluxPipeline, *_: object) -> dict:
+        pipeline._interrupt = True
+        return {}
+
+    prompts, references = ["a cat", "a fish"], [[tiny.picture(1)], [tiny.picture(2), tiny.picture(3)]]
+    common = CALL | {"prompt": prompts, "reference_images": references, "latents": noise(2), "num_inference_steps": 3}
+    first, second = shared(**common, output_attention=True, callback_on_step_end=stop).attention
+    torch.testing.assert_close(first.maps.sum(-1), torch.ones(1, 9))
+    assert len(first.entropy) == 1
+    assert second is None
 
 
 def test_the_callback_sees_and_changes_the_latents(shared: MosaicFluxPipeline) -> None:

@@ -92,6 +92,8 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "reference_size": config.data.reference_size,
         "reference_scale": settings.reference_scale,
         "reference_attention": config.model.reference_attention,
+        "reference_cache": settings.reference_cache,
+        "refresh_references": settings.refresh_references,
         "text_length": config.model.text_length,
         "dtype": config.model.dtype,
         "model": {"name": _public_name(config.model.pretrained), "digest": model_digest},
@@ -101,6 +103,20 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "batch_size": 1,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
+
+
+SAMPLING = (
+    *("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale"),
+    *("reference_size", "reference_scale", "reference_attention", "reference_cache", "refresh_references"),
+)
+
+
+def sampling_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says to `MosaicFluxPipeline.__call__` beside prompt, pictures and generator."""
+    arguments = {key: recipe[key] for key in SAMPLING} | {"max_sequence_length": recipe["text_length"]}
+    if recipe["lora"] is not None and recipe["references"]:
+        arguments["reference_strength"] = [entry["strength"] for entry in recipe["references"]]
+    return arguments
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:

@@ -15,15 +15,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mosaic.attention_report import PictureAttention
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.reading import Case
-from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, shared_recipe, unfinished
+from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, sampling_arguments, shared_recipe, unfinished
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.figures import attention_panel, case_panel, save_picture
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.images import decode_image, prepare_reference
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -89,6 +91,7 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
     factor = vae_scale_factor(name)
     token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
     token_grid(size, size, factor, where="data.reference_size")
+    refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
     shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device)
     jobs, problems, digests = [], [], {}
     for case in cases:
@@ -143,17 +146,15 @@ def render_job(
     result = pipeline(
         job.recipe["prompt"],
         references if with_lora else None,
-        **{key: job.recipe[key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
+        **sampling_arguments(job.recipe),
         generator=torch.Generator().manual_seed(job.recipe["seed"]),
-        **{key: job.recipe[key] for key in ("reference_size", "reference_scale", "reference_attention")},
-        max_sequence_length=job.recipe["text_length"],
         output_attention=with_attention,
         callback_on_step_end=count,
         callback_on_step_end_tensor_inputs=(),
     )
     drawn = [case_panel(references, result.images[0], job.recipe["prompt"][:CAPTION_LETTERS]), result.images[0]]
     if with_attention and with_lora:
-        drawn.insert(0, draw_attention(job, references, result.images[0], result.attention[0], pipeline.vae_scale_factor))
+        drawn.insert(0, draw_attention(job, references, result.images[0], result.attention[0]))
     text = png_text(job.recipe)
     journal.add(job, seconds=round(time.perf_counter() - start, 3))
     folder = journal.path.parent
@@ -179,11 +180,7 @@ def read_references(job: PictureJob) -> list[Image.Image]:
     return pictures
 
 
-def draw_attention(
-    job: PictureJob, references: Sequence[Image.Image], picture: Image.Image, attention: Tensor, vae_scale_factor: int
-) -> Image.Image:
+def draw_attention(job: PictureJob, references: Sequence[Image.Image], picture: Image.Image, attention: PictureAttention) -> Image.Image:
     """The attention maps of a picture."""
-    size = job.recipe["reference_size"]
-    prepared = [prepare_reference(reference, size, job.recipe["reference_scale"]) for reference in references]
-    reference_grid = token_grid(size, size, vae_scale_factor)
-    return attention_panel(prepared, picture, attention, reference_grid, token_grid(picture.height, picture.width, vae_scale_factor))
+    prepared = [prepare_reference(reference, job.recipe["reference_size"], job.recipe["reference_scale"]) for reference in references]
+    return attention_panel(prepared, picture, attention)

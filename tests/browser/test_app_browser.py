@@ -1,0 +1,247 @@
+"""The page in headless Chromium: `python -m pytest -m browser tests/browser`.
+
+Needs requirements-app.txt, playwright and a Chromium (`apt-get install chromium`); skipped, with the reason, where one is missing.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCES = ROOT / "assets/references"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+).split()
+SLOW = 120_000  # ms; machines may be busy
+MIB = 2**20
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+def chromium() -> str:
+    """Path of a Chromium; skips the test where something is missing."""
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install -r requirements-app.txt")
+    pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright: pip install -r requirements-app.txt")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("the browser test needs Chromium: apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The page's address with the pocket weights, and the folder for its temporary files, which must be empty at the end."""
+    chromium()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary, log = tmp_path_factory.mktemp("tmp"), tmp_path_factory.mktemp("log") / "app.log"
+    command = [sys.executable, str(ROOT / "scripts/app.py"), "--port", str(port)]
+    with open(log, "w") as file:
+        environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        end = time.monotonic() + SLOW / 1000
+        while f"MOSAIC is at http://127.0.0.1:{port}" not in log.read_text(errors="replace"):
+            assert process.poll() is None, log.read_text(errors="replace")
+            assert time.monotonic() < end, log.read_text(errors="replace")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/", temporary
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    text = log.read_text(errors="replace")
+    assert process.returncode == 0, text
+    assert "Traceback" not in text, text
+    assert list(temporary.glob("mosaic_app_*")) == []
+
+
+@pytest.fixture
+def page(server: tuple[str, Path]) -> Iterator[Any]:
+    """A fresh browser on the page. The page may speak to its server only, and without errors."""
+    from playwright.sync_api import sync_playwright
+
+    address, foreign, errors = server[0], [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1360, "height": 1000})
+        page.set_default_timeout(SLOW)
+        page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else foreign.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#m-generate")
+        page.wait_for_function("sessionStorage.getItem('mosaic.token') && document.querySelector('#m-prompt textarea')")
+        yield page
+        browser.close()
+    assert foreign == []
+    assert errors == []
+
+
+def drop(page: Any, *files: tuple[str, bytes], target: str = "#m-drop button") -> None:
+    """Drop files as a person does, by the browser's own drop event."""
+    content = [[name, list(data)] for name, data in files]
+    transfer = page.evaluate_handle(
+        """(files) => {
+            const transfer = new DataTransfer();
+            for (const [name, bytes] of files) transfer.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            return transfer;
+        }""",
+        content,
+    )
+    page.dispatch_event(target, "drop", {"dataTransfer": transfer})
+
+
+def picture(name: str) -> tuple[str, bytes]:
+    path = next(REFERENCES.glob(name))
+    return path.name, path.read_bytes()
+
+
+def generate(page: Any, steps: int | None = None) -> None:
+    if steps is not None:
+        if not page.get_by_label("Steps").first.is_visible():
+            page.locator("#m-settings button").first.click()
+        page.get_by_label("Steps").first.fill(str(steps))
+    page.click("#m-generate")
+
+
+def shown(page: Any, count: int) -> None:
+    """Wait until so many references are shown."""
+    page.wait_for_function(f"document.querySelectorAll('.m-card').length === {count}")
+
+
+def test_two_references_give_a_picture_with_attention_and_recipe(page: Any, server: tuple[str, Path]) -> None:
+    drop(page, picture("car_honey*"), picture("snail_mint*"))
+    shown(page, 2)
+    assert page.locator(".m-card figcaption").all_inner_texts() == ["car_honey_dots_none.png", "snail_mint_stripes_star.png"]
+    assert [path for path in server[1].rglob("*.png")] == [], "uploads are removed as soon as they are read"
+
+    page.get_by_label("Name of reference 1").fill("taxi")
+    page.fill("#m-prompt textarea", "a <taxi> and a <slug> in a meadow")
+    generate(page, steps=3)
+    page.wait_for_selector(".m-error")
+    assert page.inner_text(".m-error") == "Prompt: <slug> names no reference of this case. The names here: taxi."
+
+    page.fill("#m-prompt textarea", "a <taxi> and a snail in a meadow")
+    page.click("#m-generate")
+    page.wait_for_selector("#m-panel img")
+    assert page.locator(".m-error").count() == 0
+    assert page.locator(".m-leakage td.m-own").count() == 2
+    width = page.evaluate("document.querySelector('#m-panel img').naturalWidth")
+    assert width > 500, "the attention view is a loaded picture"
+    link = page.locator("#m-gallery img").first.get_attribute("src")
+    made = Image.open(io.BytesIO(page.request.get(link).body()))
+    made.load()
+    recipe = json.loads(made.text["mosaic"])
+    assert made.size == (64, 64)
+    assert (recipe["prompt"], recipe["num_inference_steps"]) == ("a taxi and a snail in a meadow", 3)
+    assert [entry["name"] for entry in recipe["references"]] == ["taxi", None]
+
+    page.get_by_role("tab", name="Recipe").click()
+    page.wait_for_selector("#m-summary dl")
+    assert "car_honey_dots_none.png as <taxi>" in page.inner_text("#m-summary")
+
+
+def test_a_run_is_cancelled_and_another_one_follows(page: Any) -> None:
+    page.fill("#m-prompt textarea", "a cat on a beach")
+    generate(page, steps=100)
+    page.wait_for_selector(".m-run")
+    page.wait_for_function("/Step [1-9]/.test(document.querySelector('.m-run')?.innerText || '')")
+    page.click("#m-cancel")
+    page.wait_for_selector(".m-quiet")
+    assert re.fullmatch(r"Cancelled after step \d+ of 100\.", page.inner_text(".m-quiet"))
+    assert page.locator("#m-gallery img").count() == 0
+    generate(page, steps=2)
+    page.wait_for_selector("#m-gallery img")
+    assert page.locator(".m-notice").count() == 0
+    assert "it has no references" in page.inner_text("#m-attention-note")
+
+
+def test_a_reload_keeps_references_settings_and_pictures_and_ends_the_run(page: Any) -> None:
+    page.locator("#m-examples tbody tr").nth(2).click()
+    shown(page, 2)
+    page.get_by_label("Name of reference 2").fill("snail")
+    page.fill("#m-prompt textarea", "a car and a <snail> in a meadow")
+    generate(page, steps=2)
+    page.wait_for_selector("#m-panel img")
+    generate(page, steps=100)
+    page.wait_for_function("/Step [1-9]/.test(document.querySelector('.m-run')?.innerText || '')")
+
+    page.reload()
+    shown(page, 2)
+    page.wait_for_selector("#m-panel img")
+    assert page.input_value("#m-prompt textarea") == "a car and a <snail> in a meadow"
+    assert page.get_by_label("Name of reference 2").input_value() == "snail"
+    assert page.locator(".m-run").count() == 0
+    generate(page, steps=2)  # would wait for the old run if that went on
+    page.wait_for_function("document.querySelectorAll('#m-gallery .thumbnail-item').length >= 2", timeout=SLOW)
+
+    page.locator("#m-slot-1 .m-remove").click()
+    shown(page, 1)
+    assert page.locator(".m-card figcaption").all_inner_texts() == ["snail_mint_stripes_star.png"]
+    assert page.get_by_label("Name of reference 1").input_value() == "snail"
+
+
+def test_bad_and_surplus_files_are_refused_with_a_reason(page: Any) -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, format="PNG")
+    drop(page, ("not.png", b"hello"), ("bomb.png", bomb.getvalue()), picture("cat_ember*"))
+    shown(page, 1)
+    problems = page.locator("#m-upload-notice li").all_inner_texts()
+    assert "not.png (no known picture format)" in problems[0]
+    assert "9000 x 9000 pixels, more than 50 million" in problems[1]
+    drop(page, *[picture("mug_mint*")] * 6)
+    shown(page, 6)
+    assert page.locator("#m-upload-notice li").all_inner_texts() == [
+        "mug_mint_dots_none.png: there are at most 6 references. Remove one first."
+    ]
+
+
+def test_pictures_are_pasted(page: Any) -> None:
+    name, data = picture("fish_plum*")
+    page.evaluate(
+        """([name, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true}));
+        }""",
+        [name, list(data)],
+    )
+    shown(page, 1)
+
+
+def test_a_narrow_screen_needs_no_sideways_scrolling(page: Any) -> None:
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.locator("#m-examples tbody tr").nth(9).click()
+    shown(page, 6)
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    assert page.locator("#m-generate").bounding_box()["width"] > 150
+
+
+def test_large_files_and_other_hosts_are_refused(server: tuple[str, Path]) -> None:
+    import http.client
+
+    host, port = server[0].removeprefix("http://").rstrip("/").split(":")
+    for headers, path, status in (
+        ({"Content-Length": str(500 * MIB)}, "/gradio_api/upload", 413),
+        ({"Host": "evil.example", "Content-Length": "0"}, "/gradio_api/upload", 400),
+    ):
+        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as connection:
+            connection.putrequest("POST", path, skip_host="Host" in headers)
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            assert connection.getresponse().status == status
