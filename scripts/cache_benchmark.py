@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "configs/pocket.json"), help="JSON file; its paths start at the current directory")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 6], help="references of the first table")
     parser.add_argument("--refresh", type=int, nargs="*", default=[2, 4, 10], help="N of the second table; none: leave it out")
     parser.add_argument("--cases", type=int, default=3, help="cases of the second table, the first ones of the file")
@@ -124,10 +125,9 @@ class Sampler:
         return (pixels / 2 + 0.5).clamp(0, 1) * 255
 
 
-def measure_cache(sampler: Sampler, counts: Sequence[int], **timing: Any) -> list[dict[str, Any]]:
+def measure_cache(sampler: Sampler, counts: Sequence[int], **timing: Any) -> Iterator[dict[str, str]]:
     """A row per K: `reference_cache` against none, on isolated references of noise."""
     grid, config = sampler.reference_grid, sampler.pipeline.transformer.config
-    rows = []
     for count in counts:
         shape = (count, config.in_channels // 4, grid.rows * 2, grid.columns * 2)
         references = torch.randn(shape, generator=torch.Generator().manual_seed(count))
@@ -137,21 +137,18 @@ def measure_cache(sampler: Sampler, counts: Sequence[int], **timing: Any) -> lis
         }
         seconds, latents = take_turns(arms, **timing)
         held = reference_cache_bytes(config, count, grid.num_tokens, bytes_per_number=sampler.pipeline.transformer.dtype.itemsize)
-        rows.append(
-            {
-                "K": str(count),
-                "none s": f"{seconds['none']:.3f}",
-                "cache s": f"{seconds['cache']:.3f}",
-                "speed-up": f"{seconds['none'] / seconds['cache']:.2f}",
-                "by FLOPs": f"{sampler.flops(count, 'isolated', None) / sampler.flops(count, 'isolated', 1):.2f}",
-                "largest error": f"{float((latents['cache'] - latents['none']).abs().max()):.1e}",
-                "cache MiB": f"{held / 2**20:.1f}",
-            }
-        )
-    return rows
+        yield {
+            "K": str(count),
+            "none s": f"{seconds['none']:.3f}",
+            "cache s": f"{seconds['cache']:.3f}",
+            "speed-up": f"{seconds['none'] / seconds['cache']:.2f}",
+            "by FLOPs": f"{sampler.flops(count, 'isolated', None) / sampler.flops(count, 'isolated', 1):.2f}",
+            "largest error": f"{float((latents['cache'] - latents['none']).abs().max()):.1e}",
+            "cache MiB": f"{held / 2**20:.1f}",
+        }
 
 
-def measure_refreshing(sampler: Sampler, intervals: Sequence[int], num_cases: int, **timing: Any) -> list[dict[str, Any]]:
+def measure_refreshing(sampler: Sampler, intervals: Sequence[int], num_cases: int, **timing: Any) -> list[dict[str, str]]:
     """A row per N, over some cases: seconds of all, and the error of their pictures in 255ths."""
     config, mode = sampler.config, sampler.config.model.reference_attention
     cases = load_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)[:num_cases]
@@ -186,10 +183,11 @@ def measure_refreshing(sampler: Sampler, intervals: Sequence[int], num_cases: in
     ]
 
 
-def show(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows as a Markdown table."""
-    for line in [dict(zip(rows[0], rows[0], strict=True)), dict.fromkeys(rows[0], "---:"), *rows]:
-        print("| " + " | ".join(line.values()) + " |")
+def show(rows: Iterable[Mapping[str, str]]) -> None:
+    """Print rows as a Markdown table, each as soon as it is there."""
+    for number, row in enumerate(rows):
+        for line in [row.keys(), ["---:"] * len(row), row.values()][2 if number else 0 :]:
+            print("| " + " | ".join(line) + " |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,20 +195,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     try:
-        sampler = Sampler(load_config(args.config), args.steps)
-        settings = sampler.config.inference
+        config = load_config(args.config, args.set)
+        settings, mode = config.inference, config.model.reference_attention
+        if args.refresh and mode == "isolated":
+            raise ValueError('--refresh is for the modes "target" and "joint", but model.reference_attention is "isolated".')
+        sampler = Sampler(config, args.steps)
         print(
-            f"{sampler.config.model.pretrained}, {settings.height} x {settings.width} px, references of "
-            f"{sampler.config.data.reference_size} px, {sampler.steps} steps, image guidance {settings.image_guidance_scale:g}, "
+            f"{config.model.pretrained}, {settings.height} x {settings.width} px, references of {config.data.reference_size} px, "
+            f"{sampler.steps} steps, image guidance {settings.image_guidance_scale:g}, "
             f"{args.threads} threads, {args.repeats} repeats, {args.clock} clock, torch {torch.__version__}, {platform.machine()}\n\n"
             "reference_cache, isolated references:\n"
         )
         timing = {"repeats": args.repeats, "clock": CLOCKS[args.clock]}
         show(measure_cache(sampler, args.k, **timing))
         if args.refresh:
-            mode = sampler.config.model.reference_attention
-            if mode == "isolated":
-                raise ValueError('--refresh is for the modes "target" and "joint", but model.reference_attention is "isolated".')
             print(f'\nrefresh_references, mode "{mode}", {args.cases} cases of {settings.cases}:\n')
             show(measure_refreshing(sampler, args.refresh, args.cases, **timing))
     except (ValueError, OSError) as error:
