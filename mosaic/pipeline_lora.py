@@ -1,15 +1,14 @@
 """Loading LoRAs into the pipeline: the reference LoRA, and diffusers' style LoRAs beside it."""
 
-import json
 import os
 from typing import Any
 
 from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
-from safetensors import safe_open
 from torch import Tensor
 
 from mosaic import lora
 from mosaic.hub import resolve_lora_file
+from mosaic.lora_files import LoraFile, reference_metadata
 
 
 class ReferenceLoraLoaderMixin:
@@ -35,7 +34,7 @@ class ReferenceLoraLoaderMixin:
         """
         path = resolve_lora_file(source, weight_name, revision)
         lora.read_reference_lora(path, self.transformer)
-        config = _reference_metadata(path).get("config", {})
+        config = reference_metadata(LoraFile(path).metadata, str(path)).get("config", {})
         rank = lora.load_reference_lora(self.transformer, path, pipeline=self)
         self.reference_config = config
         return rank
@@ -98,21 +97,8 @@ class ReferenceLoraLoaderMixin:
         super().fuse_lora(*args, **kwargs)
 
 
-def _reference_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """Our metadata of a safetensors file; empty if it has none, as the published file."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(lora.METADATA_KEY, "{}")
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the metadata under {lora.METADATA_KEY!r} is not JSON ({error}).") from error
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("config", {}), dict):
-        raise ValueError(f"{path}: the metadata under {lora.METADATA_KEY!r} must be a JSON object with a config object.")
-    return metadata
-
-
 def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], weight_name: str | None) -> bool:
     if isinstance(source, dict):
         return False
     path = os.path.join(source, weight_name) if weight_name else os.fspath(source)
-    return os.path.isfile(path) and path.endswith(".safetensors") and bool(_reference_metadata(path))
+    return os.path.isfile(path) and path.endswith(".safetensors") and bool(reference_metadata(LoraFile(path).metadata, path))
