@@ -21,6 +21,7 @@ from mosaic.lora_files import METADATA_KEY, LoraFile, write_tensors
 
 ADAPTER_NAME = "reference"
 PREFIX = "transformer."
+FOREIGN = ("lora_unet_", "diffusion_model.")  # of the same keys in the styles of kohya and ComfyUI
 DOUBLE_STREAM_TARGETS = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
 SINGLE_STREAM_TARGETS = ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
 
@@ -200,9 +201,10 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
     expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or unexpected:
+        cure = " `python scripts/lora_tools.py import` makes its keys ours." if unexpected and unexpected[0].startswith(FOREIGN) else ""
         raise ValueError(
             f"{where}: keys do not match this transformer's reference LoRA ({len(modules)} modules). "
-            f"Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}."
+            f"Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}.{cure}"
         )
     for key in sorted(expected):
         if tensors[key].ndim != 2 or not tensors[key].is_floating_point():
@@ -224,10 +226,10 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
 
 
 def shorten(keys: list[str], most: int = 6) -> str:
-    """The first of some keys, and how many more there are."""
+    """The first of some keys, each cut to 120 letters, and how many more there are."""
     if not keys:
         return "none"
-    return ", ".join(keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")
+    return ", ".join(key[:120] for key in keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")
 
 
 def load_reference_lora(transformer: FluxTransformer2DModel, path: str | os.PathLike, pipeline: object | None = None) -> int:

@@ -1,14 +1,21 @@
 """Loading LoRAs into the pipeline: the reference LoRA, and diffusers' style LoRAs beside it."""
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
+from diffusers.utils import logging
 from torch import Tensor
 
 from mosaic import lora
-from mosaic.hub import resolve_lora_file
+from mosaic.hub import resolve_lora_file, resolve_style_lora_file
 from mosaic.lora_files import LoraFile, reference_metadata
+from mosaic.lora_formats import to_diffusers
 
 
 class ReferenceLoraLoaderMixin:
@@ -73,6 +80,34 @@ class ReferenceLoraLoaderMixin:
             raise ValueError(f"{name} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
         super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
 
+    def load_style_lora(
+        self, source: str | os.PathLike, weight_name: str | None = None, scale: float = 1.0, adapter_name: str = "style"
+    ) -> None:
+        """Load a style LoRA for the transformer and make it the active one: as `load_lora_weights`, but every key must fit.
+
+        It acts on text and target, never on references. `set_adapters` brings several together; `unload_lora_weights` removes them.
+
+        Args:
+            source: A .safetensors file with the keys of diffusers, kohya or ComfyUI, a folder, or a hub repository.
+            weight_name: File inside the folder or repository.
+            scale: Factor on it.
+            adapter_name: Its name, free to choose.
+
+        Raises:
+            FileNotFoundError, OSError: If there is no such file.
+            ValueError: If it is no FLUX LoRA, does not fit this transformer, is a reference LoRA, or the name is taken.
+        """
+        file = LoraFile(resolve_style_lora_file(source, weight_name), "style LoRA")
+        where = str(file.path)
+        tensors = to_diffusers(file)
+        if reference_metadata(file.metadata, where):
+            raise ValueError(f"{where!r} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
+        check_style_lora(tensors, self.transformer, where)
+        dtype = self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.bfloat16
+        with _quiet():
+            self.load_lora_weights({key: tensor.to(dtype) for key, tensor in tensors.items()}, adapter_name=adapter_name)
+        self.set_adapters(adapter_name, scale)
+
     def unload_lora_weights(self, **kwargs: Any) -> None:
         """Remove all style LoRAs; the reference LoRA stays (see `unload_reference_lora`)."""
         if not lora.has_reference_lora(self.transformer):
@@ -95,6 +130,42 @@ class ReferenceLoraLoaderMixin:
                 "fuse_lora() would apply style LoRAs to reference tokens too; leave them unfused, or unload_reference_lora() first."
             )
         super().fuse_lora(*args, **kwargs)
+
+
+def check_style_lora(tensors: Mapping[str, Tensor], transformer: FluxTransformer2DModel, where: str) -> None:
+    """Check modules and shapes of a style LoRA, keys as of `to_diffusers`, against a transformer.
+
+    Raises:
+        ValueError: If it has modules that the transformer lacks, or a shape does not fit.
+    """
+    names = sorted(key.removeprefix(lora.PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
+    present = {name for name, module in transformer.named_modules() if hasattr(module, "in_features")}
+    unexpected = [name for name in names if name not in present]
+    if unexpected:
+        raise ValueError(
+            f"{where}: {len(unexpected)} of its {len(names)} modules are not in this transformer: {lora.shorten(unexpected)}. "
+            "Is it for another base model?"
+        )
+    for name in names:
+        layer = transformer.get_submodule(name)
+        found = (tensors[f"{lora.PREFIX}{name}.lora_A.weight"].shape[1], len(tensors[f"{lora.PREFIX}{name}.lora_B.weight"]))
+        if found != (layer.in_features, layer.out_features):
+            wanted = f"{layer.in_features} inputs and {layer.out_features} outputs"
+            raise ValueError(f"{where}: {name} must have {wanted}, got {found[0]} and {found[1]}. Is it for another base model?")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without remarks of diffusers and PEFT that checked keys make pointless: no text encoder, names of equal ends, a second adapter."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters, an inconsistency", RuntimeWarning)
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model", UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], weight_name: str | None) -> bool:
