@@ -30,6 +30,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="JSON file; its paths start at the current directory (default: this repository's pocket.json)")
     parser.add_argument("--model", help="model.pretrained: a diffusers FLUX folder or hub id")
     parser.add_argument("--lora", help="inference.lora: a .safetensors file, a folder or a hub id")
+    parser.add_argument("--style-lora", help="inference.style_lora: a LoRA for text and target; a .safetensors file, a folder or a hub id")
+    parser.add_argument("--style-lora-scale", type=float, help="inference.style_lora_scale: factor on it")
     parser.add_argument("--cases", help="inference.cases: the cases file")
     parser.add_argument("--output-dir", help="inference.output_dir: where pictures go")
     parser.add_argument("--seed", type=int, help="inference.seed")
@@ -57,6 +59,8 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     settings = {
         "model.pretrained": arguments.model,
         "inference.lora": arguments.lora,
+        "inference.style_lora": arguments.style_lora,
+        "inference.style_lora_scale": arguments.style_lora_scale,
         "inference.cases": arguments.cases,
         "inference.output_dir": arguments.output_dir,
         "inference.seed": arguments.seed,

@@ -8,6 +8,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 DEFAULT_WEIGHT_NAME = "reference_lora.safetensors"
+STYLE_WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # as diffusers saves a LoRA
 PUBLISHED_WEIGHT_NAMES = {"ByteDance-FanQie/MOSAIC": "subject_512.safetensors"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 POCKET_MODEL = "assets/pocket/flux"
@@ -42,7 +43,7 @@ def unreachable_message(name: str, error: Exception, what: str = "model") -> str
     elif isinstance(error, RepositoryNotFoundError) or "not a valid model identifier" in str(error):
         cure = "there is no such repository, or it is private: check the spelling, or log in with `hf auth login`"
     elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        cure = "the repository has no such file: check the file's name (inference.lora_weight_name, lora.weight_name)"
+        cure = "the repository has no such file: check the file's name (lora_weight_name, style_lora_weight_name, lora.weight_name)"
     elif constants.HF_HUB_OFFLINE:
         cure = "there is no such local folder, it is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or download it first"
     else:
@@ -71,11 +72,34 @@ def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None,
     name = weight_name or PUBLISHED_WEIGHT_NAMES.get(str(source), DEFAULT_WEIGHT_NAME)
     if path.is_dir():
         path = path / name
+    return _local_or_download(path, str(source), name, revision, "reference LoRA")
+
+
+def resolve_style_lora_file(source: str | os.PathLike, weight_name: str | None = None, revision: str | None = None) -> Path:
+    """Path of a style LoRA file, downloaded if `source` is a hub repository.
+
+    Args:
+        source: A .safetensors file, a folder, or a repository `user/name`.
+        weight_name: File inside the folder or repository. None: `pytorch_lora_weights.safetensors`.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: If a local file is missing.
+        OSError: If the repository is gated, missing or unreachable.
+    """
+    path, name = Path(source), weight_name or STYLE_WEIGHT_NAME
+    if path.is_dir():
+        path = path / name
+    return _local_or_download(path, str(source), name, revision, "style LoRA")
+
+
+def _local_or_download(path: Path, source: str, name: str, revision: str | None, what: str) -> Path:
+    """The file at `path`, else the file `name` of the repository `source`."""
     if path.is_file():
         return path
-    if path.suffix == ".safetensors" or not HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, a folder, or a hub repository as user/name.")
+    if path.suffix == ".safetensors" or not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"{what} not found: {path}. Give a .safetensors file, a folder, or a hub repository as user/name.")
     try:
-        return Path(hf_hub_download(str(source), name, revision=revision))
+        return Path(hf_hub_download(source, name, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise OSError(unreachable_message(str(source), error, "reference LoRA")) from error
+        raise OSError(unreachable_message(source, error, what)) from error

@@ -15,13 +15,13 @@ from diffusers import FluxTransformer2DModel
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mosaic.lora_files import METADATA_KEY, LoraFile, write_tensors
+
 ADAPTER_NAME = "reference"
-METADATA_KEY = "mosaic"  # key of the safetensors metadata that marks a file as a reference LoRA
 PREFIX = "transformer."
+FOREIGN = ("lora_unet_", "diffusion_model.")  # of the same keys in the styles of kohya and ComfyUI
 DOUBLE_STREAM_TARGETS = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
 SINGLE_STREAM_TARGETS = ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
 
@@ -86,10 +86,15 @@ def _delta(layer: LoraLayer, name: str, tokens: Tensor) -> Tensor:
 
 def reference_lora_modules(transformer: FluxTransformer2DModel) -> list[str]:
     """Names of all modules that carry the reference LoRA; 343 on FLUX.1-dev."""
+    return reference_module_names(len(transformer.transformer_blocks), len(transformer.single_transformer_blocks))
+
+
+def reference_module_names(num_double: int, num_single: int) -> list[str]:
+    """The same for a transformer of so many double-stream and single-stream blocks."""
     names = ["x_embedder"]
-    for index in range(len(transformer.transformer_blocks)):
+    for index in range(num_double):
         names += [f"transformer_blocks.{index}.{target}" for target in DOUBLE_STREAM_TARGETS]
-    for index in range(len(transformer.single_transformer_blocks)):
+    for index in range(num_single):
         names += [f"single_transformer_blocks.{index}.{target}" for target in SINGLE_STREAM_TARGETS]
     return names
 
@@ -163,13 +168,7 @@ def save_reference_lora(transformer: FluxTransformer2DModel, path: str | os.Path
 
 def write_reference_lora(tensors: Mapping[str, Tensor], path: str | os.PathLike, config: Mapping | None = None) -> Path:
     """Write reference LoRA tensors (keys as in the file) to `path`, aside first, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    metadata = {"format": "pt", METADATA_KEY: json.dumps({"adapter": ADAPTER_NAME, "config": dict(config or {})})}
-    save_file(dict(tensors), partial, metadata=metadata)
-    os.replace(partial, path)
-    return path
+    return write_tensors(tensors, path, {METADATA_KEY: json.dumps({"adapter": ADAPTER_NAME, "config": dict(config or {})})})
 
 
 def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DModel) -> tuple[dict[str, Tensor], int]:
@@ -186,14 +185,8 @@ def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DM
         FileNotFoundError: If there is no such file.
         ValueError: If it is no safetensors file, keys are missing or unexpected, ranks differ, or a shape does not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"reference LoRA not found: {path}. Give a .safetensors file, or a hub repository as user/name.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}). Reference LoRAs are read from .safetensors only.") from error
+    file = LoraFile(path, "reference LoRA")
+    tensors = {key: file[key] for key in file}
     return tensors, check_reference_lora(tensors, transformer, str(path))
 
 
@@ -208,9 +201,10 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
     expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or unexpected:
+        cure = " `python scripts/lora_tools.py import` makes its keys ours." if unexpected and unexpected[0].startswith(FOREIGN) else ""
         raise ValueError(
             f"{where}: keys do not match this transformer's reference LoRA ({len(modules)} modules). "
-            f"Missing {len(missing)}: {_shorten(missing)}. Unexpected {len(unexpected)}: {_shorten(unexpected)}."
+            f"Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}.{cure}"
         )
     for key in sorted(expected):
         if tensors[key].ndim != 2 or not tensors[key].is_floating_point():
@@ -231,10 +225,11 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
     return rank
 
 
-def _shorten(keys: list[str], most: int = 6) -> str:
+def shorten(keys: list[str], most: int = 6) -> str:
+    """The first of some keys, each cut to 120 letters, and how many more there are."""
     if not keys:
         return "none"
-    return ", ".join(keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")
+    return ", ".join(key[:120] for key in keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")
 
 
 def load_reference_lora(transformer: FluxTransformer2DModel, path: str | os.PathLike, pipeline: object | None = None) -> int:

@@ -1,15 +1,21 @@
 """Loading LoRAs into the pipeline: the reference LoRA, and diffusers' style LoRAs beside it."""
 
-import json
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
-from safetensors import safe_open
+from diffusers.utils import logging
 from torch import Tensor
 
 from mosaic import lora
-from mosaic.hub import resolve_lora_file
+from mosaic.hub import resolve_lora_file, resolve_style_lora_file
+from mosaic.lora_files import LoraFile, reference_metadata
+from mosaic.lora_formats import to_diffusers
 
 
 class ReferenceLoraLoaderMixin:
@@ -35,7 +41,7 @@ class ReferenceLoraLoaderMixin:
         """
         path = resolve_lora_file(source, weight_name, revision)
         lora.read_reference_lora(path, self.transformer)
-        config = _reference_metadata(path).get("config", {})
+        config = reference_metadata(LoraFile(path).metadata, str(path)).get("config", {})
         rank = lora.load_reference_lora(self.transformer, path, pipeline=self)
         self.reference_config = config
         return rank
@@ -74,6 +80,34 @@ class ReferenceLoraLoaderMixin:
             raise ValueError(f"{name} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
         super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
 
+    def load_style_lora(
+        self, source: str | os.PathLike, weight_name: str | None = None, scale: float = 1.0, adapter_name: str = "style"
+    ) -> None:
+        """Load a style LoRA for the transformer and make it the active one: as `load_lora_weights`, but every key must fit.
+
+        It acts on text and target, never on references. `set_adapters` brings several together; `unload_lora_weights` removes them.
+
+        Args:
+            source: A .safetensors file with the keys of diffusers, kohya or ComfyUI, a folder, or a hub repository.
+            weight_name: File inside the folder or repository.
+            scale: Factor on it.
+            adapter_name: Its name, free to choose.
+
+        Raises:
+            FileNotFoundError, OSError: If there is no such file.
+            ValueError: If it is no FLUX LoRA, does not fit this transformer, is a reference LoRA, or the name is taken.
+        """
+        file = LoraFile(resolve_style_lora_file(source, weight_name), "style LoRA")
+        where = str(file.path)
+        tensors = to_diffusers(file)
+        if reference_metadata(file.metadata, where):
+            raise ValueError(f"{where!r} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
+        check_style_lora(tensors, self.transformer, where)
+        dtype = self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.bfloat16
+        with _quiet():
+            self.load_lora_weights({key: tensor.to(dtype) for key, tensor in tensors.items()}, adapter_name=adapter_name)
+        self.set_adapters(adapter_name, scale)
+
     def unload_lora_weights(self, **kwargs: Any) -> None:
         """Remove all style LoRAs; the reference LoRA stays (see `unload_reference_lora`)."""
         if not lora.has_reference_lora(self.transformer):
@@ -98,21 +132,44 @@ class ReferenceLoraLoaderMixin:
         super().fuse_lora(*args, **kwargs)
 
 
-def _reference_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """Our metadata of a safetensors file; empty if it has none, as the published file."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(lora.METADATA_KEY, "{}")
+def check_style_lora(tensors: Mapping[str, Tensor], transformer: FluxTransformer2DModel, where: str) -> None:
+    """Check modules and shapes of a style LoRA, keys as of `to_diffusers`, against a transformer.
+
+    Raises:
+        ValueError: If it has modules that the transformer lacks, or a shape does not fit.
+    """
+    names = sorted(key.removeprefix(lora.PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
+    present = {name for name, module in transformer.named_modules() if hasattr(module, "in_features")}
+    unexpected = [name for name in names if name not in present]
+    if unexpected:
+        raise ValueError(
+            f"{where}: {len(unexpected)} of its {len(names)} modules are not in this transformer: {lora.shorten(unexpected)}. "
+            "Is it for another base model?"
+        )
+    for name in names:
+        layer = transformer.get_submodule(name)
+        found = (tensors[f"{lora.PREFIX}{name}.lora_A.weight"].shape[1], len(tensors[f"{lora.PREFIX}{name}.lora_B.weight"]))
+        if found != (layer.in_features, layer.out_features):
+            wanted = f"{layer.in_features} inputs and {layer.out_features} outputs"
+            raise ValueError(f"{where}: {name} must have {wanted}, got {found[0]} and {found[1]}. Is it for another base model?")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without remarks of diffusers and PEFT that checked keys make pointless: no text encoder, names of equal ends, a second adapter."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the metadata under {lora.METADATA_KEY!r} is not JSON ({error}).") from error
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("config", {}), dict):
-        raise ValueError(f"{path}: the metadata under {lora.METADATA_KEY!r} must be a JSON object with a config object.")
-    return metadata
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters, an inconsistency", RuntimeWarning)
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model", UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], weight_name: str | None) -> bool:
     if isinstance(source, dict):
         return False
     path = os.path.join(source, weight_name) if weight_name else os.fspath(source)
-    return os.path.isfile(path) and path.endswith(".safetensors") and bool(_reference_metadata(path))
+    return os.path.isfile(path) and path.endswith(".safetensors") and bool(reference_metadata(LoraFile(path).metadata, path))

@@ -313,6 +313,13 @@ class InferenceConfig(Section):
     """Reference adapter: a safetensors file, a folder or a hub id. None: the bare base model, which sees no references."""
     lora_weight_name: Text | None = None
     """Name of the file inside `lora`, needed where that is a folder or a hub id with several files."""
+    style_lora: Text | None = None
+    """LoRA that acts on text and target, never on references: a safetensors file (keys of diffusers, kohya or ComfyUI), a folder or a hub
+    id. None: no such LoRA."""
+    style_lora_weight_name: Text | None = None
+    """Name of the file inside `style_lora`. None: pytorch_lora_weights.safetensors."""
+    style_lora_scale: float = 1.0
+    """Factor on `style_lora`; 0: no effect."""
     height: Count = 512
     """Height of the picture in pixels; a multiple of the model's token size."""
     width: Count = 512

@@ -12,7 +12,10 @@ from PIL import Image
 
 from mosaic.cases.reading import Case
 from mosaic.config import Config
-from mosaic.digests import file_digest
+from mosaic.digests import file_digest, weights_digest
+from mosaic.hub import resolve_style_lora_file
+from mosaic.lora_files import LoraFile
+from mosaic.lora_keys import find_modules
 from mosaic.tokens import token_grid
 
 KEY = "mosaic"  # of the PNG text that holds a recipe
@@ -86,6 +89,9 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         model_digest: Of `model.pretrained`.
         lora_digest: Of `inference.lora`; None: there is none.
         device: Type of the device, such as "cpu".
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: `inference.style_lora` is not there, or its keys are not those of a FLUX LoRA.
     """
     settings = config.inference
     return {
@@ -98,6 +104,7 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "dtype": config.model.dtype,
         "model": {"name": _public_name(config.model.pretrained), "digest": model_digest},
         "lora": None if lora_digest is None else {"name": _public_name(settings.lora), "digest": lora_digest},
+        "style_lora": _style_lora(config),
         "device": device,
         "num_threads": settings.num_threads,
         "batch_size": 1,
@@ -119,12 +126,23 @@ def sampling_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def _style_lora(config: Config) -> dict[str, Any] | None:
+    """The style LoRA, its keys checked before anything is loaded; None: there is none."""
+    settings = config.inference
+    if settings.style_lora is None:
+        return None
+    path = resolve_style_lora_file(settings.style_lora, settings.style_lora_weight_name)
+    find_modules(LoraFile(path, "style LoRA"), str(path))
+    return {"name": _public_name(settings.style_lora), "digest": weights_digest(path), "scale": settings.style_lora_scale}
+
+
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
     """SHA-256 of what decides the picture: names of files, models and references, and versions of packages do not."""
     deciding = {key: value for key, value in recipe.items() if key not in NOT_DECIDING}
     deciding["references"] = [{key: reference[key] for key in ("strength", "sha256")} for reference in recipe["references"]]
     for key in ("model", "lora"):
         deciding[key] = recipe[key] and recipe[key]["digest"]
+    deciding["style_lora"] = recipe["style_lora"] and {key: recipe["style_lora"][key] for key in ("digest", "scale")}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

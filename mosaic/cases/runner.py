@@ -103,10 +103,12 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
 
 
 def load_pipeline(config: Config, lora_file: Path | None, device: torch.device) -> MosaicFluxPipeline:
-    """The pipeline with its reference LoRA, on its device."""
+    """The pipeline with its LoRAs, on its device."""
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
     if lora_file is not None:
         pipeline.load_reference_lora(lora_file)
+    if config.inference.style_lora is not None:
+        pipeline.load_style_lora(config.inference.style_lora, config.inference.style_lora_weight_name, config.inference.style_lora_scale)
     if device.type != "cpu" and config.inference.cpu_offload:
         pipeline.enable_model_cpu_offload(device=device)
     elif device.type != "cpu":
