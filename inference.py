@@ -1,8 +1,8 @@
 """Render a cases file: `python inference.py` draws example_cases.json with the shipped pocket weights, from any current directory.
 
 FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. On several GPUs or machines: `accelerate launch inference.py ...`.
-Per case: the picture with its recipe, a panel references | result (all of them in overview.png), and with --save-attention the attention
-maps with lines from reference points to their peaks; manifest.jsonl has a line per picture. Cases and pictures are checked before the model
+Per case: the picture with its recipe, a panel references | result (all of them in overview.png), and with --report a page that shows where
+each reference looks, linked by report.html; manifest.jsonl has a line per picture. Cases and pictures are checked before the model
 loads. A bad case does not stop the others: it is reported, and the exit code is 1. Finished pictures are skipped when started again.
 """
 
@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", help="inference.output_dir: where pictures go")
     parser.add_argument("--seed", type=int, help="inference.seed")
     parser.add_argument("--steps", type=int, help="inference.num_inference_steps")
-    parser.add_argument("--save-attention", action="store_true", help="also write attention maps")
+    parser.add_argument("--report", action="store_true", help="also write pages on where each reference looks")
     parser.add_argument("--check", action="store_true", help="only check the cases and their pictures")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     return parser.parse_args(argv)
@@ -57,7 +57,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "inference.output_dir": arguments.output_dir,
         "inference.seed": arguments.seed,
         "inference.num_inference_steps": arguments.steps,
-        "inference.save_attention": arguments.save_attention or None,
+        "inference.report": arguments.report or None,
     }
     return arguments.set + [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
 
