@@ -129,8 +129,8 @@ def attention_numbers(attention: PictureAttention, lines: Sequence[Line]) -> dic
     """What the report says in numbers, ready for JSON.
 
     Returns:
-        "reference_grid", "target_grid": [rows, columns]. "leakage": K x K, row i column j the share of reference i's attention on the tokens
-        of reference j (`PictureAttention.leakage`). "owned": per reference its share of the picture's tokens. "entropy": per sampling step,
+        "reference_grid", "target_grid": [rows, columns]. "leakage": K x K, row i column j the share of reference i's attention on the
+        tokens of reference j (`PictureAttention.leakage`). "owned": per reference its share of the picture's tokens. "entropy": per sampling step,
         per reference, nats. "uniform_entropy": nats. "lines": a list of {"reference": k, "point": [row, column], "peak": [row, column],
         "weight"}, tokens counted from 0.
     """
@@ -196,7 +196,7 @@ def subject_tokens(reference: Image.Image, grid: Grid) -> Tensor:
     """The tokens that the subject of a reference prepared by `prepare_reference` covers.
 
     Returns:
-        bool [N_ref], one or more True: tokens covered at least half; of a thin subject those it touches; all of a white picture.
+        bool [N_ref], one or more True: tokens covered at least half; of a thin subject those touched; all of a white picture.
     """
     pixels = np.asarray(to_rgb(reference).resize((grid.columns * 4, grid.rows * 4), Image.Resampling.BOX)).min(axis=-1) < WHITE_FROM
     share = pixels.reshape(grid.rows, 4, grid.columns, 4).mean(axis=(1, 3)).reshape(-1)

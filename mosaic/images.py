@@ -141,14 +141,14 @@ def prepared_position(image: Image.Image, point: tuple[int, int], size: int, sca
         (x, y) of the pixel's centre in px of the prepared picture, from its upper left corner.
 
     Raises:
-        ValueError: The pixel lies outside the part of the picture that is kept, or by `prepare_reference`. The message begins with the problem.
+        ValueError: The pixel lies outside the part of the picture that is kept, or as `prepare_reference`.
     """
     _, (box, width, height, left, top) = _placement(image, size, scale)
     x, y = point
     if not (box[0] <= x < box[2] and box[1] <= y < box[3]):
         raise ValueError(
-            f"must lie on the subject, x in [{box[0]}, {box[2]}) and y in [{box[1]}, {box[3]}) of the {image.width} x {image.height} pixels, "
-            f"got [{x}, {y}]."
+            f"must lie on the subject, x in [{box[0]}, {box[2]}) and y in [{box[1]}, {box[3]}) of the {image.width} x {image.height} "
+            f"pixels, got [{x}, {y}]."
         )
     return left + (x + 0.5 - box[0]) * width / (box[2] - box[0]), top + (y + 0.5 - box[1]) * height / (box[3] - box[1])
 

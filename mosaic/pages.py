@@ -21,9 +21,11 @@ h1, h2, h3 { line-height: 1.2; margin: 0 0 .5rem; } h1 { font-size: 1.9rem; } h2
 h3 { font-size: 1.02rem; } p { margin: 0 0 .8rem; max-width: 76ch; } a { color: var(--accent); }
 a:focus-visible, summary:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
 figure { margin: 0 0 1.5rem; } figcaption { color: var(--soft); font-size: .9rem; }
-img { max-width: 100%; border: 1px solid var(--line); border-radius: 6px; } .row { display: flex; flex-wrap: wrap; gap: 1rem; }
+img { max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; }
 .row figure { flex: 1 1 320px; } svg.plot { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } caption { text-align: left; color: var(--soft); padding: 0 0 .4rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding: 0 0 .4rem; }
 td, th { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 """
 
@@ -62,10 +64,11 @@ def page(title: str, parts: Sequence[str], style: str = "", digest: str = "") ->
         style: CSS after the common one.
         digest: Of what decides the page, in hexadecimal; `page_digest_at` reads it again.
     """
+    security = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     return (
-        f'{HEAD}<meta name="mosaic-digest" content="{text(digest)}"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title><style>{STYLE}{style}</style></head>'
-        "\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f'{HEAD}<meta name="mosaic-digest" content="{text(digest)}"><meta charset="utf-8">{security}'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>'
+        f"<style>{STYLE}{style}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 

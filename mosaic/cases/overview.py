@@ -7,7 +7,8 @@ from typing import Any
 
 from mosaic.cases.outputs import read_manifest
 from mosaic.cases.page_figures import percent
-from mosaic.cases.pages import OVERVIEW, STYLE, case_title, strongest_leak
+from mosaic.cases.page_style import STYLE
+from mosaic.cases.pages import OVERVIEW, case_title, strongest_leak
 from mosaic.cases.recipes import PAGE, PANEL
 from mosaic.figures import MARGIN, TILE
 from mosaic.images import load_image
@@ -22,8 +23,9 @@ def write_overview(folder: Path) -> None:
         return
     count = f"{len(rows)} picture{'s' if len(rows) > 1 else ''} with an attention report."
     parts = [
-        f'<header><h1>Where the references look</h1><p class="soft">{count} Own place: the share of the references’ attention on the tokens '
-        "where their own peaks are. Others’ places: the share on the tokens of another reference.</p></header>",
+        "<header><h1>Where the references look</h1>",
+        f'<p class="soft">{count} Own place: the share of the references&rsquo; attention on the tokens '
+        "where their own peaks are. Others&rsquo; places: the share on the tokens of another reference.</p></header>",
         f'<main><ul class="cases">{"".join(_entry(row, folder) for row in rows)}</ul></main>',
     ]
     write_page(folder / OVERVIEW, page("MOSAIC: where the references look", parts, STYLE))
@@ -53,9 +55,12 @@ def _entry(row: Mapping[str, Any], folder: Path) -> str:
     others = sum(map(sum, leakage)) / count - own
     panel = load_image(_panel(row, folder))
     thumbnail = jpeg_uri(panel.crop((0, MARGIN // 2, panel.width, min(panel.height, TILE + MARGIN))).convert("RGB"))
-    facts = f"own place {percent(own)}" + (f" · others’ places {percent(others)}" if count > 1 else "")
+    facts = f"own place {percent(own)}" + (f" · others&rsquo; places {percent(others)}" if count > 1 else "")
     pair = strongest_leak(numbers)
-    leak = f"<p>Strongest leak: reference {pair[0] + 1} on the place of {pair[1] + 1}, {percent(leakage[pair[0]][pair[1]])}</p>" if pair else ""
+    leak = ""
+    if pair is not None:
+        i, j = pair
+        leak = f"<p>Strongest leak: reference {i + 1} on the place of {j + 1}, {percent(leakage[i][j])}</p>"
     alt = f"{count} reference{'s' if count > 1 else ''} and the result for: {row['prompt']}"
     return (
         f'<li><a class="card" href="{text(urllib.parse.quote(name + PAGE))}"><img alt="{text(alt)}" src="{thumbnail}">'

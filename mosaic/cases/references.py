@@ -45,8 +45,8 @@ def read_references(value: Any, place: str, folder: Path) -> tuple[Reference, ..
     """Read the value of `references` or `image_paths`; no picture is opened.
 
     Args:
-        value: A list of paths, patterns such as "bags/*.png", and objects {"path", "name", "strength", "points"}; or an object that gives a path or
-            an object for every name.
+        value: A list of paths, patterns such as "bags/*.png", and objects {"path", "name", "strength", "points"}; or an object that gives a
+            path or an object for every name.
         place: Where the value stands, for messages.
         folder: Folder at which relative paths start.
 
@@ -157,7 +157,8 @@ def _read_points(value: Any, place: str) -> tuple[tuple[int, int], ...]:
         raise ValueError(f"{place}: must be a list of at most {MAX_POINTS} points [x, y], in pixels of the picture, got {shown(value)}.")
     for number, point in enumerate(value):
         if not isinstance(point, list) or len(point) != 2 or any(type(x) is not int or not 0 <= x < MAX_SIDE for x in point):
-            raise ValueError(f"{place}[{number}]: must be two integers [x, y] in [0, {MAX_SIDE}), pixels of the picture, got {shown(point)}.")
+            expected = f"two integers [x, y] in [0, {MAX_SIDE}), pixels of the picture"
+            raise ValueError(f"{place}[{number}]: must be {expected}, got {shown(point)}.")
     return tuple((x, y) for x, y in value)
 
 
