@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> int:
         defaults = [] if arguments.config else pocket_inputs()
         config = load_config(arguments.config or DEFAULT_CONFIG, defaults + overrides(arguments))
         file = read_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
-        for note in file.notes if first else []:
+        notes = list(file.notes)
+        if config.inference.report and config.inference.lora is None:
+            notes.append("inference.report: has no effect without a reference LoRA, since the bare model sees no references.")
+        for note in notes if first else []:
             print(f"note: {note}", file=sys.stderr)
         if arguments.check or not file.cases:
             if first:

@@ -93,7 +93,8 @@ class PictureAttention:
     @property
     def owned(self) -> Tensor:
         """float32 [K]: the share of the picture's tokens that each reference owns. A uniform row would have that share on them."""
-        return torch.stack([(self.owners == k).float().mean() for k in range(len(self.maps))])
+        owners = self.owners
+        return torch.stack([(owners == k).float().mean() for k in range(len(self.maps))])
 
     @property
     def leakage(self) -> Tensor:
@@ -113,13 +114,14 @@ class PictureAttention:
     def strongest(self, reference: int, num_lines: int = NUM_LINES) -> list[Line]:
         """Lines of the subject's tokens with the sharpest rows, sharpest first.
 
-        Tokens within one token of a sharper one come only where the others do not suffice, so that the lines spread.
+        Tokens near a sharper one (within a fifth of the grid's side, at least one token) come only where the others do not suffice.
         """
+        near = max(1, max(self.reference_grid) // 5)
         weights = self.maps[reference].max(dim=-1).values.masked_fill(~self.subject[reference], -1)
         order = weights.argsort(descending=True, stable=True)[: int(self.subject[reference].sum())].tolist()
         apart: list[int] = []
         for u in order:
-            if all(_distance(u, other, self.reference_grid) > 1 for other in apart):
+            if all(_distance(u, other, self.reference_grid) > near for other in apart):
                 apart.append(u)
         kept = (apart + [u for u in order if u not in apart])[:num_lines]
         return [self.line(reference, u) for u in order if u in kept]
@@ -129,10 +131,10 @@ def attention_numbers(attention: PictureAttention, lines: Sequence[Line]) -> dic
     """What the report says in numbers, ready for JSON.
 
     Returns:
-        "reference_grid", "target_grid": [rows, columns]. "leakage": K x K, row i column j the share of reference i's attention on the
-        tokens of reference j (`PictureAttention.leakage`). "owned": per reference its share of the picture's tokens. "entropy": per sampling step,
-        per reference, nats. "uniform_entropy": nats. "lines": a list of {"reference": k, "point": [row, column], "peak": [row, column],
-        "weight"}, tokens counted from 0.
+        "reference_grid", "target_grid": [rows, columns]. "leakage": K x K, row i, column j: the share of reference i's attention on the
+        tokens of reference j (`PictureAttention.leakage`). "owned": per reference its share of the picture's tokens. "entropy": per
+        sampling step, per reference, nats. "uniform_entropy": nats. "lines": a list of {"reference": k, "point": [row, column],
+        "peak": [row, column], "weight"}, tokens counted from 0.
     """
     reference_grid, target_grid = attention.reference_grid, attention.target_grid
     return {

@@ -140,6 +140,13 @@ def test_strongest_lines_are_sharp_apart_and_on_the_subject() -> None:
     assert attention.line(0, 14).v == 5  # any token may be asked for
 
 
+def test_lines_spread_over_a_large_grid() -> None:
+    maps = torch.zeros(1, 400, 12)
+    maps[0, :, 0] = torch.linspace(1, 0.5, 400)  # the sharpest rows are those of the first row of 20 x 20
+    attention = PictureAttention(maps, torch.zeros(1, 1), torch.ones(1, 400, dtype=torch.bool), Grid(20, 20), TARGET)
+    assert [line.u for line in attention.strongest(0, 6)] == [0, 5, 10, 15, 100, 105]
+
+
 # ---- the recorder
 
 

@@ -1,5 +1,6 @@
 """The pages of a report: the numbers they show, that they hold no script and nothing from elsewhere, whatever prompts and names hold."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -239,7 +240,7 @@ def test_names_of_curves_do_not_cover_each_other(values: list[float]) -> None:
     chart = entropy_chart(["x" * 50] * 12, {"entropy": [values, values], "uniform_entropy": 2.08})
     heights = sorted(float(y) for y in re.findall(r'<text x="584" y="([-\d.]+)"', chart))
     assert len(heights) == 13
-    assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= LABEL_DISTANCE - 0.2
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= LABEL_DISTANCE - 0.2
     assert heights[0] > 0
     assert heights[-1] < HEIGHT
     assert "nan" not in entropy_chart(["a"], {"entropy": [[0.0]], "uniform_entropy": 0.0})

@@ -326,7 +326,7 @@ def test_other_points_make_another_report_of_the_same_picture(world: Path, tmp_p
     path, seen = world / "points.json", []
     render = case_runner.render_job
     monkeypatch.setattr(case_runner, "render_job", lambda job, *rest, **more: seen.append(job.name) or render(job, *rest, **more))
-    for points, rendered, report in (([], 1, True), ([[1, 1]], 1, True), ([[1, 1]], 0, True), ([[2, 1]], 0, False), ([[2, 1]], 1, True)):
+    for points, rendered, report in (([], 1, True), ([[5, 5]], 1, True), ([[5, 5]], 0, True), ([[9, 5]], 0, False), ([[9, 5]], 1, True)):
         seen.clear()
         path.write_text(json.dumps([{"prompt": "a cat", "references": [{"path": PICTURES[0], "points": points}]}]))
         assert inference.main(arguments(world, tmp_path, "--cases", str(path), *["--report"] * report)) == 0

@@ -109,9 +109,10 @@ def test_report(config_file: Path, tmp_path: Path) -> None:
     assert (two[0], two[1] > one[1]) == (one[0], True)  # a row per reference
 
 
-def test_without_a_lora_the_bare_model_renders(config_file: Path, tmp_path: Path) -> None:
+def test_without_a_lora_the_bare_model_renders(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inference.main(["--config", str(config_file), "--set", "inference.lora=null", "--report"]) == 0
     assert not [name for name in names(tmp_path / "pictures") if "attention" in name or "report" in name]
+    assert "note: inference.report: has no effect without a reference LoRA" in capsys.readouterr().err
 
 
 def test_flags_win_over_set(config_file: Path, tmp_path: Path) -> None:

@@ -98,9 +98,10 @@ def lines_figure(k: int, label: str, lines: Sequence[Mapping[str, Any]], numbers
 
 def heat_figure(k: int, label: str, result: Image.Image, distribution: Tensor, grid: Grid) -> str:
     """The result in grey under the subject's mean row, its maximum ringed, with the scale."""
-    top = int(distribution.argmax())
-    weight, token = 100 * float(distribution[top]), divmod(top, grid.columns)
-    x, y = _centre(token, grid, _fitted(result.size, 0))
+    darkest = int(distribution.argmax())
+    weight, token = 100 * float(distribution[darkest]), divmod(darkest, grid.columns)
+    box = left, top, width, height = _fitted(result.size, 0)
+    x, y = _centre(token, grid, box)
     alt = (
         f"Heat map of the attention of reference {k + 1}, {label}, over the result. The darkest token, ringed, is {place(token)} with "
         f"{weight:.1f} % of the attention."
@@ -108,7 +109,8 @@ def heat_figure(k: int, label: str, result: Image.Image, distribution: Tensor, g
     circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="14" fill="none"'
     ring = f'{circle} stroke="#fff" stroke-width="6"/>{circle} stroke="{INK}" stroke-width="2.5"/>'
     return (
-        f'<svg class="heat" viewBox="{-EDGE} {-EDGE} {SIDE + 2 * EDGE} {SIDE + 2 * EDGE}" role="img" aria-label="{text(alt)}">'
+        f'<svg class="heat" viewBox="{left - EDGE:.1f} {top - EDGE:.1f} {width + 2 * EDGE:.1f} {height + 2 * EDGE:.1f}" role="img" '
+        f'aria-label="{text(alt)}">'
         f'<image width="{SIDE}" height="{SIDE}" href="{png_uri(heat_map(result, distribution, grid, HEAT_SIDE))}"/>{ring}</svg>'
         f'<p class="scale"><span>0</span><span class="bar"></span><span>{weight:.1f}&nbsp;% in one token</span></p>'
     )
@@ -148,8 +150,9 @@ def _stroke(k: int, start: tuple[float, float], end: tuple[float, float]) -> str
 
 
 def _marks(k: int, ends: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> list[str]:
-    """A letter in a ring at both ends of every line; one that would cover another stands beside it."""
-    marks, taken = [], []
+    """A dot and a letter in a ring at both ends of every line; a ring that would cover another stands beside its dot."""
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour(k)}" stroke="#fff"/>' for pair in ends for x, y in pair]
+    marks, taken = dots, []
     for letter, pair in zip(letters(), ends, strict=False):
         for x, y in pair:
             while any((x - a) ** 2 + (y - b) ** 2 < (1.5 * RADIUS) ** 2 for a, b in taken):

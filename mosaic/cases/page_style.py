@@ -9,7 +9,7 @@ STYLE = """
 .line { display: inline-block; margin-right: 1rem; } .hard { image-rendering: pixelated; } .symbols { position: absolute; }
 
 .hero { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); gap: 1.5rem; align-items: start; margin: 1.5rem 0; }
-.references { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: .8rem; list-style: none;
+.references { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem; list-style: none;
   margin: 0 0 1.2rem; padding: 0; }
 .references .who { margin-top: .5rem; font-size: .9rem; line-height: 1.25; } .references .soft { font-size: .85rem; }
 svg.picture { display: block; width: 100%; }

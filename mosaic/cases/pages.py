@@ -57,9 +57,9 @@ def case_page(case: CasePage) -> str:
         f'<p class="prompt"><bdi>{text(case.recipe["prompt"])}</bdi></p></header><main>',
         _hero(case),
         "<h2>Where each reference looks</h2>",
-        "<p>Left: points of the reference, each with a line to the token of the picture that it attends to most. Right: the attention of "
-        "the whole subject; darker is more. Attention is that of the reference&rsquo;s tokens over the tokens of the picture, averaged over "
-        "heads, blocks and sampling steps.</p>",
+        "<p>Left: points of the reference, each with a line to the token of the picture that it attends to most. Right: the attention "
+        "of the whole subject; darker is more. Attention is that of the reference&rsquo;s tokens over the tokens of the picture, "
+        "averaged over heads, blocks and sampling steps.</p>",
         *(_look(case, k) for k in range(len(case.references))),
         "<h2>Who looks at whose place</h2>",
         "<p>A token of the picture belongs to the reference with most peaks on it. Off the framed diagonal, attention leaks to the place "
