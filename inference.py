@@ -1,8 +1,8 @@
 """Render a cases file: `python inference.py` draws example_cases.json with the shipped pocket weights, from any current directory.
 
 FLUX.1-dev: `python inference.py --config configs/flux_dev.json`. On several GPUs or machines: `accelerate launch inference.py ...`.
-Per case: the picture with its recipe, a panel references | result (all of them in overview.png), and with --save-attention the attention
-maps with lines from reference points to their peaks; manifest.jsonl has a line per picture. Cases and pictures are checked before the model
+Per case: the picture with its recipe, a panel references | result (all of them in overview.png), and with --report a page that shows where
+each reference looks, linked by report.html; manifest.jsonl has a line per picture. Cases and pictures are checked before the model
 loads. A bad case does not stop the others: it is reported, and the exit code is 1. Finished pictures are skipped when started again.
 """
 
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--reference-cache", action="store_true", help="inference.reference_cache: compute isolated references once (exact)"
     )
     parser.add_argument("--refresh-references", type=int, metavar="N", help="inference.refresh_references: every N steps (approximate)")
-    parser.add_argument("--save-attention", action="store_true", help="also write attention maps")
+    parser.add_argument("--report", action="store_true", help="also write pages on where each reference looks")
     parser.add_argument("--check", action="store_true", help="only check the cases and their pictures")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     return parser.parse_args(argv)
@@ -67,7 +67,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "inference.num_inference_steps": arguments.steps,
         "inference.reference_cache": arguments.reference_cache or None,
         "inference.refresh_references": arguments.refresh_references,
-        "inference.save_attention": arguments.save_attention or None,
+        "inference.report": arguments.report or None,
     }
     return arguments.set + [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
 
@@ -119,7 +119,10 @@ def main(argv: list[str] | None = None) -> int:
         defaults = [] if arguments.config else pocket_inputs()
         config = load_config(arguments.config or DEFAULT_CONFIG, defaults + overrides(arguments))
         file = read_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
-        for note in file.notes if first else []:
+        notes = list(file.notes)
+        if config.inference.report and config.inference.lora is None:
+            notes.append("inference.report: has no effect without a reference LoRA, since the bare model sees no references.")
+        for note in notes if first else []:
             print(f"note: {note}", file=sys.stderr)
         if arguments.check or not file.cases:
             if first:

@@ -7,7 +7,7 @@ reference's subject covers, since its white surroundings have nothing to say abo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mosaic.metrics import leakage_matrix
 from mosaic.tokens import Grid
 
 NUM_LINES = 4  # strongest points per reference
+DIGITS = 5  # of numbers in files
 WHITE_FROM = 235  # of 255: a pixel whose channels all reach it is no part of a subject
 
 
@@ -92,7 +93,8 @@ class PictureAttention:
     @property
     def owned(self) -> Tensor:
         """float32 [K]: the share of the picture's tokens that each reference owns. A uniform row would have that share on them."""
-        return torch.stack([(self.owners == k).float().mean() for k in range(len(self.maps))])
+        owners = self.owners
+        return torch.stack([(owners == k).float().mean() for k in range(len(self.maps))])
 
     @property
     def leakage(self) -> Tensor:
@@ -112,14 +114,46 @@ class PictureAttention:
     def strongest(self, reference: int, num_lines: int = NUM_LINES) -> list[Line]:
         """Lines of the subject's tokens with the sharpest rows, sharpest first.
 
-        Tokens within one token of a sharper one are passed over, so that the lines spread; a small subject may have fewer than `num_lines`.
+        Tokens near a sharper one (within a fifth of the grid's side, at least one token) come only where the others do not suffice.
         """
+        near = max(1, max(self.reference_grid) // 5)
         weights = self.maps[reference].max(dim=-1).values.masked_fill(~self.subject[reference], -1)
-        lines: list[Line] = []
-        for u in weights.argsort(descending=True, stable=True)[: int(self.subject[reference].sum())].tolist():
-            if len(lines) < num_lines and all(_distance(u, line.u, self.reference_grid) > 1 for line in lines):
-                lines.append(self.line(reference, u))
-        return lines
+        order = weights.argsort(descending=True, stable=True)[: int(self.subject[reference].sum())].tolist()
+        apart: list[int] = []
+        for u in order:
+            if all(_distance(u, other, self.reference_grid) > near for other in apart):
+                apart.append(u)
+        kept = (apart + [u for u in order if u not in apart])[:num_lines]
+        return [self.line(reference, u) for u in order if u in kept]
+
+
+def attention_numbers(attention: PictureAttention, lines: Sequence[Line]) -> dict[str, Any]:
+    """What the report says in numbers, ready for JSON.
+
+    Returns:
+        "reference_grid", "target_grid": [rows, columns]. "leakage": K x K, row i, column j: the share of reference i's attention on the
+        tokens of reference j (`PictureAttention.leakage`). "owned": per reference its share of the picture's tokens. "entropy": per
+        sampling step, per reference, nats. "uniform_entropy": nats. "lines": a list of {"reference": k, "point": [row, column],
+        "peak": [row, column], "weight"}, tokens counted from 0.
+    """
+    reference_grid, target_grid = attention.reference_grid, attention.target_grid
+    return {
+        "reference_grid": list(reference_grid),
+        "target_grid": list(target_grid),
+        "leakage": _rounded(attention.leakage),
+        "owned": _rounded(attention.owned),
+        "entropy": _rounded(attention.entropy),
+        "uniform_entropy": round(attention.uniform_entropy, DIGITS),
+        "lines": [
+            {
+                "reference": line.reference,
+                "point": list(divmod(line.u, reference_grid.columns)),
+                "peak": list(divmod(line.v, target_grid.columns)),
+                "weight": round(line.weight, DIGITS),
+            }
+            for line in lines
+        ],
+    }
 
 
 class AttentionRecorder:
@@ -164,11 +198,16 @@ def subject_tokens(reference: Image.Image, grid: Grid) -> Tensor:
     """The tokens that the subject of a reference prepared by `prepare_reference` covers.
 
     Returns:
-        bool [N_ref], one or more True: tokens covered at least half; of a thin subject those it touches; all of a white picture.
+        bool [N_ref], one or more True: tokens covered at least half; of a thin subject those touched; all of a white picture.
     """
     pixels = np.asarray(to_rgb(reference).resize((grid.columns * 4, grid.rows * 4), Image.Resampling.BOX)).min(axis=-1) < WHITE_FROM
     share = pixels.reshape(grid.rows, 4, grid.columns, 4).mean(axis=(1, 3)).reshape(-1)
     return torch.from_numpy(next(found for found in (share >= 0.5, share > 0, share >= 0) if found.any()))
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    """A tensor as nested lists."""
+    return (values.double() * 10**DIGITS).round().div(10**DIGITS).tolist()
 
 
 def _distance(first: int, second: int, grid: Grid) -> int:

@@ -18,6 +18,7 @@ TILE = 256  # px, side of a picture in a panel
 MARGIN = 12
 CAPTION = 26
 INK = (40, 40, 48)
+HEAT = (150, 12, 28)  # darker than any part of the light grey below it, so that the map can be read without colour
 LINE_COLOURS = ((230, 57, 70), (29, 120, 216), (46, 160, 67), (244, 148, 6), (142, 68, 173), (0, 160, 160))
 
 
@@ -129,15 +130,15 @@ def token_position(index: int, grid: Grid, size: tuple[int, int], corner: tuple[
     return corner[0] + left + x * width, corner[1] + top + y * height
 
 
-def heat_map(image: Image.Image, row: Tensor, grid: Grid) -> Image.Image:
-    """A tile of the picture, greyed, with a row of attention over it in red; the row's maximum is fully red."""
+def heat_map(image: Image.Image, row: Tensor, grid: Grid, side: int = TILE) -> Image.Image:
+    """A tile of the picture, in light grey, with a row of attention over it in red, the darker the more; the row's maximum is fully red."""
     weights = row.reshape(grid.rows, grid.columns).float().cpu().numpy()
     weights = weights / max(float(weights.max()), 1e-8)
-    left, top, width, height = placed(image.size)
-    mask = Image.new("L", (TILE, TILE), 0)  # the margins of a picture that is not square stay white
+    left, top, width, height = placed(image.size, side)
+    mask = Image.new("L", (side, side), 0)  # the margins of a picture that is not square stay white
     mask.paste(Image.fromarray((255 * weights).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR), (left, top))
-    grey = Image.blend(tile(image).convert("L").convert("RGB"), Image.new("RGB", (TILE, TILE), "white"), 0.35)
-    return Image.composite(Image.blend(grey, Image.new("RGB", (TILE, TILE), (214, 40, 57)), 0.75), grey, mask)
+    grey = Image.blend(tile(image, side).convert("L").convert("RGB"), Image.new("RGB", (side, side), "white"), 0.55)
+    return Image.composite(Image.blend(grey, Image.new("RGB", (side, side), HEAT), 0.85), grey, mask)
 
 
 def draw_line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: tuple[int, int, int]) -> None:

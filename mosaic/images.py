@@ -3,7 +3,7 @@
 import io
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
@@ -125,6 +125,50 @@ def prepare_reference(image: Image.Image, size: int, scale: float = 0.9) -> Imag
     Raises:
         ValueError: `size` or `scale` is out of range, or the picture is so narrow that a side would become 0 pixels.
     """
+    image, placement = _placement(image, size, scale)
+    image = image.crop(placement.box).resize((placement.width, placement.height), Image.Resampling.LANCZOS)
+    result = Image.new("RGB", (size, size), WHITE)
+    result.paste(image, (placement.left, placement.top))
+    return result
+
+
+def prepared_position(image: Image.Image, point: tuple[int, int], size: int, scale: float = 0.9) -> tuple[float, float]:
+    """Where a pixel of a picture lies in what `prepare_reference` makes of it.
+
+    Args:
+        image: The picture as given to `prepare_reference`.
+        point: (x, y) of a pixel of `image`, counted from 0 at its upper left.
+        size: As given there.
+        scale: As given there.
+
+    Returns:
+        (x, y) of the pixel's centre in px of the prepared picture, from its upper left corner.
+
+    Raises:
+        ValueError: The pixel lies outside the part of the picture that is kept, or as `prepare_reference`.
+    """
+    _, (box, width, height, left, top) = _placement(image, size, scale)
+    x, y = point
+    if not (box[0] <= x < box[2] and box[1] <= y < box[3]):
+        raise ValueError(
+            f"must lie on the subject, x in [{box[0]}, {box[2]}) and y in [{box[1]}, {box[3]}) of the {image.width} x {image.height} "
+            f"pixels, got [{x}, {y}]."
+        )
+    return left + (x + 0.5 - box[0]) * width / (box[2] - box[0]), top + (y + 0.5 - box[1]) * height / (box[3] - box[1])
+
+
+class _Placement(NamedTuple):
+    """The part of a picture that is kept (left, top, right, bottom), and its size and place in the prepared square, px."""
+
+    box: tuple[int, int, int, int]
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def _placement(image: Image.Image, size: int, scale: float) -> tuple[Image.Image, _Placement]:
+    """The picture as RGB, and where its subject goes; raises as `prepare_reference`."""
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}.")
     if not 0 < scale <= 1:
@@ -132,20 +176,16 @@ def prepare_reference(image: Image.Image, size: int, scale: float = 0.9) -> Imag
     if 0 in image.size:
         raise ValueError(f"the picture must have pixels, got {image.width} x {image.height} (width x height).")
     image = to_rgb(image)
-    box = ImageChops.difference(image, Image.new("RGB", image.size, WHITE)).getbbox()
-    if box is not None:
-        image = image.crop(box)
-    factor = size * scale / max(image.size)
-    width, height = int(image.width * factor), int(image.height * factor)
+    box = ImageChops.difference(image, Image.new("RGB", image.size, WHITE)).getbbox() or (0, 0, *image.size)
+    subject = box[2] - box[0], box[3] - box[1]
+    factor = size * scale / max(subject)
+    width, height = (int(side * factor) for side in subject)
     if width == 0 or height == 0:
         raise ValueError(
-            f"the subject is too narrow: its {image.width} x {image.height} pixels (width x height) would become {width} x {height} "
+            f"the subject is too narrow: its {subject[0]} x {subject[1]} pixels (width x height) would become {width} x {height} "
             f"in a square of {size}. Use a picture whose subject is less elongated, or a larger size."
         )
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    result = Image.new("RGB", (size, size), WHITE)
-    result.paste(image, ((size - width) // 2, (size - height) // 2))
-    return result
+    return image, _Placement(box, width, height, (size - width) // 2, (size - height) // 2)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

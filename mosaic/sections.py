@@ -340,8 +340,8 @@ class InferenceConfig(Section):
     """Seed of the start noise; the case with index i starts from seed + i, whatever the other cases are."""
     reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9
     """Long side of the subject in a prepared reference, as a share of the picture's side."""
-    save_attention: bool = False
-    """Also save the attention maps of the references."""
+    report: bool = False
+    """Also write a page per picture that shows where each reference looks, an overview page, and the numbers in the manifest."""
     cpu_offload: bool = False
     """Keep models in CPU memory and move each to the GPU when it is needed, for GPUs with little memory."""
     num_threads: Count = 1

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mosaic.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
-from mosaic.cases.references import MAX_PATH, MAX_REFERENCES, MAX_TEXT
+from mosaic.cases.references import MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
 from mosaic.cases.shapes import IMAGE_PATHS, SHAPES, Shape
 from mosaic.sections import MAX_STRENGTH
 from scripts.make_config_schema import field_meanings, type_schema
@@ -28,6 +28,13 @@ STRENGTH = {
     "maximum": MAX_STRENGTH,
 }
 
+POINTS = {
+    "description": "Pixels [x, y] of the picture whose attention the report follows, from its upper left; without them the strongest.",
+    "type": "array",
+    "maxItems": MAX_POINTS,
+    "items": {"type": "array", "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SIDE}, "minItems": 2, "maxItems": 2},
+}
+
 
 def options_schema() -> dict[str, Any]:
     """What a case may decide for itself, and its index."""
@@ -39,7 +46,7 @@ def options_schema() -> dict[str, Any]:
 
 def references_schema() -> dict[str, Any]:
     """References as a list, or as an object with a name for each."""
-    detailed = {"path": PATH, "strength": STRENGTH}
+    detailed = {"path": PATH, "strength": STRENGTH, "points": POINTS}
     name = TEXT | {"description": "Name under which the prompt speaks of the picture, as <name>."}
     members = {"type": "object", "required": ["path"], "additionalProperties": False}
     listed = {"anyOf": [PATH, {**members, "properties": {**detailed, "name": name | {"type": ["string", "null"]}}}]}

@@ -11,7 +11,7 @@ python=.venv/bin/python
 rm -rf "$out"
 
 echo "quickstart 1/4: rendering the example cases with the shipped weights"
-"$python" inference.py --output-dir "$out/examples" --save-attention
+"$python" inference.py --output-dir "$out/examples" --report
 
 echo "quickstart 2/4: drawing a small training set"
 "$python" scripts/make_pocket_world.py --output "$out/data" --num-samples 400 --num-heldout 48

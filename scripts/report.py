@@ -6,45 +6,24 @@ Pictures are embedded; the page needs no other file and no network.
 """
 
 import argparse
-import base64
-import html
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } figure { margin: 0 0 1.5rem; } figcaption { color: #555; font-size: .9rem; }
-img { max-width: 100%; border: 1px solid #ddd; border-radius: 6px; } .row { display: flex; flex-wrap: wrap; gap: 1rem; }
-.row figure { flex: 1 1 320px; } svg { background: #fafafa; border: 1px solid #ddd; border-radius: 6px; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
-"""
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mosaic.pages import embedded, page, write_page
+
 CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL"), ("loss/disentanglement", "MDL"))
 WIDTH, HEIGHT, PAD = 340, 200, 42
-
-
-def embedded(png: bytes, caption: str) -> str:
-    """A PNG inside the page, with its caption."""
-    text = html.escape(caption)
-    data = base64.b64encode(png).decode()
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def figure(path: Path, caption: str) -> str:
     """A PNG file inside the page, with its caption."""
     return embedded(path.read_bytes(), caption)
-
-
-def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
-    """Write one self-contained HTML page, aside and then renamed."""
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{head}<h1>{html.escape(title)}</h1>" + "\n".join(parts) + "</html>\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -77,7 +56,7 @@ def curve(points: Sequence[tuple[float, float]], title: str) -> str:
         smooth.append(place(x, mean))
     thin = " ".join(place(x, y) for x, y in points)
     return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{title}">'
+        f'<svg class="plot" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{title}">'
         f'<text x="{PAD}" y="18" font-size="14" font-weight="600">{title}</text>'
         f'<polyline points="{thin}" fill="none" stroke="#9bb8d8" stroke-width="1"/>'
         f'<polyline points="{" ".join(smooth)}" fill="none" stroke="#1d4e89" stroke-width="2.5"/>'
@@ -149,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_page(arguments.output, "MOSAIC report", parts)
+    write_page(arguments.output, page("MOSAIC report", ["<h1>MOSAIC report</h1>", *parts]))
     print(f"report: {arguments.output}")
     return 0
 

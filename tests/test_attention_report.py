@@ -135,8 +135,16 @@ def test_strongest_lines_are_sharp_apart_and_on_the_subject() -> None:
     lines = attention.strongest(0, 3)
     assert [(line.reference, line.u, line.v) for line in lines] == [(0, 0, 3), (0, 4, 7), (0, 10, 1)]
     assert [line.weight for line in lines] == pytest.approx([0.09, 0.07, 0.06])
-    assert [line.u for line in attention.strongest(0, 99)] == [0, 4, 10, 12, 2]
+    assert [line.u for line in attention.strongest(0, 6)] == [0, 1, 4, 10, 12, 2]  # one beside a sharper one, to be six
+    assert len(attention.strongest(0, 99)) == 14
     assert attention.line(0, 14).v == 5  # any token may be asked for
+
+
+def test_lines_spread_over_a_large_grid() -> None:
+    maps = torch.zeros(1, 400, 12)
+    maps[0, :, 0] = torch.linspace(1, 0.5, 400)  # the sharpest rows are those of the first row of 20 x 20
+    attention = PictureAttention(maps, torch.zeros(1, 1), torch.ones(1, 400, dtype=torch.bool), Grid(20, 20), TARGET)
+    assert [line.u for line in attention.strongest(0, 6)] == [0, 5, 10, 15, 100, 105]
 
 
 # ---- the recorder

@@ -68,10 +68,10 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [{**row, "seconds": 0} for row in rows(found)] == [{**row, "seconds": 0} for row in rows(expected)]
 
 
-def launch(world: Path, output: Path, num_processes: int) -> subprocess.Popen:
+def launch(world: Path, output: Path, num_processes: int, *more: str) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)] if num_processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1" if num_processes > 1 else "2"}
-    command = [sys.executable, *launcher, str(ROOT / "inference.py"), *arguments(world, output)]
+    command = [sys.executable, *launcher, str(ROOT / "inference.py"), *arguments(world, output, *more)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
 
 
@@ -291,9 +291,45 @@ def test_a_reference_that_changes_on_the_way_is_refused(
     assert f"{picture}: has changed since the cases were checked. Start again." in capsys.readouterr().err
 
 
-def test_maps_of_an_earlier_recipe_go(world: Path, tmp_path: Path) -> None:
+# ---- the report
+
+
+def test_files_of_a_report_of_an_earlier_recipe_go(world: Path, tmp_path: Path) -> None:
     path = world / "one.json"
     path.write_text(json.dumps(ENTRIES[:1]))
-    for more, expected in ((["--save-attention"], True), ([], True), (["--seed", "1"], False), (["--seed", "1", "--save-attention"], True)):
+    for more, expected in ((["--report"], True), ([], True), (["--seed", "1"], False), (["--seed", "1", "--report"], True)):
         assert inference.main(arguments(world, tmp_path, "--cases", str(path), *more)) == 0
-        assert (tmp_path / "case_007_attention.png").exists() == expected
+        found = {name: (tmp_path / name).exists() for name in ("case_007_attention.png", "case_007_report.html", "report.html")}
+        assert set(found.values()) == {expected}, (more, found)
+        assert ("attention" in rows(tmp_path)[0]) == expected
+
+
+def test_a_report_over_two_processes_and_of_finished_pictures(world: Path, alone: Path, tmp_path: Path) -> None:
+    process = launch(world, tmp_path / "two", 2, "--report")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    one = tmp_path / "one"
+    one.mkdir()
+    for name, data in runs.files_below(alone).items():  # rendered before, without a report
+        (one / name).write_bytes(data)
+    assert inference.main(arguments(world, one, "--report")) == 0
+    assert_same(tmp_path / "two", one)
+    for row in rows(one):
+        assert (one / row["file"]).read_bytes() == (alone / row["file"]).read_bytes()
+        assert (one / f"{row['name']}_report.html").is_file()
+        count = len(row["references"])
+        assert [len(line) for line in row["attention"]["leakage"]] == [count] * count
+        assert len(row["attention"]["entropy"]) == row["num_inference_steps"]
+
+
+def test_other_points_make_another_report_of_the_same_picture(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = world / "points.json", []
+    render = case_runner.render_job
+    monkeypatch.setattr(case_runner, "render_job", lambda job, *rest, **more: seen.append(job.name) or render(job, *rest, **more))
+    for points, rendered, report in (([], 1, True), ([[5, 5]], 1, True), ([[5, 5]], 0, True), ([[9, 5]], 0, False), ([[9, 5]], 1, True)):
+        seen.clear()
+        path.write_text(json.dumps([{"prompt": "a cat", "references": [{"path": PICTURES[0], "points": points}]}]))
+        assert inference.main(arguments(world, tmp_path, "--cases", str(path), *["--report"] * report)) == 0
+        assert len(seen) == rendered, points
+    assert len({row["digest"] for row in rows(tmp_path)}) == 1
+    assert len(rows(tmp_path)[0]["attention"]["lines"]) == 1

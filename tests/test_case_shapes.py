@@ -53,6 +53,10 @@ GOOD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"prompt": "a <cat>", "references": [{"path": "b.png", "name": "cat", "strength": 1}, "a.png"]},
         ["b.png", "a.png"],
     ),
+    "points": (
+        {"prompt": "a cat", "references": [{"path": "b.png", "points": [[0, 0], [7, 7]]}, {"path": "a.png", "points": []}]},
+        ["b.png", "a.png"],
+    ),
     "names with strength": ({"prompt": "a <cat>", "references": {"cat": {"path": "b.png", "strength": 0.5}}}, ["b.png"]),
     "pattern": ({"prompt": "a cat", "references": ["bags/*", "a.png"]}, ["bags/1.jpg", "bags/10.png", "bags/2.png", "a.png"]),
     "file that looks like a pattern": ({"prompt": "a cat", "references": ["odd[1].png"]}, ["odd[1].png"]),
@@ -132,6 +136,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "<x>", "references": {"x": {"path": "a.png", "strength": 10.5}}},
         "[0].references.x.strength: must be a number from 0 (absent) to 10, got 10.5.",
     ),
+    "points of a pattern": (
+        {"prompt": "x", "references": [{"path": "*.png", "points": [[1, 1]]}]},
+        "[0].references[0]: points must lie on one picture, but",
+    ),
+    "point beside the picture": (
+        {"prompt": "<x>", "references": {"x": {"path": "a.png", "points": [[1, 1], [8, 0]]}}},
+        "[0].references.x.points[1]: must lie on the subject, x in [0, 8) and y in [0, 8) of the 8 x 8 pixels, got [8, 0].",
+    ),
+    "no points": ({"prompt": "x", "references": [{"path": "a.png", "points": [1, 2]}]}, "[0].references[0].points[0]: must be two integers [x, y]"),
+    "point of a huge number": (
+        {"prompt": "x", "references": [{"path": "a.png", "points": [[10**400, 1]]}]},
+        "[0].references[0].points[0]: must be two integers [x, y] in [0, 1000000), pixels of the picture, got ",
+    ),
+    "points a number": ({"prompt": "x", "references": [{"path": "a.png", "points": 3}]}, "[0].references[0].points: must be a list of at most 20"),
     "no strength": (
         {"prompt": "x", "references": [{"path": "a.png", "strength": "1"}]},
         '[0].references[0].strength: must be a number from 0 (absent) to 10, got "1".',
@@ -170,7 +188,11 @@ def test_bad_cases(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["strength", "no strength", "two ways", "no seeds", "steps", "grid", "empty grid", "prompt in a grid", "their key in messages"]
+    "name",
+    [
+        *("strength", "no strength", "no points", "points a number", "point of a huge number", "two ways", "no seeds", "steps"),
+        *("grid", "empty grid", "prompt in a grid", "their key in messages"),
+    ],
 )
 def test_the_schema_refuses_them_too(name: str) -> None:
     with pytest.raises(jsonschema.ValidationError):

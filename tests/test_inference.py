@@ -99,17 +99,20 @@ def test_same_seed_same_picture(config_file: Path, tmp_path: Path) -> None:
     assert not np.array_equal(pixels(tmp_path / "a/case_002.png"), pixels(tmp_path / "c/case_002.png"))
 
 
-def test_save_attention(config_file: Path, tmp_path: Path) -> None:
-    assert inference.main(["--config", str(config_file), "--save-attention"]) == 0
-    maps = [name for name in names(tmp_path / "pictures") if name.endswith("_attention.png")]
-    assert maps == ["case_002_attention.png", "case_007_attention.png"]
-    one, two = (load_image(tmp_path / "pictures" / name).size for name in reversed(maps))
+def test_report(config_file: Path, tmp_path: Path) -> None:
+    assert inference.main(["--config", str(config_file), "--report"]) == 0
+    folder = tmp_path / "pictures"
+    stems = ["case_002", "case_007"]
+    endings = (".png", "_attention.png", "_panel.png", "_report.html")
+    assert names(folder) == sorted([f"{stem}{ending}" for stem in stems for ending in endings] + ["manifest.jsonl", "overview.png", "report.html"])
+    one, two = (load_image(folder / f"{stem}_attention.png").size for stem in reversed(stems))
     assert (two[0], two[1] > one[1]) == (one[0], True)  # a row per reference
 
 
-def test_without_a_lora_the_bare_model_renders(config_file: Path, tmp_path: Path) -> None:
-    assert inference.main(["--config", str(config_file), "--set", "inference.lora=null", "--save-attention"]) == 0
-    assert not [name for name in names(tmp_path / "pictures") if "attention" in name]
+def test_without_a_lora_the_bare_model_renders(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inference.main(["--config", str(config_file), "--set", "inference.lora=null", "--report"]) == 0
+    assert not [name for name in names(tmp_path / "pictures") if "attention" in name or "report" in name]
+    assert "note: inference.report: has no effect without a reference LoRA" in capsys.readouterr().err
 
 
 def test_flags_win_over_set(config_file: Path, tmp_path: Path) -> None:

@@ -31,28 +31,38 @@ class Journal:
 
 
 def read_notes(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """By name and digest, the last that manifest and journals of a folder say of a picture; lines that are not whole are left out."""
-    notes: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in [folder / MANIFEST, *sorted(folder.glob(JOURNALS))]:
+    """By name and digest, the last that manifest and journals of a folder say of a picture."""
+    paths = [folder / MANIFEST, *sorted(folder.glob(JOURNALS))]
+    return {(note["name"], note["digest"]): note for path in paths for note in _read_lines(path)}
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's manifest; none where there is no manifest."""
+    return _read_lines(folder / MANIFEST)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that are whole and name a picture and its digest."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    notes = []
+    for line in text.split("\n"):
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
+            note = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-        for line in text.split("\n"):
-            try:
-                note = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(note, dict) and isinstance(note.get("name"), str) and isinstance(note.get("digest"), str):
-                notes[note["name"], note["digest"]] = note
+        if isinstance(note, dict) and isinstance(note.get("name"), str) and isinstance(note.get("digest"), str):
+            notes.append(note)
     return notes
 
 
 def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     """Write a line for every finished picture, in the order of the jobs, and remove the journals.
 
-    A line is the recipe that the picture carries, its file and the seconds it took (null where they were lost). Lines of an earlier
-    manifest on pictures of other cases that are still there come last.
+    A line is the recipe that the picture carries, its file, the seconds it took (null where they were lost), and with a report its numbers,
+    "attention". Lines of an earlier manifest on pictures of other cases that are still there come last.
 
     Returns:
         What went wrong, for every job whose picture is missing.
@@ -63,7 +73,8 @@ def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
         if recipe.get("digest") != job.recipe["digest"]:
             failures.append(f"{job.case.place} ({job.name}): {note.get('error') or 'its process ended before the picture was made.'}")
         else:
-            rows.append({**recipe, "file": f"{job.name}.png", "seconds": note.get("seconds")})
+            attention = {"attention": note["attention"]} if "attention" in note else {}
+            rows.append({**recipe, "file": f"{job.name}.png", "seconds": note.get("seconds"), **attention})
     names = {job.name for job in jobs}
     rows += [note for (name, digest), note in notes.items() if name not in names and _recipe_at(folder, name).get("digest") == digest]
     if folder.is_dir():
@@ -75,7 +86,7 @@ def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
 
 def write_sheets(jobs: Sequence[PictureJob], folder: Path) -> None:
     """Write the panels of all finished pictures as overview.png, or as overview_1.png, overview_2.png, ... where one does not hold them."""
-    paths = [job_files(job, folder, with_attention=False)[0] for job in jobs]
+    paths = [job_files(job, folder).panel for job in jobs]
     paths = [path for path in paths if path.exists()]
     pages = [paths[start : start + PANELS_PER_SHEET] for start in range(0, len(paths), PANELS_PER_SHEET)]
     names = ["overview.png"] if len(pages) == 1 else [f"overview_{number}.png" for number in range(1, len(pages) + 1)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from mosaic.cases.grids import expand_grid
 from mosaic.cases.references import Reference, check_text, named_prompt, read_references
 from mosaic.cases.shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry, unify
-from mosaic.images import load_image, prepare_reference
+from mosaic.images import load_image, prepare_reference, prepared_position
 from mosaic.schema import Bounds, FieldError, Section, nearest, parse_json, read_json, read_text, shown
 
 MAX_INDEX = 999_999_999  # the index names files
@@ -234,15 +234,21 @@ def _read_case(entry: Entry, place: str, folder: Path, position: int) -> Case:
 
 
 def _check_pictures(case: Case, entry: Entry, checked: dict[Path, Any], reference_size: int, reference_scale: float) -> None:
-    """Decode and prepare every picture of a case that has not been checked yet, naming the case in errors."""
+    """Decode and prepare every picture of a case that has not been checked yet, and place its points, naming the case in errors."""
     key = next(key for key in (REFERENCES, IMAGE_PATHS) if key in entry.values)
     place = f"{case.place}.{entry.given_keys.get(key, key)}"
     by_name = isinstance(entry.values[key], dict)
-    for position, (path, name, _) in enumerate(case.references):
+    for position, reference in enumerate(case.references):
+        path, where = reference.path, f"{place}{f'.{reference.name}' if by_name else f'[{position}]'}"
         if path not in checked:
             checked[path] = _picture_problem(path, reference_size, reference_scale)
         if checked[path] is not None:
-            raise type(checked[path])(f"{place}{f'.{name}' if by_name else f'[{position}]'}: {checked[path]}")
+            raise type(checked[path])(f"{where}: {checked[path]}")
+        for number, point in enumerate(reference.points):
+            try:
+                prepared_position(load_image(path), point, reference_size, reference_scale)
+            except ValueError as error:
+                raise ValueError(f"{where}.points[{number}]: {error}") from error
 
 
 def _picture_problem(path: Path, reference_size: int, reference_scale: float) -> ValueError | FileNotFoundError | None:

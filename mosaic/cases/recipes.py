@@ -16,8 +16,10 @@ from mosaic.digests import file_digest, weights_digest
 from mosaic.hub import resolve_style_lora_file
 from mosaic.lora_files import LoraFile
 from mosaic.lora_keys import find_modules
+from mosaic.pages import page_digest_at
 from mosaic.tokens import token_grid
 
+PANEL, PAGE = "_panel.png", "_report.html"  # endings of the names of files
 KEY = "mosaic"  # of the PNG text that holds a recipe
 NOT_DECIDING = ("name", "index", "versions", "digest")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow")
@@ -162,20 +164,39 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     return recipe if isinstance(recipe, dict) else None
 
 
-def unfinished(jobs: Iterable[PictureJob], folder: Path, with_attention: bool) -> list[PictureJob]:
-    """The jobs of which a file is missing in the folder, is damaged, or was made by another recipe."""
-    return [job for job in jobs if not all(_has_digest(path, job) for path in job_files(job, folder, with_attention))]
+class JobFiles(NamedTuple):
+    """Files of a job. The picture is written last, so that the files of one that is there are complete."""
+
+    picture: Path
+    panel: Path
+    attention: Path
+    page: Path
 
 
-def job_files(job: PictureJob, folder: Path, with_attention: bool) -> list[Path]:
-    """Files of a job, in the order in which they are written: the picture last, so that one that is there is complete."""
-    endings = ["_attention.png"] * with_attention + ["_panel.png", ".png"]
-    return [folder / f"{job.name}{ending}" for ending in endings]
+def job_files(job: PictureJob, folder: Path) -> JobFiles:
+    """Where the files of a job go; attention maps and page are there with a report only."""
+    return JobFiles(*(folder / f"{job.name}{ending}" for ending in (".png", PANEL, "_attention.png", PAGE)))
+
+
+def unfinished(jobs: Iterable[PictureJob], folder: Path, with_report: bool) -> list[PictureJob]:
+    """The jobs of which a file is missing in the folder, is damaged, or was made by another recipe or, the page, of other points."""
+    return [job for job in jobs if not _is_finished(job, job_files(job, folder), with_report)]
+
+
+def page_digest(job: PictureJob) -> str:
+    """SHA-256 of what decides a job's page: the recipe, and the points that its report follows."""
+    points = [reference.points for reference in job.case.references]
+    return hashlib.sha256(json.dumps([job.recipe["digest"], points]).encode()).hexdigest()
 
 
 def _public_name(source: str) -> str:
     """A hub id as it is; of a local path the last part, since recipes travel with pictures and the rest is the machine's business."""
     return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _is_finished(job: PictureJob, files: JobFiles, with_report: bool) -> bool:
+    pictures = [files.picture, files.panel] + [files.attention] * with_report
+    return all(_has_digest(path, job) for path in pictures) and (not with_report or page_digest_at(files.page) == page_digest(job))
 
 
 def _has_digest(path: Path, job: PictureJob) -> bool:

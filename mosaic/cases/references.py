@@ -19,7 +19,9 @@ MAX_REFERENCES = 64  # per case
 MAX_MATCHES = 10_000  # pictures that one pattern may name
 MAX_TEXT = 10_000  # letters; T5 reads at most 512 tokens
 MAX_PATH = 4096  # letters
-KEYS = ("path", "name", "strength")
+MAX_POINTS = 20  # per reference
+MAX_SIDE = 1_000_000  # px
+KEYS = ("path", "name", "strength", "points")
 NAME = re.compile(r"\w(?:[\w -]*\w)?")
 _PLACEHOLDER = re.compile(r"<([^<>]*)>")
 
@@ -31,19 +33,21 @@ class Reference(NamedTuple):
         path: The file, as a path from the current directory.
         name: The name under which the prompt speaks of it, as `<name>`; None: it has none.
         strength: Weight of its keys in attention: 1 changes nothing, 0 hides it.
+        points: Pixels (x, y) of the picture whose attention the report follows; none: the strongest. They do not change what is generated.
     """
 
     path: Path
     name: str | None = None
     strength: float = 1.0
+    points: tuple[tuple[int, int], ...] = ()
 
 
 def read_references(value: Any, place: str, folder: Path) -> tuple[Reference, ...]:
     """Read the value of `references` or `image_paths`; no picture is opened.
 
     Args:
-        value: A list of paths, patterns such as "bags/*.png", and objects {"path", "name", "strength"}; or an object that gives a path or
-            an object for every name.
+        value: A list of paths, patterns such as "bags/*.png", and objects {"path", "name", "strength", "points"}; or an object that gives a
+            path or an object for every name.
         place: Where the value stands, for messages.
         folder: Folder at which relative paths start.
 
@@ -140,10 +144,23 @@ def _read_item(item: Any, place: str, folder: Path) -> list[Reference]:
         if not NAME.fullmatch(name):
             raise ValueError(f"{place}.name: must be made of letters, digits, spaces and hyphens, got {shown(name)}.")
     _check_strength(strength, f"{place}.strength")
+    points = _read_points(item.get("points", []), f"{place}.points")
     paths = match_pictures(item["path"], f"{place}.path", folder)
-    if name is not None and len(paths) > 1:
-        raise ValueError(f"{place}: a name must stand for one picture, but {shown(item['path'])} matches {len(paths)}.")
-    return [Reference(folder / path, name, float(strength)) for path in paths]
+    for key, given in (("a name must stand for", name is not None), ("points must lie on", bool(points))):
+        if given and len(paths) > 1:
+            raise ValueError(f"{place}: {key} one picture, but {shown(item['path'])} matches {len(paths)}.")
+    return [Reference(folder / path, name, float(strength), points) for path in paths]
+
+
+def _read_points(value: Any, place: str) -> tuple[tuple[int, int], ...]:
+    """Points of a reference; whether they lie on its picture is not known yet."""
+    if not isinstance(value, list) or len(value) > MAX_POINTS:
+        raise ValueError(f"{place}: must be a list of at most {MAX_POINTS} points [x, y], in pixels of the picture, got {shown(value)}.")
+    for number, point in enumerate(value):
+        if not isinstance(point, list) or len(point) != 2 or any(type(x) is not int or not 0 <= x < MAX_SIDE for x in point):
+            expected = f"two integers [x, y] in [0, {MAX_SIDE}), pixels of the picture"
+            raise ValueError(f"{place}[{number}]: must be {expected}, got {shown(point)}.")
+    return tuple((x, y) for x, y in value)
 
 
 def _with_name(item: Any, name: str, place: str) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mosaic.attention_report import PictureAttention
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
+from mosaic.cases.overview import write_overview
 from mosaic.cases.reading import Case
 from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, sampling_arguments, shared_recipe, unfinished
+from mosaic.cases.reports import make_report
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
-from mosaic.figures import attention_panel, case_panel, save_picture
+from mosaic.figures import case_panel, save_picture
 from mosaic.hub import require_model_name, resolve_lora_file
-from mosaic.images import decode_image, prepare_reference
+from mosaic.images import decode_image
+from mosaic.pages import write_page
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
@@ -66,7 +68,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
         raise ValueError(f"inference.output_dir: must be a folder, but {folder} is a file.")
     lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
     jobs, problems = plan_jobs(cases, config, lora_file, state.device.type)
-    todo = unfinished(jobs, folder, settings.save_attention and lora_file is not None)
+    todo = unfinished(jobs, folder, settings.report and lora_file is not None)
     state.wait_for_everyone()  # nobody writes before everybody has looked
     share = todo[state.process_index :: state.num_processes]
     if share:
@@ -76,6 +78,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     if state.is_main_process and jobs:
         failures = write_manifest(jobs, folder)
         write_sheets(jobs, folder)
+        write_overview(folder)
         return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems + failures)
     return RunResult(len(jobs), len(jobs) - len(todo), problems)
 
@@ -144,26 +147,29 @@ def render_job(
         on_step()
         return {}
 
-    with_lora, with_attention = job.recipe["lora"] is not None, config.inference.save_attention
+    with_lora = job.recipe["lora"] is not None
     result = pipeline(
         job.recipe["prompt"],
         references if with_lora else None,
         **sampling_arguments(job.recipe),
         generator=torch.Generator().manual_seed(job.recipe["seed"]),
-        output_attention=with_attention,
+        output_attention=config.inference.report and with_lora,
         callback_on_step_end=count,
         callback_on_step_end_tensor_inputs=(),
     )
-    drawn = [case_panel(references, result.images[0], job.recipe["prompt"][:CAPTION_LETTERS]), result.images[0]]
-    if with_attention and with_lora:
-        drawn.insert(0, draw_attention(job, references, result.images[0], result.attention[0]))
-    text = png_text(job.recipe)
-    journal.add(job, seconds=round(time.perf_counter() - start, 3))
-    folder = journal.path.parent
-    if len(drawn) == 2:  # maps of an earlier recipe are not those of this picture
-        (folder / f"{job.name}_attention.png").unlink(missing_ok=True)
-    for picture, path in zip(drawn, job_files(job, folder, len(drawn) == 3), strict=True):
-        save_picture(picture, path, text)
+    picture, text = result.images[0], png_text(job.recipe)
+    report = make_report(job, references, picture, result.attention[0]) if result.attention else None
+    numbers = {"attention": report.numbers} if report else {}
+    journal.add(job, seconds=round(time.perf_counter() - start, 3), **numbers)
+    files = job_files(job, journal.path.parent)
+    if report:
+        save_picture(report.panel, files.attention, text)
+        write_page(files.page, report.page)
+    else:  # those of an earlier recipe are not of this picture
+        files.attention.unlink(missing_ok=True)
+        files.page.unlink(missing_ok=True)
+    save_picture(case_panel(references, picture, job.recipe["prompt"][:CAPTION_LETTERS]), files.panel, text)
+    save_picture(picture, files.picture, text)
 
 
 def read_references(job: PictureJob) -> list[Image.Image]:
@@ -180,9 +186,3 @@ def read_references(job: PictureJob) -> list[Image.Image]:
             raise ValueError(f"{path}: has changed since the cases were checked. Start again.")
         pictures.append(decode_image(data, str(path)))
     return pictures
-
-
-def draw_attention(job: PictureJob, references: Sequence[Image.Image], picture: Image.Image, attention: PictureAttention) -> Image.Image:
-    """The attention maps of a picture."""
-    prepared = [prepare_reference(reference, job.recipe["reference_size"], job.recipe["reference_scale"]) for reference in references]
-    return attention_panel(prepared, picture, attention)
