@@ -142,8 +142,8 @@ def test_each_process_renders_its_share(world: Path, alone: Path, tmp_path: Path
     config = load_config(world / "config.json", [f"inference.output_dir={tmp_path}"])
     cases = load_cases(world / "cases.json", runs.REFERENCE_SIZE)
     shares: list[list[str]] = []
-    monkeypatch.setattr(case_runner, "render_jobs", lambda jobs, *_, **__: shares.append([job.name for job in jobs]))
-    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(case_runner, "render_batches", lambda batches, *_, **__: shares.append([job.name for (job,) in batches]))
+    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
     for name in (f"{NAMES[0]}.png", f"{NAMES[0]}_panel.png"):  # finished: what is left is shared out
         (tmp_path / name).write_bytes((alone / name).read_bytes())
     for index in range(3):
@@ -173,7 +173,7 @@ def test_an_interruption_ends_in_one_line(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(case_runner, "render_job", interrupt)
+    monkeypatch.setattr(case_runner, "render_batch", interrupt)
     assert inference.main(arguments(world, tmp_path)) == 130
     assert capsys.readouterr().err.endswith("interrupted: the same command goes on with the pictures that are missing\n")
 
@@ -192,8 +192,10 @@ def test_finished_means_the_recipe_not_the_name(world: Path, alone: Path, tmp_pa
         save.parent.mkdir(exist_ok=True)
         save.write_bytes(data)
     rendered = []
-    render = case_runner.render_job
-    monkeypatch.setattr(case_runner, "render_job", lambda job, *rest, **more: rendered.append(job.name) or render(job, *rest, **more))
+    render = case_runner.render_batch
+    monkeypatch.setattr(
+        case_runner, "render_batch", lambda batch, *rest, **more: rendered.append(batch[0].name) or render(batch, *rest, **more)
+    )
     changed = [dict(entry) for entry in ENTRIES]
     changed[0]["prompt"] = "a mug on the beach"
     (tmp_path / "reference_2.png").write_bytes((world / "reference_0.png").read_bytes())  # another picture under an old name
@@ -212,7 +214,7 @@ def test_finished_means_the_recipe_not_the_name(world: Path, alone: Path, tmp_pa
 
 def test_threads_are_fixed_and_given_back(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, before = [], torch.get_num_threads()
-    monkeypatch.setattr(case_runner, "render_jobs", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(case_runner, "render_batches", lambda *_, **__: seen.append(torch.get_num_threads()))
     assert inference.main(arguments(world, tmp_path / "out", "--set", "inference.num_threads=2")) == 1
     assert (seen, torch.get_num_threads()) == ([2], before)
 

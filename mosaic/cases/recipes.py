@@ -98,7 +98,8 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "lora": None if lora_digest is None else {"name": _public_name(settings.lora), "digest": lora_digest},
         "device": device,
         "num_threads": settings.num_threads,
-        "batch_size": 1,
+        "batch_size": settings.batch_size,
+        **{key: getattr(settings, key) for key in ("compile", "attention_backend", "step_cache", "step_cache_threshold")},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
 

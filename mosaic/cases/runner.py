@@ -1,11 +1,12 @@
-"""Rendering of the pictures that cases ask for, one at a time, shared out over processes.
+"""Rendering of the pictures that cases ask for, a batch at a time, shared out over processes.
 
 Whatever the number of processes, and however often they were interrupted: the names, pictures and manifest are the same.
 """
 
 import hashlib
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mosaic.acceleration import accelerate, set_step_cache
+from mosaic.cases.batches import plan_batches, unfinished_batches
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.reading import Case
 from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, shared_recipe, unfinished
@@ -23,7 +26,7 @@ from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.figures import attention_panel, case_panel, save_picture
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.images import decode_image, prepare_reference
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
 from mosaic.tokens import token_grid
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,10 +69,12 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     jobs, problems = plan_jobs(cases, config, lora_file, state.device.type)
     todo = unfinished(jobs, folder, settings.save_attention and lora_file is not None)
     state.wait_for_everyone()  # nobody writes before everybody has looked
-    share = todo[state.process_index :: state.num_processes]
+    share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
     if share:
         pipeline = load_pipeline(config, lora_file, state.device)
-        render_jobs(share, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
+        accelerate(pipeline.transformer, settings, state.device)
+        names = {job.name for job in todo}
+        render_batches(share, names, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process and jobs:
         failures = write_manifest(jobs, folder)
@@ -112,55 +117,133 @@ def load_pipeline(config: Config, lora_file: Path | None, device: torch.device) 
     return pipeline
 
 
-def render_jobs(
-    jobs: Sequence[PictureJob], pipeline: MosaicFluxPipeline, config: Config, journal: Journal, show_progress: bool = True
+def render_batches(
+    batches: Sequence[Sequence[PictureJob]],
+    wanted: Collection[str],
+    pipeline: MosaicFluxPipeline,
+    config: Config,
+    journal: Journal,
+    show_progress: bool = True,
 ) -> None:
-    """Render pictures one after the other; one that fails is written into the journal, and the next begins."""
-    steps = [job.recipe["num_inference_steps"] for job in jobs]
+    """Render batches one after the other; what fails is written into the journal, and the next begins.
+
+    Args:
+        batches: The batches, each whole.
+        wanted: Names of the pictures that are to be written; the others are there already and only fill their batches.
+        pipeline: The pipeline.
+        config: The settings.
+        journal: Gets a line per picture.
+        show_progress: Whether to show it.
+    """
+    steps = [len(batch) * batch[0].recipe["num_inference_steps"] for batch in batches]
     with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
-        for number, job in enumerate(jobs):
-            progress.set_description(f"{job.name} ({number + 1} of {len(jobs)})")
-            try:
-                render_job(job, pipeline, config, journal, on_step=progress.update)
-            except CASE_ERRORS as error:
-                journal.add(job, error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
-                torch.cuda.empty_cache()
+        for number, batch in enumerate(batches):
+            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+            progress.set_description(f"{batch[0].name}{more} ({number + 1} of {len(batches)})")
+            render_batch(batch, wanted, pipeline, config, journal, on_step=progress.update)
             progress.update(sum(steps[: number + 1]) - progress.n)
 
 
-def render_job(
-    job: PictureJob, pipeline: MosaicFluxPipeline, config: Config, journal: Journal, on_step: Callable[[], object] = lambda: None
+def render_batch(
+    batch: Sequence[PictureJob],
+    wanted: Collection[str],
+    pipeline: MosaicFluxPipeline,
+    config: Config,
+    journal: Journal,
+    on_step: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Render one picture and write its files, the picture last."""
-    start = time.perf_counter()
-    references = read_references(job)
+    """Render the pictures of a batch and write those that are wanted. Where the batch fails as a whole, each is tried alone."""
+    start, readable = time.perf_counter(), {}
+    for job in batch:
+        try:
+            readable[job.name] = read_references(job)
+        except CASE_ERRORS as error:
+            note_failure(journal, job, error, wanted)
+    jobs = [job for job in batch if job.name in readable]
+    if not any(job.name in wanted for job in jobs):
+        return
+    try:
+        result = sample(jobs, [readable[job.name] for job in jobs], pipeline, config, on_step)
+    except CASE_ERRORS as error:
+        torch.cuda.empty_cache()
+        if len(jobs) == 1:
+            note_failure(journal, jobs[0], error, wanted)
+            return
+        tqdm.write(f"note: {len(jobs)} pictures at once failed ({_in_one_line(error)}); they are tried one by one", file=sys.stderr)
+        for job in jobs:
+            if job.name in wanted:
+                render_batch([job], wanted, pipeline, config, journal)
+        return
+    seconds = (time.perf_counter() - start) / len(jobs)
+    for number, job in enumerate(jobs):
+        if job.name in wanted:
+            attention = result.attention[number] if result.attention else None
+            try:
+                write_picture(job, readable[job.name], result.images[number], attention, pipeline.vae_scale_factor, journal, seconds)
+            except CASE_ERRORS as error:
+                note_failure(journal, job, error, wanted)
+
+
+def note_failure(journal: Journal, job: PictureJob, error: Exception, wanted: Collection[str]) -> None:
+    """Write into the journal what went wrong with a picture, if it was to be made."""
+    if job.name in wanted:
+        journal.add(job, error=_in_one_line(error))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def sample(
+    jobs: Sequence[PictureJob],
+    references: Sequence[Sequence[Image.Image]],
+    pipeline: MosaicFluxPipeline,
+    config: Config,
+    on_step: Callable[[int], object],
+) -> MosaicPipelineOutput:
+    """The pictures of jobs that have all but prompt, seed and references in common, in one call of the pipeline."""
+    recipe, settings = jobs[0].recipe, config.inference
 
     def count(*_: object) -> dict[str, Tensor]:
-        on_step()
+        on_step(len(jobs))
         return {}
 
-    with_lora, with_attention = job.recipe["lora"] is not None, config.inference.save_attention
-    result = pipeline(
-        job.recipe["prompt"],
-        references if with_lora else None,
-        **{key: job.recipe[key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
-        generator=torch.Generator().manual_seed(job.recipe["seed"]),
-        **{key: job.recipe[key] for key in ("reference_size", "reference_scale", "reference_attention")},
-        max_sequence_length=job.recipe["text_length"],
-        output_attention=with_attention,
+    with_lora = recipe["lora"] is not None
+    set_step_cache(pipeline.transformer, settings.step_cache, settings.step_cache_threshold, recipe["num_inference_steps"])
+    return pipeline(
+        [job.recipe["prompt"] for job in jobs],
+        [list(pictures) for pictures in references] if with_lora else None,
+        **{key: recipe[key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
+        generator=[torch.Generator().manual_seed(job.recipe["seed"]) for job in jobs],
+        **{key: recipe[key] for key in ("reference_size", "reference_scale", "reference_attention")},
+        max_sequence_length=recipe["text_length"],
+        output_attention=settings.save_attention and with_lora,
         callback_on_step_end=count,
         callback_on_step_end_tensor_inputs=(),
     )
-    drawn = [case_panel(references, result.images[0], job.recipe["prompt"][:CAPTION_LETTERS]), result.images[0]]
-    if with_attention and with_lora:
-        drawn.insert(0, draw_attention(job, references, result.images[0], result.attention[0], pipeline.vae_scale_factor))
+
+
+def write_picture(
+    job: PictureJob,
+    references: Sequence[Image.Image],
+    picture: Image.Image,
+    attention: Tensor | None,
+    vae_scale_factor: int,
+    journal: Journal,
+    seconds: float,
+) -> None:
+    """Write a picture's files, the picture last, and its line in the journal."""
+    start = time.perf_counter()
+    drawn = [case_panel(references, picture, job.recipe["prompt"][:CAPTION_LETTERS]), picture]
+    if attention is not None:
+        drawn.insert(0, draw_attention(job, references, picture, attention, vae_scale_factor))
     text = png_text(job.recipe)
-    journal.add(job, seconds=round(time.perf_counter() - start, 3))
+    journal.add(job, seconds=round(seconds + time.perf_counter() - start, 3))
     folder = journal.path.parent
     if len(drawn) == 2:  # maps of an earlier recipe are not those of this picture
         (folder / f"{job.name}_attention.png").unlink(missing_ok=True)
-    for picture, path in zip(drawn, job_files(job, folder, len(drawn) == 3), strict=True):
-        save_picture(picture, path, text)
+    for drawing, path in zip(drawn, job_files(job, folder, len(drawn) == 3), strict=True):
+        save_picture(drawing, path, text)
 
 
 def read_references(job: PictureJob) -> list[Image.Image]:
