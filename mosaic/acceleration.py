@@ -98,10 +98,20 @@ def set_step_cache(transformer: MosaicFluxTransformer2DModel, name: str, thresho
         wanted = FirstBlockCacheConfig(**given)
     elif name == "mag":
         wanted = MagCacheConfig(**given, num_inference_steps=num_inference_steps, mag_ratios=flux_mag_ratios(transformer))
+    if _same_cache(transformer._cache_config, wanted):
+        return
     if transformer.is_cache_enabled:
         transformer.disable_cache()
     if wanted is not None:
         transformer.enable_cache(wanted)
+
+
+def _same_cache(first: FirstBlockCacheConfig | MagCacheConfig | None, second: FirstBlockCacheConfig | MagCacheConfig | None) -> bool:
+    """Whether two caches decide alike; new hooks would make compiled blocks compile anew."""
+    if first is None or second is None:
+        return first is second
+    steps = [getattr(config, "num_inference_steps", None) for config in (first, second)]
+    return type(first) is type(second) and first.threshold == second.threshold and steps[0] == steps[1]
 
 
 def flux_mag_ratios(transformer: MosaicFluxTransformer2DModel) -> torch.Tensor:
@@ -114,7 +124,7 @@ def flux_mag_ratios(transformer: MosaicFluxTransformer2DModel) -> torch.Tensor:
     found = (transformer.config.num_layers, transformer.config.num_single_layers)
     if found != layers:
         raise ValueError(
-            f'step_cache "mag" goes by FLUX.1-dev\'s table, a model of {layers[0]} + {layers[1]} blocks; this one has {found[0]} + {found[1]}. '
+            f'step_cache "mag" goes by FLUX.1-dev\'s table, a model of {layers[0]} + {layers[1]} blocks; here are {found[0]} + {found[1]}. '
             'Use "first_block", or in Python enable_cache(MagCacheConfig(mag_ratios=...)) with a table of your own.'
         )
     return FLUX_MAG_RATIOS

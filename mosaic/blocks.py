@@ -22,13 +22,15 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         encoder_hidden_states: [B, T, d], text tokens.
-        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens.
+        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where the references came apart.
         rows: The block's attention rows; empty if nothing was asked for.
+        references: [B, K * N_ref, d] where they came apart.
     """
 
     encoder_hidden_states: Tensor
     hidden_states: Tensor
     rows: AttentionRows
+    references: Tensor | None = None
 
 
 class _Vectors(NamedTuple):
@@ -90,6 +92,19 @@ def _linear(layer: nn.Module, tokens: _Tokens, start: int) -> Tensor:
     return branch_linear(layer, tokens.joined, start, tokens.references)
 
 
+def _with_apart(hidden_states: Tensor, references: Tensor | None) -> Tensor:
+    return hidden_states if references is None else torch.cat([hidden_states, references], dim=1)
+
+
+def _as_given(
+    hidden_states: Tensor, rows: AttentionRows, start: int, references: Tensor | None
+) -> tuple[Tensor, AttentionRows, Tensor | None]:
+    """The last fields of a `BlockOutput`: the references apart if they were so given."""
+    if references is None:
+        return hidden_states, rows, None
+    return hidden_states[:, :start], rows, hidden_states[:, start:]
+
+
 def _clip_float16(hidden_states: Tensor) -> Tensor:
     return hidden_states.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT) if hidden_states.dtype == torch.float16 else hidden_states
 
@@ -128,17 +143,20 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         image_rotary_emb: RotaryEmbedding,
         layout: Layout = NO_REFERENCES,
         capture: Capture | None = None,
+        references: Tensor | None = None,
     ) -> BlockOutput:
         """Run the block.
 
         Args:
-            hidden_states: [B, N_tgt + K * N_ref, d].
+            hidden_states: [B, N_tgt + K * N_ref, d], or [B, N_tgt, d] with `references`.
             encoder_hidden_states: [B, T, d].
             temb: [B, 1 or 2, d]: the main and, if there are references, the reference conditioning vector.
             image_rotary_emb: cos and sin, [T + N_tgt + K * N_ref, D] each.
             layout: The references' place and attention mode.
             capture: Which attention rows to return.
+            references: [B, K * N_ref, d], the reference tokens apart from the target's, for a step cache that looks at the target only.
         """
+        hidden_states = _with_apart(hidden_states, references)
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         start = hidden_states.shape[1] - layout.length
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, self.norm1.silu(temb), 6)
@@ -163,7 +181,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
         text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
         encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
-        return BlockOutput(_clip_float16(encoder_hidden_states), hidden_states, rows)
+        return BlockOutput(_clip_float16(encoder_hidden_states), *_as_given(hidden_states, rows, start, references))
 
 
 class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -177,8 +195,10 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         image_rotary_emb: RotaryEmbedding,
         layout: Layout = NO_REFERENCES,
         capture: Capture | None = None,
+        references: Tensor | None = None,
     ) -> BlockOutput:
         """Run the block; arguments as in `MosaicFluxTransformerBlock.forward`."""
+        hidden_states = _with_apart(hidden_states, references)
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         start = residual.shape[1] - layout.length
@@ -193,4 +213,4 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)
         output = _linear(self.proj_out, joined, start)
         output = _clip_float16(residual + _gate(output, gate, start))
-        return BlockOutput(output[:, :text_length], output[:, text_length:], rows)
+        return BlockOutput(output[:, :text_length], *_as_given(output[:, text_length:], rows, start - text_length, references))

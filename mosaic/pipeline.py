@@ -7,6 +7,7 @@ style LoRAs) is inherited.
 import functools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,6 +250,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                 every_token = torch.arange(num_references * group.reference_grid.num_tokens, device=device)
                 references["capture"] = CaptureRequest(every_token.expand(batch, -1))
         attention = 0
+        self._forget_steps()
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, t in enumerate(timesteps):
                 if self.interrupt:
@@ -263,11 +265,13 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                     "txt_ids": text_ids,
                     "img_ids": position_ids(grid, device=device),
                 }
-                output = self.transformer(**arguments, **references)
+                with self._step_cache("with references"):
+                    output = self.transformer(**arguments, **references)
                 velocity = output.sample
                 if references and self._image_guidance_scale != 1:
                     absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None}
-                    without = self.transformer(**arguments, **{**references, **absent}).sample
+                    with self._step_cache("without references"):
+                        without = self.transformer(**arguments, **{**references, **absent}).sample
                     velocity = without + self._image_guidance_scale * (velocity - without)
                 group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
                 if "capture" in references:
@@ -279,6 +283,15 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                 progress.update()
         self._current_timestep = None
         return attention.unflatten(1, (num_references, -1)).cpu() if "capture" in references else None
+
+    def _step_cache(self, name: str) -> AbstractContextManager[None]:
+        """Context of one of a step's passes: a step cache of the transformer, if it has one, remembers each apart."""
+        return self.transformer.cache_context(name) if self.transformer.is_cache_enabled else nullcontext()
+
+    def _forget_steps(self) -> None:
+        """Make a step cache forget an earlier run, which may have ended halfway."""
+        if self.transformer.is_cache_enabled:
+            self.transformer._reset_stateful_cache()
 
     def _timesteps(self, num_tokens: int, num_inference_steps: int, device: torch.device) -> Tensor:
         """Timesteps of FLUX: sigmas linspace(1, 1/steps) through the resolution shift."""

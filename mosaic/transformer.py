@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, MagCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from mosaic.attention import Capture, Layout, resolve_capture_blocks
-from mosaic.blocks import MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
+from mosaic.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.lora import branch_linear
 
 
@@ -78,6 +79,23 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         """
         raise ValueError("fuse_qkv_projections() cannot be used with a reference branch: to_q, to_k and to_v carry the reference LoRA.")
 
+    def enable_cache(self, config: FirstBlockCacheConfig | MagCacheConfig) -> None:
+        """Leave blocks out in sampling steps that change little, and repeat the last change of the target instead; `disable_cache` ends it.
+
+        The references have no part in it: neither in the decision nor in what is repeated. Attention rows cannot be read meanwhile.
+
+        Raises:
+            ValueError: For diffusers' other caches, which hook layers that these blocks do not call, or know other models only.
+        """
+        if not isinstance(config, FirstBlockCacheConfig | MagCacheConfig):
+            raise ValueError(
+                f"enable_cache takes a FirstBlockCacheConfig or MagCacheConfig with a reference branch, got {type(config).__name__}."
+            )
+        for block in (MosaicFluxTransformerBlock, MosaicFluxSingleTransformerBlock):
+            metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+            TransformerBlockRegistry.register(block, metadata)
+        super().enable_cache(config)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -108,8 +126,10 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             capture: Which attention rows to return; needs references.
 
         Raises:
-            ValueError: If rows are asked for without references, or `capture.blocks` is wrong.
+            ValueError: If rows are asked for without references or with a step cache, or `capture.blocks` is wrong.
         """
+        if capture is not None and self.is_cache_enabled:
+            raise ValueError("attention rows are read in every block, some of which a step cache leaves out: disable_cache() first.")
         layout = Layout()
         if reference_hidden_states is not None and reference_hidden_states.shape[1]:
             layout = Layout(reference_hidden_states.shape[1], reference_hidden_states.shape[2], reference_attention)
@@ -130,13 +150,20 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         if capture is not None:
             captured = resolve_capture_blocks(capture.blocks, len(self.transformer_blocks), len(self.single_transformer_blocks))
             block_capture = Capture(capture.global_index, capture.reference_means)
+        references = None
+        if self.is_cache_enabled and layout.length:
+            hidden_states, references = hidden_states.split([num_target_tokens, layout.length], dim=1)
         for index, block in enumerate([*self.transformer_blocks, *self.single_transformer_blocks]):
-            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, block_capture if index in captured else None)
+            block_captures = block_capture if index in captured else None
+            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, block_captures, references)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 output = self._gradient_checkpointing_func(block, *arguments)
             else:
                 output = block(*arguments)
-            encoder_hidden_states, hidden_states = output.encoder_hidden_states, output.hidden_states
+            encoder_hidden_states, hidden_states = output[:2]
+            if not isinstance(output, BlockOutput):  # the block was left out by a step cache
+                continue
+            references = output.references
             _accumulate(rows, output.rows.points, len(captured))
             _accumulate(reference_rows, output.rows.reference_means, len(captured))
 
