@@ -4,10 +4,12 @@ An attention kernel and compiled blocks change pictures by rounding. A step cach
 the first block or none and repeats the last change that all blocks made. `python scripts/benchmark.py infer` measures gain and error.
 """
 
+import warnings
+
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 
 from mosaic.planning.costs import FLUX_DEV
 from mosaic.sections import InferenceConfig
@@ -44,24 +46,25 @@ def set_attention_backend(transformer: MosaicFluxTransformer2DModel, name: str, 
     if name not in known:
         raise ValueError(f"inference.attention_backend must be one of {', '.join(known)}, got {name!r}.")
     try:
-        transformer.set_attention_backend(name)
         _try_backend(transformer, name, device)
     except Exception as error:  # packages of all kinds fail in ways of their own
-        transformer.reset_attention_backend()
         usable = [backend for backend in known if "native" in backend and _runs(transformer, backend, device)]
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
             f"inference.attention_backend={name} does not run here ({device.type}, {transformer.dtype}). {reason} "
             f"What PyTorch itself has here: {', '.join(usable)}; null: its own choice."
         ) from error
+    with attention_backend(AttentionBackendName.NATIVE):  # diffusers makes it every other model's kernel too; this gives them theirs back
+        transformer.set_attention_backend(name)
 
 
 def _try_backend(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device) -> None:
     """Attention of a few tokens with this kernel."""
     head_dim, dtype = transformer.config.attention_head_dim, transformer.dtype
     query, key = (torch.zeros(1, length, 2, head_dim, device=device, dtype=dtype) for length in (64, 128))
-    with torch.no_grad():
-        dispatch_attention_fn(query, key, key, backend=AttentionBackendName(name))
+    with torch.no_grad(), warnings.catch_warnings(), attention_backend(AttentionBackendName(name)):
+        warnings.simplefilter("ignore")  # of kernels that refuse, why; the error says it too
+        dispatch_attention_fn(query, key, key)
 
 
 def _runs(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device) -> bool:
