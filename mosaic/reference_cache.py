@@ -70,8 +70,8 @@ def refresh_interval(reference_cache: bool, refresh_references: int | None, refe
         raise ValueError(f"refresh_references must be a positive integer or None, got {refresh_references!r}.")
     if reference_cache and reference_attention != "isolated":
         raise ValueError(
-            f'reference_cache needs reference_attention "isolated", got "{reference_attention}", where references see the target and change at '
-            "every step. Leave it out, or compute them every N steps only, which is an approximation: refresh_references=N."
+            f'reference_cache needs reference_attention "isolated", got "{reference_attention}": there references see the target and '
+            "change at every step. Leave it out, or compute them every N steps only, an approximation: refresh_references=N."
         )
     if refresh_references is not None and reference_attention == "isolated":
         raise ValueError(
