@@ -22,15 +22,17 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         encoder_hidden_states: [B, T, d], text tokens.
-        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where those were kept.
+        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where those were kept or came apart.
         rows: The block's attention rows; empty if nothing was asked for.
         kept: The block's references for later passes, if they were asked for.
+        reference_hidden_states: [B, K * N_ref, d], the reference tokens where they came apart.
     """
 
     encoder_hidden_states: Tensor
     hidden_states: Tensor
     rows: AttentionRows
     kept: KeptReferences | None = None
+    reference_hidden_states: Tensor | None = None
 
 
 class _Vectors(NamedTuple):
@@ -92,6 +94,19 @@ def _linear(layer: nn.Module, tokens: _Tokens, start: int) -> Tensor:
     return branch_linear(layer, tokens.joined, start, tokens.references)
 
 
+def _with_apart(hidden_states: Tensor, references: Tensor | None) -> Tensor:
+    return hidden_states if references is None else torch.cat([hidden_states, references], dim=1)
+
+
+def _output(
+    encoder_hidden_states: Tensor, hidden_states: Tensor, rows: AttentionRows, kept: KeptReferences | None, start: int, apart: bool
+) -> BlockOutput:
+    """A block's output; `apart`: the references were given apart and come so."""
+    if not apart:
+        return BlockOutput(encoder_hidden_states, hidden_states, rows, kept)
+    return BlockOutput(encoder_hidden_states, hidden_states[:, :start], rows, kept, hidden_states[:, start:])
+
+
 def _clip_float16(hidden_states: Tensor) -> Tensor:
     return hidden_states.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT) if hidden_states.dtype == torch.float16 else hidden_states
 
@@ -130,17 +145,20 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         image_rotary_emb: RotaryEmbedding,
         layout: Layout = NO_REFERENCES,
         capture: Capture | None = None,
+        reference_hidden_states: Tensor | None = None,
     ) -> BlockOutput:
         """Run the block.
 
         Args:
-            hidden_states: [B, N_tgt + K * N_ref, d]; without the references where the layout has kept ones.
+            hidden_states: [B, N_tgt + K * N_ref, d]; without the references where the layout has kept ones, or they come apart.
             encoder_hidden_states: [B, T, d].
             temb: [B, 1 or 2, d]: the main and, if there are reference tokens, the reference conditioning vector.
             image_rotary_emb: cos and sin of every token, [T + N_tgt + K * N_ref, D] each.
             layout: The references' place and attention mode.
             capture: What to return of the attention.
+            reference_hidden_states: [B, K * N_ref, d], the reference tokens apart, for a step cache that looks at the target only.
         """
+        hidden_states = _with_apart(hidden_states, reference_hidden_states)
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         start = hidden_states.shape[1] - layout.length
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, self.norm1.silu(temb), 6)
@@ -165,7 +183,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
         text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
         encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
-        return BlockOutput(_clip_float16(encoder_hidden_states), hidden_states, rows, kept)
+        return _output(_clip_float16(encoder_hidden_states), hidden_states, rows, kept, start, apart=reference_hidden_states is not None)
 
 
 class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -179,8 +197,10 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         image_rotary_emb: RotaryEmbedding,
         layout: Layout = NO_REFERENCES,
         capture: Capture | None = None,
+        reference_hidden_states: Tensor | None = None,
     ) -> BlockOutput:
         """Run the block; arguments as in `MosaicFluxTransformerBlock.forward`."""
+        hidden_states = _with_apart(hidden_states, reference_hidden_states)
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         start = residual.shape[1] - layout.length
@@ -195,4 +215,6 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)
         output = _linear(self.proj_out, joined, start)
         output = _clip_float16(residual + _gate(output, gate, start))
-        return BlockOutput(output[:, :text_length], output[:, text_length:], rows, kept)
+        return _output(
+            output[:, :text_length], output[:, text_length:], rows, kept, start - text_length, apart=reference_hidden_states is not None
+        )

@@ -7,6 +7,7 @@ style LoRAs) is inherited.
 import functools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -298,6 +299,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None} if references else {}
         with_references = CachedTransformer(self.transformer, references, interval)
         without_references = CachedTransformer(self.transformer, references | absent, interval)
+        self._forget_steps()
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, t in enumerate(timesteps):
                 if self.interrupt:
@@ -312,10 +314,12 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                     "txt_ids": text_ids,
                     "img_ids": position_ids(grid, device=device),
                 }
-                output = with_references(step, **arguments)
+                with self._step_cache("with references"):
+                    output = with_references(step, **arguments)
                 velocity = output.sample
                 if references and self._image_guidance_scale != 1:
-                    without = without_references(step, **arguments).sample
+                    with self._step_cache("without references"):
+                        without = without_references(step, **arguments).sample
                     velocity = without + self._image_guidance_scale * (velocity - without)
                 group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
                 if recorder is not None:
@@ -326,6 +330,15 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                         setattr(group, name, changed.get(name, getattr(group, name)))
                 progress.update()
         self._current_timestep = None
+
+    def _step_cache(self, name: str) -> AbstractContextManager[None]:
+        """Context of one of a step's passes: a step cache of the transformer, if it has one, remembers each apart."""
+        return self.transformer.cache_context(name) if self.transformer.is_cache_enabled else nullcontext()
+
+    def _forget_steps(self) -> None:
+        """Make a step cache forget an earlier run, which may have ended halfway."""
+        if self.transformer.is_cache_enabled:
+            self.transformer._reset_stateful_cache()
 
     def _timesteps(self, num_tokens: int, num_inference_steps: int, device: torch.device) -> Tensor:
         """Timesteps of FLUX: sigmas linspace(1, 1/steps) through the resolution shift."""

@@ -344,5 +344,28 @@ class InferenceConfig(Section):
     """Also write a page per picture that shows where each reference looks, an overview page, and the numbers in the manifest."""
     cpu_offload: bool = False
     """Keep models in CPU memory and move each to the GPU when it is needed, for GPUs with little memory."""
+    batch_size: Count = 1
+    """Pictures of equal size, settings and number of references that are made at once. Faster on GPUs, with more memory; in another batch
+    size a picture differs by rounding."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster pictures after a slower first one of every shape, on GPUs."""
+    attention_backend: Text | None = None
+    """Kernel of the attention by its name in diffusers, such as "_native_cudnn", "flash" or "_flash_3_hub". None: PyTorch's choice."""
+    step_cache: Literal["none", "first_block", "mag"] = "none"
+    """Leave most of the transformer out in steps that change little and repeat its last change: faster, an approximation. "first_block":
+    the change of the first block decides; "mag": a table of FLUX.1-dev's changes decides, for models of its shape."""
+    step_cache_threshold: Positive | None = None
+    """How much change counts as little; higher is faster and less exact. None: diffusers' default, 0.05 for "first_block" and 0.06 for
+    "mag"."""
     num_threads: Count = 1
     """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""
+
+    def __post_init__(self) -> None:
+        """Validate; some settings exclude one another."""
+        super().__post_init__()
+        if self.step_cache == "none" and self.step_cache_threshold is not None:
+            given = f'must be null where inference.step_cache is "none", got {self.step_cache_threshold:g}'
+            raise FieldError("inference.step_cache_threshold", given)
+        if self.step_cache != "none" and self.save_attention:
+            problem = f"must be \"none\" where attention is saved, which reads every block of every step, got {shown(self.step_cache)}"
+            raise FieldError("inference.step_cache", problem)

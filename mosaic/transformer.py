@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, MagCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from mosaic.attention import Capture, Layout, resolve_capture_blocks
-from mosaic.blocks import MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
+from mosaic.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.lora import branch_linear
 from mosaic.reference_cache import ReferenceCache
 from mosaic.strength import log_strength
@@ -82,6 +83,23 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         """
         raise ValueError("fuse_qkv_projections() cannot be used with a reference branch: to_q, to_k and to_v carry the reference LoRA.")
 
+    def enable_cache(self, config: FirstBlockCacheConfig | MagCacheConfig) -> None:
+        """Leave blocks out in sampling steps that change little, and repeat the last change of the target instead; `disable_cache` ends it.
+
+        The references have no part in it: neither in the decision nor in what is repeated. Attention rows cannot be read meanwhile.
+
+        Raises:
+            ValueError: For diffusers' other caches, which hook layers that these blocks do not call, or know other models only.
+        """
+        if not isinstance(config, FirstBlockCacheConfig | MagCacheConfig):
+            raise ValueError(
+                f"enable_cache takes a FirstBlockCacheConfig or MagCacheConfig with a reference branch, got {type(config).__name__}."
+            )
+        for block in (MosaicFluxTransformerBlock, MosaicFluxSingleTransformerBlock):
+            metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+            TransformerBlockRegistry.register(block, metadata)
+        super().enable_cache(config)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -118,9 +136,11 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             reference_cache: What was returned so, in place of the references.
 
         Raises:
-            ValueError: If rows are asked for without references or their queries, references are given twice, or `capture.blocks` is
-                wrong.
+            ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice, or
+                `capture.blocks` is wrong.
         """
+        if capture is not None and self.is_cache_enabled:
+            raise ValueError("attention rows are read in every block, some of which a step cache leaves out: disable_cache() first.")
         if reference_cache is not None and reference_hidden_states is not None:
             raise ValueError("give reference_hidden_states or reference_cache, not both.")
         num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
@@ -144,19 +164,25 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
 
         rows, reference_rows, kept = [], [], []
         num_captured = sum(wanted is not None and wanted.rows for wanted in captures)
+        references = None
+        if self.is_cache_enabled and layout.length:
+            hidden_states, references = hidden_states.split([num_target_tokens, layout.length], dim=1)
         for block, layout, wanted in zip(blocks, layouts, captures, strict=True):
-            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, wanted)
+            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, wanted, references)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 output = self._gradient_checkpointing_func(block, *arguments)
             else:
                 output = block(*arguments)
-            encoder_hidden_states, hidden_states = output.encoder_hidden_states, output.hidden_states
+            encoder_hidden_states, hidden_states = output[:2]
+            if not isinstance(output, BlockOutput):  # the block was left out by a step cache
+                continue
+            references = output.reference_hidden_states
             _accumulate(rows, output.rows.points, num_captured)
             _accumulate(reference_rows, output.rows.reference_means, num_captured)
             kept += [] if output.kept is None else [output.kept]
 
         hidden_states = self.norm_out(hidden_states[:, :num_target_tokens], temb[:, 0])
-        cache = ReferenceCache(tuple(kept), layout.num_references, layout.num_reference_tokens) if kept else None
+        cache = ReferenceCache(tuple(kept), layout.num_references, layout.num_reference_tokens) if len(kept) == len(blocks) else None
         return MosaicTransformerOutput(self.proj_out(hidden_states), *rows or [None], *reference_rows or [None], cache)
 
     def _captures(self, request: CaptureRequest | None, layouts: Sequence[Layout], keep: bool) -> list[Capture | None]:

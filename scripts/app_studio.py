@@ -189,10 +189,8 @@ class Studio:
             return {}
 
         output = self._pipeline(
-            recipe["prompt"],
-            references or None,
-            **sampling_arguments(recipe),
-            generator=torch.Generator().manual_seed(recipe["seed"]),
+            reference_images=[references] if references else None,
+            **sampling_arguments([recipe]),
             output_attention=run.with_attention,
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=(),

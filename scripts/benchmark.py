@@ -5,6 +5,9 @@ table of K x resolution x gradient checkpointing with step time, memory, TFLOP a
 shape with `--model flux_dev`, where that fits, or of the pocket transformer's with `--model pocket`, then also against the naive twin
 (scripts/twin_benchmark.py).
 
+`python scripts/benchmark.py infer` measures sampling: a table of K x size x mode (kept references, step caches, compiled blocks, batches,
+attention kernels) with latency, memory, TFLOP, utilisation and the error against the plain path (scripts/infer_benchmark.py).
+
 `python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/data_benchmark.py).
 """
 
@@ -44,6 +47,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+INFER_MODES = ["target", "refresh:2", "refresh:4", "first-block:0.12", "batch:4", "compile", "isolated", "isolated-cache"]
+INFER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pocket": {"sizes": [64], "reference_size": 32, "text_tokens": 24, "steps": 20},
+    "flux_dev": {"sizes": [512, 1024], "reference_size": 512, "text_tokens": 512, "steps": 28},
+}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -51,10 +60,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="training steps: time, memory, utilisation")
     add_train_arguments(train)
+    add_infer_arguments(commands.add_parser("infer", help="sampling: latency, memory, utilisation, error"))
     add_data_arguments(commands.add_parser("data", help="samples per second and memory of the reader"))
     args = parser.parse_args(argv)
     if args.command == "train":
-        complete_train_arguments(args)
+        complete_arguments(args, DEFAULTS)
+    if args.command == "infer":
+        complete_arguments(args, INFER_DEFAULTS)
     check_arguments(parser, args)
     return args
 
@@ -84,12 +96,35 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
 
 
-def complete_train_arguments(args: argparse.Namespace) -> None:
+def complete_arguments(args: argparse.Namespace, defaults: dict[str, dict[str, Any]]) -> None:
     """Fill in the model's defaults; `references` are all values of K, `k` the first."""
-    for name, value in DEFAULTS[args.model].items():
+    for name, value in defaults[args.model].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.references, args.k = args.k, args.k[0]
+
+
+def add_infer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command `infer`; what is not given depends on the model."""
+    parser.add_argument("--model", choices=sorted(INFER_DEFAULTS), default="pocket")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 6], help="numbers of references")
+    parser.add_argument("--sizes", type=int, nargs="+", help="sides of the target in px (pocket 64; flux_dev 512 1024)")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=INFER_MODES,
+        help="target, isolated, isolated-cache, compile, refresh:N, first-block:THRESHOLD, mag:THRESHOLD (flux_dev), batch:PICTURES, "
+        f"attention:KERNEL; `target` is always measured ({' '.join(INFER_MODES)})",
+    )
+    parser.add_argument("--reference-size", type=int, help="side of a reference in px (pocket 32; flux_dev 512)")
+    parser.add_argument("--text-tokens", type=int, help="text tokens (pocket 24; flux_dev 512)")
+    parser.add_argument("--steps", type=int, help="sampling steps (pocket 20; flux_dev 28)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of flux_dev's random LoRA; the pocket model has its own")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs per mode, in turns")
+    parser.add_argument("--seed", type=int, default=42, help="of the start noise, and of random inputs")
+    parser.add_argument("--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: 989, an H100's or H200's)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +141,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Name the flag whose value cannot be."""
-    lowest, flags = {"workers": 0}, {"references": "k"}
+    lowest, flags = {"workers": 0, "seed": 0}, {"references": "k"}
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and number < lowest.get(name, 1 if isinstance(number, int) else 1e-6):
@@ -149,8 +184,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
         return data_benchmark.run(args)
     try:
+        if args.command == "infer":
+            from scripts import infer_benchmark
+
+            return infer_benchmark.run(args)
         return run_train(args)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"benchmark.py: error: {error}") from error
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import inference
+from mosaic.cases import rendering
 from mosaic.cases import runner as case_runner
 from mosaic.cases.reading import load_cases
 from mosaic.cases.recipes import PictureJob, read_recipe
@@ -142,8 +143,8 @@ def test_each_process_renders_its_share(world: Path, alone: Path, tmp_path: Path
     config = load_config(world / "config.json", [f"inference.output_dir={tmp_path}"])
     cases = load_cases(world / "cases.json", runs.REFERENCE_SIZE)
     shares: list[list[str]] = []
-    monkeypatch.setattr(case_runner, "render_jobs", lambda jobs, *_, **__: shares.append([job.name for job in jobs]))
-    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(case_runner, "render_batches", lambda batches, *_, **__: shares.append([job.name for (job,) in batches]))
+    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
     for name in (f"{NAMES[0]}.png", f"{NAMES[0]}_panel.png"):  # finished: what is left is shared out
         (tmp_path / name).write_bytes((alone / name).read_bytes())
     for index in range(3):
@@ -173,7 +174,7 @@ def test_an_interruption_ends_in_one_line(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(case_runner, "render_job", interrupt)
+    monkeypatch.setattr(rendering, "render_batch", interrupt)
     assert inference.main(arguments(world, tmp_path)) == 130
     assert capsys.readouterr().err.endswith("interrupted: the same command goes on with the pictures that are missing\n")
 
@@ -192,8 +193,10 @@ def test_finished_means_the_recipe_not_the_name(world: Path, alone: Path, tmp_pa
         save.parent.mkdir(exist_ok=True)
         save.write_bytes(data)
     rendered = []
-    render = case_runner.render_job
-    monkeypatch.setattr(case_runner, "render_job", lambda job, *rest, **more: rendered.append(job.name) or render(job, *rest, **more))
+    render = rendering.render_batch
+    monkeypatch.setattr(
+        rendering, "render_batch", lambda batch, *rest, **more: rendered.append(batch[0].name) or render(batch, *rest, **more)
+    )
     changed = [dict(entry) for entry in ENTRIES]
     changed[0]["prompt"] = "a mug on the beach"
     (tmp_path / "reference_2.png").write_bytes((world / "reference_0.png").read_bytes())  # another picture under an old name
@@ -212,7 +215,7 @@ def test_finished_means_the_recipe_not_the_name(world: Path, alone: Path, tmp_pa
 
 def test_threads_are_fixed_and_given_back(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, before = [], torch.get_num_threads()
-    monkeypatch.setattr(case_runner, "render_jobs", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(case_runner, "render_batches", lambda *_, **__: seen.append(torch.get_num_threads()))
     assert inference.main(arguments(world, tmp_path / "out", "--set", "inference.num_threads=2")) == 1
     assert (seen, torch.get_num_threads()) == ([2], before)
 
@@ -240,14 +243,14 @@ def test_another_batch_size_starts_from_the_same_noise(world: Path, alone: Path)
 def test_a_case_that_fails_does_not_stop_the_others(
     world: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read = case_runner.read_references
+    read = rendering.read_references
 
     def fail(job: PictureJob) -> list[Image.Image]:
         if job.name == NAMES[1]:
             raise RuntimeError("out of\nmemory")
         return read(job)
 
-    monkeypatch.setattr(case_runner, "read_references", fail)
+    monkeypatch.setattr(rendering, "read_references", fail)
     cases = [
         *ENTRIES,
         {"prompt": "", "image_paths": PICTURES, "index": 30},
@@ -269,7 +272,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
     assert [row["name"] for row in rows(tmp_path)] == [name for name in NAMES if name != NAMES[1]]
     for row in rows(tmp_path):
         assert (tmp_path / row["file"]).read_bytes() == (alone / row["file"]).read_bytes()
-    monkeypatch.setattr(case_runner, "read_references", read)
+    monkeypatch.setattr(rendering, "read_references", read)
     assert inference.main(arguments(world, tmp_path)) == 0
     assert_same(tmp_path, alone)
 
@@ -324,8 +327,10 @@ def test_a_report_over_two_processes_and_of_finished_pictures(world: Path, alone
 
 def test_other_points_make_another_report_of_the_same_picture(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, seen = world / "points.json", []
-    render = case_runner.render_job
-    monkeypatch.setattr(case_runner, "render_job", lambda job, *rest, **more: seen.append(job.name) or render(job, *rest, **more))
+    render = rendering.render_batch
+    monkeypatch.setattr(
+        rendering, "render_batch", lambda batch, *rest, **more: seen.append(batch[0].name) or render(batch, *rest, **more)
+    )
     for points, rendered, report in (([], 1, True), ([[5, 5]], 1, True), ([[5, 5]], 0, True), ([[9, 5]], 0, False), ([[9, 5]], 1, True)):
         seen.clear()
         path.write_text(json.dumps([{"prompt": "a cat", "references": [{"path": PICTURES[0], "points": points}]}]))

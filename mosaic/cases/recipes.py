@@ -4,10 +4,11 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 
 from mosaic.cases.reading import Case
@@ -109,7 +110,8 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "style_lora": _style_lora(config),
         "device": device,
         "num_threads": settings.num_threads,
-        "batch_size": 1,
+        "batch_size": settings.batch_size,
+        **{key: getattr(settings, key) for key in ("compile", "attention_backend", "step_cache", "step_cache_threshold")},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
 
@@ -120,12 +122,18 @@ SAMPLING = (
 )
 
 
-def sampling_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says to `MosaicFluxPipeline.__call__` beside prompt, pictures and generator."""
-    arguments = {key: recipe[key] for key in SAMPLING} | {"max_sequence_length": recipe["text_length"]}
-    if recipe["lora"] is not None and recipe["references"]:
-        arguments["reference_strength"] = [entry["strength"] for entry in recipe["references"]]
-    return arguments
+def sampling_arguments(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What recipes say to `MosaicFluxPipeline.__call__`, beside the reference pictures.
+
+    Args:
+        recipes: Of pictures that have all in common but prompt, seed and references (not their number): one call makes them.
+    """
+    first = recipes[0]
+    arguments = {key: first[key] for key in SAMPLING} | {"max_sequence_length": first["text_length"]}
+    if first["lora"] is not None and first["references"]:
+        arguments["reference_strength"] = [[entry["strength"] for entry in recipe["references"]] for recipe in recipes]
+    prompts, generators = [recipe["prompt"] for recipe in recipes], [torch.Generator().manual_seed(recipe["seed"]) for recipe in recipes]
+    return {"prompt": prompts, "generator": generators, **arguments}
 
 
 def _style_lora(config: Config) -> dict[str, Any] | None:

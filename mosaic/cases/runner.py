@@ -1,38 +1,30 @@
-"""Rendering of the pictures that cases ask for, one at a time, shared out over processes.
+"""Rendering of the pictures that cases ask for, a batch at a time, shared out over processes.
 
 Whatever the number of processes, and however often they were interrupted: the names, pictures and manifest are the same.
 """
 
-import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from PIL import Image
-from torch import Tensor
-from tqdm.auto import tqdm
 
+from mosaic.acceleration import accelerate
+from mosaic.cases.batches import plan_batches, unfinished_batches
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.overview import write_overview
 from mosaic.cases.reading import Case
-from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, sampling_arguments, shared_recipe, unfinished
-from mosaic.cases.reports import make_report
+from mosaic.cases.recipes import PictureJob, case_jobs, shared_recipe, unfinished
+from mosaic.cases.rendering import render_batches
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
-from mosaic.figures import case_panel, save_picture
 from mosaic.hub import require_model_name, resolve_lora_file
-from mosaic.images import decode_image
-from mosaic.pages import write_page
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CAPTION_LETTERS = 400
-CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # RuntimeError: also that a device's memory is full
 
 
 class RunResult(NamedTuple):
@@ -70,10 +62,12 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     jobs, problems = plan_jobs(cases, config, lora_file, state.device.type)
     todo = unfinished(jobs, folder, settings.report and lora_file is not None)
     state.wait_for_everyone()  # nobody writes before everybody has looked
-    share = todo[state.process_index :: state.num_processes]
+    share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
     if share:
         pipeline = load_pipeline(config, lora_file, state.device)
-        render_jobs(share, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
+        accelerate(pipeline.transformer, settings, state.device)
+        names = {job.name for job in todo}
+        render_batches(share, names, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process and jobs:
         failures = write_manifest(jobs, folder)
@@ -118,71 +112,3 @@ def load_pipeline(config: Config, lora_file: Path | None, device: torch.device) 
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def render_jobs(
-    jobs: Sequence[PictureJob], pipeline: MosaicFluxPipeline, config: Config, journal: Journal, show_progress: bool = True
-) -> None:
-    """Render pictures one after the other; one that fails is written into the journal, and the next begins."""
-    steps = [job.recipe["num_inference_steps"] for job in jobs]
-    with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
-        for number, job in enumerate(jobs):
-            progress.set_description(f"{job.name} ({number + 1} of {len(jobs)})")
-            try:
-                render_job(job, pipeline, config, journal, on_step=progress.update)
-            except CASE_ERRORS as error:
-                journal.add(job, error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
-                torch.cuda.empty_cache()
-            progress.update(sum(steps[: number + 1]) - progress.n)
-
-
-def render_job(
-    job: PictureJob, pipeline: MosaicFluxPipeline, config: Config, journal: Journal, on_step: Callable[[], object] = lambda: None
-) -> None:
-    """Render one picture and write its files, the picture last."""
-    start = time.perf_counter()
-    references = read_references(job)
-
-    def count(*_: object) -> dict[str, Tensor]:
-        on_step()
-        return {}
-
-    with_lora = job.recipe["lora"] is not None
-    result = pipeline(
-        job.recipe["prompt"],
-        references if with_lora else None,
-        **sampling_arguments(job.recipe),
-        generator=torch.Generator().manual_seed(job.recipe["seed"]),
-        output_attention=config.inference.report and with_lora,
-        callback_on_step_end=count,
-        callback_on_step_end_tensor_inputs=(),
-    )
-    picture, text = result.images[0], png_text(job.recipe)
-    report = make_report(job, references, picture, result.attention[0]) if result.attention else None
-    numbers = {"attention": report.numbers} if report else {}
-    journal.add(job, seconds=round(time.perf_counter() - start, 3), **numbers)
-    files = job_files(job, journal.path.parent)
-    if report:
-        save_picture(report.panel, files.attention, text)
-        write_page(files.page, report.page)
-    else:  # those of an earlier recipe are not of this picture
-        files.attention.unlink(missing_ok=True)
-        files.page.unlink(missing_ok=True)
-    save_picture(case_panel(references, picture, job.recipe["prompt"][:CAPTION_LETTERS]), files.panel, text)
-    save_picture(picture, files.picture, text)
-
-
-def read_references(job: PictureJob) -> list[Image.Image]:
-    """The reference pictures of a job.
-
-    Raises:
-        ValueError: A file is not the one that was checked.
-        OSError: A file is gone.
-    """
-    pictures = []
-    for path, entry in zip(job.case.image_paths, job.recipe["references"], strict=True):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{path}: has changed since the cases were checked. Start again.")
-        pictures.append(decode_image(data, str(path)))
-    return pictures
