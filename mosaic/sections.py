@@ -329,7 +329,15 @@ class InferenceConfig(Section):
     """Long side of the subject in a prepared reference, as a share of the picture's side."""
     save_attention: bool = False
     """Also save the attention maps of the references."""
-    cpu_offload: bool = False
-    """Keep models in CPU memory and move each to the GPU when it is needed, for GPUs with little memory."""
+    memory: Literal["none", "auto", "80gb", "48gb", "24gb", "16gb", "12gb"] = "none"
+    """What is done to fit a device. "none" and "80gb": everything stays on it in `model.dtype`; "48gb": all prompts are encoded first, then
+    the text encoders leave; "24gb": so, with the transformer in int8 (torchao); "16gb": so, in nf4 (bitsandbytes); "12gb": int8, block by
+    block from CPU memory, T5 in int8; "auto": the first of them that is predicted to fit the free memory."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Number format of the frozen transformer's matrices; None: that of `memory`."""
+    gguf: Text | None = None
+    """GGUF file with the transformer's weights, in place of those of `model.pretrained`. Needs the package gguf."""
+    quantized_cache: Text | None = "outputs/quantized"
+    """Folder in which quantised weights are kept, so that they are quantised once; None: they are not kept."""
     num_threads: Count = 1
     """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""

@@ -12,7 +12,8 @@ from PIL import Image
 
 from mosaic.cases.reading import Case
 from mosaic.config import Config
-from mosaic.digests import file_digest
+from mosaic.digests import file_digest, weights_digest
+from mosaic.memory_presets import GGUF, MemoryPreset, gguf_file, resolve_preset
 from mosaic.tokens import token_grid
 
 KEY = "mosaic"  # of the PNG text that holds a recipe
@@ -86,8 +87,11 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         model_digest: Of `model.pretrained`.
         lora_digest: Of `inference.lora`; None: there is none.
         device: Type of the device, such as "cpu".
+
+    Raises:
+        FileNotFoundError, ValueError: The memory settings exclude each other, or need what is not there.
     """
-    settings = config.inference
+    settings, preset = config.inference, resolve_preset(config)
     return {
         "reference_size": config.data.reference_size,
         "reference_scale": settings.reference_scale,
@@ -96,11 +100,21 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "dtype": config.model.dtype,
         "model": {"name": _public_name(config.model.pretrained), "digest": model_digest},
         "lora": None if lora_digest is None else {"name": _public_name(settings.lora), "digest": lora_digest},
+        "storage": _storage(config, preset),
         "device": device,
         "num_threads": settings.num_threads,
         "batch_size": 1,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *preset.packages)}
+        | {"python": platform.python_version()},
     }
+
+
+def _storage(config: Config, preset: MemoryPreset) -> dict[str, Any]:
+    """What of `inference.memory` changes pictures; where models wait and when they leave does not."""
+    storage: dict[str, Any] = {name: getattr(preset, name) for name in ("transformer", "text_encoder_2", "vae_tiling")}
+    if preset.transformer == GGUF:
+        storage["gguf"] = weights_digest(gguf_file(config.inference.gguf))
+    return storage
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mosaic.cases.loading import load_pipeline
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.reading import Case
 from mosaic.cases.recipes import PictureJob, case_jobs, job_files, png_text, shared_recipe, unfinished
@@ -26,7 +27,6 @@ from mosaic.images import decode_image, prepare_reference
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.tokens import token_grid
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CAPTION_LETTERS = 400
 CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # RuntimeError: also that a device's memory is full
 
@@ -50,7 +50,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
 
     Args:
         cases: Checked cases.
-        config: The settings.
+        config: The settings; `inference.memory` is not "auto" any more, see `mosaic.planning.memory_choice`.
         state: The processes.
 
     Returns:
@@ -68,7 +68,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     state.wait_for_everyone()  # nobody writes before everybody has looked
     share = todo[state.process_index :: state.num_processes]
     if share:
-        pipeline = load_pipeline(config, lora_file, state.device)
+        pipeline = load_pipeline(config, lora_file, state.device, [job.recipe["prompt"] for job in share])
         render_jobs(share, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process and jobs:
@@ -97,19 +97,6 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
         except (ValueError, OSError) as error:
             problems.append(str(error))
     return jobs, problems
-
-
-def load_pipeline(config: Config, lora_file: Path | None, device: torch.device) -> MosaicFluxPipeline:
-    """The pipeline with its reference LoRA, on its device."""
-    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
-    if lora_file is not None:
-        pipeline.load_reference_lora(lora_file)
-    if device.type != "cpu" and config.inference.cpu_offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    elif device.type != "cpu":
-        pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def render_jobs(
