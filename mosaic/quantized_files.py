@@ -38,7 +38,7 @@ def quantized_model(
     device: torch.device,
     cache: str | os.PathLike | None,
 ) -> nn.Module:
-    """A quantised model from the cache, or else loaded, quantised and left there.
+    """A quantised model from the cache, where it is put if it is not there.
 
     Args:
         component: Folder of the model's config and weights.
@@ -62,16 +62,16 @@ def quantized_model(
         return model
     key = content_key(component, quantization, dtype, device)
     path = Path(cache).expanduser() / f"{component.name}-{quantization}-{key[:24]}.safetensors"
-    if path.is_file():
-        logger.info("%s: read from %s", component.name, path)
-        with init_empty_weights():
-            model = build()
-        read_quantized(model, path, quantization, device)
-        return model
-    model = load()
-    quantize_base(model, quantization, device)
-    write_quantized(model, path, quantization)
-    logger.info("%s: quantised to %s, kept in %s", component.name, quantization, path)
+    if not path.is_file():
+        model = load()
+        quantize_base(model, quantization, device)
+        write_quantized(model, path, quantization)
+        logger.info("%s: quantised to %s, kept in %s", component.name, quantization, path)
+        del model
+    # The first run reads the file as every later one does: where weights lie in memory decides how products round.
+    with init_empty_weights():
+        model = build()
+    read_quantized(model, path, quantization, device)
     return model
 
 

@@ -58,7 +58,7 @@ def test_a_transformer_from_the_cache_is_the_quantised_one(name: str, model: Pat
     folder = model / "transformer"
     exact = velocity(load_transformer(folder)())
     fresh = quantized_model(folder, load_transformer(folder), refuse, name, torch.float32, CPU, None)
-    made = quantized_model(folder, load_transformer(folder), refuse, name, torch.float32, CPU, tmp_path)
+    made = quantized_model(folder, load_transformer(folder), build_transformer(folder), name, torch.float32, CPU, tmp_path)
     (file,) = tmp_path.iterdir()
     read = quantized_model(folder, refuse, build_transformer(folder), name, torch.float32, CPU, tmp_path)
     assert list(tmp_path.iterdir()) == [file]
@@ -82,7 +82,8 @@ def test_a_text_encoder_from_the_cache_is_the_quantised_one(name: str, model: Pa
 
     with torch.no_grad():
         exact = load()(tokens).last_hidden_state
-        fresh = quantized_model(folder, load, refuse, name, torch.float32, CPU, tmp_path)(tokens).last_hidden_state
+        fresh = quantized_model(folder, load, refuse, name, torch.float32, CPU, None)(tokens).last_hidden_state
+        quantized_model(folder, load, build, name, torch.float32, CPU, tmp_path)
         read = quantized_model(folder, refuse, build, name, torch.float32, CPU, tmp_path)(tokens).last_hidden_state
     assert torch.equal(read, fresh)
     assert 0 < (fresh - exact).norm() / exact.norm() < 0.3
@@ -107,7 +108,8 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_holds_everything_once(packed: None, model: Path, tmp_path: Path) -> None:
-    made = quantized_model(model / "transformer", Packed, refuse, "nf4", torch.float32, CPU, tmp_path / "new")
+    made = Packed()
+    quantized_model(model / "transformer", lambda: made, Packed, "nf4", torch.float32, CPU, tmp_path / "new")
     (file,) = (tmp_path / "new").iterdir()
     assert load_file(file).keys() == {"linear.weight", "linear.bias", "codes"}
     read = quantized_model(model / "transformer", refuse, Packed, "nf4", torch.float32, CPU, tmp_path / "new")

@@ -127,6 +127,6 @@ def load_gguf(path: str, pretrained: str, dtype: torch.dtype) -> FluxTransformer
         return FluxTransformer2DModel.from_single_file(
             str(file), quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), config=str(folder), dtype=dtype
         ).requires_grad_(False)
-    except (ValueError, KeyError, TypeError, RuntimeError, IndexError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"inference.gguf: {path} cannot be read as a GGUF transformer of {pretrained} ({reason}).") from error
