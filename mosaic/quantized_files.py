@@ -3,6 +3,7 @@
 A file holds the whole model, layers in full precision included: loading it needs neither the original weights nor their memory.
 """
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -68,6 +69,7 @@ def quantized_model(
         write_quantized(model, path, quantization)
         logger.info("%s: quantised to %s, kept in %s", component.name, quantization, path)
         del model
+        gc.collect()  # modules refer to themselves in circles, which would keep gigabytes beside what is read now
     # The first run reads the file as every later one does: where weights lie in memory decides how products round.
     with init_empty_weights():
         model = build()

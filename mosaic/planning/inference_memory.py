@@ -168,7 +168,7 @@ def _forward_bytes(
     target = token_grid(demand.height, demand.width, shape.vae_scale_factor, where="height, width")
     reference = token_grid(reference_size, reference_size, shape.vae_scale_factor, where="data.reference_size")
     references, channels = demand.num_references if lora_rank else 0, shape.transformer["in_channels"]
-    transformer = _shallow_transformer(shape, lora_rank, dtype_name)
+    transformer = _shallow_transformer(frozen, lora_rank, dtype_name)
 
     def tensor(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -196,9 +196,10 @@ def _forward_bytes(
     return meter.peak.total() + 2 * rows  # the sum over the steps, and this step's share of it
 
 
-def _shallow_transformer(shape: ModelShape, lora_rank: int, dtype: str) -> nn.Module:
+@cache
+def _shallow_transformer(frozen: _Frozen, lora_rank: int, dtype: str) -> nn.Module:
     """One block of each kind on the meta device, all weights in one format."""
-    shallow = replace(shape, transformer={**shape.transformer, "num_layers": 1, "num_single_layers": 1})
+    shallow = replace(frozen.shape, transformer={**frozen.shape.transformer, "num_layers": 1, "num_single_layers": 1})
     base = Config()
     config = replace(
         base,
