@@ -18,10 +18,13 @@ from mosaic.cases.reading import Case, read_cases
 from mosaic.config import Config, load_config
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from mosaic.cases.runner import RunResult
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONFIG = ROOT / "configs" / "pocket.json"
+MEMORY = ("none", "auto", "80gb", "48gb", "24gb", "16gb", "12gb")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,6 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--refresh-references", type=int, metavar="N", help="inference.refresh_references: every N steps (approximate)")
     parser.add_argument("--report", action="store_true", help="also write pages on where each reference looks")
+    parser.add_argument("--memory", choices=MEMORY, help="inference.memory: fit a card of this size, or what memory is free (auto)")
     parser.add_argument("--check", action="store_true", help="only check the cases and their pictures")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     return parser.parse_args(argv)
@@ -68,6 +72,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "inference.reference_cache": arguments.reference_cache or None,
         "inference.refresh_references": arguments.refresh_references,
         "inference.report": arguments.report or None,
+        "inference.memory": arguments.memory,
     }
     return arguments.set + [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
 
@@ -92,10 +97,25 @@ def run(config: Config, cases: list[Case]) -> "RunResult":
     num_threads = torch.get_num_threads()
     torch.set_num_threads(config.inference.num_threads)
     try:
+        if config.inference.memory == "auto":
+            config = choose_memory(config, cases, state)
         return run_cases(cases, config, state)
     finally:
         torch.set_num_threads(num_threads)
         state.destroy_process_group()
+
+
+def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> Config:
+    """The config with the preset that fits the free memory; says which, and why."""
+    from mosaic.hub import resolve_lora_file
+    from mosaic.planning.memory_choice import auto_config
+
+    settings = config.inference
+    lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
+    config, reason = auto_config(config, cases, lora_file, state)
+    if state.is_main_process:
+        print(reason, file=sys.stderr)
+    return config
 
 
 def report(result: "RunResult", folder: str) -> None:

@@ -1,7 +1,7 @@
-"""Storage of the frozen transformer in 4 or 8 bits (`model.quantization`). The reference LoRA stays in full precision.
+"""Storage of frozen matrices in 4 or 8 bits: of the transformer (`model.quantization`, and in inference), and of T5 beside it.
 
-The branches only call a base layer's forward, so nothing else has to know. The libraries are optional. Layers are replaced after loading
-and not by diffusers while it loads, because diffusers refuses nf4 on machines without a GPU.
+The reference LoRA stays in full precision. The branches only call a base layer's forward, so nothing else has to know. The libraries are
+optional. Layers are replaced after loading and not by diffusers while it loads, because diffusers refuses nf4 on machines without a GPU.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from torch import nn
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 # Small, and at the ends of the network, where rounding shows most.
 FULL_PRECISION = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+T5_EXIT = "wo"  # T5 casts what goes into this layer to the format of its weight, which packed integers have not
 
 
 def require_package(package: str, setting: str) -> None:
@@ -28,21 +29,21 @@ def require_package(package: str, setting: str) -> None:
         raise ValueError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
 
 
-def check_quantization(quantization: str) -> None:
-    """Check that the package of a `model.quantization` is installed.
+def check_quantization(quantization: str, setting: str = "model.quantization") -> None:
+    """Check that the package of a number format is installed.
 
     Raises:
         ValueError: If it is not.
     """
     if quantization != "none":
-        require_package(PACKAGES[quantization], f'model.quantization "{quantization}"')
+        require_package(PACKAGES[quantization], f'{setting} "{quantization}"')
 
 
 def quantize_base(transformer: nn.Module, quantization: str, device: torch.device) -> None:
     """Quantise the blocks' matrices in place, one after the other; the model is frozen by this.
 
     Args:
-        transformer: A FLUX transformer without adapters.
+        transformer: A FLUX transformer without adapters, or a T5 encoder.
         quantization: "none", "nf4" (bitsandbytes), "int8" or "fp8" (torchao, weights only).
         device: Where nf4 layers are quantised and stay.
 
@@ -55,15 +56,16 @@ def quantize_base(transformer: nn.Module, quantization: str, device: torch.devic
     transformer.requires_grad_(False)
     if quantization == "nf4":
         for name, layer in list(transformer.named_modules()):
-            if _is_quantized(layer, name):
+            if is_quantized(layer, name) and name.split(".")[-1] != T5_EXIT:
                 transformer.set_submodule(name, _nf4(layer).to(device))
         return
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    quantize_(transformer, Int8WeightOnlyConfig() if quantization == "int8" else Float8WeightOnlyConfig(), _is_quantized)
+    quantize_(transformer, Int8WeightOnlyConfig() if quantization == "int8" else Float8WeightOnlyConfig(), is_quantized)
 
 
-def _is_quantized(layer: nn.Module, name: str) -> bool:
+def is_quantized(layer: nn.Module, name: str) -> bool:
+    """Whether a layer of that name is one of the matrices that are quantised."""
     return isinstance(layer, nn.Linear) and name.split(".")[0] not in FULL_PRECISION
 
 

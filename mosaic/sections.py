@@ -342,8 +342,6 @@ class InferenceConfig(Section):
     """Long side of the subject in a prepared reference, as a share of the picture's side."""
     report: bool = False
     """Also write a page per picture that shows where each reference looks, an overview page, and the numbers in the manifest."""
-    cpu_offload: bool = False
-    """Keep models in CPU memory and move each to the GPU when it is needed, for GPUs with little memory."""
     batch_size: Count = 1
     """Pictures of equal size, settings and number of references that are made at once. Faster on GPUs, with more memory; in another batch
     size a picture differs by rounding."""
@@ -357,6 +355,16 @@ class InferenceConfig(Section):
     step_cache_threshold: Positive | None = None
     """How much change counts as little; higher is faster and less exact. None: diffusers' default, 0.05 for "first_block" and 0.06 for
     "mag"."""
+    memory: Literal["none", "auto", "80gb", "48gb", "24gb", "16gb", "12gb"] = "none"
+    """What is done to fit a device. "none" and "80gb": everything stays on it in `model.dtype`; "48gb": all prompts are encoded first, then
+    the text encoders leave; "24gb": so, with the transformer in int8 (torchao); "16gb": so, in nf4 (bitsandbytes); "12gb": int8, block by
+    block from CPU memory, T5 in int8; "auto": the first of them that is predicted to fit the free memory."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Number format of the frozen transformer's matrices; None: that of `memory`."""
+    gguf: Text | None = None
+    """GGUF file with the transformer's weights, in place of those of `model.pretrained`. Needs the package gguf."""
+    quantized_cache: Text | None = "outputs/quantized"
+    """Folder in which quantised weights are kept, so that they are quantised once; None: they are not kept."""
     num_threads: Count = 1
     """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""
 
@@ -366,6 +374,6 @@ class InferenceConfig(Section):
         if self.step_cache == "none" and self.step_cache_threshold is not None:
             given = f'must be null where inference.step_cache is "none", got {self.step_cache_threshold:g}'
             raise FieldError("inference.step_cache_threshold", given)
-        if self.step_cache != "none" and self.save_attention:
-            problem = f"must be \"none\" where attention is saved, which reads every block of every step, got {shown(self.step_cache)}"
+        if self.step_cache != "none" and self.report:
+            problem = f"must be \"none\" where a report is written, which reads every block of every step, got {shown(self.step_cache)}"
             raise FieldError("inference.step_cache", problem)

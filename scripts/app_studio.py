@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from mosaic.cases.loading import load_pipeline
 from mosaic.cases.recipes import PictureJob, sampling_arguments, shared_recipe
-from mosaic.cases.runner import load_pipeline
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.figures import attention_panel

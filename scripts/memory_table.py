@@ -1,4 +1,4 @@
-"""Which settings fit which cards: predicted memory of FLUX.1-dev's training over K, resolution and what saves memory."""
+"""Which settings fit which cards: predicted memory of FLUX.1-dev's training and inference over K, resolution and what saves memory."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,13 +7,17 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mosaic.config import Config, from_dict
+from mosaic.memory_presets import PRESETS
+from mosaic.planning.inference_memory import Demand, predict_inference
 from mosaic.planning.memory_model import EMA, ENCODERS, GIB, SAVED, dry_parts, kept_attention_bytes, predict_memory
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape
 from mosaic.planning.preflight import FITS_BELOW
 
-#: GB by the card's name: GiB that CUDA reports for an RTX 4090, an RTX A6000, an H100 and an H200.
-CARDS = {24: 23.6, 48: 47.5, 80: 79.2, 141: 139.8}
+#: GB by the card's name: GiB that CUDA reports for an RTX 3060, an RTX 4080, an RTX 4090, an RTX A6000, an H100 and an H200.
+CARDS = {12: 11.6, 16: 15.6, 24: 23.6, 48: 47.5, 80: 79.2, 141: 139.8}
+TRAINING_CARDS = (24, 48, 80, 141)
 SIZES, REFERENCES = (512, 1024), (1, 2, 4, 6)
+RANKS = (128, 512)  # the paper's, and that of the published file
 
 
 class Choice(NamedTuple):
@@ -104,7 +108,22 @@ def print_table() -> None:
     for (size, k), cells in result.items():
         print(f"| {size} | {k} | " + " | ".join(f"{cells[choice]:.1f}" for choice in CHOICES) + " |")
     print(f"\nThe fastest of these that fits into {FITS_BELOW:.0%} of a card:\n")
-    print("| px | K | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n|---|---|" + "---|" * len(CARDS))
+    print("| px | K | " + " | ".join(f"{card} GB" for card in TRAINING_CARDS) + " |\n|---|---|" + "---|" * len(TRAINING_CARDS))
     for (size, k), cells in result.items():
-        best = [best_fit(cells, memory) for memory in CARDS.values()]
+        best = [best_fit(cells, CARDS[card]) for card in TRAINING_CARDS]
         print(f"| {size} | {k} | " + " | ".join("none of these" if choice is None else choice.name for choice in best) + " |")
+
+
+def print_inference_table(shape: ModelShape = FLUX_DEV_SHAPE) -> None:
+    """The memory presets as Markdown: predicted GiB of the fullest stage, and the stage."""
+    config = config_of(SIZES[0])
+    print("Predicted GiB at the fullest moment of rendering one picture, FLUX.1-dev, bf16, references of 512 px, mode target:\n")
+    print("| rank | px | K | " + " | ".join(PRESETS) + " |\n|---|---|---|" + "---:|" * len(PRESETS))
+    rows = [(rank, size, k) for rank in RANKS for size in SIZES for k in REFERENCES]
+    for rank, size, k in tqdm(rows, desc="dry runs", unit="row"):
+        peaks = [predict_inference(config, shape, preset, Demand(size, size, k), rank).peak for preset in PRESETS.values()]
+        tqdm.write(f"| {rank} | {size} | {k} | " + " | ".join(f"{peak / GIB:.1f}" for peak in peaks) + " |")
+    print("\nWhat they do:\n")
+    for preset in PRESETS.values():
+        needs = f" (needs {' and '.join(preset.packages)})" if preset.packages else ""
+        print(f"- {preset.name}: {preset.describe()}{needs}")

@@ -1,10 +1,10 @@
 """Looks over a training run before anything heavy: counts, FLOPs, memory by part, time, disk, and whether everything it needs is there.
 
     python scripts/preflight.py CONFIG [--set section.field=value ...] [--gpu-memory GIB] [--references K] [--json FILE]
-    python scripts/preflight.py --table
+    python scripts/preflight.py --table [training|inference]
 
 Loads and downloads no weights, writes nothing but FILE. Exit code 0: ready; 1: something would stop training; 2: the command or the
-config is wrong. --table: which settings fit which cards with FLUX.1-dev, in a few minutes.
+config is wrong. --table: which settings, or which values of inference.memory, fit which cards with FLUX.1-dev, in a few minutes.
 """
 
 import argparse
@@ -27,9 +27,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="plan for a card of this size instead of the one that is here")
     parser.add_argument("--references", type=int, metavar="K", help="plan for K references instead of the most that the data have")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
-    parser.add_argument("--table", action="store_true", help="print which settings fit cards of 24, 48, 80 and 141 GB")
+    kinds = {"nargs": "?", "const": "training", "choices": ["training", "inference"]}
+    parser.add_argument("--table", **kinds, help="print which settings fit cards of 12 to 141 GB")
     arguments = parser.parse_args(argv)
-    if bool(arguments.config) == arguments.table:
+    if bool(arguments.config) == bool(arguments.table):
         parser.error("give either CONFIG or --table")
     for name in ("gpu_memory", "references"):
         if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
@@ -41,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
     if arguments.table:
-        from scripts.memory_table import print_table
+        from scripts.memory_table import print_inference_table, print_table
 
-        print_table()
+        print_table() if arguments.table == "training" else print_inference_table()
         return 0
     try:
         config = load_config(arguments.config, arguments.set)

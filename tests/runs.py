@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mosaic.config import Config, from_dict
@@ -31,6 +32,25 @@ def write_model(folder: Path) -> Path:
     """A stock diffusers FLUX folder with random weights."""
     tiny.build_stock_pipeline(guidance_embeds=False).save_pretrained(folder)
     return folder
+
+
+def write_gguf(model: Path, path: Path, kind: str = "Q8_0") -> Path:
+    """The transformer of a model folder as a GGUF file, matrices of the blocks quantised; needs the package gguf."""
+    import gguf
+
+    quantized = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, tensor in load_file(model / "transformer/diffusion_pytorch_model.safetensors").items():
+        array = tensor.numpy()
+        if "blocks." in name and array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(array, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def lora_tensors(rank: int = RANK, seed: int = 5) -> dict[str, Tensor]:

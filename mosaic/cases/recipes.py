@@ -17,6 +17,7 @@ from mosaic.digests import file_digest, weights_digest
 from mosaic.hub import resolve_style_lora_file
 from mosaic.lora_files import LoraFile
 from mosaic.lora_keys import find_modules
+from mosaic.memory_presets import GGUF, MemoryPreset, gguf_file, resolve_preset
 from mosaic.pages import page_digest_at
 from mosaic.tokens import token_grid
 
@@ -95,8 +96,9 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
 
     Raises:
         FileNotFoundError, OSError, ValueError: `inference.style_lora` is not there, or its keys are not those of a FLUX LoRA.
+        FileNotFoundError, ValueError: The memory settings exclude each other, or need what is not there.
     """
-    settings = config.inference
+    settings, preset = config.inference, resolve_preset(config)
     return {
         "reference_size": config.data.reference_size,
         "reference_scale": settings.reference_scale,
@@ -112,7 +114,9 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "num_threads": settings.num_threads,
         "batch_size": settings.batch_size,
         **{key: getattr(settings, key) for key in ("compile", "attention_backend", "step_cache", "step_cache_threshold")},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "storage": _storage(config, preset),
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *preset.packages)}
+        | {"python": platform.python_version()},
     }
 
 
@@ -144,6 +148,14 @@ def _style_lora(config: Config) -> dict[str, Any] | None:
     path = resolve_style_lora_file(settings.style_lora, settings.style_lora_weight_name)
     find_modules(LoraFile(path, "style LoRA"), str(path))
     return {"name": _public_name(settings.style_lora), "digest": weights_digest(path), "scale": settings.style_lora_scale}
+
+
+def _storage(config: Config, preset: MemoryPreset) -> dict[str, Any]:
+    """What of `inference.memory` changes pictures; where models wait and when they leave does not."""
+    storage: dict[str, Any] = {name: getattr(preset, name) for name in ("transformer", "text_encoder_2", "vae_tiling")}
+    if preset.transformer == GGUF:
+        storage["gguf"] = weights_digest(gguf_file(config.inference.gguf))
+    return storage
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import PartialState
 
 from mosaic.acceleration import accelerate
 from mosaic.cases.batches import plan_batches, unfinished_batches
+from mosaic.cases.loading import load_pipeline
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.overview import write_overview
 from mosaic.cases.reading import Case
@@ -20,11 +20,8 @@ from mosaic.cases.rendering import render_batches
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.hub import require_model_name, resolve_lora_file
-from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class RunResult(NamedTuple):
@@ -46,7 +43,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
 
     Args:
         cases: Checked cases.
-        config: The settings.
+        config: The settings; `inference.memory` is not "auto" any more, see `mosaic.planning.memory_choice`.
         state: The processes.
 
     Returns:
@@ -64,7 +61,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     state.wait_for_everyone()  # nobody writes before everybody has looked
     share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
     if share:
-        pipeline = load_pipeline(config, lora_file, state.device)
+        pipeline = load_pipeline(config, lora_file, state.device, [job.recipe["prompt"] for batch in share for job in batch])
         accelerate(pipeline.transformer, settings, state.device)
         names = {job.name for job in todo}
         render_batches(share, names, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
@@ -97,18 +94,3 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
         except (ValueError, OSError) as error:
             problems.append(str(error))
     return jobs, problems
-
-
-def load_pipeline(config: Config, lora_file: Path | None, device: torch.device) -> MosaicFluxPipeline:
-    """The pipeline with its LoRAs, on its device."""
-    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype])
-    if lora_file is not None:
-        pipeline.load_reference_lora(lora_file)
-    if config.inference.style_lora is not None:
-        pipeline.load_style_lora(config.inference.style_lora, config.inference.style_lora_weight_name, config.inference.style_lora_scale)
-    if device.type != "cpu" and config.inference.cpu_offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    elif device.type != "cpu":
-        pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

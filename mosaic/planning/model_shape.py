@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,29 @@ ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 FLUX_DEV_ENCODERS = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
 
 
+#: `vae/config.json` and `text_encoder_2/config.json` of FLUX.1-dev, as far as they decide memory.
+FLUX_DEV_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX_DEV_T5: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What costs depend on.
@@ -24,12 +47,16 @@ class ModelShape:
         vae_scale_factor: Pixels per latent cell.
         encoders: Parameters of each frozen encoder by its folder's name.
         is_local: Whether this was read from a folder; else it is FLUX.1-dev's.
+        vae: `vae/config.json`.
+        t5: `text_encoder_2/config.json`; empty: there is none.
     """
 
     transformer: Mapping[str, Any]
     vae_scale_factor: int
     encoders: Mapping[str, int]
     is_local: bool
+    vae: Mapping[str, Any] = field(default_factory=lambda: FLUX_DEV_VAE)
+    t5: Mapping[str, Any] = field(default_factory=lambda: FLUX_DEV_T5)
 
     @property
     def base_parameters(self) -> int:
@@ -60,9 +87,12 @@ def read_model_shape(pretrained: str) -> ModelShape:
     missing = [key for key in FLUX_DEV if key not in transformer]
     if missing:
         raise ValueError(f"{folder / 'transformer/config.json'}: must be the config of a FLUX transformer, but lacks {', '.join(missing)}.")
-    blocks = _read_json(folder / "vae/config.json").get("block_out_channels", [0] * 4)
+    vae = _read_json(folder / "vae/config.json")
+    blocks = vae.get("block_out_channels", [0] * 4)
+    t5 = _read_json(folder / "text_encoder_2/config.json") if (folder / "text_encoder_2").is_dir() else {}
     encoders = {name: sum(_parameters(file) for file in sorted((folder / name).glob("*.safetensors"))) for name in ENCODERS}
-    return ModelShape({key: transformer[key] for key in FLUX_DEV}, 2 ** (len(blocks) - 1), encoders, is_local=True)
+    vae, t5 = ({key: value for key, value in config.items() if not key.startswith("_")} for config in (vae, t5))
+    return ModelShape({key: transformer[key] for key in FLUX_DEV}, 2 ** (len(blocks) - 1), encoders, is_local=True, vae=vae, t5=t5)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

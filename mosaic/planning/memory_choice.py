@@ -1,0 +1,148 @@
+"""What `inference.memory` "auto" does: the free memory is read, and the first preset that is predicted to fit it is taken."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+
+from mosaic.cases.reading import Case
+from mosaic.config import Config
+from mosaic.memory_presets import PRESETS, with_format
+from mosaic.planning.inference_memory import Demand, predict_inference
+from mosaic.planning.memory_model import GIB
+from mosaic.planning.model_shape import read_model_shape
+from mosaic.planning.preflight import FITS_BELOW
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Choice(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        preset: Value of `inference.memory`.
+        reason: One line: what it does, and why it was taken.
+    """
+
+    preset: str
+    reason: str
+
+
+def largest_demand(cases: Iterable[Case], config: Config) -> Demand:
+    """The largest size and the most references of a run's cases, whether or not one case has both."""
+    sizes, references = [(1, 1)], [0]
+    for case in cases:
+        sizes.append((case.options.height or config.inference.height, case.options.width or config.inference.width))
+        references.append(len(case.references))
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    return Demand(height, width, max(references))
+
+
+def lora_rank(file: Path | None) -> int:
+    """Rank of a reference LoRA file, from its header; 0 without one, or where it cannot be told (loading it will say why)."""
+    if file is None:
+        return 0
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            key = next((key for key in tensors.keys() if key.endswith("lora_A.weight")), None)  # noqa: SIM118 (not a dict)
+            return 0 if key is None else tensors.get_slice(key).get_shape()[0]
+    except SafetensorError:
+        return 0
+
+
+def choose_preset(config: Config, demand: Demand, rank: int, device: torch.device, free: int) -> Choice:
+    """The fastest preset whose prediction fits the free memory and whose packages are there.
+
+    Args:
+        config: The settings.
+        demand: The largest picture.
+        rank: Of the reference LoRA; 0: there is none.
+        device: Where pictures are rendered.
+        free: Bytes.
+
+    Raises:
+        ValueError: If none fits.
+    """
+    shape, skipped = read_model_shape(config.model.pretrained), []
+    given = f"{demand.width} x {demand.height} px and {demand.num_references} references"
+    for name, preset in PRESETS.items():
+        try:
+            preset = with_format(preset, config)
+        except ValueError:
+            continue
+        needed = predict_inference(config, shape, preset, demand, rank, device.type)
+        if needed.peak > FITS_BELOW * free:
+            skipped.append(f"{name} {_gib(needed.peak)}")
+            continue
+        missing = [package for package in preset.packages if find_spec(package) is None]
+        if missing:
+            skipped.append(f"{name} needs {' and '.join(missing)}")
+            continue
+        why = f"{_gib(needed.peak)} predicted at {given}, {_gib(free)} free"
+        return Choice(name, f"memory auto: {name} ({preset.describe()}): {why}" + (f"; not {', '.join(skipped)}" if skipped else ""))
+    raise ValueError(
+        f'inference.memory "auto": none of the presets fits {_gib(free)} of free memory at {given} ({", ".join(skipped)}). Render smaller '
+        "pictures or fewer references, free memory, or name a preset to try it all the same."
+    )
+
+
+def auto_config(config: Config, cases: Iterable[Case], lora_file: Path | None, state: PartialState) -> tuple[Config, str]:
+    """The config with a preset in the place of "auto", the same in all processes, and the line that says why.
+
+    Args:
+        config: The settings.
+        cases: All that will be rendered.
+        lora_file: The reference LoRA; None: there is none.
+        state: The processes; the one with the least free memory decides.
+
+    Raises:
+        ValueError: If none fits, or the free memory cannot be read.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    free = min(gather_object([free_memory(state.device, here)]))
+    choice = choose_preset(config, largest_demand(cases, config), lora_rank(lora_file), state.device, free)
+    return replace(config, inference=replace(config.inference, memory=choice.preset)), choice.reason
+
+
+def free_memory(device: torch.device, num_processes: int = 1) -> int:
+    """Bytes that are free: on a GPU its own; on a CPU this process's share of the machine's, or of its container's.
+
+    Args:
+        device: Where.
+        num_processes: Processes that share the CPU's memory.
+
+    Raises:
+        ValueError: If this cannot be read.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _available_ram() if device.type == "cpu" else None
+    if free is None:
+        raise ValueError(f'inference.memory "auto" cannot read the free memory of {device.type} here; name one of {", ".join(PRESETS)}.')
+    return free // num_processes
+
+
+def _available_ram(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = CGROUP) -> int | None:
+    """Bytes of memory that programs could still take, or None where Linux does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = (cgroup / "memory.max").read_text(), int((cgroup / "memory.current").read_text())
+        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return free if limit.strip() == "max" else min(free, int(limit) - used + int(cached.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return free
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
