@@ -374,6 +374,9 @@ class InferenceConfig(Section):
         if self.step_cache == "none" and self.step_cache_threshold is not None:
             given = f'must be null where inference.step_cache is "none", got {self.step_cache_threshold:g}'
             raise FieldError("inference.step_cache_threshold", given)
+        if self.step_cache == "mag" and self.compile:
+            problem = 'must be false where inference.step_cache is "mag", which runs every block uncompiled, got true'
+            raise FieldError("inference.compile", problem)
         if self.step_cache != "none" and self.report:
             problem = f"must be \"none\" where a report is written, which reads every block of every step, got {shown(self.step_cache)}"
             raise FieldError("inference.step_cache", problem)

@@ -17,7 +17,7 @@ from mosaic.cases import rendering
 from mosaic.cases import runner as case_runner
 from mosaic.cases.batches import OWN, plan_batches, unfinished_batches
 from mosaic.cases.reading import load_cases
-from mosaic.cases.recipes import PictureJob
+from mosaic.cases.recipes import PictureJob, shared_recipe
 from mosaic.config import load_config
 from mosaic.images import load_image
 from tests import runs
@@ -85,6 +85,16 @@ def test_every_job_is_in_one_batch_of_its_own_kind(kinds: list[tuple[int, int, f
 def test_what_is_a_pictures_own_is_in_every_recipe(together: Path) -> None:
     for row in rows(together):
         assert set(OWN) <= row.keys()
+
+
+def test_what_changes_pictures_is_in_the_recipe(world: Path) -> None:
+    changes = {"batch_size": 2, "compile": True, "attention_backend": "native", "step_cache": "first_block"}
+    settings = [[], *([f"inference.{name}={json.dumps(value)}"] for name, value in changes.items())]
+    settings.append([*settings[-1], "inference.step_cache_threshold=0.1"])
+    recipes = [shared_recipe(load_config(world / "config.json", given), "model", "lora", "cpu") for given in settings]
+    assert len({json.dumps(recipe) for recipe in recipes}) == len(settings)
+    for (name, value), recipe in zip(changes.items(), recipes[1:], strict=False):
+        assert recipe[name] == value
 
 
 def test_one_missing_picture_brings_its_whole_batch() -> None:

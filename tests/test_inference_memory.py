@@ -75,7 +75,7 @@ def test_a_run_takes_what_was_predicted(config: Config, world: Path, num_referen
 
 def test_maps_take_memory(config: Config) -> None:
     shape, demand = read_model_shape(config.model.pretrained), Demand(96, 128, 2)
-    with_maps = replace(config, inference=replace(config.inference, save_attention=True))
+    with_maps = replace(config, inference=replace(config.inference, report=True))
     plain, mapped = (predict_inference(c, shape, PLAIN, demand, runs.RANK, "cpu").stages["steps"] for c in (config, with_maps))
     assert mapped[ACTIVATIONS] - plain[ACTIVATIONS] >= 2 * 4 * (2 * 9) * (24 * 32)
     assert {**mapped, ACTIVATIONS: 0} == {**plain, ACTIVATIONS: 0}

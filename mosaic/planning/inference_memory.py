@@ -19,7 +19,7 @@ from mosaic.config import Config
 from mosaic.memory_presets import GGUF, MemoryPreset
 from mosaic.planning.costs import lora_parameter_count, width
 from mosaic.planning.dry_run import build_transformer
-from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES, setting
+from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import StorageMeter
@@ -123,17 +123,16 @@ def weight_bytes(config: Config, shape: ModelShape, preset: MemoryPreset, lora_r
 def step_activations(config: Config, shape: ModelShape, preset: MemoryPreset, demand: Demand, lora_rank: int, device_type: str) -> int:
     """Bytes that a sampling step needs beside the weights: the fullest moment of the forward pass, maps and cached keys included."""
     settings, references = config.inference, demand.num_references
-    maps = setting(settings, "save_attention", False) or setting(settings, "report", False)
     key = (config.data.reference_size, config.model.text_length, config.model.dtype, config.model.reference_attention)
-    one = _forward_bytes(_Frozen(shape), demand, lora_rank, device_type, bool(maps and lora_rank), *key)
-    total = one * setting(settings, "batch_size", 1)
+    one = _forward_bytes(_Frozen(shape), demand, lora_rank, device_type, settings.report and lora_rank > 0, *key)
+    total = one * settings.batch_size
     element = FORMAT_BYTES[config.model.dtype]
     if preset.transformer != "none":
         total += shape.largest_linear * element  # one layer is unpacked at a time
-    if setting(settings, "reference_cache", False) or setting(settings, "refresh_references", None):
+    if settings.reference_cache or settings.refresh_references:
         blocks = shape.transformer["num_layers"] + shape.transformer["num_single_layers"]
         tokens = references * token_grid(*(config.data.reference_size,) * 2, shape.vae_scale_factor).num_tokens
-        total += 2 * blocks * tokens * width(shape.transformer) * element * setting(settings, "batch_size", 1)
+        total += 2 * blocks * tokens * width(shape.transformer) * element * settings.batch_size
     return total
 
 

@@ -32,11 +32,6 @@ CONTEXT_BYTES = 2**30  # of a CUDA process before its first tensor, cuBLAS and c
 GIB = 2**30
 
 
-def setting(section: Any, name: str, default: Any) -> Any:
-    """A setting that not every version of the config has."""
-    return getattr(section, name, default)
-
-
 def predict_memory(
     config: Config,
     shape: ModelShape,
@@ -63,18 +58,18 @@ def predict_memory(
     parts = dict.fromkeys(PARTS, 0) | dict(dry or dry_parts(config, shape, num_references, device_type))
     adapter_weights = lora_parameter_count(shape.transformer, config.lora.rank)
     element = FORMAT_BYTES[config.model.dtype]
-    quantization = quantization or setting(config.model, "quantization", "none")
+    quantization = quantization or config.model.quantization
     if quantization != "none":
         parts[BASE] = int(shape.base_parameters * QUANTIZED_BYTES[quantization])
         parts[TRANSIENT] += shape.largest_linear * element  # one layer is unpacked at a time
-    parts[OPTIMIZER] = int(adapter_weights * OPTIMIZER_BYTES[setting(config.optimizer, "name", "adamw")])
+    parts[OPTIMIZER] = int(adapter_weights * OPTIMIZER_BYTES[config.optimizer.name])
     if config.optimizer.ema_decay is not None:
         parts[EMA] = 4 * adapter_weights
     if num_processes > 1:
         parts[BUCKETS] = 4 * adapter_weights
-    if setting(config.data, "latent_cache", None) is None:
+    if config.data.latent_cache is None:
         parts[ENCODERS] += shape.encoders.get("vae", 0) * element
-    if setting(config.data, "text_cache", None) is None:
+    if config.data.text_cache is None:
         parts[ENCODERS] += (shape.encoders.get("text_encoder", 0) + shape.encoders.get("text_encoder_2", 0)) * element
     if device_type == "cuda":
         parts[CONTEXT] = CONTEXT_BYTES

@@ -8,7 +8,7 @@ import torch
 
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.planning.costs import captured_row_flops, lora_parameter_count, training_step_flops
-from mosaic.planning.memory_model import GIB, predict_memory, setting, step_tokens
+from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
 from mosaic.planning.model_shape import ModelShape, read_model_shape
 from mosaic.planning.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_surroundings, data_facts
 
@@ -131,7 +131,7 @@ def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_
 
 def find_device(config: Config, gpu_memory: float | None) -> Device:
     """The device that training would take, or the card that is planned for."""
-    peak = setting(config.training, "peak_tflops", None)
+    peak = config.training.peak_tflops
     processes = max(torch.cuda.device_count(), 1)
     if gpu_memory is not None:
         return Device("cuda", f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak or PEAK_TFLOPS)

@@ -15,7 +15,7 @@ from mosaic.config import Config, DataConfig
 from mosaic.data.manifest import Manifest
 from mosaic.hub import require_model_name
 from mosaic.planning.costs import lora_parameter_count
-from mosaic.planning.memory_model import GIB, OPTIMIZER_BYTES, setting
+from mosaic.planning.memory_model import GIB, OPTIMIZER_BYTES
 from mosaic.planning.model_shape import ENCODERS, ModelShape
 from mosaic.training.checkpoint import find_checkpoint
 
@@ -74,7 +74,7 @@ def check_surroundings(config: Config, shape: ModelShape, facts: DataFacts, resu
         found = Path(config.lora.pretrained).exists()
         message = "is there" if found else "no such file or folder"
         yield Finding(OK if found else STOP, "lora.pretrained", f"{config.lora.pretrained}: {message}.")
-    for name in (setting(config.model, "quantization", "none"), setting(config.optimizer, "name", "adamw")):
+    for name in (config.model.quantization, config.optimizer.name):
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             yield Finding(STOP, PACKAGES[name], f'"{name}" needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}.')
     yield _attempt("training.output_dir", lambda: _check_output(config, resume))
@@ -159,13 +159,13 @@ def _existing(path: Path) -> Path:
 def check_disk(config: Config, shape: ModelShape, facts: DataFacts) -> Iterator[Finding]:
     """Room for the checkpoints and for caches that are still to be filled."""
     adapter = lora_parameter_count(shape.transformer, config.lora.rank)
-    copies = 4 + OPTIMIZER_BYTES[setting(config.optimizer, "name", "adamw")] + (4 if config.optimizer.ema_decay is not None else 0)
+    copies = 4 + OPTIMIZER_BYTES[config.optimizer.name] + (4 if config.optimizer.ema_decay is not None else 0)
     kept = (config.training.keep_checkpoints or 0) + 1  # one more while the newest is written
     unlimited = "" if config.training.keep_checkpoints else " and no limit to their number (training.keep_checkpoints)"
     yield _room("checkpoints", config.training.output_dir, adapter * copies, kept, unlimited)
     if facts.num_samples is not None:
         for name, size in cache_bytes(config, shape, facts.max_references).items():
-            folder = setting(config.data, name, None)
+            folder = getattr(config.data, name)
             if folder is not None and not Path(folder).is_dir():
                 yield _room(f"data.{name}", folder, size, facts.num_samples, " at most, one per sample")
 
