@@ -169,8 +169,8 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
             'inference.compile must be false where inference.step_cache is "mag", which runs every block uncompiled, got true (FILE).',
         ),
         (
-            {"inference": {"step_cache": "first_block", "save_attention": True}},
-            'inference.step_cache must be "none" where attention is saved, which reads every block of every step, got "first_block" (FILE).',
+            {"inference": {"step_cache": "first_block", "report": True}},
+            'inference.step_cache must be "none" where a report is written, which reads every block of every step, got "first_block" (FILE).',
         ),
         ({"inference": {"batch_size": 0}}, "inference.batch_size must be an integer of at least 1, got 0 (FILE)."),
         ({"model": {"compile": 1}}, "model.compile must be true or false, got 1 (FILE)."),

@@ -1,7 +1,6 @@
 """Predicted memory of one training process by part: the dry run, and what other number formats, optimizers and processes change in it."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from mosaic.config import Config
 from mosaic.planning.costs import lora_parameter_count, width
