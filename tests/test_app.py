@@ -162,7 +162,7 @@ def test_named_references_and_strengths(config: Config) -> None:
         ({"strengths": (-1.0,)}, "Reference 1, strength: must be a number"),
         ({"seed": None}, "Seed: must not be empty."),
         ({"seed": -1}, "Seed: must be an integer of at least 0 and less than 9.22337e+18, got -1."),
-        ({"height": 30}, "Size"),
+        ({"height": 30}, "Size: height and width must be positive multiples of the token size 8 px, got 30 x 32. Nearest: 32 x 32."),
         ({"width": 4096}, "Width: must be at most 128 on this page, got 4096. Larger ones: inference.py."),
         ({"num_inference_steps": 101}, "Steps: must be at most 100 on this page, got 101."),
         ({"guidance_scale": -2.0}, "Guidance: must be a number of at least 0, got -2.0."),
