@@ -112,6 +112,14 @@ def test_files_are_removed_after_an_error_of_ours_too(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_same_file_may_come_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    taken = take_uploads([tmp_path / "a.png"] * 3, 2, SIZE, SCALE)
+    assert len(taken.uploads) == 2
+    assert taken.problems == ["a.png: there are at most 6 references. Remove one first."]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_of_files_are_short_and_printable() -> None:
     assert app_uploads.file_name(Path("/x/a\nb\u202e.png")) == "a?b?.png"
     assert app_uploads.file_name(Path("y" * 200 + ".png")) == "y" * 56 + ".png"
