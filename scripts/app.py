@@ -26,6 +26,8 @@ from mosaic.config import Config, load_config
 if TYPE_CHECKING:
     import gradio
 
+# Gradio rewrites the selectors of CSS files, and then these no longer reach its own containers.
+NARROW = "@media (max-width: 640px) { .gradio-container { padding: 12px !important } .gradio-container .main { padding: 0 !important } }"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -125,7 +127,7 @@ def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None) -
         favicon_path=FOLDER / "app_icon.svg",
         theme=gradio.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **FONTS),
         css_paths=[FOLDER / "app_style.css"],
-        head=f"<script>{(FOLDER / 'app_page.js').read_text(encoding='utf-8')}</script>",
+        head=f"<style>{NARROW}</style><script>{(FOLDER / 'app_page.js').read_text(encoding='utf-8')}</script>",
         app_kwargs={"middleware": middleware(host if host not in LOOPBACK else None)},
         **options,
     )

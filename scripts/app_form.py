@@ -11,6 +11,7 @@ from mosaic.cases.recipes import PictureJob, case_jobs
 from mosaic.cases.references import Reference, check_text, named_prompt, read_references
 from mosaic.config import Config
 from mosaic.schema import FieldError, shown
+from mosaic.tokens import token_grid
 from scripts.app_uploads import Upload
 
 MAX_STEPS = 100
@@ -85,7 +86,7 @@ def plan_picture(
     references = _references(form, uploads)
     if not any(form.names) and (found := PLACEHOLDER.search(form.prompt)):
         raise ValueError(f"Prompt: {found[0]} names no reference. Write {shown(found[1].strip())} into the name field of its picture.")
-    case = Case(index, named_prompt(form.prompt, references, "Prompt"), references, _options(form, config, vae_scale_factor), "Size")
+    case = Case(index, named_prompt(form.prompt, references, "Prompt"), references, _options(form, config, vae_scale_factor))
     digests = {reference.path: upload.sha256 for reference, upload in zip(references, uploads, strict=True)}
     return case_jobs(case, config, shared, vae_scale_factor, digests)[0]
 
@@ -124,4 +125,5 @@ def _options(form: Form, config: Config, vae_scale_factor: int) -> CaseOptions:
     for name, limit in highest.items():
         if values[name] > limit:
             raise ValueError(f"{LABELS[name]}: must be at most {limit:g} on this page, got {values[name]:g}. Larger ones: inference.py.")
+    token_grid(form.height, form.width, vae_scale_factor, where="Size")
     return options

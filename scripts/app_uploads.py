@@ -57,14 +57,16 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
         scale: Share of that side that the subject's long side will fill.
     """
     taken = Taken([], [])
-    for path in map(Path, paths):
-        try:
-            if len(taken.uploads) == room:
-                raise ValueError(f"{file_name(path)}: there are at most {MAX_REFERENCES} references. Remove one first.")
-            taken.uploads.append(read_upload(path, size, scale))
-        except (ValueError, OSError, MemoryError) as error:
-            taken.problems.append(str(error) or type(error).__name__)
-        finally:
+    try:
+        for path in map(Path, paths):
+            try:
+                if len(taken.uploads) == room:
+                    raise ValueError(f"{file_name(path)}: there are at most {MAX_REFERENCES} references. Remove one first.")
+                taken.uploads.append(read_upload(path, size, scale))
+            except (ValueError, OSError, MemoryError) as error:
+                taken.problems.append(str(error) or type(error).__name__)
+    finally:  # not earlier: Gradio stores equal files once
+        for path in map(Path, paths):
             path.unlink(missing_ok=True)
     return taken
 

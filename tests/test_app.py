@@ -112,6 +112,14 @@ def test_files_are_removed_after_an_error_of_ours_too(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_same_file_may_come_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    taken = take_uploads([tmp_path / "a.png"] * 3, 2, SIZE, SCALE)
+    assert len(taken.uploads) == 2
+    assert taken.problems == ["a.png: there are at most 6 references. Remove one first."]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_of_files_are_short_and_printable() -> None:
     assert app_uploads.file_name(Path("/x/a\nb\u202e.png")) == "a?b?.png"
     assert app_uploads.file_name(Path("y" * 200 + ".png")) == "y" * 56 + ".png"
@@ -162,7 +170,7 @@ def test_named_references_and_strengths(config: Config) -> None:
         ({"strengths": (-1.0,)}, "Reference 1, strength: must be a number"),
         ({"seed": None}, "Seed: must not be empty."),
         ({"seed": -1}, "Seed: must be an integer of at least 0 and less than 9.22337e+18, got -1."),
-        ({"height": 30}, "Size"),
+        ({"height": 30}, "Size: height and width must be positive multiples of the token size 8 px, got 30 x 32. Nearest: 32 x 32."),
         ({"width": 4096}, "Width: must be at most 128 on this page, got 4096. Larger ones: inference.py."),
         ({"num_inference_steps": 101}, "Steps: must be at most 100 on this page, got 101."),
         ({"guidance_scale": -2.0}, "Guidance: must be a number of at least 0, got -2.0."),
