@@ -121,6 +121,7 @@ def add_infer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (pocket 20; flux_dev 28)")
     parser.add_argument("--rank", type=int, default=128, help="rank of flux_dev's random LoRA; the pocket model has its own")
     parser.add_argument("--runs", type=int, default=5, help="timed runs per mode, in turns")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the time this process had, where others work too")
     parser.add_argument("--seed", type=int, default=42, help="of the start noise, and of random inputs")
     parser.add_argument("--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: 989, an H100's or H200's)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.clock == "cpu" and device.type != "cpu":
+        raise ValueError("--clock cpu times a CPU's work; leave it out on a GPU")
     modes = [parse_mode(text) for text in args.modes]
     if modes[0].name != "target":
         modes.insert(0, parse_mode("target"))
@@ -274,7 +277,7 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
                     rows[mode.name] |= quality(cell, mode, plain[mode.reference_attention])
                     rows[mode.name]["peak GiB"] = peak_memory(cell, mode, device)
                 else:
-                    seconds[mode.name].append(timed(lambda mode=mode: cell.sample(mode, slice(mode.batch_size)), device))
+                    seconds[mode.name].append(clocked(lambda mode=mode: cell.sample(mode, slice(mode.batch_size)), device, cell.args.clock))
             except torch.OutOfMemoryError:
                 rows[mode.name] |= dict.fromkeys([column for column in COLUMNS if column not in ("px", "K", "mode")])
                 gc.collect()
@@ -290,6 +293,15 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
         row["speed-up"] = target["s"] / row["s"] if known else None
         row["predicted"] = target["TFLOP"] / row["TFLOP"] if known else None
     return list(rows.values())
+
+
+def clocked(function: Callable[[], Any], device: str, clock: str) -> float:
+    """Seconds that passed, or with "cpu" those that this process has really had: for a CPU that others use as well, with one thread."""
+    if clock == "wall":
+        return timed(function, device)
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 def quality(cell: Cell, mode: Mode, plain: Tensor) -> dict[str, Any]:
@@ -335,8 +347,8 @@ def print_table(args: argparse.Namespace, result: dict[str, Any]) -> None:
     rate = "no peak given: MFU n/a" if result["peak_tflops"] is None else f"MFU against {result['peak_tflops']:.4g} TFLOP/s"
     print(
         f"Sampling of {result['model']} ({result['dtype']}) on {result['device']}: {args.steps} steps, references of "
-        f"{args.reference_size} px, per picture, median of {args.runs} in turns; {rate}. Speed-up: measured over `target`; predicted: the "
-        "same of FLOPs. Latents, levels: largest difference from the plain path of the same attention mode.\n"
+        f"{args.reference_size} px, per picture, median of {args.runs} in turns ({args.clock} time); {rate}. Speed-up: measured over "
+        "`target`; predicted: the same of FLOPs. Latents, levels: largest difference from the plain path of the same attention mode.\n"
     )
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
     for row in result["rows"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -149,6 +150,49 @@ def test_equals_the_operations_of_the_real_forward(mode: str, guidance_embeds: b
     config = tiny.transformer_config(guidance_embeds, num_layers=3, num_single_layers=4)
     forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
     assert count(config, mode)[0] == pytest.approx(forward.total, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["target", "isolated"])
+def test_equals_the_operations_of_a_run_with_kept_references(mode: str) -> None:
+    config = tiny.transformer_config(num_layers=3, num_single_layers=4)
+    with torch.device("meta"):
+        transformer = MosaicFluxTransformer2DModel(**config)
+    attach_reference_lora(transformer, 5)
+    inputs = meta_inputs(config)
+    without = {name: value for name, value in inputs.items() if not name.startswith("reference_")}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        cache = transformer(**inputs, reference_attention=mode, keep_references=True).reference_cache
+        for _ in range(2):
+            transformer(**without, reference_attention=mode, reference_cache=cache)
+    run = costs.sampling_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, num_inference_steps=3, reference_steps=1)
+    assert counter.get_total_flops() == pytest.approx(run, rel=1e-6)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_equals_the_operations_of_skipped_steps(cached: bool) -> None:
+    config = tiny.transformer_config(num_layers=3, num_single_layers=4)
+    transformer = tiny.build_transformer(num_layers=3, num_single_layers=4)
+    attach_reference_lora(transformer, 5)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: None if value is None else torch.rand(value.shape, generator=generator) for name, value in meta_inputs(config).items()}
+    without = {name: value for name, value in inputs.items() if not name.startswith("reference_")}
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        for step in range(3):
+            with transformer.cache_context("pass"):
+                given = {**without, "reference_cache": kept} if cached and step else {**inputs, "keep_references": cached}
+                output = transformer(**given, reference_attention="isolated")
+            kept = output.reference_cache or (kept if step else None)
+    run = costs.sampling_flops(
+        config,
+        **GEOMETRY,
+        lora_rank=5,
+        reference_attention="isolated",
+        num_inference_steps=3,
+        reference_steps=1 if cached else 3,
+        skipped_steps=2,
+    )
+    assert counter.get_total_flops() == pytest.approx(run, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["target", "isolated"])
