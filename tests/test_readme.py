@@ -19,11 +19,14 @@ from scripts.pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ("README.md", "mosaic/cases/README.md")
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if "schema" not in path.name)
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    """Of the README, then of the other guides."""
+    texts = [(ROOT / guide).read_text(encoding="utf-8") for guide in GUIDES]
+    return [block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -60,8 +63,7 @@ def test_commands_name_scripts_and_flags_that_exist(words: list[str]) -> None:
         assert set(flags) <= known_flags(script)
     overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
     config = next((word for word in arguments if word.startswith("configs/")), "configs/pocket.json")
-    for override in overrides:
-        load_config(ROOT / config, [re.sub(r'=.*\$\{?STEPS\}?"?', "=60", override)])
+    load_config(ROOT / config, [re.sub(r'=.*\$\{?STEPS\}?"?', "=60", override) for override in overrides])
 
 
 @pytest.mark.parametrize("words", [words for words in README_COMMANDS if words[1] == "inference.py"], ids=" ".join)
@@ -91,9 +93,10 @@ def test_the_file_tree_is_true() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert links
-    assert [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()] == []
+    for guide in GUIDES:
+        links = re.findall(r"\]\(([^)]+)\)", (ROOT / guide).read_text(encoding="utf-8"))
+        assert links
+        assert [link for link in links if not re.match("https://|#", link) and not ((ROOT / guide).parent / link).exists()] == []
 
 
 def equation_rows() -> list[tuple[int, str]]:
