@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.command == "train":
         complete_arguments(args, DEFAULTS)
     if args.command == "infer":
-        complete_arguments(args, INFER_DEFAULTS)
+        complete_arguments(args, INFER_DEFAULTS if args.config is None else {args.model: infer_defaults(parser, args)})
     check_arguments(parser, args)
     return args
 
@@ -104,9 +104,25 @@ def complete_arguments(args: argparse.Namespace, defaults: dict[str, dict[str, A
     args.references, args.k = args.k, args.k[0]
 
 
+def infer_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """What `--config` says of the flags that are not given; `args.config` becomes the loaded config."""
+    from mosaic.config import load_config
+
+    if args.model != "pocket":
+        parser.error(f"--config names a model of its own, so --model {args.model} must be left out")
+    try:
+        args.config = load_config(args.config)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    settings = args.config.inference
+    sizes = {"sizes": [settings.height], "reference_size": args.config.data.reference_size, "text_tokens": args.config.model.text_length}
+    return {**sizes, "steps": settings.num_inference_steps}
+
+
 def add_infer_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command `infer`; what is not given depends on the model."""
     parser.add_argument("--model", choices=sorted(INFER_DEFAULTS), default="pocket")
+    parser.add_argument("--config", type=Path, help="measure the model, adapter and cases of this config in the pocket model's place")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 6], help="numbers of references")
     parser.add_argument("--sizes", type=int, nargs="+", help="sides of the target in px (pocket 64; flux_dev 512 1024)")
     parser.add_argument(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mosaic.acceleration import compile_blocks, set_attention_backend, set_step_cache
+from mosaic.cases.loading import DTYPES
 from mosaic.cases.reading import load_cases
 from mosaic.config import from_dict
 from mosaic.images import load_image, prepare_reference
@@ -154,13 +156,19 @@ def check_mode(pipeline: MosaicFluxPipeline, mode: Mode, steps: int, device: tor
 
 
 def build_pipeline(args: argparse.Namespace, device: torch.device) -> MosaicFluxPipeline:
-    """The trained pocket pipeline, or a random transformer of FLUX.1-dev's shape in a pipeline without encoders.
+    """The pipeline of a config, the trained pocket pipeline, or a random transformer of FLUX.1-dev's shape in a pipeline without encoders.
 
     Raises:
         ValueError: If there is no GPU for the large one.
         FileNotFoundError: If the pocket weights are not here.
     """
-    if args.model == "pocket":
+    if args.config is not None:
+        settings = args.config.inference
+        if settings.lora is None:
+            raise ValueError("--config: inference.lora must name a reference LoRA, got null")
+        pipeline = MosaicFluxPipeline.from_pretrained(args.config.model.pretrained, dtype=DTYPES[args.config.model.dtype])
+        pipeline.load_reference_lora(settings.lora, settings.lora_weight_name)
+    elif args.model == "pocket":
         if not (POCKET / "lora.safetensors").is_file():
             raise FileNotFoundError(f"{POCKET}: the pocket weights are not in this checkout; get them with git lfs pull or a full clone.")
         pipeline = MosaicFluxPipeline.from_pretrained(POCKET / "flux")
@@ -198,7 +206,8 @@ class Cell:
 
         self.noise = draw(batch_size, self.grid.num_tokens, channels)
         if args.model == "pocket":
-            self.embeds, self.references = encode_example(pipeline, num_references, args.reference_size, args.text_tokens)
+            cases = args.config.inference.cases if args.config else ROOT / "example_cases.json"
+            self.embeds, self.references = encode_example(pipeline, cases, num_references, args.reference_size, args.text_tokens)
         else:
             config, side = pipeline.transformer.config, 2 * self.reference_grid.rows
             self.embeds = (draw(1, args.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim))
@@ -239,16 +248,18 @@ class Cell:
         return ((decode_latents(self.pipeline.vae, unpack_latents(latents, self.grid)) / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
-def encode_example(pipeline: MosaicFluxPipeline, num_references: int, size: int, text_tokens: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Text embeddings [1, T, d], [1, d_pooled] and reference latents [K, C, h, w] of the example case with the most references.
+def encode_example(
+    pipeline: MosaicFluxPipeline, cases: str | Path, num_references: int, size: int, text_tokens: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Text embeddings [1, T, d], [1, d_pooled] and reference latents [K, C, h, w] of the case with the most references in a cases file.
 
     Raises:
         ValueError: It has fewer than K.
     """
-    case = max(load_cases(ROOT / "example_cases.json", size), key=lambda case: len(case.image_paths))
+    case = max(load_cases(cases, size), key=lambda case: len(case.image_paths))
     if len(case.image_paths) < num_references:
         raise ValueError(
-            f"--k must be at most {len(case.image_paths)} with the pocket model, as many as its examples have, got {num_references}"
+            f"--k must be at most {len(case.image_paths)}, as many as the cases of {Path(cases).name} have, got {num_references}"
         )
     pictures = [prepare_reference(load_image(path), size) for path in case.image_paths[:num_references]]
     with torch.no_grad():

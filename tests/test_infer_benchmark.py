@@ -20,7 +20,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> MosaicFluxPipeline:
     """A tiny random model in the pocket model's place, and the caller's number of threads afterwards."""
     pipeline = tiny.build_pipeline(guidance_embeds=False)
     monkeypatch.setattr(infer_benchmark, "build_pipeline", lambda args, device: pipeline)
-    monkeypatch.setattr(infer_benchmark, "encode_example", lambda _, k, size, length: encoded(k, size, length))
+    monkeypatch.setattr(infer_benchmark, "encode_example", lambda _, cases, k, size, length: encoded(k, size, length))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     return pipeline
 
