@@ -66,7 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         yield f"http://127.0.0.1:{port}/", temporary
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(START)
     text = log.read_text(errors="replace")
     assert process.returncode == 0, text
     assert "Traceback" not in text, text
