@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from mosaic.acceleration import accelerate
 from mosaic.cases.loading import load_pipeline
 from mosaic.cases.recipes import PictureJob, sampling_arguments, shared_recipe
 from mosaic.config import Config
@@ -16,6 +17,7 @@ from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.figures import attention_panel
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.images import prepare_reference
+from mosaic.memory_presets import resolve_preset
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
@@ -126,13 +128,22 @@ class Studio:
         """
         settings, name, size = config.inference, config.model.pretrained, config.data.reference_size
         require_model_name(name)
+        if settings.memory == "auto" or resolve_preset(config).encoders_leave:
+            raise ValueError(
+                'inference.memory must be "none" or "80gb" for the page, whose prompts are not known beforehand, so that the text encoders '
+                f'stay; got "{settings.memory}". inference.quantization makes the transformer smaller; inference.py takes every preset.'
+            )
         lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
+        if settings.step_cache != "none":
+            raise ValueError(f'inference.step_cache must be "none" for the page, which shows attention, got "{settings.step_cache}".')
         factor = vae_scale_factor(name)
         token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
         token_grid(size, size, factor, where="data.reference_size")
         refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
         shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device.type)
-        return cls(load_pipeline(config, lora_file, device), config, shared)
+        pipeline = load_pipeline(config, lora_file, device)
+        accelerate(pipeline.transformer, settings, device)
+        return cls(pipeline, config, shared)
 
     def submit(self, form: Form, uploads: Sequence[Upload], index: int, with_attention: bool = True) -> Run:
         """Check a form and put its picture into the line.

@@ -230,6 +230,20 @@ def test_strength_reaches_the_pipeline(studio: Studio) -> None:
     assert weak.job.recipe["references"][0]["strength"] == 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("inference.memory=48gb", 'inference.memory must be "none" or "80gb" for the page'),
+        ("inference.memory=auto", 'inference.memory must be "none" or "80gb" for the page'),
+        ("inference.step_cache=first_block", 'inference.step_cache must be "none" for the page, which shows attention, got "first_block".'),
+    ],
+)
+def test_settings_that_the_page_cannot_have(setting: str, message: str) -> None:
+    config = load_config(ROOT / "configs/pocket.json", [setting, *inference.pocket_inputs()])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Studio.load(config, torch.device("cpu"))
+
+
 def test_references_need_a_reference_lora(config: Config) -> None:
     studio = Studio(tiny.build_pipeline(), config, shared_recipe(config, "model", None, "cpu"))
     with pytest.raises(ValueError, match="without a reference LoRA and sees none. Start the page with --lora"):
