@@ -260,15 +260,15 @@ class Stuck:
     def __init__(self) -> None:
         self.step, self._interrupt, self.calls, self.started = threading.Semaphore(0), False, [], threading.Event()
 
-    def __call__(self, prompt: str, *_: object, num_inference_steps: int, callback_on_step_end: Any, **__: object) -> Any:
+    def __call__(self, prompt: list[str], *_: object, num_inference_steps: int, callback_on_step_end: Any, **__: object) -> Any:
         self._interrupt = False
-        self.calls.append(prompt)
+        self.calls += prompt
         self.started.set()
         for step in range(num_inference_steps):
             if not self._interrupt:
                 assert self.step.acquire(timeout=60)
                 callback_on_step_end(self, step, None, {})
-        if prompt == "fail":
+        if prompt == ["fail"]:
             raise RuntimeError("something\nbroke")
         return type("Output", (), {"images": [Image.new("RGB", (8, 8))], "attention": None})
 
