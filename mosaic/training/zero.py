@@ -37,6 +37,7 @@ class ZeroUpdates(Updates):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # compiled on a CPU at every first start, and of no use here
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own reports only
             "gradient_accumulation_steps": 1,  # the trainer divides the loss itself
