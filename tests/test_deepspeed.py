@@ -106,7 +106,7 @@ def test_a_shared_out_state_is_packed_as_that_of_a_whole_optimizer() -> None:
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "offload_optimizer_device must be none"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, {}, r"gradient_clipping must not be set .*got 1\.0: optimizer\.max_grad_norm says it"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "z.json"}, {}, "deepspeed_config_file must not be set"),
-        ({}, {"name": "prodigy"}, 'optimizer.name must be "adamw" with DeepSpeed, got "prodigy"'),
+        ({}, {"name": "adamw_8bit"}, 'optimizer.name must be "adamw" with DeepSpeed, got "adamw_8bit"'),
     ],
 )
 def test_what_zero_2_cannot_do_is_refused(
@@ -125,9 +125,10 @@ def test_what_zero_2_cannot_do_is_refused(
 def test_processes_of_their_own_and_the_package_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with monkeypatch.context() as installed, pytest.raises(ValueError, match="LOCAL_RANK is not set"):
+    with monkeypatch.context() as installed:
         installed.setattr(sharding, "require_package", lambda *_: None)
-        check_distribution(OptimizerConfig())
+        with pytest.raises(ValueError, match="LOCAL_RANK is not set"):
+            check_distribution(OptimizerConfig())
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="DEEPSPEED of the Accelerate config needs the package deepspeed.*pip install deepspeed"):
         check_distribution(OptimizerConfig())
