@@ -211,6 +211,7 @@ def accelerate_environment(plan: Plan) -> dict[str, str]:
     try:
         parsed = launch.launch_command_parser().parse_args([*arguments, "scripts/train.py"])
         parsed, _, _ = launch._validate_launch_command(parsed)
+        parsed.deepspeed_fields_from_accelerate_config = ""  # only a DeepSpeed JSON file, which is not supported, would be held against it
         found = (prepare_deepspeed_cmd_env(parsed)[1]) if parsed.use_deepspeed else prepare_multi_gpu_env(parsed)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"{plan.config}: Accelerate refuses this config: {error}") from error

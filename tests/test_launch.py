@@ -168,6 +168,14 @@ def test_sharding_configs_reach_the_processes(name: str) -> None:
     assert sizes == ({"REPLICATE": "2", "SHARD": "4"} if name == "hsdp" else {"REPLICATE": None, "SHARD": None})
 
 
+def test_the_deepspeed_config_reaches_the_processes() -> None:
+    environ = {**SLURM, "ACCELERATE_CONFIG": str(CONFIGS / "deepspeed_zero2.yaml")}
+    found = process_environments(make_plan(environ, 4), environ)[0]
+    assert (found["ACCELERATE_USE_DEEPSPEED"], found["ACCELERATE_DEEPSPEED_ZERO_STAGE"]) == ("true", "2")
+    assert {found[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"] for what in ("OPTIMIZER", "PARAM")} == {"none"}
+    assert not [name for name in found if "GRADIENT" in name or "MIXED_PRECISION" in name or "CONFIG_FILE" in name]
+
+
 def test_a_bad_accelerate_config_is_one_message(tmp_path: Path) -> None:
     for text, message in (
         ("distributed_type: MULTI_GPU\nnum_gpus: 3\n", "unknown keys"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mosaic.sections import OptimizerConfig
 from mosaic.training.sharding import check_distribution
 from scripts.launch import make_plan, process_environments
 from scripts.processes import run_processes
@@ -79,15 +80,14 @@ def test_hybrid_sharding_over_two_machines_starts_and_saves(world: Path, tmp_pat
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version must be 2 in the Accelerate config, got 1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "True"}, "fsdp_offload_params must be false"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading must be false"),
     ],
 )
 def test_what_cannot_be_done_is_refused(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str) -> None:
-    check_distribution()
+    check_distribution(OptimizerConfig())
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        check_distribution()
+        check_distribution(OptimizerConfig())

@@ -1,6 +1,6 @@
 """The state of any `torch.optim.Optimizer` as named tensors and JSON, and back; for checkpoints without pickle."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     Raises:
         TypeError: A state is neither a tensor nor a number, string or list.
     """
-    tensors, values = {}, {}
     names = {id(parameter): key for key, parameter in parameters.items()}
-    for parameter, state in optimizer.state.items():
+    return pack_state({names[id(parameter)]: state for parameter, state in optimizer.state.items()}, optimizer.param_groups)
+
+
+def pack_state(states: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `optimizer_tensors`, for the states by file key and the parameter groups of an optimizer.
+
+    Raises:
+        TypeError: A state is neither a tensor nor a number, string or list.
+    """
+    tensors, values = {}, {}
+    for key, state in states.items():
         for name, value in state.items():
-            _put(f"{names[id(parameter)]}/{name}", value, tensors, values)
-    for index, group in enumerate(optimizer.param_groups):
+            _put(f"{key}/{name}", value, tensors, values)
+    for index, group in enumerate(groups):
         for name, value in group.items():
             if name != "params" and name not in IMPLEMENTATION:
                 _put(f"{GROUP}/{index}/{name}", value, tensors, values)
@@ -43,23 +52,35 @@ def restore_optimizer(
     Raises:
         ValueError: The state is not that of these parameters; nothing is changed then.
     """
-    state: dict[str, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
-    for full_name, value in [*tensors.items(), *values.items()]:
-        key, _, name = full_name.rpartition("/")
-        if key.startswith(f"{GROUP}/") and key.removeprefix(f"{GROUP}/") in map(str, range(len(groups))):
-            groups[int(key.removeprefix(f"{GROUP}/"))][name] = value
-        else:
-            state.setdefault(key, {})[name] = value
-    if state and state.keys() != parameters.keys():
-        raise ValueError(f"the optimizer's state is of {len(state)} tensors, the adapter has {len(parameters)}, or their names differ")
+    state, groups = unpack_state(tensors, values, parameters, len(optimizer.param_groups))
     packed = optimizer.state_dict()
     numbers = {id(parameter): key for key, parameter in parameters.items()}
     order = [numbers[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     packed["state"] = {index: state[key] for index, key in enumerate(order) if key in state}
     for group, saved in zip(packed["param_groups"], groups, strict=True):
-        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        group.update(saved)
     optimizer.load_state_dict(packed)
+
+
+def unpack_state(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any], keys: Collection[str], num_groups: int
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The states by file key and the hyperparameters of each group that `pack_state` has packed; no states before the first step.
+
+    Raises:
+        ValueError: The states are not those of these file keys.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = [{} for _ in range(num_groups)]
+    for full_name, value in [*tensors.items(), *values.items()]:
+        key, _, name = full_name.rpartition("/")
+        if key.startswith(f"{GROUP}/") and key.removeprefix(f"{GROUP}/") in map(str, range(num_groups)):
+            groups[int(key.removeprefix(f"{GROUP}/"))][name] = tuple(value) if isinstance(value, list) else value
+        else:
+            state.setdefault(key, {})[name] = value
+    if state and state.keys() != set(keys):
+        raise ValueError(f"the optimizer's state is of {len(state)} tensors, the adapter has {len(keys)}, or their names differ")
+    return state, groups
 
 
 def _put(name: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

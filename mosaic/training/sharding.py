@@ -1,4 +1,4 @@
-"""Placing the models on their devices: replicated (DDP, the default), or the frozen base sharded over processes (FSDP2, HSDP).
+"""Placing the models on their devices: replicated (DDP, the default; DeepSpeed), or the frozen base sharded over processes (FSDP2, HSDP).
 
 A sharded base is frozen, so nothing of it is ever reduced or saved. The adapter stays whole in every process, outside of the shards:
 optimizer, average, checkpoints and export are those of a replicated run, and only its gradients are averaged, after the backward pass.
@@ -16,25 +16,56 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.quantization import require_package
+from mosaic.sections import OptimizerConfig
 
 
-def check_distribution() -> None:
+def check_distribution(optimizer: OptimizerConfig) -> None:
     """Check what the Accelerate config asks for, before any model is loaded.
 
     Raises:
-        ValueError: DeepSpeed, FSDP 1, parameter offload, or loading on one process only.
+        ValueError: FSDP 1, parameter offload, or loading on one process only; with DeepSpeed what `_check_deepspeed` says.
     """
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "DeepSpeed is not supported: it takes the optimizer step and its state into its own hands, which exact resume needs. "
-            "Use configs/accelerate/ddp.yaml; where memory is short, model.quantization, then configs/accelerate/fsdp2.yaml."
-        )
+    if uses_deepspeed():
+        _check_deepspeed(optimizer)
     if not _asked("ACCELERATE_USE_FSDP"):
         return
     needed = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
     for name, value in needed.items():
         if os.environ.get(name, value).lower() != value:
             raise ValueError(f"{name.lower()} must be {value} in the Accelerate config, got {os.environ[name]}; see fsdp2.yaml.")
+
+
+def _check_deepspeed(config: OptimizerConfig) -> None:
+    """Check what an Accelerate config with DeepSpeed asks for.
+
+    Raises:
+        ValueError: The package is missing, the stage is not 2, something is set that the training config says, or it is not AdamW.
+    """
+    require_package("deepspeed", "distributed_type DEEPSPEED of the Accelerate config")
+    needed = {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("2", "zero_stage"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none", "offload_optimizer_device"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", "offload_param_device"),
+    }
+    for name, (value, shown) in needed.items():
+        if os.environ.get(name, value) != value:
+            raise ValueError(f"{shown} must be {value} in the Accelerate config, got {os.environ[name]}; see deepspeed_zero2.yaml.")
+    ours = {
+        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "optimizer.max_grad_norm"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "training.gradient_accumulation_steps"),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed_config_file", "the training config"),
+    }
+    for name, (shown, instead) in ours.items():
+        if name in os.environ:
+            raise ValueError(f"{shown} must not be set in the Accelerate config, got {os.environ[name]}: {instead} says it.")
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("DeepSpeed needs processes that train.sh or accelerate launch has started (LOCAL_RANK is not set).")
+    if config.name != "adamw":
+        raise ValueError(
+            f'optimizer.name must be "adamw" with DeepSpeed, got "{config.name}": the state of others is not one number per weight, '
+            "so it cannot be shared out and put together again. Use configs/accelerate/ddp.yaml."
+        )
 
 
 def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.Module:
@@ -49,7 +80,10 @@ def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.M
     """
     if not _asked("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:
         pipeline.to(accelerator.device)
-        return accelerator.prepare(pipeline.transformer)
+        if not uses_deepspeed():
+            return accelerator.prepare(pipeline.transformer)
+        _autocast(pipeline.transformer, accelerator)
+        return pipeline.transformer
     transformer, device = pipeline.transformer, accelerator.device
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         if module is not None:  # its outputs may be cached
@@ -57,9 +91,7 @@ def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.M
     adapter = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
     for parameter in adapter:
         parameter.data = parameter.data.to(device)
-    if accelerator.mixed_precision == "bf16":  # as Accelerate does for replicated models; FSDP's own casts would round positions
-        forward = torch.autocast(device.type, torch.bfloat16)(transformer.forward)
-        transformer.forward = convert_outputs_to_fp32(forward)
+    _autocast(transformer, accelerator)
     options = {
         "mesh": _mesh(accelerator),
         "reshard_after_forward": FullyShardedDataParallelPlugin().reshard_after_forward,
@@ -68,6 +100,13 @@ def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.M
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         fully_shard(block, **options)  # moves one block at a time to the device
     return fully_shard(transformer, **options)
+
+
+def _autocast(transformer: nn.Module, accelerator: Accelerator) -> None:
+    """Mixed precision as Accelerate has it for replicated models; the casts of FSDP and DeepSpeed would round positions or weights."""
+    if accelerator.mixed_precision == "bf16":
+        forward = torch.autocast(accelerator.device.type, torch.bfloat16)(transformer.forward)
+        transformer.forward = convert_outputs_to_fp32(forward)
 
 
 def average_gradients(transformer: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -82,6 +121,11 @@ def average_gradients(transformer: nn.Module, parameters: Iterable[nn.Parameter]
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, dist.get_world_size())
+
+
+def uses_deepspeed() -> bool:
+    """Whether the Accelerate config asks for DeepSpeed."""
+    return _asked("ACCELERATE_USE_DEEPSPEED")
 
 
 def is_sharded(transformer: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """Training of the reference LoRA: the objects of a run and the loop around `mosaic.objective.train_step`."""
 
-import contextlib
 import logging
 from itertools import islice
 from pathlib import Path
@@ -9,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
-from torch import nn
 from tqdm.auto import tqdm
 
 from mosaic.attention import resolve_capture_blocks
@@ -30,12 +28,14 @@ from mosaic.training.run_lock import RunLock
 from mosaic.training.run_log import RunLog
 from mosaic.training.run_snapshot import restore_snapshot, take_snapshot
 from mosaic.training.run_state import describe_run, require_same_run
-from mosaic.training.sharding import average_gradients, check_distribution, is_sharded, place_models
+from mosaic.training.sharding import check_distribution, is_sharded, place_models, uses_deepspeed
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.training.starting import attach_adapter, check_files, choose_checkpoint, load_base, training_dataset, training_sampler
 from mosaic.training.throughput import ThroughputMeter, batch_work
 from mosaic.training.tracking import Trackers
+from mosaic.training.updates import Updates
 from mosaic.training.validation import validate
+from mosaic.training.zero import ZeroUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def train(config: Config, resume: str | None = None) -> Path:
             checkpoint that cannot be written or a loss that is not finite, during it.
         TrainingStopped: A signal has asked for the end; all steps done are in a checkpoint.
     """
+    check_distribution(config.optimizer)  # before any process looks for the others
     run_dir = Path(config.training.output_dir)
     with StopSignals() as signals, RunLock(run_dir) as lock:
         checkpoint = choose_checkpoint(resume, run_dir, lock)
@@ -77,7 +78,7 @@ class Trainer:
         self.run_dir = Path(training.output_dir)
         self.signals = signals or StopSignals()
         check_files(config)
-        check_distribution()
+        check_distribution(config.optimizer)
         self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
         self.caches = open_caches(config)
         self.pipeline = load_base(config, self.caches, self.accelerator.device)
@@ -90,10 +91,13 @@ class Trainer:
         validation = config.validation
         self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
         attach_adapter(self.pipeline, config)
-        self.transformer = place_models(self.accelerator, self.pipeline)
+        placed = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
         self.optimizer = build_optimizer(config.optimizer, trainable)
+        updates = ZeroUpdates if uses_deepspeed() else Updates
+        self.updates = updates(self.accelerator, placed, self.parameters, self.optimizer, config.optimizer.max_grad_norm)
+        self.transformer = self.updates.transformer
         decay = config.optimizer.ema_decay
         self.ema = EMAModel(trainable, decay=decay, foreach=True) if decay is not None else None
         self.run = describe_run(config, self.global_batch, self.accelerator.num_processes, self.dataset.batch_keys)
@@ -116,7 +120,7 @@ class Trainer:
         """
         saved = load_snapshot(path, self.pipeline.transformer)
         require_same_run(saved.state, self.run, str(path))
-        restore_snapshot(saved, self.parameters, self.optimizer, self.ema)
+        restore_snapshot(saved, self.updates, self.ema)
         self.step = self._saved_step = saved.step
         logger.info("resumed from %s at step %d", path, self.step)
 
@@ -125,12 +129,13 @@ class Trainer:
         if self._saved_step == self.step:
             return
         self._settle()
+        optimizer = self.updates.optimizer_state()
         if self.accelerator.is_main_process:
             self.log.flush()
             weight = disentanglement_weight(self.config.loss, self.step)
             schedule = {"learning_rate": self._learning_rate(), "disentanglement_weight": weight}
             state = {"samples_seen": self.step * self.global_batch, "schedule": schedule, **self.run}
-            self.writer.submit(take_snapshot(self.step, self.parameters, self.optimizer, self.ema, state))
+            self.writer.submit(take_snapshot(self.step, self.parameters, optimizer, self.ema, state))
         self._saved_step = self.step
 
     def _settle(self) -> None:
@@ -156,29 +161,24 @@ class Trainer:
         Raises:
             NonFiniteLoss: The loss or the gradient is not finite and `training.non_finite` is "stop"; the adapter is not changed.
         """
-        settings, accelerator = self.config.optimizer, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         terms = []
         for micro_step, batch in enumerate(batches):
             generators = self._generators(batch, micro_step)
-            is_last = micro_step == len(batches) - 1  # gradients of the processes are joined once, at the last micro-batch
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.transformer):
+            with self.updates.micro_batch(is_last=micro_step == len(batches) - 1):
                 loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generators)
-                accelerator.backward(loss.total / len(batches))
+                self.updates.backward(loss.total / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         # All slices have one size, so the mean of their means is the mean over the samples.
-        loss = MosaicLoss(*accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
-        trainable = list(self.parameters.values())
-        average_gradients(self.transformer, trainable)
-        self.gradient_norm = norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        loss = MosaicLoss(*self.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
+        self.gradient_norm = norm = self.updates.gradient_norm()
         if self.non_finite.accept(loss, norm, self.step, self.step * self.global_batch, batches):
-            if settings.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(trainable, settings.max_grad_norm, norm)
-            self.optimizer.step()
+            self.updates.apply()
             if self.ema is not None:
-                self.ema.step(trainable)
-        self.optimizer.zero_grad(set_to_none=True)
+                self.ema.step(list(self.parameters.values()))
+        else:
+            self.updates.discard()
         self.step += 1
         return loss
 
