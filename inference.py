@@ -34,6 +34,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", help="inference.output_dir: where pictures go")
     parser.add_argument("--seed", type=int, help="inference.seed")
     parser.add_argument("--steps", type=int, help="inference.num_inference_steps")
+    parser.add_argument(
+        "--reference-cache", action="store_true", help="inference.reference_cache: compute isolated references once (exact)"
+    )
+    parser.add_argument("--refresh-references", type=int, metavar="N", help="inference.refresh_references: every N steps (approximate)")
     parser.add_argument("--save-attention", action="store_true", help="also write attention maps")
     parser.add_argument("--check", action="store_true", help="only check the cases and their pictures")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
@@ -57,6 +61,8 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "inference.output_dir": arguments.output_dir,
         "inference.seed": arguments.seed,
         "inference.num_inference_steps": arguments.steps,
+        "inference.reference_cache": arguments.reference_cache or None,
+        "inference.refresh_references": arguments.refresh_references,
         "inference.save_attention": arguments.save_attention or None,
     }
     return arguments.set + [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from mosaic.attention import AttentionOutput, AttentionRows, Capture, Layout, branch_attention, no_autocast
+from mosaic.attention import AttentionOutput, AttentionRows, Capture, KeptReferences, Layout, branch_attention, no_autocast
 from mosaic.lora import branch_linear, branch_vectors
 
 FLOAT16_LIMIT = 65504.0
@@ -22,13 +22,15 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         encoder_hidden_states: [B, T, d], text tokens.
-        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens.
+        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where those were kept.
         rows: The block's attention rows; empty if nothing was asked for.
+        kept: The block's references for later passes, if they were asked for.
     """
 
     encoder_hidden_states: Tensor
     hidden_states: Tensor
     rows: AttentionRows
+    kept: KeptReferences | None = None
 
 
 class _Vectors(NamedTuple):
@@ -112,9 +114,9 @@ def _attend(
     query = apply_rotary_emb(query, rotary, sequence_dim=1)
     key = apply_rotary_emb(key, rotary, sequence_dim=1)
     attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
-    main, references, rows = branch_attention(query, key, value, layout, attend, text_length, capture)
-    main, references = (x if x is None else x.flatten(2, 3).to(query.dtype) for x in (main, references))
-    return AttentionOutput(main, references, rows)
+    output = branch_attention(query, key, value, layout, attend, text_length, capture)
+    main, references = (x if x is None else x.flatten(2, 3).to(query.dtype) for x in (output.main, output.references))
+    return AttentionOutput(main, references, output.rows, output.kept)
 
 
 class MosaicFluxTransformerBlock(FluxTransformerBlock):
@@ -132,12 +134,12 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         """Run the block.
 
         Args:
-            hidden_states: [B, N_tgt + K * N_ref, d].
+            hidden_states: [B, N_tgt + K * N_ref, d]; without the references where the layout has kept ones.
             encoder_hidden_states: [B, T, d].
-            temb: [B, 1 or 2, d]: the main and, if there are references, the reference conditioning vector.
-            image_rotary_emb: cos and sin, [T + N_tgt + K * N_ref, D] each.
+            temb: [B, 1 or 2, d]: the main and, if there are reference tokens, the reference conditioning vector.
+            image_rotary_emb: cos and sin of every token, [T + N_tgt + K * N_ref, D] each.
             layout: The references' place and attention mode.
-            capture: Which attention rows to return.
+            capture: What to return of the attention.
         """
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         start = hidden_states.shape[1] - layout.length
@@ -150,7 +152,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         query = torch.cat([_normalize(attn.norm_added_q, text_query), _normalize(attn.norm_q, query)], dim=1)
         key = torch.cat([_normalize(attn.norm_added_k, text_key), _normalize(attn.norm_k, key)], dim=1)
         value = torch.cat([text_value, value], dim=1)
-        main, references, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        main, references, rows, kept = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
         attended_text, attended_target = main.split([text_length, start], dim=1)
 
         attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), references), start)
@@ -163,7 +165,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
         text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
         encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
-        return BlockOutput(_clip_float16(encoder_hidden_states), hidden_states, rows)
+        return BlockOutput(_clip_float16(encoder_hidden_states), hidden_states, rows, kept)
 
 
 class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -188,9 +190,9 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         mlp = self.act_mlp(_linear(self.proj_mlp, normed, start))
         query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = _normalize(attn.norm_q, query), _normalize(attn.norm_k, key)
-        main, references, rows = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        main, references, rows, kept = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
 
         joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)
         output = _linear(self.proj_out, joined, start)
         output = _clip_float16(residual + _gate(output, gate, start))
-        return BlockOutput(output[:, :text_length], output[:, text_length:], rows)
+        return BlockOutput(output[:, :text_length], output[:, text_length:], rows, kept)

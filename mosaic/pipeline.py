@@ -26,6 +26,7 @@ from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.pipeline_inputs import PipelineInputs, check_inputs, check_sampling, group_by_num_references
 from mosaic.pipeline_lora import ReferenceLoraLoaderMixin
+from mosaic.reference_cache import CachedTransformer, refresh_interval
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 
@@ -55,6 +56,7 @@ class _Group:
     pooled_prompt_embeds: Tensor
     reference_latents: Tensor | None  # packed [B, K, N_ref, C]
     reference_grid: Grid | None
+    reference_strength: Tensor | None  # [B, K]
 
 
 class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
@@ -100,6 +102,9 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         reference_size: int | None = None,
         reference_scale: float = 0.9,
         reference_attention: str | None = None,
+        reference_strength: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        reference_cache: bool = False,
+        refresh_references: int | None = None,
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         output_attention: bool = False,
@@ -127,6 +132,13 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             reference_size: Side of the references in px. None: as trained, else 512.
             reference_scale: Share of that side that the subject's long side takes.
             reference_attention: "target", "joint" or "isolated". None: as trained, else "target".
+            reference_strength: How strongly references are attended to: for all one number, or for one prompt one per reference, or for a
+                list of prompts one list each. Its logarithm is added to the logits of the reference's keys, so that 1 changes nothing and
+                0 hides the reference. None: 1.
+            reference_cache: Compute the references at the first step only and keep their keys and values for the others: 0.67 GiB per
+                512 px reference and picture with FLUX.1-dev, half as much again with `output_attention`, and the same for the second
+                pass of `image_guidance_scale`. Exact; only for isolated references.
+            refresh_references: The same for the other modes: compute the references every so many steps. An approximation, except for 1.
             max_sequence_length: T5 tokens. None: as many as the tokenizer allows, at most 512.
             output_type: "pil", "np", "pt" or "latent" (packed [B, N, C]).
             output_attention: Whether to return the attention of every reference token to the target.
@@ -143,6 +155,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
             reference_latents=reference_latents,
+            reference_strength=reference_strength,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             has_reference_lora=lora.has_reference_lora(self.transformer),
@@ -157,6 +170,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
         attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
         check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
+        interval = refresh_interval(reference_cache, refresh_references, attention_mode)
         self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
         self._interrupt, self._current_timestep = False, None
 
@@ -168,13 +182,23 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         for prompts in group_by_num_references(references):
             pictures = [p * num_images_per_prompt + i for p in prompts for i in range(num_images_per_prompt)]
             repeated = [p for p in prompts for _ in range(num_images_per_prompt)]
-            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None)
+            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None, None)
             if references[prompts[0]] is not None:
                 stacked = torch.stack([references[p] for p in repeated])  # (B, K, C, h, w)
                 group.reference_grid = Grid(stacked.shape[-2] // 2, stacked.shape[-1] // 2)
                 group.reference_latents = pack_latents(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]).to(group.latents)
+                strengths = [inputs.reference_strengths[p] for p in repeated]
+                if any(strength != 1 for row in strengths for strength in row):
+                    group.reference_strength = torch.tensor(strengths, device=latents.device)
             maps = self._denoise(
-                group, grid, num_inference_steps, attention_mode, output_attention, callback_on_step_end, callback_on_step_end_tensor_inputs
+                group,
+                grid,
+                num_inference_steps,
+                attention_mode,
+                interval,
+                output_attention,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
             )
             for row, picture in enumerate(pictures):
                 results[picture] = group.latents[row]
@@ -230,6 +254,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         grid: Grid,
         num_inference_steps: int,
         reference_attention: str,
+        interval: float,
         output_attention: bool,
         callback: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None,
         callback_tensors: Sequence[str],
@@ -245,9 +270,13 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             references["reference_hidden_states"] = group.reference_latents
             references["reference_ids"] = reference_position_ids(group.reference_grid, num_references, device)
             references["reference_attention"] = reference_attention
+            references["reference_strength"] = group.reference_strength
             if output_attention:
                 every_token = torch.arange(num_references * group.reference_grid.num_tokens, device=device)
                 references["capture"] = CaptureRequest(every_token.expand(batch, -1))
+        absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None} if references else {}
+        with_references = CachedTransformer(self.transformer, references, interval)
+        without_references = CachedTransformer(self.transformer, references | absent, interval)
         attention = 0
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, t in enumerate(timesteps):
@@ -263,11 +292,10 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                     "txt_ids": text_ids,
                     "img_ids": position_ids(grid, device=device),
                 }
-                output = self.transformer(**arguments, **references)
+                output = with_references(step, **arguments)
                 velocity = output.sample
                 if references and self._image_guidance_scale != 1:
-                    absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None}
-                    without = self.transformer(**arguments, **{**references, **absent}).sample
+                    without = without_references(step, **arguments).sample
                     velocity = without + self._image_guidance_scale * (velocity - without)
                 group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
                 if "capture" in references:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mosaic.attention import REFERENCE_ATTENTION_MODES
+from mosaic.sections import MAX_STRENGTH
 from mosaic.tokens import Grid
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -21,6 +23,7 @@ class PipelineInputs:
         prompts: The prompts, or None if embeddings are given.
         reference_images: Per prompt its pictures, maybe none.
         reference_latents: Per prompt [K, C, h, w], or None if pictures are given.
+        reference_strengths: Per prompt one number per reference.
         prompt_embeds: [B, T, d] or None.
         pooled_prompt_embeds: [B, d_pooled] or None.
         latents: Packed start noise or None.
@@ -31,6 +34,7 @@ class PipelineInputs:
     prompts: list[str] | None
     reference_images: list[list[Image.Image]]
     reference_latents: list[Tensor | None] | None
+    reference_strengths: list[list[float]]
     prompt_embeds: Tensor | None
     pooled_prompt_embeds: Tensor | None
     latents: Tensor | None
@@ -46,6 +50,7 @@ def check_inputs(
     prompt_embeds: Tensor | None,
     pooled_prompt_embeds: Tensor | None,
     reference_latents: Tensor | Sequence[Tensor] | None,
+    reference_strength: float | Sequence[float] | Sequence[Sequence[float]] | None,
     num_images_per_prompt: int,
     generator: torch.Generator | list[torch.Generator] | None,
     has_reference_lora: bool,
@@ -71,9 +76,11 @@ def check_inputs(
         raise ValueError("give reference_images or reference_latents, not both.")
     images = _per_prompt_images(reference_images, num_prompts, single=not isinstance(prompt, (list, tuple)))
     tensors = _per_prompt_latents(reference_latents, num_prompts)
+    counts = [len(x) if x is not None else 0 for x in (images if tensors is None else tensors)]
+    strengths = _per_prompt_strengths(reference_strength, counts, single=not isinstance(prompt, (list, tuple)))
     if (any(images) or any(x is not None and len(x) for x in tensors or [])) and not has_reference_lora:
         raise ValueError("references need a reference LoRA: call load_reference_lora(...) first, or leave the references out.")
-    return PipelineInputs(prompts, images, tensors, prompt_embeds, pooled_prompt_embeds, latents, generator, num_pictures)
+    return PipelineInputs(prompts, images, tensors, strengths, prompt_embeds, pooled_prompt_embeds, latents, generator, num_pictures)
 
 
 def check_sampling(
@@ -156,6 +163,30 @@ def _per_prompt_latents(latents: Tensor | Sequence[Tensor] | None, num_prompts: 
     if len({tuple(t.shape[1:]) for t in tensors if t is not None and len(t)}) > 1:
         raise ValueError("all references of a call share one size; reference_latents differ in [C, h, w].")
     return tensors
+
+
+def _per_prompt_strengths(strength: Any, counts: Sequence[int], single: bool) -> list[list[float]]:
+    """Strengths of each prompt's references, of which there are `counts`."""
+    if strength is None or isinstance(strength, (int, float)):
+        number = 1.0 if strength is None else strength
+        _check_strength(number, "reference_strength")
+        return [[number] * count for count in counts]
+    nested = list(strength)
+    if single and not any(isinstance(x, (list, tuple)) for x in nested):
+        nested = [nested]
+    if len(nested) != len(counts) or not all(isinstance(x, (list, tuple)) for x in nested):
+        raise ValueError(f"reference_strength must be a number, or one list of numbers per prompt: {len(counts)} lists, got {strength!r}.")
+    for p, (numbers, count) in enumerate(zip(nested, counts, strict=True)):
+        if len(numbers) != count:
+            raise ValueError(f"reference_strength[{p}] must hold one number per reference of that prompt: {count}, got {len(numbers)}.")
+        for k, number in enumerate(numbers):
+            _check_strength(number, f"reference_strength[{p}][{k}]")
+    return [list(numbers) for numbers in nested]
+
+
+def _check_strength(number: Any, where: str) -> None:
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= MAX_STRENGTH:
+        raise ValueError(f"{where} must be a number from 0 (absent) to {MAX_STRENGTH:g}, got {number!r}.")
 
 
 def group_by_num_references(references: Sequence[Tensor | None]) -> list[list[int]]:

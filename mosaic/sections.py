@@ -18,6 +18,7 @@ NotNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
 Blocks = Literal["all", "double"] | tuple[CountOrZero, ...]
 PRODIGY_MIN_RATE = 0.1
+MAX_STRENGTH = 10  # of a reference, in a case or a call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +324,11 @@ class InferenceConfig(Section):
     image_guidance_scale: NotNegative = 1.0
     """How far the velocity goes from that without references (zero latents, 0) to that with them (1) and beyond. Other values than 1
     double the time of sampling."""
+    reference_cache: bool = False
+    """Compute the references at the first sampling step only, and keep their keys and values for the others. Exact; only where
+    `model.reference_attention` is "isolated"."""
+    refresh_references: Count | None = None
+    """The same for the other modes: compute the references every so many sampling steps, an approximation. None, 1: at every step."""
     seed: Seed = 42
     """Seed of the start noise; the case with index i starts from seed + i, whatever the other cases are."""
     reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from mosaic.attention import Capture, Layout, resolve_capture_blocks
 from mosaic.blocks import MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.lora import branch_linear
+from mosaic.reference_cache import ReferenceCache
+from mosaic.strength import log_strength
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class MosaicTransformerOutput(BaseOutput):
         sample: [B, N_tgt, C], the predicted velocity, noise - latents.
         attention_rows: float32 [B, P, N_tgt], mean over heads and captured blocks (Eq. 8 at G(u)), or None.
         reference_rows: float32 [B, K, N_tgt], the mean over all tokens of each reference, or None.
+        reference_cache: The references for passes without them, or None.
     """
 
     sample: Tensor
     attention_rows: Tensor | None = None
     reference_rows: Tensor | None = None
+    reference_cache: ReferenceCache | None = None
 
 
 class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
@@ -91,6 +95,9 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         reference_ids: Tensor | None = None,
         reference_attention: str = "target",
         capture: CaptureRequest | None = None,
+        reference_strength: Tensor | None = None,
+        keep_references: bool = False,
+        reference_cache: ReferenceCache | None = None,
     ) -> MosaicTransformerOutput:
         """Predict the velocity of the target.
 
@@ -106,51 +113,78 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             reference_ids: [K * N_ref, 3] position ids.
             reference_attention: "target", "joint" or "isolated".
             capture: Which attention rows to return; needs references.
+            reference_strength: [B, K] of at least 0: its logarithm is added to the logits of the reference's keys. None: 1.
+            keep_references: Whether to return the references' keys and values (and queries, where rows are captured).
+            reference_cache: What was returned so, in place of the references.
 
         Raises:
-            ValueError: If rows are asked for without references, or `capture.blocks` is wrong.
+            ValueError: If rows are asked for without references or their queries, references are given twice, or `capture.blocks` is
+                wrong.
         """
-        layout = Layout()
-        if reference_hidden_states is not None and reference_hidden_states.shape[1]:
-            layout = Layout(reference_hidden_states.shape[1], reference_hidden_states.shape[2], reference_attention)
+        if reference_cache is not None and reference_hidden_states is not None:
+            raise ValueError("give reference_hidden_states or reference_cache, not both.")
+        num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
+        bias = None if reference_strength is None else log_strength(reference_strength)
+        layouts = [Layout()] * len(blocks)
+        if reference_cache is not None:
+            size = (reference_cache.num_references, reference_cache.num_reference_tokens)
+            layouts = [Layout(*size, reference_attention, bias, kept) for kept in reference_cache.blocks]
+        elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
+            layouts = [Layout(*reference_hidden_states.shape[1:3], reference_attention, bias)] * len(blocks)
             hidden_states = torch.cat([hidden_states, reference_hidden_states.flatten(1, 2)], dim=1)
             img_ids = torch.cat([img_ids, reference_ids.to(img_ids)], dim=0)
-        elif capture is not None:
-            raise ValueError("attention rows are read from reference tokens: capture needs reference_hidden_states with K >= 1.")
-        num_target_tokens = hidden_states.shape[1] - layout.length
+        layout = layouts[0]
+        captures = self._captures(capture, layouts, keep_references and layout.length > 0)
 
         # The latents' dtype, as in diffusers, but before the embedder: under autocast its output would round t to 8 bits.
-        temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, layout)
+        temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, branches=2 if layout.length else 1)
         hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
         rotary = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
 
-        rows, reference_rows = [], []
-        captured = frozenset()
-        if capture is not None:
-            captured = resolve_capture_blocks(capture.blocks, len(self.transformer_blocks), len(self.single_transformer_blocks))
-            block_capture = Capture(capture.global_index, capture.reference_means)
-        for index, block in enumerate([*self.transformer_blocks, *self.single_transformer_blocks]):
-            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, block_capture if index in captured else None)
+        rows, reference_rows, kept = [], [], []
+        num_captured = sum(wanted is not None and wanted.rows for wanted in captures)
+        for block, layout, wanted in zip(blocks, layouts, captures, strict=True):
+            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, wanted)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 output = self._gradient_checkpointing_func(block, *arguments)
             else:
                 output = block(*arguments)
             encoder_hidden_states, hidden_states = output.encoder_hidden_states, output.hidden_states
-            _accumulate(rows, output.rows.points, len(captured))
-            _accumulate(reference_rows, output.rows.reference_means, len(captured))
+            _accumulate(rows, output.rows.points, num_captured)
+            _accumulate(reference_rows, output.rows.reference_means, num_captured)
+            kept += [] if output.kept is None else [output.kept]
 
         hidden_states = self.norm_out(hidden_states[:, :num_target_tokens], temb[:, 0])
-        return MosaicTransformerOutput(self.proj_out(hidden_states), *rows or [None], *reference_rows or [None])
+        cache = ReferenceCache(tuple(kept), layout.num_references, layout.num_reference_tokens) if kept else None
+        return MosaicTransformerOutput(self.proj_out(hidden_states), *rows or [None], *reference_rows or [None], cache)
+
+    def _captures(self, request: CaptureRequest | None, layouts: Sequence[Layout], keep: bool) -> list[Capture | None]:
+        """What each block shall return of its attention.
+
+        Raises:
+            ValueError: If rows are asked for without references or their queries, or of blocks that there are not.
+        """
+        captured = frozenset()
+        if request is not None:
+            captured = resolve_capture_blocks(request.blocks, len(self.transformer_blocks), len(self.single_transformer_blocks))
+        for index in captured:
+            if not layouts[index].num_references:
+                raise ValueError("attention rows are read from reference tokens: capture needs reference_hidden_states with K >= 1.")
+            if layouts[index].kept is not None and layouts[index].kept.query is None:
+                raise ValueError(f"reference_cache holds no queries of block {index}: it was made without this capture.")
+        kept_only = Capture(references=True) if keep else None
+        with_rows = Capture(request.global_index, request.reference_means, keep) if request is not None else None
+        return [with_rows if index in captured else kept_only for index in range(len(layouts))]
 
     def _conditioning(
-        self, dtype: torch.dtype, timestep: Tensor, guidance: Tensor | None, pooled_projections: Tensor, layout: Layout
+        self, dtype: torch.dtype, timestep: Tensor, guidance: Tensor | None, pooled_projections: Tensor, branches: int
     ) -> Tensor:
         """The branches' conditioning vectors, [B, 1 or 2, d]: (t, guidance), and (0, 1) for the references.
 
         As `time_text_embed`, layer by layer, because a style LoRA on these layers must not reach the references' vector.
         """
-        embed, branches = self.time_text_embed, 2 if layout.num_references else 1
+        embed = self.time_text_embed
 
         def sinusoid(main: Tensor, reference: float) -> Tensor:
             both = torch.stack([main.to(dtype), torch.full_like(main, reference, dtype=dtype)][:branches], dim=1) * 1000

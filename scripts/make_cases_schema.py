@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 from mosaic.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
 from mosaic.cases.references import MAX_PATH, MAX_REFERENCES, MAX_TEXT
 from mosaic.cases.shapes import IMAGE_PATHS, SHAPES, Shape
+from mosaic.sections import MAX_STRENGTH
 from scripts.make_config_schema import field_meanings, type_schema
 
 FILE = ROOT / "configs/cases.schema.json"
@@ -20,7 +21,12 @@ TEXT = {"type": "string", "pattern": r"\S", "maxLength": MAX_TEXT}
 MATCHING = "A picture, relative to the cases file; with *, ? or [ ] all pictures that match, sorted."
 PATH = TEXT | {"maxLength": MAX_PATH, "description": MATCHING}
 PATHS = {"type": "array", "items": PATH, "minItems": 1, "maxItems": MAX_REFERENCES}
-STRENGTH = {"description": "Weight of the reference in attention; other values than 1 are not supported yet.", "const": 1}
+STRENGTH = {
+    "description": "How strongly the reference is attended to: 1 is as trained, 0 hides it.",
+    "type": "number",
+    "minimum": 0,
+    "maximum": MAX_STRENGTH,
+}
 
 
 def options_schema() -> dict[str, Any]:

@@ -98,6 +98,7 @@ def run_sampling_case(case: Path, meta: dict) -> dict[str, Tensor]:
     grid, reference_grid = Grid(*meta["target_grid"]), Grid(*meta["ref_grid"])
     references = torch.stack([unpack_latents(io[f"ref.{k}"], reference_grid) for k in range(meta["K"])], dim=1)
     token = pipeline.vae_scale_factor * 2
+    isolated = bool(meta.get("reference_kv_cache"))
     result = pipeline(
         prompt_embeds=io["prompt_embeds"],
         pooled_prompt_embeds=io["pooled"],
@@ -107,7 +108,8 @@ def run_sampling_case(case: Path, meta: dict) -> dict[str, Tensor]:
         width=grid.columns * token,
         num_inference_steps=meta["steps"],
         guidance_scale=meta["guidance_scale"],
-        reference_attention="isolated" if meta.get("reference_kv_cache") else "target",
+        reference_attention="isolated" if isolated else "target",
+        reference_cache=isolated,
         output_type="latent",
     )
     return {"final": result.images.contiguous()}

@@ -53,7 +53,7 @@ GOOD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"prompt": "a <cat>", "references": [{"path": "b.png", "name": "cat", "strength": 1}, "a.png"]},
         ["b.png", "a.png"],
     ),
-    "names with strength": ({"prompt": "a <cat>", "references": {"cat": {"path": "b.png", "strength": 1.0}}}, ["b.png"]),
+    "names with strength": ({"prompt": "a <cat>", "references": {"cat": {"path": "b.png", "strength": 0.5}}}, ["b.png"]),
     "pattern": ({"prompt": "a cat", "references": ["bags/*", "a.png"]}, ["bags/1.jpg", "bags/10.png", "bags/2.png", "a.png"]),
     "file that looks like a pattern": ({"prompt": "a cat", "references": ["odd[1].png"]}, ["odd[1].png"]),
     "options": (
@@ -129,12 +129,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         '[0].references.x: a name must stand for one picture, but "bags/*" matches 3.',
     ),
     "strength": (
-        {"prompt": "<x>", "references": {"x": {"path": "a.png", "strength": 0.5}}},
-        "[0].references.x.strength: other strengths than 1 are not supported yet, got 0.5.",
+        {"prompt": "<x>", "references": {"x": {"path": "a.png", "strength": 10.5}}},
+        "[0].references.x.strength: must be a number from 0 (absent) to 10, got 10.5.",
     ),
     "no strength": (
         {"prompt": "x", "references": [{"path": "a.png", "strength": "1"}]},
-        '[0].references[0].strength: must be a number of at least 0, got "1".',
+        '[0].references[0].strength: must be a number from 0 (absent) to 10, got "1".',
     ),
     "missing of a name": ({"prompt": "<x>", "references": {"x": "none.png"}}, "[0].references.x: file not found: "),
     "pattern without a match": ({"prompt": "x", "references": ["none/*.png"]}, '[0].references[0]: no picture file matches "none/*.png".'),

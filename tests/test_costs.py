@@ -42,6 +42,47 @@ def test_flux_dev(size: int, num_references: int, mode: str, rank: int, checkpoi
     assert step(size, num_references, mode, checkpointing, rank) == pytest.approx(expected, rel=1e-3)
 
 
+# px, K, mode, rank, steps in which the references run, TFLOP of 28 steps; of the same independent model
+SAMPLED = [
+    (512, 0, "target", 0, None, 602.07),
+    (512, 4, "target", 0, None, 2411.89),
+    (512, 4, "isolated", 0, 1, 781.28),
+    (512, 6, "target", 128, None, 3437.56),
+    (512, 6, "isolated", 128, 1, 875.2),
+    (512, 6, "target", 0, 7, 1419.55),
+    (1024, 4, "joint", 0, None, 4632.91),
+    (1024, 4, "target", 128, None, 4466.68),
+    (1024, 4, "isolated", 0, 1, 2508.75),
+    (1024, 6, "isolated", 128, 1, 2726.05),
+]
+
+
+def sampled(size: int, num_references: int, mode: str, rank: int = 0, reference_steps: int | None = None, skipped: int = 0) -> float:
+    """TFLOP of 28 steps of FLUX.1-dev, one picture."""
+    sizes = ((size // 16) ** 2, REFERENCE_TOKENS, TEXT)
+    return costs.sampling_flops(costs.FLUX_DEV, 1, num_references, *sizes, rank, mode, 28, reference_steps, skipped) / 1e12
+
+
+@pytest.mark.parametrize(("size", "num_references", "mode", "rank", "reference_steps", "expected"), SAMPLED)
+def test_sampling_of_flux_dev(size: int, num_references: int, mode: str, rank: int, reference_steps: int | None, expected: float) -> None:
+    assert sampled(size, num_references, mode, rank, reference_steps) == pytest.approx(expected, rel=2e-4)
+
+
+def test_skipped_steps_cost_one_block() -> None:
+    """Of 57 blocks, all alike in their linear layers, one runs; beside it entry, exit and conditioning, here under 1 % of a step."""
+    whole, reference_steps = sampled(512, 4, "target") / 28, 7
+    assert sampled(512, 4, "target", skipped=10) == pytest.approx((18 + 10 / 57) * whole, rel=1e-3)
+    cached = (sampled(512, 4, "target", 0, reference_steps) - 7 * whole) / 21
+    skipped = sampled(512, 4, "target", 0, reference_steps, skipped=22)  # all steps without references and one with
+    assert skipped == pytest.approx(21 * cached / 57 + (6 + 1 / 57) * whole, rel=2e-3)
+
+
+@pytest.mark.parametrize(("given", "message"), [((29, 0), "reference_steps must be in 0..num_inference_steps"), ((1, -1), "skipped_steps")])
+def test_steps_beyond_the_run_are_refused(given: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampled(512, 1, "isolated", 0, *given)
+
+
 def test_captured_rows_of_flux_dev() -> None:
     """A forward pass of 512 px, K = 2 measures 55.45 TFLOP and a step 123.9 with 512 points, 179.4 with recomputed blocks."""
     rows = costs.captured_row_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, 512, 57, reference_means=False) / 1e12

@@ -92,6 +92,8 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "reference_size": config.data.reference_size,
         "reference_scale": settings.reference_scale,
         "reference_attention": config.model.reference_attention,
+        "reference_cache": settings.reference_cache,
+        "refresh_references": settings.refresh_references,
         "text_length": config.model.text_length,
         "dtype": config.model.dtype,
         "model": {"name": _public_name(config.model.pretrained), "digest": model_digest},

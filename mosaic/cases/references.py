@@ -13,6 +13,7 @@ from PIL import Image
 
 from mosaic.images import FORMATS
 from mosaic.schema import shown
+from mosaic.sections import MAX_STRENGTH
 
 MAX_REFERENCES = 64  # per case
 MAX_MATCHES = 10_000  # pictures that one pattern may name
@@ -29,7 +30,7 @@ class Reference(NamedTuple):
     Attributes:
         path: The file, as a path from the current directory.
         name: The name under which the prompt speaks of it, as `<name>`; None: it has none.
-        strength: Weight of its keys in attention; 1 is the only one supported yet.
+        strength: Weight of its keys in attention: 1 changes nothing, 0 hides it.
     """
 
     path: Path
@@ -157,10 +158,8 @@ def _with_name(item: Any, name: str, place: str) -> dict[str, Any]:
 
 def _check_strength(value: Any, place: str) -> None:
     """Raise ValueError unless the strength is one that attention knows."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"{place}: must be a number of at least 0, got {shown(value)}.")
-    if value != 1:
-        raise ValueError(f"{place}: other strengths than 1 are not supported yet, got {shown(value)}. Leave it out, or write 1.")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MAX_STRENGTH:
+        raise ValueError(f"{place}: must be a number from 0 (absent) to {MAX_STRENGTH:g}, got {shown(value)}.")
 
 
 def _is_file(path: Path) -> bool:

@@ -24,6 +24,7 @@ from mosaic.figures import attention_panel, case_panel, save_picture
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.images import decode_image, prepare_reference
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.reference_cache import refresh_interval
 from mosaic.tokens import token_grid
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -89,6 +90,7 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
     factor = vae_scale_factor(name)
     token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
     token_grid(size, size, factor, where="data.reference_size")
+    refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
     shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device)
     jobs, problems, digests = [], [], {}
     for case in cases:
@@ -146,6 +148,8 @@ def render_job(
         **{key: job.recipe[key] for key in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")},
         generator=torch.Generator().manual_seed(job.recipe["seed"]),
         **{key: job.recipe[key] for key in ("reference_size", "reference_scale", "reference_attention")},
+        **{key: job.recipe[key] for key in ("reference_cache", "refresh_references")},
+        reference_strength=[entry["strength"] for entry in job.recipe["references"]] if with_lora else None,
         max_sequence_length=job.recipe["text_length"],
         output_attention=with_attention,
         callback_on_step_end=count,

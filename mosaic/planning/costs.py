@@ -1,4 +1,4 @@
-"""FLOPs of a training step: multiply-adds times two of every matrix product, in closed form.
+"""FLOPs of a training step and of a sampling run: multiply-adds times two of every matrix product, in closed form.
 
 Notation: d the transformer's width, L its blocks, T text tokens, N target tokens, K references of R tokens, r the LoRA rank. Both kinds of
 block hold 12 d^2 weights per token (double-stream, per stream: q, k, v, out and an MLP of 8 d^2; single-stream: q, k, v, the MLP's entry
@@ -134,6 +134,63 @@ def training_step_flops(
     backward = forward.linear + 2.5 * forward.attention + 2 * forward.lora
     again = {"none": 0.0, "block": forward.linear + forward.attention + forward.lora, "keep_attention": forward.linear + forward.lora}
     return forward.total + backward + again[gradient_checkpointing]
+
+
+def sampling_flops(
+    transformer_config: Mapping[str, Any],
+    batch_size: int,
+    num_references: int,
+    target_tokens: int,
+    reference_tokens: int,
+    text_tokens: int,
+    lora_rank: int,
+    reference_attention: str,
+    num_inference_steps: int,
+    reference_steps: int | None = None,
+    skipped_steps: int = 0,
+) -> float:
+    """FLOPs of the transformer in one sampling run; image guidance, which runs it twice a step, doubles them. Encoders are not in it.
+
+    Args:
+        transformer_config: As for `training_step_flops`.
+        batch_size: Pictures.
+        num_references: K.
+        target_tokens: N.
+        reference_tokens: R, of one reference.
+        text_tokens: T.
+        lora_rank: r; 0 leaves the adapter out.
+        reference_attention: "target", "joint" or "isolated".
+        num_inference_steps: Sampling steps.
+        reference_steps: Steps in which the references run; in the others text and target use their kept keys and values. 1 with a
+            reference cache, ceil(steps / N) where it is refreshed every N steps. None: every step, without a cache.
+        skipped_steps: Steps in which a first-block cache runs only the first block; those without references come first.
+
+    Raises:
+        ValueError: If the mode is unknown, or there are more such steps than steps.
+    """
+    if reference_steps is None:
+        reference_steps = num_inference_steps
+    for name, count in (("reference_steps", reference_steps), ("skipped_steps", skipped_steps)):
+        if not 0 <= count <= num_inference_steps:
+            raise ValueError(f"{name} must be in 0..num_inference_steps ({num_inference_steps}), got {count}.")
+    sizes = (target_tokens, reference_tokens, text_tokens)
+    first_block = {**transformer_config, "num_layers": 1, "num_single_layers": 0}
+
+    def step(config: Mapping[str, Any], with_references: bool) -> float:
+        if with_references:
+            return forward_flops(config, batch_size, num_references, *sizes, lora_rank, reference_attention).total
+        kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * batch_size
+        kept *= (text_tokens + target_tokens) * num_references * reference_tokens
+        return forward_flops(config, batch_size, 0, *sizes, lora_rank, reference_attention).total + kept
+
+    skipped_without = min(skipped_steps, num_inference_steps - reference_steps)
+    skipped_with = skipped_steps - skipped_without
+    return (
+        (reference_steps - skipped_with) * step(transformer_config, True)
+        + (num_inference_steps - reference_steps - skipped_without) * step(transformer_config, False)
+        + skipped_with * step(first_block, True)
+        + skipped_without * step(first_block, False)
+    )
 
 
 def captured_row_flops(
