@@ -82,7 +82,9 @@ def test_quantiles_of_t() -> None:
 
 
 def test_entropy_and_overlap_by_hand() -> None:
-    points = batch_points([[torch.tensor([[0, 0]]), torch.tensor([[0, 1], [1, 2]])], [torch.tensor([[1, 3]]), torch.zeros(0, 2).long()]], 2, 4)
+    points = batch_points(
+        [[torch.tensor([[0, 0]]), torch.tensor([[0, 1], [1, 2]])], [torch.tensor([[1, 3]]), torch.zeros(0, 2).long()]], 2, 4
+    )
     rows = torch.zeros(2, points.mask.shape[1], 4)
     rows[0, 0] = torch.tensor([0.5, 0.5, 0, 0])
     rows[0, 1] = torch.tensor([0, 1.0, 0, 0])

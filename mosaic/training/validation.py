@@ -74,13 +74,15 @@ def batch_attention_accuracy(
 
 @torch.no_grad()
 def batch_attention_rows(
-    pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator
+    pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator, timestep: float | None = None
 ) -> tuple[Tensor, Points, Grid]:
-    """Attention rows [B, P, N_tgt] of one batch at timesteps drawn as in training, without dropout; their points and the target's grid."""
+    """Attention rows [B, P, N_tgt] of one batch at a timestep, or at ones drawn as in training; their points and the target's grid."""
     grids = batch_grids(pipeline, batch)
     points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, pipeline.transformer.device)
     encoded = encode_batch(pipeline, batch, batch.prompts, config.model.text_length, generator=None)
     timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
+    if timestep is not None:
+        timesteps = torch.full_like(timesteps, timestep)
     noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
     capture = CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
     noisy_latents = add_noise(encoded.latents, noise, timesteps)
