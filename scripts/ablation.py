@@ -30,6 +30,7 @@ from scripts.pocket.ablation_tasks import real_tasks, run_tasks, timing_tasks
 from scripts.pocket.statistics import MAX_SEEDS
 from scripts.pocket.world import MAX_SUBJECTS
 
+BAR = "{l_bar}{bar}| {elapsed}<{remaining}"  # the unit of work means nothing to people
 ARMS_FOLDER = ROOT / "assets/pocket/arms"
 
 
@@ -100,12 +101,13 @@ def run_ablation(plan: Plan, parallel: int) -> list[str]:
         ([[measure_job(plan, "timing", timing_tasks(plan))]], 1),  # alone on the machine
     ]
     failures: list[str] = []
+    refresh = 1.0 if sys.stderr.isatty() else 60.0
     environment = child_environment(parallel, sys.executable)
     work = sum(remaining_cost(chains) for chains, _ in stages)
     try:
-        with tqdm(total=work, desc="ablation", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        with tqdm(total=work, desc="ablation", bar_format=BAR, mininterval=refresh) as bar:
             for number, (chains, side_by_side) in enumerate(stages):
-                failures += run_chains(chains, side_by_side, environment, bar)
+                failures += run_chains(chains, side_by_side, environment, bar, refresh)
                 if failures and number < 2:
                     break  # nothing works without data or real renderings
     finally:
@@ -145,7 +147,7 @@ def _end_by_signal(number: int, _: object) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 1 something failed, 2 wrong command, 130 interrupted."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, _end_by_signal)
+    before = signal.signal(signal.SIGTERM, _end_by_signal)
     lock = RunLock(arguments.output)
     try:
         with lock:
@@ -167,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ablation: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for failure in failures:
         print(f"ablation: failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -17,6 +17,12 @@ from scripts.pocket.ablation_results import read_results
 from scripts.pocket.ablation_tables import MEASURES, attention_table, by_arm, factor_table, k_table, ks_of, run_table, summary_table
 
 SUMMARY_KS = (2, 4)
+LINES = """## Where reference points look
+
+Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the
+peaks of their rows, white crosses where they should end.
+
+![reference points and their peaks](lines.png)"""
 
 
 def draw(results_file: Path, folder: Path) -> Path:
@@ -41,10 +47,7 @@ def report(results: dict[str, Any], has_lines: bool) -> str:
     parts = ["# Ablation in the pocket world", provenance(results), statistics_note(results)]
     parts += [section(results) for name, section in SECTIONS.items() if by_arm(results, name)]
     if has_lines:
-        parts.append(
-            "## Where reference points look\n\nPer arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: "
-            "lines from reference points to the peaks of their rows, white crosses where they should end.\n\n![reference points and their peaks](lines.png)"
-        )
+        parts.append(LINES)
     parts.append(f"## Runs\n\n{run_table(results)}")
     return "\n\n".join(parts) + "\n"
 
@@ -52,27 +55,28 @@ def report(results: dict[str, Any], has_lines: bool) -> str:
 def provenance(results: dict[str, Any]) -> str:
     """When, where and with what the numbers were made."""
     size, hardware, seconds = results["size"], results["hardware"], results["seconds"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    state = "" if results["complete"] else " **Not finished: some runs or measurements are missing.**"
-    return (
-        f"{results['date']}, commit {results['commit'] or 'unknown'}; {hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, "
-        f"{hardware['side_by_side']} run(s) side by side with {hardware['threads']} thread(s) each; {versions}. "
-        f"Training took {seconds['training'] / 3600:.2f} h and measuring {seconds['measuring'] / 3600:.2f} h, added up over all runs. "
-        f'Size "{size["name"]}": {size["steps"]} steps of batch {size["batch_size"]} ({size["factor_steps"]} for one-factor variants) on '
-        f"{size['train_samples']} scenes, data {(results['data']['manifest_digest'] or 'unknown')[:12]}, base {results['model']['digest'][:12]}, judge "
-        f"{results['judge_digest'][:12]}.{state}"
-    )
+    hours = {name: f"{value / 3600:.2f} h" for name, value in seconds.items()}
+    lines = [
+        f"- {results['date']}, commit {results['commit'] or 'unknown'}",
+        f"- {hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB; "
+        f"{hardware['side_by_side']} run(s) side by side, {hardware['threads']} thread(s) each",
+        f"- {', '.join(f'{name} {version}' for name, version in results['versions'].items())}",
+        f"- Added up over all runs: training {hours['training']}, measuring {hours['measuring']}",
+        f'- Size "{size["name"]}": {size["train_samples"]} training scenes, {size["steps"]} steps of batch {size["batch_size"]} '
+        f"({size['factor_steps']} steps for one-factor variants)",
+        f"- Digests: data {(results['data']['manifest_digest'] or 'unknown')[:12]}, base {results['model']['digest'][:12]}, "
+        f"judge {results['judge_digest'][:12]}",
+    ]
+    return "\n".join(lines if results["complete"] else [*lines, "- **Not finished: some runs or measurements are missing.**"])
 
 
 def statistics_note(results: dict[str, Any]) -> str:
-    """How to read the intervals."""
-    return (
-        f"All numbers are of {results['size']['cases']} scenes per K of identities that training never saw. In brackets 95 % intervals: over training "
-        "seeds by Student's t (three seeds: 4.30 standard errors) where there are two or more; of a single run the Wilson interval over its subjects for "
-        "shares, and none for other numbers. All arms start from the same noise, so intervals speak of training, not of sampling. The judge's own "
-        "accuracy on real renderings of the same scenes is the last row of each table; its Frechet distance is what that many real pictures have. "
-        "Attention is read from all blocks in every arm, on real renderings at noise drawn as in training."
-    )
+    """How to read the numbers."""
+    return f"""All numbers are of {results["size"]["cases"]} scenes per K of identities that training never saw. In brackets 95 % intervals:
+over training seeds by Student's t (three seeds: 4.30 standard errors) where there are two or more; of a single run the Wilson interval over its
+subjects for shares, and none for other numbers. All arms start from the same noise, so intervals over seeds speak of training, not of
+sampling. The judge's own accuracy on real renderings of the same scenes is the last row of each table; its Frechet distance is what that
+many real pictures have. Attention is read from all blocks in every arm, on real renderings at noise drawn as in training."""
 
 
 def main_section(results: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Commands in chains, some chains side by side, with one progress bar over all of their work."""
 
 import contextlib
+import math
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +52,9 @@ class _Running:
     counted: float
 
 
-def run_chains(chains: Sequence[Sequence[Job]], parallel: int, environment: Mapping[str, str], bar: tqdm) -> list[str]:
+def run_chains(
+    chains: Sequence[Sequence[Job]], parallel: int, environment: Mapping[str, str], bar: tqdm, refresh: float = 1.0
+) -> list[str]:
     """Run chains of jobs, `parallel` chains at a time, the jobs of a chain in order; a job that is done is passed over.
 
     A failed job ends its chain only. Any exception here, Ctrl-C among them, ends the jobs that run with SIGTERM and waits for them.
@@ -58,7 +62,7 @@ def run_chains(chains: Sequence[Sequence[Job]], parallel: int, environment: Mapp
     Returns:
         One message per failed job.
     """
-    waiting, running, failures = [iter(chain) for chain in chains], [], []
+    waiting, running, failures, shown = [iter(chain) for chain in chains], [], [], -math.inf
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -66,6 +70,9 @@ def run_chains(chains: Sequence[Sequence[Job]], parallel: int, environment: Mapp
                 running += [started] if started else []
             if running:
                 time.sleep(POLL_SECONDS)
+            if time.monotonic() - shown >= refresh:  # also while nothing is counted, so that the time left goes on
+                bar.refresh()
+                shown = time.monotonic()
             for entry in running[:]:
                 code = entry.process.poll()
                 _count(entry, 1.0 if code == 0 else entry.job.progress(), bar)
@@ -109,13 +116,12 @@ def _count(entry: _Running, progress: float, bar: tqdm) -> None:
     if progress > entry.counted:
         bar.update(entry.job.cost * (progress - entry.counted))
         entry.counted = progress
-    bar.refresh()
 
 
 def _stop(running: Sequence[_Running]) -> None:
     """End what still runs; whoever does not end in time is killed."""
     processes = [entry.process for entry in running]
-    send(processes, 15)
+    send(processes, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     for entry in running:
         with contextlib.suppress(subprocess.TimeoutExpired):

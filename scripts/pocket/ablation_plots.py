@@ -21,8 +21,13 @@ CURVES = {
     "attention/near": "attention within one token",
 }
 K_MEASURES: dict[str, Measure] = {
-    "identification": IDENTIFICATION, "leakage": LEAKAGE, "frechet": FRECHET, "attention_near": NEAR, "attention_exact": EXACT, "overlap": OVERLAP,
-}  # fmt: skip
+    "identification": IDENTIFICATION,
+    "leakage": LEAKAGE,
+    "frechet": FRECHET,
+    "attention_near": NEAR,
+    "attention_exact": EXACT,
+    "overlap": OVERLAP,
+}
 LINES_PER_REFERENCE = 5
 SCENE_SIZE = 64  # px
 

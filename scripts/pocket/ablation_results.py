@@ -28,7 +28,7 @@ CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
 
 
 def write_results(plan: Plan, parallel: int, threads: int) -> Path:
-    """Write what is there of an ablation, whether finished or not; the numbers of an earlier, larger start in the folder stay on disk only."""
+    """Write what is there of an ablation, finished or not; runs in the folder that are not of this plan are left out."""
     timings = [entry for task in timing_tasks(plan) if (entry := _timing(plan, task))]
     real = {str(task.num_references): result for task in real_tasks(plan) if (result := task.result())}
     runs = [_run_entry(plan, run) for run in plan.runs]

@@ -48,7 +48,7 @@ class Value(NamedTuple):
 
 
 def value_of(measure: Measure, runs: Runs, k: int) -> Value:
-    """Mean and interval of one arm at one K: Student's t over seeds; of a single seed the Wilson interval over subjects, if it is a share."""
+    """Mean and interval of one arm at one K: Student's t over seeds; of a single seed the Wilson interval, if it is a share."""
     found = [_look_up(measure, run["measures"].get(str(k))) for run in runs]
     found = [entry for entry in found if entry is not None]
     shares = [entry["share"] if isinstance(entry, dict) else entry for entry in found]
@@ -67,7 +67,7 @@ def _look_up(measure: Measure, measures: dict[str, Any] | None) -> Any:
 
 
 def cell(value: Value, digits: int) -> str:
-    """ "mean [low, high]", without an interval where none is known, "-" where nothing was measured."""
+    """Text such as "41.2 [35.0, 47.4]", without an interval where none is known, "-" where nothing was measured."""
     if math.isnan(value.mean):
         return "-"
     text = f"{value.mean:.{digits}f}"

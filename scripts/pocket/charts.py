@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 320
@@ -60,7 +60,7 @@ def line_chart(series: dict[str, Sequence[Point]], title: str, x_label: str, y_l
     return _svg(parts, HEIGHT + len(drawn) * LEGEND_ROW + 6)
 
 
-def _series(points: Sequence[Point], colour: str, place: object) -> list[str]:
+def _series(points: Sequence[Point], colour: str, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(point.x, point.y) for point in points))
     parts = [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>']
     for point in points:
@@ -93,5 +93,6 @@ def _line(x0: float, y0: float, x1: float, y1: float, colour: str, width: float,
 
 
 def _svg(parts: Sequence[str], height: float) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}" font-family="sans-serif">'
+    size = f'width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     return "\n".join([head, f'<rect width="{WIDTH}" height="{height:g}" fill="white"/>', *parts, "</svg>"]) + "\n"
