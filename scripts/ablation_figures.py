@@ -20,7 +20,7 @@ SUMMARY_KS = (2, 4)
 LINES = """## Where reference points look
 
 Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the
-peaks of their rows, white crosses where they should end.
+peaks of their rows, crosses of the same colour where they should end.
 
 ![reference points and their peaks](lines.png)"""
 
@@ -73,10 +73,11 @@ def provenance(results: dict[str, Any]) -> str:
 def statistics_note(results: dict[str, Any]) -> str:
     """How to read the numbers."""
     return f"""All numbers are of {results["size"]["cases"]} scenes per K of identities that training never saw. In brackets 95 % intervals:
-over training seeds by Student's t (three seeds: 4.30 standard errors) where there are two or more; of a single run the Wilson interval over its
-subjects for shares, and none for other numbers. All arms start from the same noise, so intervals over seeds speak of training, not of
-sampling. The judge's own accuracy on real renderings of the same scenes is the last row of each table; its Frechet distance is what that
-many real pictures have. Attention is read from all blocks in every arm, on real renderings at noise drawn as in training."""
+over training seeds by Student's t (three seeds: 4.30 standard errors) where there are two or more; of a single run the
+Wilson interval over its subjects for shares, and none for other numbers. All arms start from the same noise, so intervals over
+seeds speak of training, not of sampling. The judge's own accuracy on real renderings of the same scenes is the last row of each
+table; its Frechet distance is what that many real pictures have. Attention is read from all blocks in every arm, on real renderings
+at noise drawn as in training."""
 
 
 def main_section(results: dict[str, Any]) -> str:

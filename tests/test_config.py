@@ -180,6 +180,10 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
         ),
         ({"loss": {"preset": "papper"}}, 'loss.preset must be one of "paper", "release", got "papper". Did you mean paper? (FILE).'),
         ({"loss": {"disentanglement_cap": 0}}, "loss.disentanglement_cap must be a number of more than 0 or null, got 0 (FILE)."),
+        (
+            {"loss": {"supervised_timesteps": [0.5, 0.5]}},
+            "loss.supervised_timesteps must be a lower and a higher timestep, got [0.5, 0.5] (FILE).",
+        ),
         ({"loss": {"capture_blocks": [1, 1]}}, "loss.capture_blocks must name each block once, got [1, 1] (FILE)."),
         (
             {"loss": {"capture_blocks": []}},

@@ -88,7 +88,7 @@ def peak_share(lines: dict[str, Any]) -> str:
 
 
 def lines_panel(lines: dict[str, Any], caption: str) -> Image.Image:
-    """References at the left, the scene at the right; a line from a point to its peak, with a white cross where it should end."""
+    """References at the left, the scene at the right; a line from a point to its peak, and a cross where it should end."""
     num_references = max(lines["k"]) + 1
     scene = held_out_scenes(num_references, 1)[0]
     side = TILE // 2
@@ -112,8 +112,9 @@ def lines_panel(lines: dict[str, Any], caption: str) -> Image.Image:
             end = centre(lines["peak"][index], target_grid, corner, target_tile)
             x, y = centre(lines["v"][index], target_grid, corner, target_tile)
             draw_line(draw, start, end, LINE_COLOURS[k % len(LINE_COLOURS)])
-            draw.line([x - 5, y, x + 5, y], fill="white", width=2)
-            draw.line([x, y - 5, x, y + 5], fill="white", width=2)
+            for width, colour in ((6, INK), (3, LINE_COLOURS[k % len(LINE_COLOURS)])):
+                draw.line([x - 8, y, x + 8, y], fill=colour, width=width)
+                draw.line([x, y - 8, x, y + 8], fill=colour, width=width)
     return canvas
 
 
