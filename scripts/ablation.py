@@ -10,23 +10,25 @@ interruption: finished trainings and measurements are known by their digests and
 import argparse
 import dataclasses
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from mosaic.config import load_config, resolved_dict
+from mosaic.lora import write_reference_lora
 from mosaic.training.run_lock import RunLock
 from scripts import ablation_figures
 from scripts.pocket.ablation_arms import PARTS
-from scripts.pocket.ablation_chains import data_job, measure_job, train_job
+from scripts.pocket.ablation_chains import data_job, is_trained, measure_job, train_job
 from scripts.pocket.ablation_jobs import child_environment, remaining_cost, run_chains
 from scripts.pocket.ablation_plan import ROOT, SIZES, Plan, Size, make_plan
 from scripts.pocket.ablation_results import RESULTS, write_results
-from scripts.pocket.ablation_tasks import real_tasks, run_tasks, timing_tasks
+from scripts.pocket.ablation_tasks import are_done, real_tasks, run_tasks, timing_tasks
 from scripts.pocket.statistics import MAX_SEEDS
 from scripts.pocket.world import MAX_SUBJECTS
 
@@ -42,8 +44,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=f"sizes of the {name} form")
     parser.set_defaults(size="medium")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
+    cores = os.cpu_count() or 1
     parser.add_argument(
-        "--parallel", type=int, default=1, help="trainings and measurements side by side; the cores are shared out as threads"
+        "--parallel", type=int, default=min(2, cores), help="jobs side by side, which share the cores (default here: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, help="training seeds per arm")
     parser.add_argument("--factor-seeds", type=int, help="training seeds per one-factor variant")
@@ -59,7 +62,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=[], help="only these arms and variants, by name")
     parser.add_argument("--list", action="store_true", help="write the config files, list runs and what is left to do, compute nothing")
     parser.add_argument(
-        "--export-arms", type=Path, nargs="?", const=ARMS_FOLDER, help=f"copy the main arms' adapters (seed 0) to a folder ({ARMS_FOLDER})"
+        "--export-arms",
+        type=Path,
+        nargs="?",
+        const=ARMS_FOLDER,
+        help="write the main arms' adapters (seed 0) to a folder (assets/pocket/arms)",
     )
     return parser.parse_args(argv)
 
@@ -116,26 +123,19 @@ def run_ablation(plan: Plan, parallel: int) -> list[str]:
 
 
 def export_arms(plan: Plan, folder: Path) -> None:
-    """Copy the adapters of the main arms at seed 0, `<arm>.safetensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the adapters of the main arms at seed 0 in half precision, `<arm>.safetensors`."""
     for run in plan.of_part("main"):
-        if run.lora and not run.seed and run.lora.is_file():
-            partial = folder / f"{run.arm.name}.safetensors.partial"
-            shutil.copyfile(run.lora, partial)
-            os.replace(partial, partial.with_suffix(""))
+        if run.lora and not run.seed and is_trained(run):
+            tensors = {key: tensor.half() for key, tensor in load_file(run.lora).items()}
+            write_reference_lora(tensors, folder / f"{run.arm.name}.safetensors", resolved_dict(load_config(run.config)))
 
 
 def describe(plan: Plan) -> str:
     """One line per run: what is left to do."""
     lines = []
     for run in plan.runs:
-        state = (
-            "not trained"
-            if run.lora and not run.lora.is_file()
-            else "measured"
-            if all(t.result() for t in run_tasks(plan, run))
-            else "trained"
-        )
+        is_made = run.lora is None or is_trained(run)
+        state = "measured" if are_done(run_tasks(plan, run)) else "trained" if is_made else "not trained"
         lines.append(f"{'+'.join(run.parts):15s} {run.name:60s} {state}")
     return "\n".join(lines)
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
+from mosaic.pipeline import MosaicFluxPipeline
 from scripts import ablation
+from scripts.pocket.ablation_chains import train_job, training_state
 from scripts.pocket.ablation_jobs import Job, child_environment, last_line, remaining_cost, run_chains
 from scripts.pocket.ablation_plan import SIZES, Plan, Run, make_plan
 from scripts.pocket.ablation_tasks import Task, read_tasks, run_tasks, write_tasks
@@ -113,7 +117,7 @@ def test_a_stopped_ablation_goes_on_and_then_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in_jobs(monkeypatch, tmp_path)
-    arguments = ["--short", "--parts", "main", "--arms", "base", "scal", "stable", "--output", str(tmp_path / "out")]
+    arguments = ["--short", "--parallel", "1", "--parts", "main", "--arms", "base", "scal", "stable", "--output", str(tmp_path / "out")]
     (tmp_path / "signal").touch()  # trainings end as after SIGTERM, with a checkpoint
     assert ablation.main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
@@ -128,6 +132,25 @@ def test_a_stopped_ablation_goes_on_and_then_does_nothing(
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert not results["complete"]  # stand-ins measure nothing
     assert "Not finished" in (tmp_path / "out/report/report.md").read_text()
+
+
+def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
+    plan = make_plan(SIZES["short"], tmp_path / "out", ("main",), ("base", "scal", "paper"))
+    scal = next(run for run in plan.runs if run.arm.name == "scal")
+    scal.folder.mkdir(parents=True)
+    shutil.copyfile("assets/pocket/lora.safetensors", scal.lora)
+    ablation.export_arms(plan, tmp_path / "arms")
+    assert not (tmp_path / "arms").exists()  # not known to be finished
+    train_job(plan, scal).ended(3.0)
+    assert (training_state(scal)["status"], training_state(scal)["seconds"]) == ("finished", 3.0)
+    train_job(plan, scal).ended(4.0)
+    assert training_state(scal)["seconds"] == 7.0
+    ablation.export_arms(plan, tmp_path / "arms")
+    assert [path.name for path in (tmp_path / "arms").iterdir()] == ["scal.safetensors"]
+    assert (tmp_path / "arms/scal.safetensors").stat().st_size < 0.6 * scal.lora.stat().st_size
+    pipeline = MosaicFluxPipeline.from_pretrained("assets/pocket/flux", dtype=torch.float32)
+    assert pipeline.load_reference_lora(tmp_path / "arms/scal.safetensors") == 32
+    assert pipeline.reference_config["loss"]["disentanglement_weight"] == 0
 
 
 # ---- digests of measurements

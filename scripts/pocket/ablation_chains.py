@@ -12,12 +12,12 @@ from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_jobs import Job
 from scripts.pocket.ablation_plan import ROOT, Plan, Run
-from scripts.pocket.ablation_tasks import TOKENS_OF_REFERENCE, TOKENS_OF_TEXT_AND_TARGET, Task, are_done, write_tasks
+from scripts.pocket.ablation_tasks import SCENE_COST, TOKENS_OF_REFERENCE, TOKENS_OF_TEXT_AND_TARGET, Task, are_done, write_tasks
 
 STATE = "ablation.json"  # in a run's folder: digest of what was trained, and how that ended
 MEAN_REFERENCES = 2.5  # of the training data, 1 to 4 evenly mixed
 BACKWARD = 3  # a training step in forward passes
-SCENE_COST = 30.0
+START_COST = 50_000.0  # of a process that imports everything and loads the model
 
 
 def data_job(plan: Plan) -> Job:
@@ -49,7 +49,7 @@ def train_job(plan: Plan, run: Run) -> Job:
         f"training of {run.name}",
         ["bash", str(ROOT / "train.sh"), str(run.config), "--resume", "auto"],
         plan.output / "logs" / f"{run.name}.log",
-        BACKWARD * run.steps * plan.size.batch_size * tokens,
+        START_COST + BACKWARD * run.steps * plan.size.batch_size * tokens,
         is_done=lambda: is_trained(run),
         progress=progress,
         prepare=lambda: None,
@@ -66,7 +66,7 @@ def measure_job(plan: Plan, name: str, tasks: Sequence[Task]) -> Job:
         f"measuring {name}",
         [sys.executable, str(ROOT / "scripts/ablation_measure.py"), str(file)],
         plan.output / "logs" / f"{name}_measuring.log",
-        cost,
+        START_COST + cost if tasks else 0.0,
         is_done=lambda: are_done(tasks),
         progress=lambda: sum(part for output, part in costs.items() if Path(output).is_file()) / max(cost, 1.0),
         prepare=lambda: write_tasks(file, tasks) and None,

@@ -155,20 +155,23 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
             is_factor = part == "factors"
             if seed >= (size.factor_seeds if is_factor else size.seeds):
                 continue
-            common = _common_config(size, size.factor_steps if is_factor else size.steps, output, data, base)
+            common = _common_config(size, is_factor, output, data, base)
             for arm in arms[part]:
                 if (only and arm.name not in only) or (seed and not arm.trained):
                     continue
                 run = _make_run(size, part, arm, seed, common, output, identity)
                 same = found.get(run.folder)
-                if same is not None:  # the baseline of two parts
+                if same is None:
+                    _write_config(run.config, common, {**arm.settings, "training.seed": seed, "training.output_dir": str(run.folder)})
+                else:  # the baseline of two parts
                     run = dataclasses.replace(same, parts=(*same.parts, part), ks=tuple(sorted({*same.ks, *run.ks})))
                 found[run.folder] = run
     return Plan(size, output, data, tuple(found.values()))
 
 
-def _common_config(size: Size, steps: int, output: Path, data: Path, base: Path) -> Path:
-    """What all runs of one length share, in a file that extends the base config."""
+def _common_config(size: Size, is_factor: bool, output: Path, data: Path, base: Path) -> Path:
+    """What the one-factor variants or all other runs share, in a file that extends the base config; variants are not validated."""
+    steps = size.factor_steps if is_factor else size.steps
     settings = {
         "data.root": str(data),
         "training.max_steps": steps,
@@ -178,25 +181,23 @@ def _common_config(size: Size, steps: int, output: Path, data: Path, base: Path)
         "training.keep_checkpoints": 1,
         "training.best_metric": None,
         "training.trackers": [],
-        "validation.every": max(1, steps // 5),
+        "validation.every": None if is_factor else max(1, steps // 5),
         "validation.num_cases": 1,
         "validation.num_inference_steps": size.inference_steps,
         "inference.num_inference_steps": size.inference_steps,
     }
-    path = output / "configs" / f"common_{size.name}_{steps}.json"
+    path = output / "configs" / f"common_{digest_of(settings)[:8]}.json"
     _write_config(path, base, settings)
     return path
 
 
 def _make_run(size: Size, part: str, arm: Arm, seed: int, common: Path, output: Path, identity: dict[str, Any]) -> Run:
-    settings = {**arm.settings, "training.seed": seed}
-    config = load_config(common, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    config = load_config(common, [f"{key}={json.dumps(value)}" for key, value in (*arm.settings.items(), ("training.seed", seed))])
     digest = digest_of({"config": _what_matters(resolved_dict(config)), "trained": arm.trained, **identity})
     name = f"{arm.name}_seed{seed}_{digest[:8]}" if arm.trained else f"base_{digest[:8]}"
     if part == "factors" and arm.name != BASELINE:
         name = f"factor_{name}"
     folder, path = output / "runs" / name, common.parent / f"{name}.json"
-    _write_config(path, common, {**settings, "training.output_dir": str(folder)})
     is_factor = part == "factors"
     return Run((part,), arm, seed, path, folder, digest, config.training.max_steps, size.factor_ks if is_factor else size.ks)
 

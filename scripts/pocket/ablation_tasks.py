@@ -15,6 +15,7 @@ from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judg
 VERSION = 1  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
 NOISE_SEED = 42
+SCENE_COST = 80.0  # of drawing a scene, in the unit of `Task.cost`
 TOKENS_OF_TEXT_AND_TARGET, TOKENS_OF_REFERENCE = 88, 16  # of the pocket model, for the estimate of work
 
 
@@ -47,10 +48,12 @@ class Task:
 
     @property
     def cost(self) -> float:
-        """Work in tokens that pass the transformer, about: two passes per sampling step, one of them with zero latents."""
+        """Work, about, in tokens that pass the transformer: twice per sampling step, for image guidance."""
+        if self.kind == "real":
+            return SCENE_COST * (self.real_scenes + self.cases)
         tokens = TOKENS_OF_TEXT_AND_TARGET + TOKENS_OF_REFERENCE * (self.num_references if self.lora else 0)
-        steps = load_config(self.config).inference.num_inference_steps
-        return {"real": 100.0, "lines": tokens, "pictures": 2 * steps * tokens, "timing": 2 * steps * tokens}[self.kind] * self.cases
+        steps = 1 if self.kind == "lines" else 2 * load_config(self.config).inference.num_inference_steps
+        return float(steps * tokens * self.cases)
 
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; the adapter must be there."""
