@@ -74,8 +74,8 @@ SECTIONS: dict[str, type[Section]] = {
 EXTENDS = "extends"
 """Top-level key of a config file: another config file, whose settings hold where this one gives none."""
 
-IGNORED_KEYS = ("$schema",)
-"""Top-level keys without effect; editors use "$schema" for completion."""
+IGNORED_KEYS = ("$schema", "$comment")
+"""Top-level keys without effect: editors use "$schema" for completion, people read "$comment"."""
 
 
 class _Override(NamedTuple):

@@ -1,4 +1,4 @@
-"""Attention accuracy and leakage: do supervised rows peak where they should, and do they look at another reference's tokens?"""
+"""Measures of attention rows: do they peak where they should, look at another reference's tokens, are they sharp, and apart?"""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mosaic.correspondence import Points
+from mosaic.losses import reference_distributions
 from mosaic.tokens import Grid
 
 
@@ -125,9 +126,57 @@ def pool_accuracies(parts: list[AttentionAccuracy]) -> AttentionAccuracy:
     return AttentionAccuracy(**shares[0], **shares[1])
 
 
-def _pooled(parts: list[AttentionAccuracy], shares: Sequence[str], count: str) -> dict[str, float]:
+def _pooled(parts: Sequence[NamedTuple], shares: Sequence[str], count: str) -> dict[str, float]:
     """Means of some shares, weighted by the number of points they are of, and that number's sum."""
     counted = [part for part in parts if getattr(part, count)]
     total = sum(getattr(part, count) for part in counted)
     means = {name: sum(getattr(part, count) / total * getattr(part, name) for part in counted) if total else math.nan for name in shares}
     return {**means, count: total}
+
+
+class AttentionShape(NamedTuple):
+    """How sharp the rows are and how far the references stand apart.
+
+    Attributes:
+        entropy: Mean entropy of a point's row, nats; 0 for a row that looks at one token only.
+        entropy_chance: That of a uniform row, log N_tgt.
+        num_points: Number of points counted.
+        overlap: Mean over pairs of references of sum_n min(a_n, b_n), a and b their mean rows (Eq. 11-12): 0 apart, 1 equal.
+        num_pairs: Number of pairs counted.
+    """
+
+    entropy: float
+    entropy_chance: float
+    num_points: int
+    overlap: float = math.nan
+    num_pairs: int = 0
+
+
+def attention_shape(attention_rows: Tensor, points: Points) -> AttentionShape:
+    """Entropy of the rows and overlap between the references of each sample.
+
+    Args:
+        attention_rows: [B, P, N_tgt], not negative; each row sums to 1.
+        points: The points of the rows. Pairs are those of references of one sample that both have points.
+    """
+    rows = attention_rows[points.mask].float()
+    if not len(rows):
+        return pool_shapes([])
+    entropy = -torch.special.xlogy(rows, rows).sum(dim=-1)
+    distributions = reference_distributions(attention_rows, points)  # (B, K, N)
+    overlap = torch.minimum(distributions[:, :, None], distributions[:, None]).sum(dim=-1)
+    pairs = (points.reference_mask[:, :, None] & points.reference_mask[:, None]).triu(diagonal=1)
+    num_pairs = int(pairs.sum())
+    return AttentionShape(
+        entropy.mean().item(),
+        math.log(rows.shape[-1]),
+        len(rows),
+        overlap[pairs].mean().item() if num_pairs else math.nan,
+        num_pairs,
+    )
+
+
+def pool_shapes(parts: list[AttentionShape]) -> AttentionShape:
+    """Join shapes of several batches, weighted by their points and pairs; those of nothing are not numbers."""
+    names = AttentionShape._fields
+    return AttentionShape(**_pooled(parts, names[:2], "num_points"), **_pooled(parts, names[3:4], "num_pairs"))

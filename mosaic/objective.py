@@ -35,6 +35,12 @@ def disentanglement_weight(loss: LossConfig, step: int) -> float:
     return loss.disentanglement_weight * min(max(done / loss.disentanglement_warmup_steps, 0.0), 1.0)
 
 
+def is_supervised(loss: LossConfig, timesteps: Tensor) -> Tensor:
+    """bool [B]: whether the attention losses count at the timesteps [B]; both ends of `supervised_timesteps` do."""
+    low, high = loss.supervised_timesteps
+    return (timesteps >= low) & (timesteps <= high)
+
+
 def sample_generators(seed: int, first_index: int, count: int) -> list[torch.Generator]:
     """One CPU generator per sample, which depends only on (seed, global sample index).
 
@@ -98,10 +104,11 @@ def train_step(
         distributions, counted = output.reference_rows, (~drop_image).to(device)[:, None].expand(-1, num_references)
     else:
         distributions, counted = reference_distributions(output.attention_rows, points), points.reference_mask
+    supervised = is_supervised(loss, timesteps).float()
     return mosaic_loss(
         flow_matching_loss(output.sample, noise, encoded.latents),
-        correspondence_loss(output.attention_rows, points, loss.correspondence_reduction),
-        disentanglement_loss(distributions, counted, loss.divergence, loss.disentanglement_cap),
+        correspondence_loss(output.attention_rows, points, loss.correspondence_reduction) * supervised,
+        disentanglement_loss(distributions, counted, loss.divergence, loss.disentanglement_cap) * supervised,
         loss.correspondence_weight,
         disentanglement_weight(loss, step),
     )

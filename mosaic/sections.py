@@ -184,6 +184,9 @@ class LossConfig(Section):
     double-stream blocks first."""
     disentanglement_cap: Positive | None = None
     """Largest divergence that is still rewarded, in nats; None: no cap. Symmetric KL has no upper bound of its own."""
+    supervised_timesteps: tuple[Probability, Probability] = (0.0, 1.0)
+    """Lowest and highest timestep t (0: clean, 1: pure noise) at which the attention losses count; a sample outside gives 0. Flow matching
+    counts at every t."""
     max_points: Count = 1024
     """Correspondence points per sample that are supervised in a step; a larger number is subsampled anew each step."""
 
@@ -193,6 +196,9 @@ class LossConfig(Section):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        low, high = self.supervised_timesteps
+        if low >= high:
+            raise FieldError("loss.supervised_timesteps", f"must be a lower and a higher timestep, got {shown(self.supervised_timesteps)}")
         if not isinstance(self.capture_blocks, str) and len(set(self.capture_blocks)) != len(self.capture_blocks):
             raise FieldError("loss.capture_blocks", f"must name each block once, got {shown(self.capture_blocks)}")
 

@@ -81,6 +81,7 @@ def config_schema() -> dict[str, Any]:
     """The JSON Schema of a config file."""
     properties: dict[str, Any] = {
         "$schema": {"type": "string", "description": "For editors; without effect."},
+        "$comment": {"type": "string", "description": "For people; without effect."},
         EXTENDS: {"type": "string", "description": "Config file, relative to this one, whose settings hold where this one gives none."},
     }
     return {

@@ -96,7 +96,7 @@ def test_shipped_configs_hold_the_stated_values() -> None:
 
 
 def test_schema_key_is_ignored_and_bom_accepted(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, '\ufeff{"$schema": "x.json"}')) == Config()
+    assert load_config(write(tmp_path, '\ufeff{"$schema": "x.json", "$comment": "y"}')) == Config()
 
 
 def test_lists_become_tuples_and_integers_floats() -> None:
@@ -193,6 +193,10 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
         ),
         ({"loss": {"preset": "papper"}}, 'loss.preset must be one of "paper", "release", got "papper". Did you mean paper? (FILE).'),
         ({"loss": {"disentanglement_cap": 0}}, "loss.disentanglement_cap must be a number of more than 0 or null, got 0 (FILE)."),
+        (
+            {"loss": {"supervised_timesteps": [0.5, 0.5]}},
+            "loss.supervised_timesteps must be a lower and a higher timestep, got [0.5, 0.5] (FILE).",
+        ),
         ({"loss": {"capture_blocks": [1, 1]}}, "loss.capture_blocks must name each block once, got [1, 1] (FILE)."),
         (
             {"loss": {"capture_blocks": []}},
@@ -298,4 +302,4 @@ def test_the_schema_agrees_with_the_dataclasses() -> None:
             jsonschema.validate({section: {field: value}}, make_config_schema.config_schema())
         with pytest.raises(ValueError, match=f"{section}.{field}"):
             from_dict({section: {field: value}})
-    assert list(make_config_schema.config_schema()["properties"])[2:] == list(SECTIONS)
+    assert list(make_config_schema.config_schema()["properties"])[3:] == list(SECTIONS)

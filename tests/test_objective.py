@@ -185,6 +185,22 @@ def test_max_points_limits_the_supervised_points(world: Path, tmp_path: Path) ->
     assert not torch.equal(first, second)  # drawn anew
 
 
+def test_attention_losses_count_at_supervised_timesteps_only(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.2, 0.7] * 3)
+    monkeypatch.setattr(objective, "sample_timesteps", lambda *_: torch.tensor([next(times)]))
+    losses = []
+    for index, supervised in enumerate(([0.0, 1.0], [0.0, 0.5], [0.7, 1.0])):
+        trainer = Trainer(runs.make_config(world, tmp_path / str(index), loss__supervised_timesteps=supervised))
+        losses.append(runs.step_loss(trainer, runs.samples_of(trainer, num_references=2, count=2)))
+    every, low, high = losses
+    assert every.flow_matching == low.flow_matching == high.flow_matching
+    for name in ("correspondence", "disentanglement"):  # one of the two samples each; the other gives 0 and counts in the mean
+        first, second, both = (getattr(loss, name) for loss in (low, high, every))
+        assert first != 0
+        assert second != 0
+        torch.testing.assert_close(first + second, both)
+
+
 def test_release_preset(world: Path, tmp_path: Path) -> None:
     trainer = Trainer(runs.make_config(world, tmp_path, loss__preset="release", loss__disentanglement_start_step=0, loss__disentanglement_warmup_steps=2))
     calls = runs.captured_inputs(trainer)

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mosaic.cases.reading import load_cases
 from mosaic.config import Config
-from mosaic.correspondence import batch_points
+from mosaic.correspondence import Points, batch_points
 from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collate
 from mosaic.figures import case_panel, save_picture, tensor_to_image
 from mosaic.flow import add_noise, sample_timesteps
@@ -15,6 +16,7 @@ from mosaic.images import load_image
 from mosaic.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
 from mosaic.objective import batch_grids, encode_batch, predict
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.tokens import Grid
 from mosaic.transformer import CaptureRequest
 
 ACCURACY_BATCHES = 4  # batches of held-out samples on which attention accuracy is measured
@@ -63,17 +65,26 @@ def _cases(dataset: TrainingDataset, config: Config) -> list[tuple[str, list]]:
     return [(sample.prompt, [tensor_to_image(reference) for reference in sample.references]) for sample in samples]
 
 
-@torch.no_grad()
 def batch_attention_accuracy(
     pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator
 ) -> AttentionAccuracy:
     """Attention accuracy of one batch at timesteps drawn as in training, without dropout."""
+    return attention_accuracy(*batch_attention_rows(pipeline, batch, config, generator))
+
+
+@torch.no_grad()
+def batch_attention_rows(
+    pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator, timestep: float | None = None
+) -> tuple[Tensor, Points, Grid]:
+    """Attention rows [B, P, N_tgt] of one batch at a timestep, or at ones drawn as in training; their points and the target's grid."""
     grids = batch_grids(pipeline, batch)
     points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, pipeline.transformer.device)
     encoded = encode_batch(pipeline, batch, batch.prompts, config.model.text_length, generator=None)
     timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
+    if timestep is not None:
+        timesteps = torch.full_like(timesteps, timestep)
     noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
     capture = CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
     noisy_latents = add_noise(encoded.latents, noise, timesteps)
     output = predict(pipeline, pipeline.transformer, encoded, noisy_latents, timesteps, capture, grids, config.model.reference_attention)
-    return attention_accuracy(output.attention_rows, points, grids.target)
+    return output.attention_rows, points, grids.target

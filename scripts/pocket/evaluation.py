@@ -76,6 +76,11 @@ def held_out_scenes(num_references: int, count: int) -> list[world.Scene]:
     return [world.sample_scene(first + i, "heldout", num_references, True) for i in range(count)]
 
 
+def render_references(scene: world.Scene) -> list[Image.Image]:
+    """The reference pictures of a scene's subjects."""
+    return [world.render_reference(placement.identity, world.REFERENCE_SIZE) for placement in scene.placements]
+
+
 def generate(
     pipeline: MosaicFluxPipeline, scenes: Sequence[world.Scene], config: Config, with_references: bool, batch_size: int, seed: int
 ) -> list[Image.Image]:
@@ -84,7 +89,7 @@ def generate(
     settings = config.inference
     for start in range(0, len(scenes), batch_size):
         part = scenes[start : start + batch_size]
-        references = [[world.render_reference(p.identity, world.REFERENCE_SIZE) for p in scene.placements] for scene in part]
+        references = [render_references(scene) for scene in part]
         pictures += pipeline(
             [world.caption(scene) for scene in part],
             references if with_references else None,

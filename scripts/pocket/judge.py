@@ -6,9 +6,10 @@ map; what it finds is classified by palette, pattern and marking. The judge neve
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,14 +145,23 @@ class Judge(nn.Module):
         """Probability that each class is in the picture, `[B, C]`."""
         return self._look(pictures).presence.sigmoid().cpu()
 
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the last layer of the picture's own head (background) reads: the trunk's mean over places, float32 `[B, coarse]`."""
+        return self._evaluate(lambda x: self.trunk(x).mean(dim=(2, 3)), pictures).float().cpu()
+
     def _look(self, pictures: Tensor) -> Verdict:
+        return self._evaluate(self, pictures)
+
+    def _evaluate(self, function: Callable[[Tensor], Any], pictures: Tensor) -> Any:
+        """Call a part of the judge on pictures in evaluation mode."""
         if pictures.ndim != 4 or pictures.shape[1:] != (3, JUDGE_SIZE, JUDGE_SIZE):
             raise ValueError(f"the judge reads pictures [B, 3, {JUDGE_SIZE}, {JUDGE_SIZE}]; got {list(pictures.shape)}")
         was_training = self.training
         self.eval()
-        verdict = self(pictures.to(self.class_embedding))
+        found = function(pictures.to(self.class_embedding))
         self.train(was_training)
-        return verdict
+        return found
 
 
 def class_index(class_name: str) -> int:

@@ -1,0 +1,34 @@
+"""Measure what a list of tasks says: `python scripts/ablation_measure.py TASKS.json`; scripts/ablation.py writes the list and calls this.
+
+Finished measurements are left alone; each writes its own file, so that a kill costs one at most.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from scripts.pocket.ablation_measures import measure
+from scripts.pocket.ablation_tasks import read_tasks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", type=Path, help="JSON file of tasks")
+    arguments = parser.parse_args(argv)
+    try:
+        for task in tqdm(read_tasks(arguments.tasks), desc="measuring", unit="task"):
+            if task.result() is None:
+                task.write(measure(task))
+    except (ValueError, OSError) as error:
+        print(f"ablation_measure: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

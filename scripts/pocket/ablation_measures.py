@@ -1,0 +1,148 @@
+"""What a task of the ablation measures, with the models that several tasks share."""
+
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mosaic.config import Config, load_config
+from mosaic.latents import images_to_tensor
+from mosaic.metrics import attention_accuracy, attention_shape, pool_accuracies, pool_shapes
+from mosaic.objective import run_grids
+from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.training.validation import batch_attention_rows
+from scripts.pocket import world
+from scripts.pocket.ablation_tasks import NOISE_SEED, Task
+from scripts.pocket.evaluation import FIRST_SEED, MIN_VISIBLE, generate, held_out_scenes, judge_pictures, render_references, scene_batch
+from scripts.pocket.frechet import frechet_distance
+from scripts.pocket.judge import JUDGE_SIZE, Judge, load_judge
+
+BATCH_SIZE = 20
+REAL_OFFSET = 500_000  # from the seeds of the scenes that are drawn to those of the renderings they are compared with
+CAPTURED = "all"  # blocks whose rows are measured, in every arm, whatever it was trained on
+LINES_TIMESTEP = 0.5
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """The result of a task, JSON-able; numbers of nothing are null."""
+    config = measuring_config(task)
+    torch.set_num_threads(config.inference.num_threads)
+    function = {"real": measure_real, "pictures": measure_pictures, "lines": measure_lines, "timing": measure_timing}[task.kind]
+    start = time.monotonic()
+    result = function(task, config)
+    return {**result, "seconds": time.monotonic() - start}
+
+
+def measuring_config(task: Task) -> Config:
+    """The run's config, with rows read out of the same blocks in every arm."""
+    return load_config(task.config, [f"loss.capture_blocks={CAPTURED}"])
+
+
+@functools.cache
+def _judge() -> Judge:
+    return load_judge()
+
+
+@functools.lru_cache(maxsize=1)
+def _pipeline(pretrained: str, lora: str | None) -> MosaicFluxPipeline:
+    pipeline = MosaicFluxPipeline.from_pretrained(pretrained, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipeline.load_reference_lora(lora)
+    return pipeline
+
+
+def real_scenes(num_references: int, count: int) -> list[world.Scene]:
+    """Held-out scenes that no picture is generated for."""
+    first = FIRST_SEED + num_references * 1_000_000 + REAL_OFFSET
+    return [world.sample_scene(first + i, "heldout", num_references, True) for i in range(count)]
+
+
+def picture_features(pictures: Sequence[Image.Image]) -> Tensor:
+    """Features [n, d] of pictures in the judge's space, which was learnt on real renderings."""
+    tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
+    return torch.cat([_judge().features(part) for part in tensors.split(64)])
+
+
+def measure_real(task: Task, config: Config) -> dict[str, Any]:
+    """The judge on real renderings of the scenes, and their own distance to other real renderings: what a perfect arm would reach."""
+    height = config.data.image_size[0]
+    others = picture_features([world.render_scene(scene, height).image for scene in real_scenes(task.num_references, task.real_scenes)])
+    path = Path(task.real)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"features": others}, partial)
+    partial.replace(path)
+    scenes = held_out_scenes(task.num_references, task.cases)
+    pictures = [world.render_scene(scene, height).image for scene in scenes]
+    judged = judge_pictures(_judge(), pictures, scenes, MIN_VISIBLE).to_dict()
+    return {**judged, "frechet": frechet_distance(picture_features(pictures), others)}
+
+
+def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
+    """Pictures of held-out identities, judged; and attention rows on real renderings of the same scenes at noise as in training."""
+    pipeline = _pipeline(config.model.pretrained, task.lora)
+    scenes = held_out_scenes(task.num_references, task.cases)
+    pictures = generate(pipeline, scenes, config, task.lora is not None, BATCH_SIZE, NOISE_SEED)
+    result = {**judge_pictures(_judge(), pictures, scenes).to_dict(), "attention": None, "shape": None}
+    result["frechet"] = frechet_distance(picture_features(pictures), load_file(task.real)["features"])
+    if task.lora is not None:
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        parts = [scenes[start : start + BATCH_SIZE] for start in range(0, len(scenes), BATCH_SIZE)]
+        found = [batch_attention_rows(pipeline, scene_batch(part, pipeline, config), config, generator) for part in parts]
+        accuracy = pool_accuracies([attention_accuracy(*rows) for rows in found])
+        shape = pool_shapes([attention_shape(rows, points) for rows, points, _ in found])
+        result |= {"attention": _without_nan(accuracy._asdict()), "shape": _without_nan(shape._asdict())}
+    return result
+
+
+def measure_lines(task: Task, config: Config) -> dict[str, Any]:
+    """Points of one held-out scene, with the target token of each and the one where its row peaks, at one fixed noise (Figure 6)."""
+    pipeline = _pipeline(config.model.pretrained, task.lora)
+    batch = scene_batch(held_out_scenes(task.num_references, 1), pipeline, config)
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    rows, points, grid = batch_attention_rows(pipeline, batch, config, generator, LINES_TIMESTEP)
+    peaks = rows[0].argmax(dim=-1)[points.mask[0]]
+    tokens = points.global_index[0][points.mask[0]]
+    reference = points.reference[0][points.mask[0]]
+    per_reference = run_grids(pipeline, config).reference.num_tokens
+    columns = {"k": reference, "u": tokens - reference * per_reference, "v": points.target_index[0][points.mask[0]], "peak": peaks}
+    return {"target_columns": grid.columns, "reference_tokens": per_reference, **{name: value.tolist() for name, value in columns.items()}}
+
+
+def measure_timing(task: Task, config: Config) -> dict[str, Any]:
+    """Median seconds per picture, one picture at a time, after one that does not count."""
+    pipeline, settings = _pipeline(config.model.pretrained, task.lora), config.inference
+    scenes = held_out_scenes(task.num_references, 1)
+    references, seconds = render_references(scenes[0]), []
+    for repeat in range(task.cases + 1):
+        start = time.perf_counter()
+        pipeline(
+            world.caption(scenes[0]),
+            references,
+            height=settings.height,
+            width=settings.width,
+            reference_size=config.data.reference_size,
+            reference_scale=settings.reference_scale,
+            reference_attention=config.model.reference_attention,
+            reference_cache=task.reference_cache,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            image_guidance_scale=settings.image_guidance_scale,
+            max_sequence_length=config.model.text_length,
+            generator=torch.Generator().manual_seed(NOISE_SEED),
+        )
+        if repeat:
+            seconds.append(time.perf_counter() - start)
+    return {"seconds_per_image": statistics.median(seconds), "repeats": seconds}
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if value != value else value for name, value in values.items()}

@@ -1,0 +1,159 @@
+"""All that an ablation has found, in one JSON file: every number beside the run it comes from."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mosaic.config import load_config
+from mosaic.digests import file_digest
+from mosaic.schema import read_json
+from mosaic.training.durable import write_text
+from mosaic.training.run_log import RunLog
+from mosaic.training.run_state import PACKAGES
+from scripts.pocket.ablation_chains import is_trained, training_state
+from scripts.pocket.ablation_plan import ROOT, Plan, Run, base_digest, judge_digest
+from scripts.pocket.ablation_tasks import Task, real_tasks, run_tasks, timing_tasks
+
+RESULTS = "results.json"
+FORMAT = "mosaic-ablation"
+VERSION = 1
+CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
+CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
+
+
+def write_results(plan: Plan, parallel: int, threads: int) -> Path:
+    """Write what is there of an ablation, finished or not; runs in the folder that are not of this plan are left out."""
+    timings = [entry for task in timing_tasks(plan) if (entry := _timing(plan, task))]
+    real = {str(task.num_references): result for task in real_tasks(plan) if (result := task.result())}
+    runs = [_run_entry(plan, run) for run in plan.runs]
+    manifest = plan.data / "manifest.parquet"
+    config = load_config(plan.runs[0].config)
+    results = {
+        "format": FORMAT,
+        "version": VERSION,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "size": dataclasses.asdict(plan.size),
+        "hardware": _hardware() | {"side_by_side": parallel, "threads": threads},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "data": {"folder": _relative(plan, plan.data), "manifest_digest": file_digest(manifest) if manifest.is_file() else None},
+        "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
+        "judge_digest": judge_digest(),
+        "seconds": _seconds(runs, real, timings),
+        "complete": all(entry["complete"] for entry in runs),
+        "real": real,
+        "runs": runs,
+        "timings": timings,
+    }
+    plan.output.mkdir(parents=True, exist_ok=True)
+    write_text(plan.output / RESULTS, json.dumps(results, indent=1) + "\n")
+    return plan.output / RESULTS
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not one of ours.
+    """
+    results = read_json(path)
+    if not isinstance(results, dict) or (results.get("format"), results.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{path}: must be a results file of scripts/ablation.py, format {FORMAT!r} version {VERSION}.")
+    return results
+
+
+def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
+    tasks = run_tasks(plan, run)
+    found = {Path(task.output).stem: result for task in tasks if (result := task.result())}
+    state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
+    trained = run.lora is None or is_trained(run)
+    return {
+        "name": run.name,
+        "parts": list(run.parts),
+        "arm": run.arm.name,
+        "meaning": run.arm.meaning,
+        "factor": run.arm.factor,
+        "seed": run.seed,
+        "steps": run.steps if run.lora else 0,
+        "folder": _relative(plan, run.folder),
+        "config": _relative(plan, run.config),
+        "config_digest": run.digest,
+        "adapter_digest": file_digest(run.lora) if run.lora and trained else None,
+        "settings": dict(run.arm.settings),
+        "status": state.get("status", "not started"),
+        "complete": trained and len(found) == len(tasks),
+        "training_seconds": state.get("seconds", 0.0),
+        "measures": {str(task.num_references): result for task in tasks if task.kind == "pictures" and (result := task.result())},
+        "lines": found.get("lines"),
+        "curves": curves_of(run.folder / "metrics.jsonl"),
+    }
+
+
+def _timing(plan: Plan, task: Task) -> dict[str, Any] | None:
+    result = task.result()
+    if result is None:
+        return None
+    mode = load_config(task.config).model.reference_attention
+    file = _relative(plan, Path(task.output))
+    return {
+        "reference_attention": mode,
+        "reference_cache": task.reference_cache,
+        "num_references": task.num_references,
+        "file": file,
+        **result,
+    }
+
+
+def curves_of(file: Path) -> dict[str, list[list[float]]]:
+    """(step, value) of the logged measures of a run; of long curves means over stretches of equal numbers of entries."""
+    entries, curves = RunLog(file).entries(), {}
+    for name in CURVES:
+        points = [
+            [entry["step"], entry[name]] for entry in entries if isinstance(entry.get(name), float | int) and entry[name] == entry[name]
+        ]
+        stretch = -(-len(points) // CURVE_POINTS) or 1
+        parts = [points[start : start + stretch] for start in range(0, len(points), stretch)]
+        curves[name] = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts]
+    return curves
+
+
+def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, float]:
+    """Time that trainings and measurements took, added up over all, also those that ran side by side."""
+    measured = [result["seconds"] for run in runs for result in (*run["measures"].values(), *([run["lines"]] if run["lines"] else []))]
+    measured += [result["seconds"] for result in (*real.values(), *timings)]
+    return {"training": sum(run["training_seconds"] for run in runs), "measuring": sum(measured)}
+
+
+def _relative(plan: Plan, path: Path) -> str:
+    return path.relative_to(plan.output).as_posix()
+
+
+def _hardware() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a "+" where files differ from it; None outside of a git checkout."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,98 @@
+"""Line charts of several series as plain SVG, with intervals where they are known."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 560, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 44
+LEGEND_ROW = 18
+COLOURS = ("#7a7a85", "#e63946", "#1d78d8", "#2ea043", "#f49406", "#8e44ad", "#00a0a0")
+
+
+class Point(NamedTuple):
+    """A value with the ends of its interval, which are not numbers where none is known."""
+
+    x: float
+    y: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+def line_chart(series: dict[str, Sequence[Point]], title: str, x_label: str, y_label: str, level: tuple[str, float] | None = None) -> str:
+    """An SVG picture.
+
+    Args:
+        series: Points by name, in the order of the colours; points whose y is no number are left out.
+        title: Above the chart.
+        x_label: Below it.
+        y_label: At its left end.
+        level: A name and a value to draw a dashed line at, such as chance.
+    """
+    drawn = {name: [point for point in points if not math.isnan(point.y)] for name, points in series.items()}
+    every = [point for points in drawn.values() for point in points]
+    if not every:
+        return _svg([_text(LEFT, 20, title, 15, "600"), _text(LEFT, TOP + 30, "nothing measured yet", 12)], HEIGHT)
+    xs = [point.x for point in every]
+    ys = [y for point in every for y in (point.y, point.low, point.high) if not math.isnan(y)] + ([level[1]] if level else [])
+    ticks = nice_ticks(min(ys), max(ys))
+    x_low, x_span, y_low, y_span = min(xs), (max(xs) - min(xs)) or 1.0, ticks[0], ticks[-1] - ticks[0]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        left = LEFT + (x - x_low) / x_span * (WIDTH - LEFT - RIGHT)
+        return left, HEIGHT - BOTTOM - (y - y_low) / y_span * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_text(LEFT, 20, title, 15, "600"), _text(WIDTH / 2, HEIGHT - 8, x_label, 12, anchor="middle"), _text(4, TOP - 2, y_label, 11)]
+    for tick in ticks:
+        _, y = place(x_low, tick)
+        parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#e2e2e8", 1), _text(LEFT - 6, y + 4, f"{tick:g}", 11, anchor="end")]
+    for x in sorted(set(xs)) if len(set(xs)) <= 12 else [x_low, x_low + x_span / 2, x_low + x_span]:
+        parts.append(_text(place(x, y_low)[0], HEIGHT - BOTTOM + 16, f"{x:g}", 11, anchor="middle"))
+    if level:
+        _, y = place(x_low, level[1])
+        parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#555555", 1, "4 4"), _text(WIDTH - RIGHT, y - 4, level[0], 11, anchor="end")]
+    for number, (name, points) in enumerate(drawn.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        parts += _series(points, colour, place)
+        row = HEIGHT + number * LEGEND_ROW
+        parts += [_line(LEFT, row + 4, LEFT + 22, row + 4, colour, 3), _text(LEFT + 30, row + 8, name, 12)]
+    return _svg(parts, HEIGHT + len(drawn) * LEGEND_ROW + 6)
+
+
+def _series(points: Sequence[Point], colour: str, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(point.x, point.y) for point in points))
+    parts = [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    for point in points:
+        x, y = place(point.x, point.y)
+        if len(points) <= 12:
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+        if not math.isnan(point.low):
+            parts.append(_line(x, place(point.x, point.low)[1], x, place(point.x, point.high)[1], colour, 1))
+    return parts
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers in equal steps that enclose low and high."""
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 10) for index in range(first, last + 1)]
+
+
+def _text(x: float, y: float, text: str, size: int, weight: str = "400", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, colour: str, width: float, dashes: str = "none") -> str:
+    where = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"'
+    return f'<line {where} stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
+
+
+def _svg(parts: Sequence[str], height: float) -> str:
+    size = f'width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+    return "\n".join([head, f'<rect width="{WIDTH}" height="{height:g}" fill="white"/>', *parts, "</svg>"]) + "\n"

@@ -1,0 +1,64 @@
+"""What the ablation measures, on the shipped pocket weights at the smallest sizes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from scripts import ablation_measure
+from scripts.pocket.ablation_measures import measure, measuring_config, real_scenes
+from scripts.pocket.ablation_plan import SIZES, make_plan
+from scripts.pocket.ablation_tasks import Task, read_tasks, run_tasks, write_tasks
+from scripts.pocket.evaluation import held_out_scenes
+
+SIZE = dataclasses.replace(SIZES["short"], cases=2, ks=(2,), real_scenes=4, inference_steps=1)
+LORA = "assets/pocket/lora.safetensors"
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> dict[str, Task]:
+    """A task of each kind, of the shipped adapter."""
+    plan = make_plan(SIZE, tmp_path, ("main",), ("release",))
+    pictures, lines = run_tasks(plan, plan.runs[0])
+    real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, pictures.real, 4)
+    pictures, lines = dataclasses.replace(pictures, lora=LORA), dataclasses.replace(lines, lora=LORA)
+    return {
+        "real": real,
+        "pictures": pictures,
+        "lines": lines,
+        "timing": dataclasses.replace(lines, kind="timing", output=str(tmp_path / "t.json")),
+    }
+
+
+def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_tasks(tmp_path / "tasks.json", list(tasks.values()))
+    assert ablation_measure.main([str(file)]) == 0
+    monkeypatch.setattr(ablation_measure, "measure", lambda task: pytest.fail("is measured already"))
+    assert ablation_measure.main([str(file)]) == 0
+    found = {task.kind: task.result() for task in read_tasks(file)}
+    pictures, lines = found["pictures"], found["lines"]
+    assert pictures["identification"]["count"] == 4
+    assert pictures["frechet"] > found["real"]["frechet"] > 0  # after a single sampling step
+    assert pictures["attention"]["near"] > pictures["attention"]["near_chance"]
+    assert 0 < pictures["shape"]["entropy"] < pictures["shape"]["entropy_chance"]
+    assert 0 < pictures["shape"]["overlap"] < 1
+    assert len({len(lines[name]) for name in ("k", "u", "v", "peak")}) == 1
+    assert set(lines["k"]) == {0, 1, 2}
+    assert max(lines["u"]) < lines["reference_tokens"] == 16
+    assert sum(v == peak for v, peak in zip(lines["v"], lines["peak"], strict=True)) > len(lines["v"]) / 10
+    assert found["timing"]["seconds_per_image"] > 0
+
+
+def test_rows_are_read_from_the_same_blocks_in_every_arm(tasks: dict[str, Task]) -> None:
+    assert measuring_config(tasks["pictures"]).loss.capture_blocks == "all"  # the release's arm is trained on double-stream ones
+
+
+def test_pictures_are_compared_with_renderings_of_other_scenes() -> None:
+    seeds = {scene.seed for scene in real_scenes(2, 5)}
+    assert len(seeds) == 5
+    assert not seeds & {scene.seed for scene in held_out_scenes(2, 1000)}
+
+
+def test_a_measurement_without_its_real_renderings(tasks: dict[str, Task]) -> None:
+    with pytest.raises(OSError, match="real/k2.safetensors"):
+        measure(tasks["pictures"])

@@ -1,0 +1,168 @@
+"""Tables and figures of a made-up results file: numbers by hand, and every run named."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from scripts import ablation_figures
+from scripts.pocket import ablation_tables as tables
+from scripts.pocket.ablation_plots import mean_curve, peak_share, spread
+from scripts.pocket.ablation_results import CURVE_POINTS, curves_of
+from scripts.pocket.ablation_tables import FRECHET, IDENTIFICATION, LEAKAGE, NEAR, Value, apart, cell, value_of
+from scripts.pocket.charts import Point, line_chart, nice_ticks
+
+NOTHING = {"share": None, "low": None, "high": None, "count": 0}
+
+
+def share(value: float) -> dict[str, Any]:
+    return {"share": value, "low": value - 0.1, "high": value + 0.2, "count": 20}
+
+
+def measures(identification: float, k: int, attention: bool = True) -> dict[str, Any]:
+    found = {"identification": share(identification), "leakage": share(0.1) if k > 1 else NOTHING, "presence": share(0.9), "frechet": 0.5}
+    rows = {"attention": {"exact": 0.2, "near": 0.4}, "shape": {"entropy": 2.5, "overlap": 0.3 if k > 1 else None}}
+    return found | (rows if attention else {"attention": None, "shape": None}) | {"seconds": 1.0}
+
+
+def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("main",), factor: str = "") -> dict[str, Any]:
+    trained = arm != "base"
+    lines = {
+        "target_columns": 8,
+        "reference_tokens": 16,
+        "k": [0, 0, 1, 2],
+        "u": [5, 6, 5, 9],
+        "v": [0, 9, 20, 63],
+        "peak": [1, 27, 20, 56],
+    }
+    return {
+        "name": f"{arm}_{seed}", "parts": list(parts), "arm": arm, "meaning": f"arm {arm}", "factor": factor, "seed": seed, "steps": 10 * trained,
+        "folder": f"runs/{arm}_{seed}", "config": f"configs/{arm}_{seed}.json", "config_digest": "c" * 64,
+        "adapter_digest": "a" * 64 if trained else None, "settings": {}, "status": "finished", "complete": True, "training_seconds": 5.0,
+        "measures": {str(k): measures(identification, k, trained) for k in (1, 2, 6)}, "lines": lines if trained else None,
+        "curves": {"loss/flow_matching": [[5, 1.0 + seed], [10, 0.5 + seed]]} if trained else {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    runs = [run("base", 0, 0.1), *(run("stable", seed, value, ("main", "attention")) for seed, value in enumerate((0.2, 0.4, 0.9)))]
+    runs += [
+        run("stable", 0, 0.5, ("factors",), "none"),
+        run("weight", 0, 0.9, ("factors",), "MDL's weight"),
+        run("joint", 0, 0.3, ("attention",)),
+    ]
+    timing = {"reference_attention": "joint", "reference_cache": False, "num_references": 2, "seconds_per_image": 1.25, "seconds": 3.0}
+    return {
+        "format": "mosaic-ablation", "version": 1, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
+        "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40},
+        "hardware": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "side_by_side": 2, "threads": 1}, "versions": {"torch": "2"},
+        "data": {"folder": "data", "manifest_digest": "d" * 64}, "model": {"name": "m", "digest": "e" * 64}, "judge_digest": "f" * 64,
+        "seconds": {"training": 3600.0, "measuring": 36.0}, "real": {str(k): measures(0.75, k, False) for k in (1, 2, 6)}, "timings": [timing],
+    }  # fmt: skip
+
+
+def test_intervals_over_seeds_and_within_a_run(results: dict[str, Any]) -> None:
+    arms = tables.by_arm(results, "main")
+    half = 100 * 4.3027 * math.sqrt(0.13 / 3)  # of 0.2, 0.4 and 0.9
+    assert value_of(IDENTIFICATION, arms["stable"], 2) == pytest.approx((50, 50 - half, 50 + half))
+    assert value_of(IDENTIFICATION, arms["base"], 2) == pytest.approx((10, 0, 30))  # Wilson's, as stored
+    assert math.isnan(value_of(LEAKAGE, arms["base"], 1).mean)
+    assert math.isnan(value_of(NEAR, arms["base"], 2).mean)
+    found = value_of(FRECHET, arms["base"], 2)
+    assert found.mean == 0.5
+    assert math.isnan(found.low)
+    assert math.isnan(value_of(IDENTIFICATION, arms["base"], 5).mean)
+
+
+def test_cells_and_intervals_apart() -> None:
+    assert cell(Value(41.25, 35, 47.5), 1) == "41.2 [35.0, 47.5]"
+    assert cell(Value(0.5, math.nan, math.nan), 3) == "0.500"
+    assert cell(Value(math.nan, math.nan, math.nan), 1) == "-"
+    base = Value(50, 40, 60)
+    assert [apart(Value(m, m - 5, m + 5), base) for m in (70, 30, 64)] == ["higher", "lower", "not apart"]
+    assert apart(Value(90, math.nan, math.nan), base) == "not apart"
+
+
+def test_rows_of_the_tables(results: dict[str, Any]) -> None:
+    table = tables.summary_table(results, 2).splitlines()
+    assert len(table) == 2 + 2 + 1
+    assert len({line.count("|") for line in table}) == 1
+    assert "75.0 [65.0, 95.0]" in table[-1]  # the judge on real renderings
+    header, _, _, stable, real = tables.k_table(results, LEAKAGE).splitlines()
+    assert "K = 6 (unseen)" in header
+    assert stable.split("|")[2].strip() == real.split("|")[2].strip() == "-"  # nothing leaks at K = 1
+    factors = tables.factor_table(results, 2).splitlines()
+    assert factors[2].startswith("| baseline | arm stable")
+    assert factors[3].endswith("| higher |")
+    attention = tables.attention_table(results)
+    assert "| seconds per picture | joint | - | 1.25 | - |" in attention
+
+
+def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert ablation_figures.main([str(tmp_path / "results.json")]) == 0
+    folder = tmp_path / "report"
+    text = (folder / "report.md").read_text()
+    assert all(entry["folder"] in text and entry["config"] in text for entry in results["runs"])
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert sorted(links) == sorted(path.name for path in folder.iterdir() if path.name != "report.md")
+    assert len(links) == 4 + 6 + 1
+    assert "training 1.00 h, measuring 0.01 h" in text
+    assert "Not finished" not in text
+    with Image.open(folder / "lines.png") as figure:
+        assert figure.width > 600
+    again = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ablation_figures.draw(tmp_path / "results.json", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == again
+
+
+def test_files_that_are_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.json").write_text('{"format": "x"}')
+    for name, message in (("other.json", "must be a results file of scripts/ablation.py"), ("none.json", "file not found")):
+        assert ablation_figures.main([str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_peaks_within_one_token(results: dict[str, Any]) -> None:
+    # (0,0)-(0,1) near; (1,1)-(3,3) far; equal; (7,7)-(7,0) far, though the numbers are close to a row's end
+    assert peak_share(results["runs"][1]["lines"]) == "2 of 4 points within one token"
+    assert spread([3, 4, 5, 6, 7, 8], 3) == [3, 5, 7]
+    assert spread([3], 5) == [3]
+
+
+def test_curves_of_a_run_and_their_mean(tmp_path: Path, results: dict[str, Any]) -> None:
+    entries = [
+        {"step": step, "loss/flow_matching": float(step), "loss/correspondence": math.nan} for step in range(1, 2 * CURVE_POINTS + 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    curves = curves_of(tmp_path / "metrics.jsonl")
+    assert curves["loss/flow_matching"][:2] == [[1.5, 1.5], [3.5, 3.5]]
+    assert len(curves["loss/flow_matching"]) == CURVE_POINTS
+    assert curves["loss/correspondence"] == []
+    assert curves_of(tmp_path / "none.jsonl")["attention/near"] == []
+    assert mean_curve(tables.by_arm(results, "main")["stable"], "loss/flow_matching") == [Point(5, 2.0), Point(10, 1.5)]
+
+
+def test_a_chart_puts_larger_values_higher() -> None:
+    svg = line_chart({"a & b": [Point(1, 10, 5, 15), Point(2, 30), Point(3, math.nan)]}, "t", "x", "y", ("chance", 12.5))
+    (line,) = re.findall(r'points="([^"]*)"', svg)
+    (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in line.split())
+    assert x0 < x1
+    assert y1 < y0  # SVG's y grows downwards
+    assert "a &amp; b" in svg
+    assert "nan" not in svg
+    assert "nothing measured yet" in line_chart({"a": []}, "t", "x", "y")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-8.2, 0), (0.003, 0.0031), (5, 5), (12, 97)])
+def test_ticks_enclose_the_values(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 3 <= len(ticks) <= 8
