@@ -177,12 +177,13 @@ def test_equals_the_operations_of_skipped_steps(cached: bool) -> None:
     inputs = {name: None if value is None else torch.rand(value.shape, generator=generator) for name, value in meta_inputs(config).items()}
     without = {name: value for name, value in inputs.items() if not name.startswith("reference_")}
     transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    kept = None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         for step in range(3):
             with transformer.cache_context("pass"):
                 given = {**without, "reference_cache": kept} if cached and step else {**inputs, "keep_references": cached}
                 output = transformer(**given, reference_attention="isolated")
-            kept = output.reference_cache or (kept if step else None)
+            kept = output.reference_cache or kept
     run = costs.sampling_flops(
         config,
         **GEOMETRY,
