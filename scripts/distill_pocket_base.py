@@ -4,8 +4,8 @@ The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_b
 embedding that starts at zero. For a guidance g, drawn per sample, it learns u + g (v - u), where v is the velocity with the caption and u that
 with the empty one: v + (g - 1) (v - u), of which the first v is the data's own, so that the student goes on learning from pictures, and the
 difference is the teacher's. At g = 1 that is plain flow matching, and there reference adapters train. The text encoders stay the teacher's.
-RUN_DIR holds the tokens, the VAE and the words of the teacher's run. A run that was stopped goes on when it is started again; `torchrun
---nproc-per-node N` as there.
+RUN_DIR is that of the teacher's training, for its tokens; checkpoints, samples and the export are in RUN_DIR/distilled. A run that was stopped
+goes on when it is started again; `torchrun --nproc-per-node N` as there.
 """
 
 import argparse
@@ -57,6 +57,7 @@ class GuidanceDistillation(BaseTraining):
     """Training of the student's transformer."""
 
     trained = ("transformer",)
+    subfolder = "distilled"
     sample_guidance = 2.5
 
     def build(self) -> dict[str, Any]:

@@ -151,10 +151,12 @@ class BaseTraining:
     """The state of one training run."""
 
     trained: tuple[str, ...] = TRAINED
+    subfolder = "."
     sample_guidance: float | None = None
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.run_dir = arguments, arguments.run_dir
+        self.arguments, self.run_dir = arguments, arguments.run_dir / self.subfolder
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.components = self.build()
         self.modules = {name: self.components[name].train() for name in self.trained}
         self.parameters = runs.named_parameters(self.modules)
@@ -183,7 +185,7 @@ class BaseTraining:
 
     def build(self) -> dict[str, Any]:
         """The components at the start of a run."""
-        components = build_components(self.run_dir, self.arguments.seed)
+        components = build_components(self.arguments.run_dir, self.arguments.seed)
         if self.arguments.start_from and not self.checkpoint.exists():
             load_start(components, self.arguments.start_from)
         return components

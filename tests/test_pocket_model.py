@@ -261,7 +261,7 @@ def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Pat
     before = training.components["text_encoder"].state_dict()["embeddings.token_embedding.weight"].clone()
     training.run()
     assert torch.equal(before, training.components["text_encoder"].state_dict()["embeddings.token_embedding.weight"])
-    student = FluxPipeline.from_pretrained(run_folder / "export", local_files_only=True).transformer
+    student = FluxPipeline.from_pretrained(run_folder / "distilled/export", local_files_only=True).transformer
     assert student.config.guidance_embeds
     assert student.time_text_embed.guidance_embedder.linear_2.bias.abs().max() > 0
 
