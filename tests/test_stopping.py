@@ -113,12 +113,13 @@ def test_signals_to_a_whole_group_leave_the_loading_processes_alive(trainer: Tra
     alone = batches_from(1, trainer.dataset, trainer.sampler, 0)
     expected = [next(alone)[0].ids for _ in range(6)]
     stream = batches_from(1, trainer.dataset, trainer.sampler, 2, ignore_in_worker)
-    found = [next(stream)[0].ids]
-    workers = multiprocessing.active_children()
+    before = set(multiprocessing.active_children())
+    found = [next(stream)[0].ids for _ in range(2)]  # each of them has begun
+    workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, number)
-    found += [next(stream)[0].ids for _ in range(5)]
+    found += [next(stream)[0].ids for _ in range(4)]
     assert found == expected
 
 
