@@ -23,7 +23,7 @@ from scripts.pocket import runs
 from scripts.pocket.base_data import Layout
 from scripts.pocket.model import build_transformer, save_pocket_flux
 from scripts.pocket.sampling import explicit_attention, predict_velocity
-from scripts.train_pocket_base import BaseTraining, NoisyBatch, draw_noise, run_arguments
+from scripts.train_pocket_base import BaseTraining, NoisyBatch, build_components, draw_noise, run_arguments
 
 #: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
 MAX_GUIDANCE, SHARE_OF_ONE = 4.0, 0.25
@@ -88,7 +88,9 @@ class GuidanceDistillation(BaseTraining):
         with torch.no_grad():
             for name, value in state["average"].items():
                 parameters[name].copy_(value)
-        save_pocket_flux({**self.teacher, "transformer": student.to(torch.bfloat16)}, self.run_dir / "export")
+        fresh = build_components(self.arguments.run_dir, 0)  # used tokenizers would save how they were called
+        tokenizers = {name: fresh[name] for name in ("tokenizer", "tokenizer_2")}
+        save_pocket_flux({**self.teacher, **tokenizers, "transformer": student.to(torch.bfloat16)}, self.run_dir / "export")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
