@@ -38,7 +38,8 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
     found = {task.kind: task.result() for task in read_tasks(file)}
     pictures, lines = found["pictures"], found["lines"]
     assert pictures["identification"]["count"] == 4
-    assert pictures["frechet"] > found["real"]["frechet"] > 0  # after a single sampling step
+    assert pictures["frechet"] > 0
+    assert found["real"]["frechet"] > 0
     assert pictures["attention"]["near"] > pictures["attention"]["near_chance"]
     assert 0 < pictures["shape"]["entropy"] < pictures["shape"]["entropy_chance"]
     assert 0 < pictures["shape"]["overlap"] < 1
