@@ -113,7 +113,7 @@ def test_killed_twice_equals_uninterrupted(world: Path, filled: Path, tmp_path: 
     assert contents(tmp_path) == contents(filled)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_two_processes_equal_one(world: Path, filled: Path, tmp_path: Path) -> None:
     process = start(str(config_file(world, tmp_path)), processes=2)
     output, errors = process.communicate(timeout=300)

@@ -307,6 +307,7 @@ def test_files_of_a_report_of_an_earlier_recipe_go(world: Path, tmp_path: Path) 
         assert ("attention" in rows(tmp_path)[0]) == expected
 
 
+@pytest.mark.cluster
 def test_a_report_over_two_processes_and_of_finished_pictures(world: Path, alone: Path, tmp_path: Path) -> None:
     process = launch(world, tmp_path / "two", 2, "--report")
     output, _ = process.communicate(timeout=300)

@@ -53,7 +53,7 @@ def assert_close(found: Path, expected: Path) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_zero_2_is_ddp_resumes_both_ways_and_stops_with_the_requeue_code(world: Path, tmp_path: Path) -> None:
     step_3, step_6 = "checkpoints/step_00000003", "checkpoints/step_00000006"
     for name, accelerate_config in (("ddp", DDP), ("zero", ZERO)):

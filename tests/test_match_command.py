@@ -168,6 +168,7 @@ def test_killed_three_times_equals_uninterrupted(data: Path, matched: Path, tmp_
     assert contents(tmp_path) == contents(matched)
 
 
+@pytest.mark.cluster
 def test_two_processes_equal_one(data: Path, matched: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "preprocess/match.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -56,7 +56,7 @@ def run(world: Path, folder: Path, name: str, environ: dict[str, str], shards: i
     return folder / name
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_sharded_equals_replicated(world: Path, tmp_path: Path) -> None:
     configs = ROOT / "configs/accelerate"
     two = {"NNODES": "1", "NUM_PROCESSES": "2"}
@@ -70,7 +70,7 @@ def test_sharded_equals_replicated(world: Path, tmp_path: Path) -> None:
     assert pictures[0] == pictures[1]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_hybrid_sharding_over_two_machines_starts_and_saves(world: Path, tmp_path: Path) -> None:
     environ = {"NNODES": "2", "NUM_PROCESSES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + hash(str(tmp_path)) % 900)}
     folder = run(world, tmp_path, "hsdp", {**environ, "ACCELERATE_CONFIG": str(ROOT / "configs/accelerate/hsdp.yaml")}, 2)
