@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +13,7 @@ from mosaic.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
 from mosaic.cases.references import MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
 from mosaic.cases.shapes import IMAGE_PATHS, SHAPES, Shape
 from mosaic.sections import MAX_STRENGTH
-from scripts.make_config_schema import field_meanings, type_schema
+from scripts.make_config_schema import field_meanings, type_schema, write_schema
 
 FILE = ROOT / "configs/cases.schema.json"
 TEXT = {"type": "string", "pattern": r"\S", "maxLength": MAX_TEXT}
@@ -127,12 +126,8 @@ def schema_text() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    aside = FILE.with_suffix(".partial")
-    aside.write_text(schema_text(), encoding="utf-8")
-    os.replace(aside, FILE)
-    print(f"{FILE.relative_to(ROOT)}: written")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    write_schema(FILE, schema_text())
 
 
 if __name__ == "__main__":

@@ -98,14 +98,18 @@ def schema_text() -> str:
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def write_schema(file: Path, text: str) -> None:
+    """Write a generated file, aside and then renamed."""
+    aside = file.with_suffix(".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+    print(f"{file.relative_to(ROOT)}: written")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    aside = FILE.with_suffix(".partial")
-    aside.write_text(schema_text(), encoding="utf-8")
-    os.replace(aside, FILE)
-    print(f"{FILE.relative_to(ROOT)}: written")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    write_schema(FILE, schema_text())
 
 
 if __name__ == "__main__":
