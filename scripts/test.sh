@@ -7,5 +7,5 @@ bash scripts/environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A file's tests share what they set up, so files are dealt out, not tests. TEST_PROCESSES=0: all in this process.
 processes="${TEST_PROCESSES:-2}"
-echo "test: python -m pytest -n $processes --dist loadfile --no-loadscope-reorder $*"
-exec .venv/bin/python -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder "$@"
+echo "test: python -m pytest -n $processes --dist loadfile $*"
+exec .venv/bin/python -m pytest -n "$processes" --dist loadfile "$@"

@@ -15,14 +15,8 @@ from mosaic.transformer import MosaicFluxTransformer2DModel
 from tests import runs, tiny
 
 
-# They take longest: begun last, they would leave the other test process idle.
-LONG_FILES = ("processes", "cache_command", "case_runner", "train_command", "stopping", "recomputation", "reference_cache", "pocket_model")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files come first; tests marked `gpu` are skipped where there is no CUDA device."""
-    names = [f"test_{name}.py" for name in LONG_FILES]
-    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    """Tests marked `gpu` are skipped where there is no CUDA device."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -1,13 +1,11 @@
 """The command that fills caches: kills, several processes, added samples, mistakes."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from safetensors.torch import load_file
 
 from mosaic.data import DatasetWriter
 from preprocess import cache
-from tests import runs
+from tests import forks, runs
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_SAMPLES, NUM_PROMPTS = len(runs.NUM_REFERENCES), 3
 
 
@@ -86,25 +83,22 @@ def test_a_second_start_does_nothing(world: Path, filled: Path, capsys: pytest.C
     assert {path: path.stat().st_mtime_ns for path in filled.rglob("*")} == before
 
 
-def start(*arguments: str, processes: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "preprocess/cache.py", *arguments, "--device", "cpu", "--shard-size", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(config: Path, processes: int = 1) -> list[ForkServerProcess]:
+    arguments = (str(config), "--device", "cpu", "--shard-size", "2")
+    return forks.start("preprocess/cache.py", *arguments, output=config.with_suffix(".log"), processes=processes)
 
 
-@pytest.mark.slow
 def test_killed_twice_equals_uninterrupted(world: Path, filled: Path, tmp_path: Path) -> None:
     """SIGKILL once shards are there; each start goes on from whole shards, and none is written twice."""
     config, draw, kills = config_file(world, tmp_path), random.Random(0), 0
     for goal in (1, 3):
-        process = start(str(config))
-        while process.poll() is None and len(list(tmp_path.glob("latents/shards/*.safetensors"))) < goal:
+        (process,) = start(config)
+        while process.exitcode is None and len(list(tmp_path.glob("latents/shards/*.safetensors"))) < goal:
             time.sleep(0.001)
         time.sleep(draw.random() * 0.01)
-        kills += process.poll() is None
+        kills += process.exitcode is None
         process.kill()
-        process.communicate()
+        process.join()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("latents/shards/*.safetensors")}
     assert kills
     assert len(before) >= 3
@@ -113,11 +107,10 @@ def test_killed_twice_equals_uninterrupted(world: Path, filled: Path, tmp_path: 
     assert contents(tmp_path) == contents(filled)
 
 
-@pytest.mark.cluster
 def test_two_processes_equal_one(world: Path, filled: Path, tmp_path: Path) -> None:
-    process = start(str(config_file(world, tmp_path)), processes=2)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
+    codes = forks.wait(start(config_file(world, tmp_path), processes=2))
+    output = (tmp_path / "config.log").read_text()
+    assert codes == [0, 0], output[-3000:]
     assert sorted(re.findall(r"process \d of 2: (\d+) samples encoded", output)) == ["4", "5"]
     assert contents(tmp_path) == contents(filled)
 

@@ -1,10 +1,6 @@
 """The case runner: alone, over two processes, killed and resumed it gives the same pictures, names and manifest."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +20,8 @@ from mosaic.config import load_config
 from mosaic.digests import weights_digest
 from mosaic.images import load_image
 from mosaic.pipeline import MosaicFluxPipeline
-from tests import runs
+from tests import forks, runs
 
-ROOT = Path(__file__).resolve().parents[1]
 PICTURES = [f"reference_{index}.png" for index in range(3)]
 ENTRIES: list[dict[str, Any]] = [
     {"index": 7, "prompt": "a cat on the beach", "image_paths": PICTURES[:1]},
@@ -69,11 +64,12 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [{**row, "seconds": 0} for row in rows(found)] == [{**row, "seconds": 0} for row in rows(expected)]
 
 
-def launch(world: Path, output: Path, num_processes: int, *more: str) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)] if num_processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1" if num_processes > 1 else "2"}
-    command = [sys.executable, *launcher, str(ROOT / "inference.py"), *arguments(world, output, *more)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
+def run_two_processes(world: Path, output: Path, *more: str) -> str:
+    """Run the command over two processes; returns what they print."""
+    printed = world / f"{output.name}.log"
+    codes = forks.wait(forks.start("inference.py", *arguments(world, output, *more), output=printed, processes=2))
+    assert codes == [0, 0], printed.read_text()[-3000:]
+    return printed.read_text()
 
 
 # ---- what a run leaves
@@ -110,21 +106,18 @@ def test_names_and_recipes(alone: Path, world: Path) -> None:
 
 
 def test_two_processes_give_the_same(world: Path, alone: Path, tmp_path: Path) -> None:
-    process = launch(world, tmp_path / "out", 2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    assert output.count(f"{len(NAMES)} pictures in ") == 1
+    assert run_two_processes(world, tmp_path / "out").count(f"{len(NAMES)} pictures in ") == 1
     assert_same(tmp_path / "out", alone)
 
 
 def test_killed_and_resumed_gives_the_same(world: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
-    process = launch(world, folder, 1)
+    (process,) = forks.start("inference.py", *arguments(world, folder), output=tmp_path / "log")
     while not list(folder.glob("case_*[0-9].png")):
-        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert process.exitcode is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert not (folder / "manifest.jsonl").exists()
     (journal,) = folder.glob(".journal_*")
     with open(journal, "a") as file:  # as if killed in the middle of a line, and of a picture
@@ -307,11 +300,8 @@ def test_files_of_a_report_of_an_earlier_recipe_go(world: Path, tmp_path: Path) 
         assert ("attention" in rows(tmp_path)[0]) == expected
 
 
-@pytest.mark.cluster
 def test_a_report_over_two_processes_and_of_finished_pictures(world: Path, alone: Path, tmp_path: Path) -> None:
-    process = launch(world, tmp_path / "two", 2, "--report")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    run_two_processes(world, tmp_path / "two", "--report")
     one = tmp_path / "one"
     one.mkdir()
     for name, data in runs.files_below(alone).items():  # rendered before, without a report

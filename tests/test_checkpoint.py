@@ -6,8 +6,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from mosaic.training import trainer as training
 from mosaic.training.checkpoint import checkpoint_folders, clean_up, find_checkpoint, find_damage, rotate
 from mosaic.training.optimizer_state import optimizer_tensors, restore_optimizer
 from mosaic.training.run_lock import RunLock
-from tests import runs
+from tests import forks, runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -258,18 +257,24 @@ def test_a_checkpoint_folder_that_cannot_be_written(world: Path, tmp_path: Path)
         train(runs.make_config(world, tmp_path / "run", training__max_steps=1))
 
 
-HOLD = "import sys, pathlib; sys.path.insert(0, {root!r}); from mosaic.training.run_lock import RunLock; RunLock(pathlib.Path({folder!r})).acquire()"
+def hold(folder: Path) -> None:
+    lock = RunLock(folder)
+    lock.acquire()
+    print("held", flush=True)
+    time.sleep(600)
 
 
-def test_two_runs_in_one_folder(run: Path, world: Path) -> None:
-    code = HOLD.format(root=str(Path(__file__).parents[1]), folder=str(run)) + "; print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        before = runs.files_below(run)
-        with pytest.raises(ValueError, match=rf"training\.output_dir: .*run is in use by another run \(host .*, process {other.pid}\)"):
-            train(runs.make_config(world, run, **OPTIONS, training__max_steps=4), resume="auto")
-        assert runs.files_below(run) == before
-        other.kill()
+def test_two_runs_in_one_folder(run: Path, world: Path, tmp_path: Path) -> None:
+    (other,) = forks.start_ranks(hold, run, output=tmp_path / "log", processes=1)
+    while not (tmp_path / "log").exists() or (tmp_path / "log").read_text() != "held\n":
+        assert other.exitcode is None
+        time.sleep(0.01)
+    before = runs.files_below(run)
+    with pytest.raises(ValueError, match=rf"training\.output_dir: .*run is in use by another run \(host .*, process {other.pid}\)"):
+        train(runs.make_config(world, run, **OPTIONS, training__max_steps=4), resume="auto")
+    assert runs.files_below(run) == before
+    other.kill()
+    other.join()
     with RunLock(run) as lock:  # a kill gives it back
         lock.acquire()
         assert f"process {os.getpid()}" in (run / ".lock").read_text()

@@ -34,6 +34,7 @@ from mosaic.data import (
 from mosaic.data.records import reference_grid_of, target_grid_of
 from mosaic.data.rows import parse_row
 from mosaic.data.storage import PerProcess
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"image_size": (32, 32), "reference_size": 32, "target_token_grid": (4, 4), "reference_token_grid": (4, 4)}
@@ -310,13 +311,15 @@ def test_any_address_of_fsspec(tmp_path: Path) -> None:
         MultiReferenceDataset("nosuch://set", **OPTIONS)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_read_what_the_parent_reads(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mosaic.data.writer.ROWS_PER_GROUP", 3)
     dataset = MultiReferenceDataset(write(tmp_path / "d", *(record(i) for i in range(10))), **OPTIONS)
     expected = [dataset[i] for i in range(10)]  # the parent's file is open before the workers start
     sampler = BucketBatchSampler(dataset.batch_keys, 2, seed=0)
     context = multiprocessing.get_context(method)
+    if method == "forkserver":  # the data set travels pickled, as it does to spawned workers
+        forks.start_server()
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=2, multiprocessing_context=context)
     count = 0
     for batch in loader:

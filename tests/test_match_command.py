@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +23,8 @@ from preprocess.masks import covered_cells, on_black, subject_mask
 from preprocess.matching import match_features, resize_features
 from preprocess.sample_matching import sample_seed
 from scripts.make_pocket_world import write_dataset
+from tests import forks
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 12
 FLAGS = ["--extractors", "pixels", "--set", "pixels.cells=32", "--device", "cpu"]
 
@@ -168,17 +166,15 @@ def test_killed_three_times_equals_uninterrupted(data: Path, matched: Path, tmp_
     assert contents(tmp_path) == contents(matched)
 
 
-@pytest.mark.cluster
 def test_two_processes_equal_one(data: Path, matched: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "preprocess/match.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     flags = arguments(data, tmp_path)
     if not torch.accelerator.is_available():  # then the CPU need not be named
         place = flags.index("--device")
         del flags[place : place + 2]
-    done = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shares = re.findall(r"process \d of 2: (\d+) samples matched", done.stdout)
+    codes = forks.wait(forks.start("preprocess/match.py", *flags, output=tmp_path.with_suffix(".log"), processes=2))
+    output = tmp_path.with_suffix(".log").read_text()
+    assert codes == [0, 0], output[-3000:]
+    shares = re.findall(r"process \d of 2: (\d+) samples matched", output)
     assert [int(share) for share in shares] == [NUM_SAMPLES // 2] * 2
     assert contents(tmp_path) == contents(matched)
 

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mosaic import objective
+from mosaic.training import trainer as training
 from mosaic.training.checkpoint import find_damage
-from tests import runs
+from scripts.train import main as train_main
+from tests import forks, runs
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50
-
-pytestmark = pytest.mark.slow
-
-
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False
-    )
 
 
 def write_config(world: Path, file: Path, output: str, **training: Any) -> str:
@@ -35,36 +28,51 @@ def write_config(world: Path, file: Path, output: str, **training: Any) -> str:
     return str(file)
 
 
+def train_and_record(config: str, record: Path, stop: tuple[int, int, str] | None) -> int:
+    """One rank; keeps [id, timestep, mean of x_t] of its samples of each step, and gets the signal `stop`: rank, step, name."""
+    rank = int(os.environ.get("RANK", "0"))
+    seen: dict[int, list] = {}
+    train_step, predict = training.train_step, objective.predict
+
+    def spy_step(pipeline: Any, transformer: Any, batch: Any, config: Any, step: int, generators: Any) -> Any:
+        if stop and stop[:2] == (rank, step):
+            os.kill(os.getpid(), signal.Signals[stop[2]])
+
+        def spy_predict(pipeline: Any, transformer: Any, encoded: Any, noisy_latents: torch.Tensor, timesteps: Any, *others: Any) -> Any:
+            means = noisy_latents.double().mean(dim=(1, 2)).tolist()
+            seen.setdefault(step, []).extend(map(list, zip(batch.ids, timesteps.tolist(), means, strict=True)))
+            return predict(pipeline, transformer, encoded, noisy_latents, timesteps, *others)
+
+        objective.predict = spy_predict
+        return train_step(pipeline, transformer, batch, config, step, generators)
+
+    training.train_step = spy_step
+    code = train_main([config, "--resume", "auto"])
+    record.with_name(f"{record.name}_rank_{rank}.json").write_text(json.dumps(seen))
+    return code
+
+
 @pytest.fixture(scope="module")
 def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A global batch of 4 in several ways."""
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = []
-
-    def add(output: str, processes: int, batch_size: int, accumulation: int, steps: int, signal: list | None = None) -> None:
-        config = write_config(
-            world,
-            folder / f"config_{len(jobs)}.json",
-            output,
-            batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=steps,
-            checkpoint_every=1000,
-        )
-        jobs.append({"config": config, "processes": processes, "signal": signal})
-
-    add("one", 1, 4, 1, STEPS)
-    add("two", 2, 2, 1, STEPS)
-    add("mixed", 2, 2, 1, 21)
-    add("mixed", 1, 2, 2, 35)
-    add("mixed", 2, 1, 2, STEPS)
-    add("stopped", 2, 2, 1, STEPS, [1, 6, "SIGUSR1"])
-    add("stopped", 2, 2, 1, STEPS, [0, 20, "SIGTERM"])
-    add("stopped", 2, 2, 1, STEPS)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    result = run_script(str(ROOT / "tests/ranks.py"), str(folder / "jobs.json"))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((folder / "codes.json").read_text()) == [[0], [0, 0], [0, 0], [0], [0, 0], [75, 75], [75, 75], [0, 0]], result.stderr[-3000:]
+    jobs: list[tuple[str, int, int, int, int, tuple[int, int, str] | None, int]] = [
+        # output, processes, batch, micro-batches, steps, signal, exit code
+        ("one", 1, 4, 1, STEPS, None, 0),
+        ("two", 2, 2, 1, STEPS, None, 0),
+        ("mixed", 2, 2, 1, 21, None, 0),
+        ("mixed", 1, 2, 2, 35, None, 0),
+        ("mixed", 2, 1, 2, STEPS, None, 0),
+        ("stopped", 2, 2, 1, STEPS, (1, 6, "SIGUSR1"), 75),
+        ("stopped", 2, 2, 1, STEPS, (0, 20, "SIGTERM"), 75),
+        ("stopped", 2, 2, 1, STEPS, None, 0),
+    ]
+    for number, (output, processes, batch_size, micro_batches, steps, stop, code) in enumerate(jobs):
+        values = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches, "max_steps": steps, "checkpoint_every": 1000}
+        config = write_config(world, folder / f"config_{number}.json", output, **values)
+        printed = folder / f"job_{number}.log"
+        ranks = forks.start_ranks(train_and_record, config, folder / f"job_{number}", stop, output=printed, processes=processes)
+        assert forks.wait(ranks) == [code] * processes, printed.read_text()[-3000:]
     return folder
 
 
@@ -115,10 +123,12 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
 def test_kills_change_nothing(world: Path, tmp_path: Path) -> None:
     """A short form of the script's 50 kills."""
     config = write_config(world, tmp_path / "config.json", "unused", max_steps=16, checkpoint_every=2, keep_checkpoints=2)
-    result = run_script("scripts/kill_test.py", config, "--output", str(tmp_path / "kills"), "--kills", "3", "--seed", "1")
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert "3 of 3 kills (" in result.stdout
-    assert "equal bit for bit: weights, optimizer, average, log" in result.stdout
+    arguments = (config, "--output", str(tmp_path / "kills"), "--kills", "3", "--seed", "1")
+    codes = forks.wait(forks.start("scripts/kill_test.py", *arguments, output=tmp_path / "log"))
+    printed = (tmp_path / "log").read_text()
+    assert codes == [0], printed[-3000:]
+    assert "3 of 3 kills (" in printed
+    assert "equal bit for bit: weights, optimizer, average, log" in printed
 
 
 def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mosaic.attention import Capture, Layout, branch_attention, capture_rows
 from mosaic.recomputation import ATTENTION_KERNELS, set_gradient_checkpointing
 from mosaic.tokens import Grid
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
-from tests import tiny
+from tests import forks, tiny
 from tests.test_attention import attend, draw, parts
 from tests.test_transformer import our_step
 
@@ -121,10 +121,10 @@ def test_copies_of_keys_and_values_are_not_held(generator: torch.Generator) -> N
     torch.autograd.grad(output.main.sum() + output.references.sum(), inputs)
 
 
-def gradients_of_two_processes(rank: int, store: str, folder: str) -> None:
+def gradients_of_two_processes(folder: str) -> None:
     """Each process takes another batch; DDP joins the gradients, which rank 0 writes for every mode."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     for mode in MODES:
         transformer, batch = tiny.build_transformer(num_layers=1, num_single_layers=1), tiny.build_batch(seed=rank)
         parameters = tiny.attach_random_lora(transformer)
@@ -138,7 +138,8 @@ def gradients_of_two_processes(rank: int, store: str, folder: str) -> None:
 
 
 def test_two_processes_join_the_same_gradients_in_every_mode(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(gradients_of_two_processes, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    ranks = forks.start_ranks(gradients_of_two_processes, str(tmp_path), output=tmp_path / "log", processes=2)
+    assert forks.wait(ranks) == [0, 0], (tmp_path / "log").read_text()
     expected, *others = (torch.load(tmp_path / f"{mode}.pt", weights_only=True) for mode in MODES)
     sums = None
     for seed in (0, 1):

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from mosaic.config import load_config
 from mosaic.data import collate
 from mosaic.objective import sample_generators, train_step
 from mosaic.training import Trainer
+from mosaic.training import trainer as training
 from scripts.train import main
-from tests import runs
+from tests import forks, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,41 +131,36 @@ def test_train_sh_without_arguments_says_how() -> None:
     assert result.stderr.startswith("usage: bash train.sh CONFIG")
 
 
-@pytest.mark.slow
 def test_train_sh_from_another_folder_passes_all_arguments_on(config_file: Path) -> None:
     result = run_shell([str(config_file), "--set", "training.max_steps=5", "--set", "lora.rnak=8"])
     assert result.returncode != 0
     assert_one_error(result.stderr, "lora.rnak is not a known setting. Did you mean rank? (--set lora.rnak=8).")
 
 
-WORKER = """
-import json, sys, torch
-from mosaic.training import trainer as training
-from mosaic.config import load_config
-from safetensors.torch import save_file
+def train_and_keep_gradients(folder: Path) -> None:
+    """One rank; leaves its gradients, and the samples and seeds it saw."""
+    ids: list[tuple[str, ...]] = []
+    seeds: list[int] = []
 
-def spy(pipeline, transformer, batch, config, step, generators):
-    ids.append(batch.ids)
-    seeds.extend(generator.initial_seed() for generator in generators)
-    return train_step(pipeline, transformer, batch, config, step, generators)
+    def spy(pipeline: Any, transformer: Any, batch: Any, config: Any, step: int, generators: list[torch.Generator]) -> Any:
+        ids.append(batch.ids)
+        seeds.extend(generator.initial_seed() for generator in generators)
+        return train_step(pipeline, transformer, batch, config, step, generators)
 
-ids, seeds, train_step, training.train_step = [], [], training.train_step, spy
-trainer = training.Trainer(load_config(sys.argv[1]))
-rank, step = trainer.accelerator.process_index, trainer.optimizer.step
+    training.train_step = spy
+    trainer = Trainer(load_config(folder / "config.json"))
+    rank, step = trainer.accelerator.process_index, trainer.optimizer.step
 
-def keep_gradients():
-    save_file({key: p.grad.contiguous() for key, p in trainer.parameters.items()}, f"{sys.argv[2]}/gradients_{rank}.safetensors")
-    step()
+    def keep_gradients() -> None:
+        save_file({key: p.grad.contiguous() for key, p in trainer.parameters.items()}, folder / f"gradients_{rank}.safetensors")
+        step()
 
-trainer.optimizer.step = keep_gradients
-trainer.fit()
-assert trainer.accelerator.num_processes == 2
-with open(f"{sys.argv[2]}/rank_{rank}.json", "w") as file:
-    json.dump({"ids": ids, "seeds": seeds}, file)
-"""
+    trainer.optimizer.step = keep_gradients
+    trainer.fit()
+    assert trainer.accelerator.num_processes == 2
+    (folder / f"rank_{rank}.json").write_text(json.dumps({"ids": ids, "seeds": seeds}))
 
 
-@pytest.mark.slow
 def test_two_processes(world: Path, tmp_path: Path) -> None:
     """Two ranks of batch 1 with 2 micro-steps: other samples and noise on each, one gradient, the mean of all four."""
     options = {"training__batch_size": 1, "training__gradient_accumulation_steps": 2, "training__max_steps": 1, "optimizer__max_grad_norm": None}
@@ -173,12 +170,8 @@ def test_two_processes(world: Path, tmp_path: Path) -> None:
         values[section][field] = value
     values["validation"].update(every=1, num_cases=1)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [str(tmp_path / "worker.py"), str(tmp_path / "config.json"), str(tmp_path)]
-    result = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    codes = forks.wait(forks.start_ranks(train_and_keep_gradients, tmp_path, output=tmp_path / "log", processes=2))
+    assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
 
     ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert len({name for rank in ranks for ids in rank["ids"] for name in ids}) == 4

@@ -31,7 +31,7 @@ START = 600  # s for the page to open; machines may be busy
 SLOW = 300_000  # ms for anything in the page
 MIB = 2**20
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("default")]
 
 
 def chromium() -> str:
