@@ -45,7 +45,7 @@ def start_ranks(target: Callable[..., Any], *arguments: Any, output: Path, proce
     return found
 
 
-def wait(processes: list[ForkServerProcess], seconds: float = 300) -> list[int | None]:
+def wait(processes: list[ForkServerProcess], seconds: float = 120) -> list[int | None]:
     """The exit codes, once all have ended; what has not ended in time is killed."""
     end = time.monotonic() + seconds
     for process in processes:

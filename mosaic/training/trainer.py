@@ -298,5 +298,9 @@ class Trainer:
             with averaged(self.ema, list(self.parameters.values())):
                 save_reference_lora(self.pipeline.transformer, path, resolved_dict(self.config))
         self.trackers.close()
+        # DDP's wrapper must go before the process group: were it the last to hold that, it would end gloo's threads holding the GIL, for
+        # which such a thread may be waiting.
+        self.transformer = self.updates.transformer = self.pipeline.transformer
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         return path
