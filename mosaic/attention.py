@@ -139,20 +139,22 @@ def branch_attention(
     main_query, reference_query = query.split([main_length, layout.length], dim=1)
     text_key, target_key, reference_key = key.split([text_length, main_length - text_length, layout.length], dim=1)
     main_value, reference_value = value.split([main_length, layout.length], dim=1)
+    if layout.reference_attention == "joint":
+        main, references = attend_with_bias(attend, query, key, value, layout.key_bias).split([main_length, layout.length], dim=1)
+    else:
+        if layout.reference_attention == "isolated":
+            # One number added to all the logits of a row changes nothing, so that strengths are left out here.
+            alone = layout._replace(log_strength=None)
+            references = _attend_per_reference(attend, alone, reference_query, [], reference_key, [], reference_value)
+        else:
+            # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
+            per_reference = partial(_attend_per_reference, attend, layout)
+            references = recompute_copies(per_reference, reference_query, [text_key, target_key], reference_key, [main_value], reference_value)
+        main = attend_with_bias(attend, main_query, key, value, layout.key_bias)
+    # Read last, so that in the backward pass the rows' gradients come first: what follows is added to them in place.
     rows = capture_rows(reference_query, target_key, layout, capture) if capture else AttentionRows()
     kept = _keep(reference_query, reference_key, reference_value, capture) if capture and capture.references else None
-    if layout.reference_attention == "joint":
-        both = attend_with_bias(attend, query, key, value, layout.key_bias).split([main_length, layout.length], dim=1)
-        return AttentionOutput(*both, rows, kept)
-    if layout.reference_attention == "isolated":
-        # One number added to all the logits of a row changes nothing, so that strengths are left out here.
-        alone = layout._replace(log_strength=None)
-        references = _attend_per_reference(attend, alone, reference_query, [], reference_key, [], reference_value)
-    else:
-        # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
-        per_reference = partial(_attend_per_reference, attend, layout)
-        references = recompute_copies(per_reference, reference_query, [text_key, target_key], reference_key, [main_value], reference_value)
-    return AttentionOutput(attend_with_bias(attend, main_query, key, value, layout.key_bias), references, rows, kept)
+    return AttentionOutput(main, references, rows, kept)
 
 
 def _attention_with_kept(
@@ -228,8 +230,9 @@ def _checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 def _softmax_rows(rows: Tensor, target_key: Tensor) -> Tensor:
     """[B, P, H, D], [B, N, H, D] -> [B, H, P, N] float32, outside any autocast."""
     with no_autocast(rows):
-        query, key = rows.float().transpose(1, 2) * rows.shape[-1] ** -0.5, target_key.float().permute(0, 2, 3, 1)
-        return torch.softmax(query @ key, dim=-1)
+        query, key = rows.float().transpose(1, 2), target_key.float().permute(0, 2, 3, 1)
+        scores = torch.baddbmm(query.new_zeros(()), query.flatten(0, 1), key.flatten(0, 1), beta=0, alpha=rows.shape[-1] ** -0.5)
+        return torch.softmax(scores, dim=-1).unflatten(0, (len(rows), -1))
 
 
 class _PointRows(torch.autograd.Function):
@@ -243,10 +246,8 @@ class _PointRows(torch.autograd.Function):
     def forward(ctx: Any, reference_query: Tensor, target_key: Tensor, global_index: Tensor) -> Tensor:
         """reference_query [B, K * N_ref, H, D], target_key [B, N_tgt, H, D], global_index [B, P]."""
         ctx.save_for_backward(reference_query, target_key, global_index)
-        total = reference_query.new_zeros(*global_index.shape, target_key.shape[1], dtype=torch.float32)
-        for rows, key in _head_parts(_rows_at(reference_query, global_index), target_key):
-            total += _softmax_rows(rows, key).sum(dim=1)
-        return total / reference_query.shape[2]
+        parts = _head_parts(_rows_at(reference_query, global_index), target_key)
+        return sum(_softmax_rows(*part).sum(dim=1) for part in parts) / reference_query.shape[2]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
