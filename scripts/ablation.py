@@ -40,10 +40,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--short", dest="size", action="store_const", const="short", help="coarse, to see that all of it works")
-    size.add_argument("--medium", dest="size", action="store_const", const="medium", help="the default")
-    size.add_argument("--long", dest="size", action="store_const", const="long", help="for an afternoon and more")
-    parser.set_defaults(size="medium")
+    size.add_argument("--short", dest="size", action="store_const", const="short", help="coarse, to see that all of it works (the default)")
+    size.add_argument("--long", dest="size", action="store_const", const="long", help="that of the README: an afternoon on two cores")
+    parser.set_defaults(size="short")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
     cores = os.cpu_count() or 1
     parser.add_argument(
