@@ -9,7 +9,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from mosaic.attention import AttentionOutput, AttentionRows, Capture, KeptReferences, Layout, branch_attention, no_autocast
+from mosaic.attention import AttentionOutput, KeptReferences, Layout, branch_attention
+from mosaic.attention_rows import AttentionRows, Capture, no_autocast
 from mosaic.lora import branch_linear, branch_vectors
 
 FLOAT16_LIMIT = 65504.0

@@ -14,7 +14,8 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from mosaic.attention import Capture, Layout, resolve_capture_blocks
+from mosaic.attention import Layout
+from mosaic.attention_rows import Capture, resolve_capture_blocks
 from mosaic.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.lora import branch_linear
 from mosaic.reference_cache import ReferenceCache

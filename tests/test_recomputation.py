@@ -12,8 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mosaic import attention
-from mosaic.attention import Capture, Layout, branch_attention, capture_rows
+from mosaic import attention_rows
+from mosaic.attention import Layout, branch_attention
+from mosaic.attention_rows import Capture, capture_rows
 from mosaic.recomputation import ATTENTION_KERNELS, set_gradient_checkpointing
 from mosaic.tokens import Grid
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
@@ -163,13 +164,13 @@ def test_two_processes_join_the_same_gradients_in_every_mode(tmp_path: Path) -> 
 def rows_and_gradients(generator: torch.Generator) -> list[Tensor]:
     query, key, _ = draw(3, generator.manual_seed(0))
     index = torch.stack([torch.randperm(15, generator=generator)[:7] for _ in range(2)])
-    rows = capture_rows(*parts(query, key), Layout(3, 5), Capture(index)).points
+    rows = capture_rows(*parts(query, key), 3, Capture(index)).points
     return [rows, *torch.autograd.grad((rows * torch.randn(rows.shape, generator=generator)).sum(), (query, key))]
 
 
 def test_rows_of_one_head_at_a_time(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rows_and_gradients(generator)
-    monkeypatch.setattr(attention, "MAP_BYTES", 1)
+    monkeypatch.setattr(attention_rows, "MAP_BYTES", 1)
     for found, want in zip(rows_and_gradients(generator), expected, strict=True):
         torch.testing.assert_close(found, want, atol=1e-7, rtol=1e-6)
 
@@ -191,11 +192,11 @@ def test_bytes_of_the_rows(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
     """
     heads, width, points, target = 24, 16, 64, 256
     one_map, rows_size, tokens = 4 * heads * points * target, 4 * points * target, 4 * heads * width * (points + target)
-    monkeypatch.setattr(attention, "MAP_BYTES", one_map // heads)
+    monkeypatch.setattr(attention_rows, "MAP_BYTES", one_map // heads)
     query, key = (torch.randn(1, n, heads, width, generator=generator, requires_grad=True) for n in (96, target))
     index = torch.randperm(96, generator=generator)[None, :points]
     with Peak() as operations:
-        rows = capture_rows(query, key, Layout(6, 16), Capture(index)).points
+        rows = capture_rows(query, key, 6, Capture(index)).points
         assert operations.bytes_held() == rows_size
         assert operations.peak <= 2 * one_map // heads + 3 * rows_size + 2 * tokens
         operations.peak = 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic.attention import resolve_capture_blocks
+from mosaic.attention_rows import resolve_capture_blocks
 from mosaic.config import Config
 from mosaic.data import MosaicBatch
 from mosaic.lora import attach_reference_lora, reference_lora_parameters

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from mosaic.attention import resolve_capture_blocks
+from mosaic.attention_rows import resolve_capture_blocks
 from mosaic.caches import open_caches
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.data import MosaicBatch, open_dataset
