@@ -116,7 +116,8 @@ def branch_attention(
         else:
             # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
             per_reference = partial(_attend_per_reference, attend, layout)
-            references = recompute_copies(per_reference, reference_query, [text_key, target_key], reference_key, [main_value], reference_value)
+            main_keys = [text_key, target_key]
+            references = recompute_copies(per_reference, reference_query, main_keys, reference_key, [main_value], reference_value)
         main = attend_with_bias(attend, main_query, key, value, layout.key_bias)
     # Read last, so that in the backward pass the rows' gradients come first: what follows is added to them in place.
     rows = capture_rows(reference_query, target_key, layout.num_references, capture) if capture else AttentionRows()

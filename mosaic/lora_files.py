@@ -39,7 +39,8 @@ class LoraFile(Mapping[str, Tensor]):
         try:
             self._file = safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a safetensors file ({error}). {what[0].upper()}{what[1:]}s are read from .safetensors only.") from error
+            kind = f"{what[0].upper()}{what[1:]}s"
+            raise ValueError(f"{path}: not a safetensors file ({error}). {kind} are read from .safetensors only.") from error
         self._keys = dict.fromkeys(self._file.keys())
         self.metadata: dict[str, str] = dict(self._file.metadata() or {})
 

@@ -1,11 +1,11 @@
 """Distils text guidance into the pocket FLUX, as FLUX.1-dev has it: one pass with an embedded guidance scale stands for two.
 
-The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, with a guidance
-embedding that starts at zero. For a guidance g, drawn per sample, it learns u + g (v - u), where v is the velocity with the caption and u that
-with the empty one: v + (g - 1) (v - u), of which the first v is the data's own, so that the student goes on learning from pictures, and the
-difference is the teacher's. At g = 1 that is plain flow matching, and there reference adapters train. The text encoders stay the teacher's.
-RUN_DIR is that of the teacher's training, for its tokens; checkpoints, samples and the export are in RUN_DIR/distilled. A run that was stopped
-goes on when it is started again; `torchrun --nproc-per-node N` as there.
+The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, with a
+guidance embedding that starts at zero. For a guidance g, drawn per sample, it learns u + g (v - u), where v is the velocity with the
+caption and u that with the empty one: v + (g - 1) (v - u), of which the first v is the data's own, so that the student goes on learning
+from pictures, and the difference is the teacher's. At g = 1 that is plain flow matching, and there reference adapters train. The text
+encoders stay the teacher's. RUN_DIR is that of the teacher's training, for its tokens; checkpoints, samples and the export are in
+RUN_DIR/distilled. A run that was stopped goes on when it is started again; `torchrun --nproc-per-node N` as there.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def with_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """The teacher's weights with a guidance embedding that adds nothing yet."""
     student = build_transformer(0, guidance_embeds=True)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    assert not unexpected and all("guidance_embedder" in name for name in missing), (missing, unexpected)
+    assert not unexpected, unexpected
+    assert all("guidance_embedder" in name for name in missing), missing
     last = student.time_text_embed.guidance_embedder.linear_2
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

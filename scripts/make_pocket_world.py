@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first scene; scene i has seed + i")
     parser.add_argument("--scene-size", type=int, default=64, help="px")
     parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")
-    parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for a walk through preprocess/")
+    parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for preprocess/")
     args = parser.parse_args()
     try:
         if args.folders:

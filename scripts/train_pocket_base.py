@@ -103,7 +103,7 @@ def draw_batch(
 
 
 class NoisyBatch(NamedTuple):
-    """This process's share of a batch (METHOD.md section 5): x_t = (1 - t) x_0 + t eps.
+    """The share of a process in a batch (METHOD.md section 5): x_t = (1 - t) x_0 + t eps.
 
     Attributes:
         tokens: x_t, [batch, tokens, 32].
@@ -192,7 +192,8 @@ class BaseTraining:
 
     def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """The loss of a batch of clean tokens [batch, tokens, 32] and caption ids; noise is drawn for all of it, and this
-        process's share is computed."""
+        process's share is computed.
+        """
         noisy = draw_noise(layout, clean, ids, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids)

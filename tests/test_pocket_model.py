@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def components() -> dict:
 
 
 @pytest.mark.parametrize("build", [build_clip_tokenizer, build_t5_tokenizer])
-def test_tokenizers_give_one_token_per_word_and_survive_a_round_trip(build, tmp_path: Path) -> None:
+def test_tokenizers_give_one_token_per_word_and_survive_a_round_trip(build: Callable, tmp_path: Path) -> None:
     tokenizer = build(caption_words(CAPTIONS))
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)
@@ -49,7 +51,7 @@ def test_tokenizers_give_one_token_per_word_and_survive_a_round_trip(build, tmp_
 
 
 @pytest.mark.parametrize("build", [build_clip_tokenizer, build_t5_tokenizer])
-def test_unknown_words_are_spelt_out(build) -> None:
+def test_unknown_words_are_spelt_out(build: Callable) -> None:
     tokenizer = build(caption_words(CAPTIONS))
     ids = tokenizer("a zebra").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a zebra"
@@ -108,7 +110,8 @@ def test_the_time_embedding_gets_the_exact_time_under_autocast(components: dict)
 def test_positions_put_column_k_where_reference_k_will_sit() -> None:
     sheet = next(layout for layout in LAYOUTS if layout.name == "sheet2")
     ids = position_ids(sheet)
-    assert ids.shape == (sheet.tokens, 3) and ids.dtype == torch.float32
+    assert ids.shape == (sheet.tokens, 3)
+    assert ids.dtype == torch.float32
     assert ids[:64].tolist() == [[0, row, column] for row in range(8) for column in range(8)]
     starts = ids[64::16].tolist()
     assert starts == [[0, 0, -4], [0, 4, -4], [0, 0, -8], [0, 4, -8]]
@@ -127,7 +130,7 @@ def test_cutting_finds_the_scene_right_and_the_first_column_next_to_it() -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_encoding_and_decoding_keep_every_part_in_its_place(layout, monkeypatch) -> None:
+def test_encoding_and_decoding_keep_every_part_in_its_place(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # With a lossless stand-in for the VAE (pixels as tokens), decoding must give back the picture.
     monkeypatch.setattr(base_data, "encode_pictures", lambda _, part: _as_tokens(part))
     monkeypatch.setattr(base_data, "decode_tokens", lambda _, tokens: _as_pictures(tokens))
@@ -152,7 +155,8 @@ def _as_pictures(tokens: torch.Tensor) -> np.ndarray:
 
 def test_time_shift_follows_the_formula_and_keeps_the_ends() -> None:
     mu = sampling.shift_exponent(256)
-    assert mu == pytest.approx(0.5) and sampling.shift_exponent(4096) == pytest.approx(1.15)
+    assert mu == pytest.approx(0.5)
+    assert sampling.shift_exponent(4096) == pytest.approx(1.15)
     assert sampling.shift_exponent(64) == pytest.approx(0.5 - 192 * 0.65 / 3840)
     time = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
     expected = torch.tensor([0.0, np.exp(mu) / (np.exp(mu) + 3.0), 1.0], dtype=torch.float64)
@@ -168,8 +172,7 @@ def test_explicit_attention_equals_the_fused_one() -> None:
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
     factors = [runs.learning_rate(step, step / 100, warmup=10, decay_from=0.5) for step in range(101)]
-    assert factors[0] == pytest.approx(0.1) and factors[30] == 1.0
-    assert factors[100] == pytest.approx(0.01) and factors[75] == pytest.approx(0.01 + 0.99 * 0.5)
+    assert [factors[i] for i in (0, 30, 75, 100)] == pytest.approx([0.1, 1.0, 0.01 + 0.99 * 0.5, 0.01])
 
 
 @pytest.fixture
@@ -187,7 +190,7 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, monkeypatch) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In float32, because Adam's first steps turn the rounding of tiny gradients into whole steps.
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **settings: contextlib.nullcontext())
 
@@ -278,4 +281,5 @@ def test_the_vae_learns_and_its_latent_statistics_are_set() -> None:
     panels = scenes[:, :32, :32]
     train_pocket_vae.set_latent_statistics(vae.eval(), scenes, panels)
     tokens = torch.cat([base_data.encode_pictures(vae, part).float().flatten()[:4096] for part in (scenes, panels)])
-    assert abs(tokens.mean()) < 0.2 and abs(tokens.std() - 1.0) < 0.2
+    assert abs(tokens.mean()) < 0.2
+    assert abs(tokens.std() - 1.0) < 0.2

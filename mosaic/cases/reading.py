@@ -109,9 +109,9 @@ def load_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
 def read_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> CaseFile:
     """Read a cases file: `[{"index": 0, "prompt": "...", "image_paths": ["..."]}]`, paths relative to the file.
 
-    The forms are those of `configs/cases.schema.json`: JSON, or JSONL with a case per line; a case may be a grid of cases, or have the keys of
-    another project. A case without an index has its position in the file. Every picture is decoded and prepared once, so that no case
-    fails after others have been rendered.
+    The forms are those of `configs/cases.schema.json`: JSON, or JSONL with a case per line; a case may be a grid of cases, or have the
+    keys of another project. A case without an index has its position in the file. Every picture is decoded and prepared once, so that
+    no case fails after others have been rendered.
 
     Args:
         path: The file.

@@ -115,7 +115,9 @@ def training_dataset(
     return dataset
 
 
-def training_sampler(config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples, accelerator: Accelerator) -> BucketBatchSampler:
+def training_sampler(
+    config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples, accelerator: Accelerator
+) -> BucketBatchSampler:
     """The order of the data: a function of the seed and of the number of samples per optimizer step over all processes.
 
     Raises:

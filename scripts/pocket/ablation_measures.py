@@ -20,7 +20,16 @@ from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.training.validation import batch_attention_rows
 from scripts.pocket import world
 from scripts.pocket.ablation_tasks import NOISE_SEED, Task
-from scripts.pocket.evaluation import FIRST_SEED, MIN_VISIBLE, generate, held_out_scenes, judge_pictures, render_references, scene_batch
+from scripts.pocket.evaluation import (
+    FIRST_SEED,
+    MIN_VISIBLE,
+    call_arguments,
+    generate,
+    held_out_scenes,
+    judge_pictures,
+    render_references,
+    scene_batch,
+)
 from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.judge import JUDGE_SIZE, Judge, load_judge
 
@@ -119,7 +128,7 @@ def measure_lines(task: Task, config: Config) -> dict[str, Any]:
 
 def measure_timing(task: Task, config: Config) -> dict[str, Any]:
     """Median seconds per picture, one picture at a time, after one that does not count."""
-    pipeline, settings = _pipeline(config.model.pretrained, task.lora), config.inference
+    pipeline = _pipeline(config.model.pretrained, task.lora)
     scenes = held_out_scenes(task.num_references, 1)
     references, seconds = render_references(scenes[0]), []
     for repeat in range(task.cases + 1):
@@ -127,16 +136,8 @@ def measure_timing(task: Task, config: Config) -> dict[str, Any]:
         pipeline(
             world.caption(scenes[0]),
             references,
-            height=settings.height,
-            width=settings.width,
-            reference_size=config.data.reference_size,
-            reference_scale=settings.reference_scale,
-            reference_attention=config.model.reference_attention,
+            **call_arguments(config),
             reference_cache=task.reference_cache,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            image_guidance_scale=settings.image_guidance_scale,
-            max_sequence_length=config.model.text_length,
             generator=torch.Generator().manual_seed(NOISE_SEED),
         )
         if repeat:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,27 +82,34 @@ def render_references(scene: world.Scene) -> list[Image.Image]:
     return [world.render_reference(placement.identity, world.REFERENCE_SIZE) for placement in scene.placements]
 
 
+def call_arguments(config: Config) -> dict[str, Any]:
+    """What a config says to `MosaicFluxPipeline.__call__`."""
+    settings = config.inference
+    return {
+        "height": settings.height,
+        "width": settings.width,
+        "reference_size": config.data.reference_size,
+        "reference_scale": settings.reference_scale,
+        "reference_attention": config.model.reference_attention,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "image_guidance_scale": settings.image_guidance_scale,
+        "max_sequence_length": config.model.text_length,
+    }
+
+
 def generate(
     pipeline: MosaicFluxPipeline, scenes: Sequence[world.Scene], config: Config, with_references: bool, batch_size: int, seed: int
 ) -> list[Image.Image]:
     """Pictures for the scenes' captions, with their references or without; the start noise is the same in both."""
     pictures = []
-    settings = config.inference
     for start in range(0, len(scenes), batch_size):
         part = scenes[start : start + batch_size]
         references = [render_references(scene) for scene in part]
         pictures += pipeline(
             [world.caption(scene) for scene in part],
             references if with_references else None,
-            height=settings.height,
-            width=settings.width,
-            reference_size=config.data.reference_size,
-            reference_scale=settings.reference_scale,
-            reference_attention=config.model.reference_attention,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            image_guidance_scale=settings.image_guidance_scale,
-            max_sequence_length=config.model.text_length,
+            **call_arguments(config),
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
         ).images
     return pictures
