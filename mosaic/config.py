@@ -167,6 +167,8 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, A
     base = given.pop(EXTENDS, None)
     if base is not None and not (isinstance(base, str) and base):
         raise FieldError(EXTENDS, f"must be the path of a config file, relative to this one, got {shown(base)}", str(path))
+    if base and not (path.parent / base).is_file():
+        raise FileNotFoundError(f'{path}: "{EXTENDS}" names {base!r}, relative to this file, but {path.parent / base} is no file.')
     values, sources = _read_extended(path.parent / base, (*extending, here)) if base else ({}, {})
     for section, fields in given.items():
         sources[section] = str(path)

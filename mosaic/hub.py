@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-DEFAULT_WEIGHT_NAME = "reference_lora.safetensors"
+DEFAULT_WEIGHT_NAME = "lora.safetensors"  # as training writes it
 STYLE_WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # as diffusers saves a LoRA
 PUBLISHED_WEIGHT_NAMES = {"ByteDance-FanQie/MOSAIC": "subject_512.safetensors"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -60,7 +60,7 @@ def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None,
 
     Args:
         source: A .safetensors file, a folder, or a repository `user/name`.
-        weight_name: File inside the folder or repository. None: `reference_lora.safetensors`, or the published file's name
+        weight_name: File inside the folder or repository. None: `lora.safetensors`, or the published file's name
             for the published repository.
         revision: Branch, tag or commit of the repository.
 

@@ -74,8 +74,9 @@ def branch_vectors(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor | 
 
 
 def _style_adapters(layer: LoraLayer) -> list[str]:
-    """The active adapters of a layer beside the reference LoRA."""
-    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name != ADAPTER_NAME and name in layer.lora_A]
+    """The active adapters of a layer beside the reference LoRA; those that are fused are in the base layer already."""
+    apart = [name for name in layer.active_adapters if name in layer.lora_A and name not in layer.merged_adapters]
+    return [] if layer.disable_adapters else [name for name in apart if name != ADAPTER_NAME]
 
 
 def _delta(layer: LoraLayer, name: str, tokens: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,7 +26,7 @@ from mosaic.attention_report import AttentionRecorder, PictureAttention, subject
 from mosaic.hub import require_model_name, unreachable_message
 from mosaic.images import prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
-from mosaic.pipeline_inputs import PipelineInputs, check_inputs, check_sampling, group_by_num_references
+from mosaic.pipeline_inputs import PipelineInputs, check_inputs, check_numbers, check_sampling, group_by_num_references
 from mosaic.pipeline_lora import ReferenceLoraLoaderMixin
 from mosaic.reference_cache import CachedTransformer, refresh_interval
 from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
@@ -68,8 +68,31 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reference_config: dict[str, Any] = {}  # the resolved training config that a reference LoRA file carries
-        if self.transformer is not None:
+
+    def register_modules(self, **modules: Any) -> None:
+        """As in diffusers; a transformer gets its reference branch, and is written as the stock class, so that diffusers can load it."""
+        super().register_modules(**modules)
+        if modules.get("transformer") is not None:
             MosaicFluxTransformer2DModel.adopt(self.transformer)
+            self.register_to_config(transformer=("diffusers", FluxTransformer2DModel.__name__))
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple]:
+        types = super()._get_signature_types()
+        return types | {"transformer": (*types["transformer"], MosaicFluxTransformer2DModel)}  # what `from_pipe` takes over
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the base as a diffusers folder; see `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: If a LoRA is loaded: its layers would be written in place of the base's.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError(
+                f"save_pretrained() writes the base, but the LoRAs {', '.join(self.transformer.peft_config)} are loaded. Write the "
+                "reference LoRA with save_reference_lora(), then unload_reference_lora() and unload_lora_weights()."
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MosaicFluxPipeline":
@@ -145,7 +168,8 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             output_type: "pil", "np", "pt" or "latent" (packed [B, N, C]).
             output_attention: Whether to return where the references look: `MosaicPipelineOutput.attention`. Costs the memory of one float32
                 map [K * N_ref, N_tgt] per picture, whatever the number of steps.
-            callback_on_step_end: Called as f(pipeline, step, timestep, tensors) and may return changed tensors.
+            callback_on_step_end: Called as f(pipeline, step, timestep, tensors) and may return changed tensors. Prompts of different K run
+                one after the other, each group from step 0 with its own part of the tensors.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets.
 
         Raises:
@@ -173,6 +197,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
         attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
         check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
+        check_numbers(guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
         interval = refresh_interval(reference_cache, refresh_references, attention_mode)
         self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
         self._interrupt, self._current_timestep = False, None
@@ -326,8 +351,8 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
                     recorder.add(output.attention_rows)
                 if callback is not None:
                     changed = callback(self, step, t, {name: getattr(group, name) for name in callback_tensors}) or {}
-                    for name in callback_tensors:
-                        setattr(group, name, changed.get(name, getattr(group, name)))
+                    for name in set(changed) & set(self._callback_tensor_inputs):
+                        setattr(group, name, changed[name])
                 progress.update()
         self._current_timestep = None
 

@@ -1,5 +1,6 @@
 """Checks of a pipeline call, before anything is computed, and its grouping by number of references."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,17 @@ def check_inputs(
     if (any(images) or any(x is not None and len(x) for x in tensors or [])) and not has_reference_lora:
         raise ValueError("references need a reference LoRA: call load_reference_lora(...) first, or leave the references out.")
     return PipelineInputs(prompts, images, tensors, strengths, prompt_embeds, pooled_prompt_embeds, latents, generator, num_pictures)
+
+
+def check_numbers(**values: float) -> None:
+    """Check that arguments are finite numbers.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
 
 
 def check_sampling(

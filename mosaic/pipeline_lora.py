@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,16 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from mosaic import lora
-from mosaic.hub import resolve_lora_file, resolve_style_lora_file
+from mosaic.attention import REFERENCE_ATTENTION_MODES
+from mosaic.hub import STYLE_WEIGHT_NAME, resolve_lora_file, resolve_style_lora_file
 from mosaic.lora_files import LoraFile, reference_metadata
 from mosaic.lora_formats import to_diffusers
+
+#: What keys of other kinds of adapters contain, and why these cannot be loaded.
+NO_LORA = {
+    (".lokr_",): "LoKr adapters would act on reference tokens too",
+    ("lora_magnitude_vector", "dora_scale"): "DoRA adapters rescale the base weights of all tokens",
+}
 
 
 class ReferenceLoraLoaderMixin:
@@ -37,11 +45,14 @@ class ReferenceLoraLoaderMixin:
 
         Raises:
             FileNotFoundError, OSError: If there is no such file.
-            ValueError: If the file does not fit this transformer, listing missing and unexpected keys.
+            ValueError: If the file does not fit this transformer, listing missing and unexpected keys; if the config in its metadata is
+                damaged; if a style LoRA is fused.
         """
+        if self.num_fused_loras:
+            raise ValueError("a style LoRA is fused and would reach the reference tokens too: unfuse_lora(), or load the base anew.")
         path = resolve_lora_file(source, weight_name, revision)
         lora.read_reference_lora(path, self.transformer)
-        config = reference_metadata(LoraFile(path).metadata, str(path)).get("config", {})
+        config = _reference_config(path)
         rank = lora.load_reference_lora(self.transformer, path, pipeline=self)
         self.reference_config = config
         return rank
@@ -72,8 +83,9 @@ class ReferenceLoraLoaderMixin:
             raise ValueError(f"adapter_name {adapter_name!r} is taken by the reference LoRA; give the style LoRA another name.")
         source = pretrained_model_name_or_path_or_dict
         state_dict = self.lora_state_dict(source.copy() if isinstance(source, dict) else source, **kwargs)
-        if any(".lokr_" in key for key in state_dict):
-            raise ValueError("LoKr adapters would act on reference tokens too; only LoRA files can be loaded beside a reference branch.")
+        for marks, what in NO_LORA.items():
+            if any(mark in key for key in state_dict for mark in marks):
+                raise ValueError(f"{what}; only LoRA files can be loaded beside a reference branch.")
         modules = {key.removeprefix(lora.PREFIX).split(".lora_")[0] for key in state_dict if key.startswith(lora.PREFIX)}
         if modules == set(lora.reference_lora_modules(self.transformer)) or _carries_reference_metadata(source, kwargs.get("weight_name")):
             name = "the given state dict" if isinstance(source, dict) else repr(str(source))
@@ -171,5 +183,32 @@ def _quiet() -> Iterator[None]:
 def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], weight_name: str | None) -> bool:
     if isinstance(source, dict):
         return False
-    path = os.path.join(source, weight_name) if weight_name else os.fspath(source)
-    return os.path.isfile(path) and path.endswith(".safetensors") and bool(reference_metadata(LoraFile(path).metadata, path))
+    path = Path(source, weight_name) if weight_name else Path(source)
+    if path.is_dir():  # diffusers takes the one that has its own name, or the only one
+        files = sorted(path.glob("*.safetensors"))
+        path = next((file for file in files if file.name == STYLE_WEIGHT_NAME or len(files) == 1), path)
+    return path.is_file() and path.suffix == ".safetensors" and bool(reference_metadata(LoraFile(path).metadata, str(path)))
+
+
+def _reference_config(path: Path) -> dict[str, Any]:
+    """The resolved training config of a reference LoRA's file, empty without one; what the pipeline takes from it is checked.
+
+    Raises:
+        ValueError: If a setting is not what it must be.
+    """
+    config = reference_metadata(LoraFile(path).metadata, str(path)).get("config", {})
+    for section, key, wanted, fits in (
+        ("data", "image_size", "two sizes in px", lambda x: isinstance(x, list) and len(x) == 2 and all(map(_is_size, x))),
+        ("data", "reference_size", "a size in px", _is_size),
+        ("model", "reference_attention", f"one of {REFERENCE_ATTENTION_MODES}", lambda x: x in REFERENCE_ATTENTION_MODES),
+    ):
+        settings = config.get(section, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: {section} of the config in its metadata must be an object, got {settings!r}.")
+        if (value := settings.get(key)) is not None and not fits(value):
+            raise ValueError(f"{path}: {section}.{key} of the config in its metadata must be {wanted}, got {value!r}.")
+    return config
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

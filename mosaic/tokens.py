@@ -3,6 +3,7 @@
 One token is a 2 x 2 patch of VAE latents (16 x 16 px on FLUX). Token index = row * columns + column everywhere.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,11 @@ def token_grid(height: int, width: int, vae_scale_factor: int = 8, where: str = 
         where: What the size belongs to; used in the message only.
 
     Raises:
-        ValueError: If a side is not a positive multiple of the token size.
+        ValueError: If a side is not a positive integer multiple of the token size.
     """
     token_size = vae_scale_factor * PATCH
+    if not all(isinstance(side, Integral) for side in (height, width)):
+        raise ValueError(f"{where}: height and width must be integers, got {height!r} x {width!r}.")
     if height <= 0 or width <= 0 or height % token_size or width % token_size:
         raise ValueError(
             f"{where}: height and width must be positive multiples of the token size {token_size} px, got {height} x {width}. "

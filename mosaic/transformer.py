@@ -6,7 +6,7 @@ Text and target tokens see the bare base weights at timestep t; reference tokens
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, MagCacheConfig
@@ -117,7 +117,9 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         reference_strength: Tensor | None = None,
         keep_references: bool = False,
         reference_cache: ReferenceCache | None = None,
-    ) -> MosaicTransformerOutput:
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> MosaicTransformerOutput | tuple[Tensor]:
         """Predict the velocity of the target.
 
         Args:
@@ -135,11 +137,20 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             reference_strength: [B, K] of at least 0: its logarithm is added to the logits of the reference's keys. None: 1.
             keep_references: Whether to return the references' keys and values (and queries, where rows are captured).
             reference_cache: What was returned so, in place of the references.
+            joint_attention_kwargs: Must be empty; here for the pipelines of diffusers, which may share this transformer.
+            return_dict: False, as those pipelines ask: (sample,).
 
         Raises:
-            ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice, or
-                `capture.blocks` is wrong.
+            ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice or
+                without ids, `capture.blocks` is wrong, or guidance is missing or has no embedding.
         """
+        if joint_attention_kwargs:
+            raise ValueError(f"joint_attention_kwargs must be empty with a reference branch, got {', '.join(joint_attention_kwargs)}.")
+        if (guidance is None) == self.config.guidance_embeds:
+            raise ValueError(
+                f"guidance must be {'given: this model embeds it' if guidance is None else 'None: this model has no embedding for it'} "
+                "(guidance_embeds in its config)."
+            )
         if capture is not None and self.is_cache_enabled:
             raise ValueError("attention rows are read in every block, some of which a step cache leaves out: disable_cache() first.")
         if reference_cache is not None and reference_hidden_states is not None:
@@ -153,7 +164,9 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
             layouts = [Layout(*reference_hidden_states.shape[1:3], reference_attention, bias)] * len(blocks)
             hidden_states = torch.cat([hidden_states, reference_hidden_states.flatten(1, 2)], dim=1)
-            img_ids = torch.cat([img_ids, reference_ids.to(img_ids)], dim=0)
+            if reference_ids is None:
+                raise ValueError("reference_hidden_states need reference_ids, [K * N_ref, 3]: see mosaic.tokens.reference_position_ids.")
+            img_ids = torch.cat([img_ids.float(), reference_ids.to(img_ids.device, torch.float32)], dim=0)
         layout = layouts[0]
         captures = self._captures(capture, layouts, keep_references and layout.length > 0)
 
@@ -184,7 +197,8 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
 
         hidden_states = self.norm_out(hidden_states[:, :num_target_tokens], temb[:, 0])
         cache = ReferenceCache(tuple(kept), layout.num_references, layout.num_reference_tokens) if len(kept) == len(blocks) else None
-        return MosaicTransformerOutput(self.proj_out(hidden_states), *rows or [None], *reference_rows or [None], cache)
+        sample = self.proj_out(hidden_states)
+        return MosaicTransformerOutput(sample, *rows or [None], *reference_rows or [None], cache) if return_dict else (sample,)
 
     def _captures(self, request: CaptureRequest | None, layouts: Sequence[Layout], keep: bool) -> list[Capture | None]:
         """What each block shall return of its attention.

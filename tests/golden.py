@@ -48,7 +48,7 @@ def forward(transformer: MosaicFluxTransformer2DModel, io: dict[str, Tensor], me
         txt_ids=text_position_ids(io["prompt_embeds"].shape[1]),
         reference_hidden_states=references,
         reference_ids=reference_position_ids(Grid(*meta["ref_grid"]), meta["K"]),
-        reference_attention=meta.get("reference_attention", "target"),
+        reference_attention="isolated" if meta.get("reference_kv_cache") else "target",
         capture=CaptureRequest(points.global_index, reference_means=True, blocks=blocks),
     )
 

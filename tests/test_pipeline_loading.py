@@ -74,7 +74,7 @@ def test_reference_lora_round_trip_with_its_settings(shared: MosaicFluxPipeline,
         "model": {"reference_attention": "isolated"},
         "lora": {"rank": 3},
     }
-    save_reference_lora(shared.transformer, tmp_path / "reference_lora.safetensors", config)
+    save_reference_lora(shared.transformer, tmp_path / "lora.safetensors", config)
     pipeline = tiny.build_pipeline(lora_rank=None)
     assert pipeline.load_reference_lora(tmp_path) == 3  # a folder: the file's default name
     assert pipeline.reference_config == config
@@ -136,8 +136,8 @@ def test_an_unreachable_lora_names_the_pocket_default(shared: MosaicFluxPipeline
 
 
 def test_lora_files_are_found(tmp_path: Path) -> None:
-    (tmp_path / "reference_lora.safetensors").touch()
+    (tmp_path / "lora.safetensors").touch()
     (tmp_path / "other.safetensors").touch()
-    assert resolve_lora_file(tmp_path) == tmp_path / "reference_lora.safetensors"
+    assert resolve_lora_file(tmp_path) == tmp_path / "lora.safetensors"
     assert resolve_lora_file(tmp_path, "other.safetensors") == tmp_path / "other.safetensors"
     assert resolve_lora_file(str(tmp_path / "other.safetensors")) == tmp_path / "other.safetensors"
