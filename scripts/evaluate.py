@@ -85,11 +85,11 @@ def table(entries: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/pocket.json")
+    parser.add_argument("--config", default="configs/pocket.json", help="model, adapter and sampling; from the repository's root")
     parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
     parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of references")
-    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=25, help="pictures per call")
     parser.add_argument("--seed", type=int, default=42, help="seed of the start noise")
     parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
     arguments = parser.parse_args(argv)
