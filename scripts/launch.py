@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.processes import run_processes
+from scripts.processes import end_on_signals, run_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = "usage: bash train.sh CONFIG [--set section.field=value ...] [--resume auto|FOLDER] [--dry-run]"
@@ -252,8 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] in ("-h", "--help"):
         print(f"{USAGE}\n{__doc__}")
         return 0
+    prints_only = not {"--dry-run", "--print-config"}.isdisjoint(arguments)
     try:
-        plan = make_plan(os.environ, count_gpus())
+        plan = make_plan({} if prints_only else os.environ, 0 if prints_only else count_gpus())
         environments = process_environments(plan, os.environ)
     except (ValueError, OSError) as error:
         print(f"launch: error: {error}", file=sys.stderr)
@@ -266,4 +267,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -8,6 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetensors import SafetensorError
+
+from scripts.processes import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 from mosaic.config import config_to_json, load_config
 
 
@@ -43,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
             return REQUEUE_EXIT_CODE
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         # An error of a data loading process carries that process's traceback; its last line is the message.
         message = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {message[-1].removeprefix(f'{type(error).__name__}: ')}", file=sys.stderr)

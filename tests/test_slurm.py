@@ -54,7 +54,7 @@ def test_a_signal_to_the_batch_shell_queues_the_job_again(
     assert process.wait(timeout=60) == 75
     assert (tmp_path / "signal").read_text().strip() == number.name.removeprefix("SIG")
     assert (tmp_path / "scontrol").read_text().split() == ["requeue", "70_2" if array else "77"]
-    given = ["--set", "training.seed=2", "--set", "training.output_dir=outputs/seed_2"] if array else []
+    given = ["--set", "training.seed=2", "--set", "training.output_dir=outputs/mosaic_512_seed_2"] if array else []
     expected = ["configs/mosaic_512.json", "--set", "data.root=some data", *given, "--resume", "auto"]
     assert (tmp_path / "arguments").read_text().splitlines() == expected
 

@@ -28,7 +28,10 @@ done
 if [ "$code" -eq 75 ]; then
   job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
   job="${job:-${SLURM_JOB_ID:?exit code 75 outside of a SLURM job: start the command again}}"
-  echo "requeue: stopped with a checkpoint, job $job is queued again" >&2
-  scontrol requeue "$job"
+  if scontrol requeue "$job"; then
+    echo "requeue: stopped with a checkpoint, job $job is queued again" >&2
+  else
+    echo "requeue: stopped with a checkpoint, but job $job could not be queued again: submit it once more" >&2
+  fi
 fi
 exit "$code"

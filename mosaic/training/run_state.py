@@ -28,6 +28,7 @@ FREE_SETTINGS = frozenset({
     "training.best_metric",
     "training.non_finite",
     "training.peak_tflops",
+    "training.trackers",
     # the samples of a step are those of the global batch, however it is shared
     "training.batch_size",
     "training.gradient_accumulation_steps",

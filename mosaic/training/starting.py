@@ -2,6 +2,7 @@
 
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from mosaic.training.checkpoint import clean_up, find_checkpoint
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
 
+WAIT = timedelta(hours=6)  # that processes wait for one another: the main one validates, or looks over the data, alone
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path 
         FileNotFoundError, ValueError: Those of `RunLock.acquire` and `find_checkpoint`.
     """
     found: list[str | None] = [None]
-    if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process:
+    if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT).is_main_process:
         if run_dir.is_dir():
             lock.acquire()
             clean_up(run_dir / "checkpoints")

@@ -1,8 +1,10 @@
 """Validation of a run: panels of held-out cases, and attention accuracy on held-out samples at fixed noise."""
 
+import logging
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,8 @@ from mosaic.objective import batch_grids, encode_batch, predict
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.tokens import Grid
 from mosaic.transformer import CaptureRequest
+
+logger = logging.getLogger(__name__)
 
 ACCURACY_BATCHES = 4  # batches of held-out samples on which attention accuracy is measured
 
@@ -47,11 +51,19 @@ def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Con
             generator=torch.Generator().manual_seed(validation.seed + index),
         )
         if folder is not None:
-            save_picture(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
+            _write_panel(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
     sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)
     return pool_accuracies([batch_attention_accuracy(pipeline, batch, config, generator) for batch in batches])
+
+
+def _write_panel(panel: Image.Image, path: Path) -> None:
+    """Write a panel; a failure is logged, for other processes may already wait in the next sharded forward pass."""
+    try:
+        save_picture(panel, path)
+    except OSError:
+        logger.exception("%s cannot be written; validation goes on", path)
 
 
 def _cases(dataset: TrainingDataset, config: Config) -> list[tuple[str, list]]:
