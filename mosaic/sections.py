@@ -94,7 +94,7 @@ class DataConfig(Section):
     buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
     """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
     targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Our format only."""
-    reference_size: Count = 512
+    reference_size: Side = 512
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Count = 6
     """Samples with more references than this are refused."""
