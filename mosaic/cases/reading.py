@@ -2,7 +2,6 @@
 
 import dataclasses
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -225,12 +224,13 @@ def _parsed(line: str, place: str) -> Any:
         return error
 
 
-def _expanded(entries: list[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any, bool]]:
+def _expanded(entries: list[tuple[str, Any]], path: Path) -> list[tuple[str, Any, bool]]:
     """Place and value of every case, and whether it comes from a grid; an error in place of a grid that cannot be expanded.
 
     Raises:
         ValueError: The file asks for more than `MAX_PICTURES` pictures.
     """
+    expanded: list[tuple[str, Any, bool]] = []
     pictures = 0
     for place, entry in entries:
         cases, is_grid = [(place, entry)], isinstance(entry, dict) and "grid" in entry
@@ -242,7 +242,8 @@ def _expanded(entries: list[tuple[str, Any]], path: Path) -> Iterator[tuple[str,
         pictures += len(cases) * (num_pictures(entry) if isinstance(entry, dict) else 1)
         if pictures > MAX_PICTURES:
             raise ValueError(f"{path}: must ask for at most {MAX_PICTURES} pictures, got more at {place}. Split it into several files.")
-        yield from ((where, case, is_grid) for where, case in cases)
+        expanded += [(where, case, is_grid) for where, case in cases]
+    return expanded
 
 
 def _check_index(index: int, place: str, given: bool, first: dict[int, tuple[str, bool]]) -> None:
