@@ -13,6 +13,12 @@ WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 """Formats read, by Pillow's names. Others are left out on purpose: some of their readers start outside programs (EPS)."""
 
+AGAIN = "Save or download it again."
+
+
+class _TooManyPixels(ValueError):
+    """A picture has more pixels than the caller takes."""
+
 
 def load_image(path: str | Path) -> Image.Image:
     """Read a picture and turn it upright by its EXIF orientation.
@@ -36,11 +42,11 @@ def load_image(path: str | Path) -> Image.Image:
     except (OSError, ValueError) as error:  # a ValueError: the path holds a NUL or a letter that no file name can hold
         raise ValueError(f"the file cannot be read: {path} ({getattr(error, 'strerror', None) or error}).") from error
     if stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"must be a picture file, but it is a folder: {path}.")
+        raise ValueError(f"must be a picture file, but it is a folder: {path}. Name a picture in it.")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
-        raise ValueError(f"must be a regular picture file, but it is a pipe or device: {path}.")
+        raise ValueError(f"must be a regular picture file, but it is a pipe or device: {path}. Save the picture to a file first.")
     if status.st_size == 0:
-        raise ValueError(f"the picture file is empty (0 bytes): {path}.")
+        raise ValueError(f"the picture file is empty (0 bytes): {path}. {AGAIN}")
     try:
         with open(path, "rb") as file:
             return _decode(file, str(path))
@@ -63,7 +69,7 @@ def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> Image
         ValueError: The content is empty, damaged or no picture, or has too many pixels.
     """
     if not data:
-        raise ValueError(f"the picture file is empty (0 bytes): {name}.")
+        raise ValueError(f"the picture file is empty (0 bytes): {name}. {AGAIN}")
     return _decode(io.BytesIO(data), name, max_pixels)
 
 
@@ -73,12 +79,12 @@ def _decode(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.I
         with Image.open(file, formats=_readable_formats()) as picture:
             if max_pixels is not None and picture.width * picture.height > max_pixels:
                 given = f"{picture.width} x {picture.height} pixels"
-                raise ValueError(f"it has {given}, more than {max_pixels / 1e6:g} million; make it smaller")
+                raise _TooManyPixels(f"it has {given}, more than {max_pixels / 1e6:g} million; make it smaller")
             image = ImageOps.exif_transpose(picture)
             image.load()
             image.format = picture.format
     except Exception as error:  # decoders of damaged files raise all kinds of errors, and each of them means the same here
-        raise ValueError(f"the file cannot be decoded as a picture: {name} ({_reason(error)}).") from error
+        raise ValueError(f"the file cannot be decoded as a picture: {name} ({_reason(error)}).{_cure(error)}") from error
     return image
 
 
@@ -208,3 +214,13 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller"
     return "no known picture format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or type(error).__name__
+
+
+def _cure(error: Exception) -> str:
+    """Return what helps against a decoding error, as a sentence, where the reason does not say it."""
+    if isinstance(error, (Image.DecompressionBombError, _TooManyPixels)):
+        return ""
+    if isinstance(error, Image.UnidentifiedImageError):
+        readable = ", ".join(name for name in _readable_formats() if name != "MPO")  # JPEGs with several pictures
+        return f" Save it in a format that can be read: {readable}."
+    return f" It is damaged or cut short. {AGAIN}"

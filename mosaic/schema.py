@@ -119,9 +119,10 @@ def refuse_unknown_keys(given: Iterable[str], known: list[str], section: str) ->
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean ...?" for the known name nearest to `word`, or "" when none is near."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]}?" if match else ""
+    """Return " Did you mean ...?" for the known name nearest to `word`, whatever its case, or "" when none is near."""
+    folded = {name.casefold(): name for name in known}
+    match = difflib.get_close_matches(word.casefold(), list(folded), n=1, cutoff=0.5)
+    return f" Did you mean {folded[match[0]]}?" if match else ""
 
 
 def shown(value: object) -> str:

@@ -16,6 +16,9 @@ Probability = Annotated[float, Bounds(minimum=0, maximum=1)]
 Momentum = Annotated[float, Bounds(minimum=0, below=1)]
 NotNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
+Guidance = Annotated[float, Bounds(minimum=0, maximum=100)]
+Side = Annotated[int, Bounds(minimum=1, maximum=8192)]
+Steps = Annotated[int, Bounds(minimum=1, maximum=1000)]
 Blocks = Literal["all", "double"] | tuple[CountOrZero, ...]
 PRODIGY_MIN_RATE = 0.1
 MAX_STRENGTH = 10  # of a reference, in a case or a call
@@ -91,7 +94,7 @@ class DataConfig(Section):
     buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
     """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
     targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Our format only."""
-    reference_size: Count = 512
+    reference_size: Side = 512
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Count = 6
     """Samples with more references than this are refused."""
@@ -297,9 +300,9 @@ class ValidationConfig(Section):
     """Cases file for the panels; None: the first samples of `split`."""
     num_cases: Count = 4
     """Number of cases per validation."""
-    num_inference_steps: Count = 28
+    num_inference_steps: Steps = 28
     """Sampling steps."""
-    guidance_scale: NotNegative = 3.5
+    guidance_scale: Guidance = 3.5
     """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
     seed: Seed = 42
     """Seed of the start noise."""
@@ -324,17 +327,17 @@ class InferenceConfig(Section):
     id. None: no such LoRA."""
     style_lora_weight_name: Text | None = None
     """Name of the file inside `style_lora`. None: pytorch_lora_weights.safetensors."""
-    style_lora_scale: float = 1.0
+    style_lora_scale: Annotated[float, Bounds(minimum=-100, maximum=100)] = 1.0
     """Factor on `style_lora`; 0: no effect."""
-    height: Count = 512
+    height: Side = 512
     """Height of the picture in pixels; a multiple of the model's token size."""
-    width: Count = 512
+    width: Side = 512
     """Width of the picture in pixels; a multiple of the model's token size."""
-    num_inference_steps: Count = 28
+    num_inference_steps: Steps = 28
     """Sampling steps."""
-    guidance_scale: NotNegative = 3.5
+    guidance_scale: Guidance = 3.5
     """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
-    image_guidance_scale: NotNegative = 1.0
+    image_guidance_scale: Guidance = 1.0
     """How far the velocity goes from that without references (zero latents, 0) to that with them (1) and beyond. Other values than 1
     double the time of sampling."""
     reference_cache: bool = False
@@ -371,7 +374,7 @@ class InferenceConfig(Section):
     """GGUF file with the transformer's weights, in place of those of `model.pretrained`. Needs the package gguf."""
     quantized_cache: Text | None = "outputs/quantized"
     """Folder in which quantised weights are kept, so that they are quantised once; None: they are not kept."""
-    num_threads: Count = 1
+    num_threads: Annotated[int, Bounds(minimum=1, maximum=4096)] = 1
     """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mosaic.cases.grids import MAX_PER_CASE
 from mosaic.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
-from mosaic.cases.references import MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
+from mosaic.cases.references import KEYS, MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
 from mosaic.cases.shapes import IMAGE_PATHS, SHAPES, Shape
 from mosaic.sections import MAX_STRENGTH
 from scripts.make_config_schema import field_meanings, type_schema, write_schema
@@ -39,6 +40,7 @@ def options_schema() -> dict[str, Any]:
     """What a case may decide for itself, and its index."""
     hints, meanings = get_type_hints(CaseOptions, include_extras=True), field_meanings(CaseOptions)
     options = {name: {"description": meanings[name]} | type_schema(hints[name]) for name in OPTIONS}
+    options["seeds"] |= {"maxItems": MAX_PER_CASE}
     index = {"description": "Number in the names of the output files; without it the position in the file.", "type": "integer"}
     return {"index": index | {"minimum": 0, "maximum": MAX_INDEX}, **options}
 
@@ -50,10 +52,11 @@ def references_schema() -> dict[str, Any]:
     members = {"type": "object", "required": ["path"], "additionalProperties": False}
     listed = {"anyOf": [PATH, {**members, "properties": {**detailed, "name": name | {"type": ["string", "null"]}}}]}
     named = {"anyOf": [PATH, {**members, "properties": detailed}]}
+    one = {"required": ["path"], "minProperties": 2, "propertyNames": {"enum": list(KEYS)}}  # a reference that is in no list
     return {
         "anyOf": [
             {"type": "array", "items": listed, "minItems": 1, "maxItems": MAX_REFERENCES},
-            {"type": "object", "additionalProperties": named, "minProperties": 1, "maxProperties": MAX_REFERENCES},
+            {"type": "object", "additionalProperties": named, "minProperties": 1, "maxProperties": MAX_REFERENCES, "not": one},
         ]
     }
 

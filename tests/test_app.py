@@ -77,8 +77,9 @@ def test_files_are_read_checked_and_removed(tmp_path: Path) -> None:
     assert taken.uploads[0].sha256 == hashlib.sha256(png()).hexdigest()
     assert taken.uploads[0].decoded().size == (24, 16)
     assert taken.problems == [
-        "the file cannot be decoded as a picture: text.png (no known picture format).",
-        "the picture file is empty (0 bytes): empty.png.",
+        "the file cannot be decoded as a picture: text.png (no known picture format). Save it in a format that can be read: "
+        "PNG, JPEG, WEBP, AVIF, GIF, BMP, TIFF, PPM, JPEG2000, TGA, ICO.",
+        "the picture file is empty (0 bytes): empty.png. Save or download it again.",
         "gone.png: the upload was lost (No such file or directory). Drop the picture again.",
     ]
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +174,7 @@ def test_named_references_and_strengths(config: Config) -> None:
         ({"height": 30}, "Size: height and width must be positive multiples of the token size 8 px, got 30 x 32. Nearest: 32 x 32."),
         ({"width": 4096}, "Width: must be at most 128 on this page, got 4096. Larger ones: inference.py."),
         ({"num_inference_steps": 101}, "Steps: must be at most 100 on this page, got 101."),
-        ({"guidance_scale": -2.0}, "Guidance: must be a number of at least 0, got -2.0."),
+        ({"guidance_scale": -2.0}, "Guidance: must be a number of at least 0 and at most 100, got -2.0."),
     ],
 )
 def test_mistakes_name_the_field(config: Config, changes: dict[str, Any], message: str) -> None:

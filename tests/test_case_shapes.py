@@ -1,7 +1,9 @@
 """Cases as people keep them: other projects' keys, JSONL, names, patterns, grids, options; and the schema that says the same."""
 
 import json
+import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,30 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "grid": ({"grid": {"prompts": []}}, "[0].grid: must be an object with the keys prompts and references"),
     "empty grid": ({"grid": {"prompts": [], "references": ["a.png"]}}, "[0].grid.prompts: must be a list of one or more values, got []."),
+    "guidance without end": (
+        {**UNO, "guidance_scale": 1e299},
+        "[0].guidance_scale: must be a number of at least 0 and at most 100 or null, got 1e+299.",
+    ),
+    "image guidance without end": ({**UNO, "image_guidance_scale": 1e40}, "[0].image_guidance_scale: must be a number of at least 0 and at most"),
+    "many seeds": ({**UNO, "seeds": list(range(1001))}, "[0].seeds: must have at most 1000 values, got 1001."),
+    "names under image_paths": (
+        {"prompt": "a <cat>", "image_paths": {"cat": "a.png"}},
+        '[0].image_paths: must be a list of paths of reference pictures, got {"cat": "a.png"}: names, strengths and points go under "references"',
+    ),
+    "strength under image_paths": (
+        {"prompt": "a cat", "image_paths": [{"path": "a.png", "strength": 0.5}]},
+        "[0].image_paths: must be a list of paths of reference pictures, got",
+    ),
+    "object that is in no list": (
+        {"prompt": "x", "references": {"path": "a.png", "strength": 0.5}},
+        '[0].references: must be a list where a reference is an object: put it into brackets, [{"path": "a.png", "strength": 0.5}].',
+    ),
+    "path alone that is in no list": ({"prompt": "x", "references": {"path": "a.png"}}, '[0].prompt: must use every name, but <path> is missing'),
+    "name in capitals": (
+        {"prompt": "a <BAG>", "references": {"bag": "a.png"}},
+        "[0].prompt: <BAG> names no reference of this case. Did you mean bag? The names here: bag.",
+    ),
+    "mark on nothing": ({"prompt": "a <\u0301x>", "references": {"\u0301x": "a.png"}}, "[0].references.\u0301x.name: must be made of letters"),
     "prompt in a grid": (
         {"grid": {"prompts": [3], "references": ["a.png"]}},
         "[0].grid(prompts[0], references[0]).prompt: must be a string, got 3.",
@@ -192,6 +218,8 @@ def test_bad_cases(folder: Path, name: str) -> None:
     [
         *("strength", "no strength", "no points", "points a number", "point of a huge number", "two ways", "no seeds", "steps"),
         *("grid", "empty grid", "prompt in a grid", "their key in messages"),
+        *("guidance without end", "image guidance without end", "many seeds"),
+        *("names under image_paths", "strength under image_paths", "object that is in no list"),
     ],
 )
 def test_the_schema_refuses_them_too(name: str) -> None:
@@ -210,6 +238,69 @@ def test_the_model_sees_names_without_brackets(folder: Path) -> None:
 def test_composed_and_decomposed_letters_are_one_name(folder: Path) -> None:
     entry = {"prompt": "a <cafe\u0301>", "references": {"caf\u00e9": "a.png"}}
     assert read(folder, [entry])[0].references[0].name == "caf\u00e9"
+
+
+def test_names_in_scripts_that_write_marks(folder: Path) -> None:
+    for name in ("हाथी", "สิงโต", "cafe\u0301", "بَيْت", "x\u0301 y-z"):
+        (case,) = read(folder, [{"prompt": f"a <{name}>", "references": {name: "a.png"}}])
+        assert case.references[0].name == unicodedata.normalize("NFC", name)
+        assert case.prompt == f"a {name}"
+
+
+def test_a_line_that_is_not_utf_8_costs_only_itself(folder: Path) -> None:
+    path = folder / "cases.jsonl"
+    good = json.dumps(UNO).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + good + b'\r\n{"prompt": "\xe9", "image_paths": ["a.png"]}\n' + good)
+    file = read_cases(path)
+    assert [case.index for case in file.cases] == [0, 2]
+    (problem,) = file.problems
+    assert str(problem) == f"{path}:2: must be UTF-8 text, but its letter 13 is not. Save the file as UTF-8."
+
+
+def test_an_index_that_was_not_given_says_so(folder: Path) -> None:
+    for entries, message in (
+        ([{**UNO, "index": 1}, UNO], "is also its position in the file, and the index of FILE[0]. Give it an \"index\" of its own."),
+        ([UNO, {**UNO, "index": 0}], "is also the position of FILE[0], which has no index. Give FILE[0] an \"index\" of its own."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message.replace("FILE", str(folder / "cases.json")))):
+            read(folder, entries)
+
+
+def test_no_case_takes_another_name_because_a_grid_failed(folder: Path) -> None:
+    grid = {"grid": {"prompts": ["x"], "references": ["none/*.png"]}}
+    (folder / "cases.json").write_text(json.dumps([UNO, {"prompt": 3}, UNO, grid, UNO, {**UNO, "index": 9}]))
+    file = read_cases(folder / "cases.json")
+    assert [case.index for case in file.cases] == [0, 2, 9]  # the bad case keeps its place
+    place = folder / "cases.json"
+    assert str(file.problems[2]) == (
+        f"{place}[4].index: is missing, and the position is not known, since the grid {place}[3] failed: give it an \"index\", or mend the grid."
+    )
+    grid["grid"]["references"] = ["bags/*"]
+    (folder / "cases.json").write_text(json.dumps([grid, UNO]))
+    file = read_cases(folder / "cases.json")
+    assert [case.index for case in file.cases] == [0, 1, 2, 3]
+    assert file.notes == [f'{place}: cases after a grid have no "index": their names and seeds change when the grid grows. Give them one.']
+
+
+def test_a_file_asks_for_a_limited_number_of_pictures(folder: Path) -> None:
+    place = folder / "cases.json"
+    grid = {"grid": {"prompts": ["x"] * 50, "references": ["a.png", "b.png"]}, "num_images_per_prompt": 1000}
+    with pytest.raises(ValueError, match=re.escape(f"{place}: must ask for at most 100000 pictures, got more at {place}[1].")):
+        read(folder, [grid, UNO])
+    grid["grid"]["prompts"].append("x")
+    message = f"{place}[0].grid: must give at most 100000 pictures, got 51 prompts x 2 references or more x 1000 pictures."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(folder, [grid])
+    for name, text in (("cases.json", f"[{'0,' * 100_000}0]"), ("cases.jsonl", "0\n" * 100_001)):
+        with pytest.raises(ValueError, match="must hold at most 100000 cases, got .*Split it into several files"):
+            read(folder, text, name)
+
+
+def test_devices_and_pipes_are_not_read(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.jsonl")
+    for path in (Path("/dev/zero"), folder / "pipe.jsonl"):
+        with pytest.raises(ValueError, match=re.escape(f"{path}: must be a regular file, but it is a pipe or device.")):
+            read_cases(path)
 
 
 def test_grids(folder: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from mosaic.cases.reading import load_cases
+from mosaic.schema import FieldError
+from mosaic.sections import InferenceConfig
 
 
 @pytest.fixture
@@ -81,15 +83,16 @@ def test_reads_cases_relative_to_the_file(folder: Path, monkeypatch: pytest.Monk
         ([case(image_paths=["a\x00.png"])], "FILE[0].image_paths[0]: must be plain text, but it holds a NUL"),
         (
             [case(image_paths=["pictures/empty.png"])],
-            "FILE[0].image_paths[0]: the picture file is empty (0 bytes): DIR/pictures/empty.png.",
+            "FILE[0].image_paths[0]: the picture file is empty (0 bytes): DIR/pictures/empty.png. Save or download it again.",
         ),
         (
             [case(image_paths=["pictures/folder.png"])],
-            "FILE[0].image_paths[0]: must be a picture file, but it is a folder: DIR/pictures/folder.png.",
+            "FILE[0].image_paths[0]: must be a picture file, but it is a folder: DIR/pictures/folder.png. Name a picture in it.",
         ),
         (
             [case(image_paths=["pictures/text.png"])],
-            "FILE[0].image_paths[0]: the file cannot be decoded as a picture: DIR/pictures/text.png (no known",
+            "FILE[0].image_paths[0]: the file cannot be decoded as a picture: DIR/pictures/text.png (no known picture format). "
+            "Save it in a format that can be read: PNG, JPEG, WEBP,",
         ),
         (
             [case(image_paths=["pictures/line.png"])],
@@ -102,6 +105,23 @@ def test_messages(folder: Path, values: Any, message: str) -> None:
     expected = message.replace("FILE", str(path)).replace("DIR", str(folder))
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
         load_cases(path)
+
+
+@pytest.mark.parametrize("setting", ["guidance_scale=101", "image_guidance_scale=1e40", "height=1000000000000", "width=8193", "num_threads=4097"])
+def test_the_config_has_the_same_limits(setting: str) -> None:
+    name, value = setting.split("=")
+    with pytest.raises(FieldError, match=rf"^inference\.{name} must be an? \w+ of at least \d and at most \d+, got"):
+        InferenceConfig(**{name: json.loads(value)})
+    with pytest.raises(FieldError, match="style_lora_scale must be a number of at least -100 and at most 100, got 1"):
+        InferenceConfig(style_lora_scale=1e9)
+
+
+def test_a_picture_that_is_cut_short(folder: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(folder / "pictures/cut.png")
+    data = (folder / "pictures/cut.png").read_bytes()
+    (folder / "pictures/cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"It is damaged or cut short\. Save or download it again\.$"):
+        load_cases(write(folder, [case(image_paths=["pictures/cut.png"])]))
 
 
 def test_missing_pictures_and_files(folder: Path) -> None:

@@ -146,7 +146,7 @@ BAD_ENTRIES: dict[str, tuple[Any, str]] = {
     "pictures without end": ({"prompt": "x", "image_paths": ["ok.png"], "num_images_per_prompt": 10**9}, ".num_images_per_prompt: must be"),
     "key": ({"prompt": "x", "image_paths": ["ok.png"], "hieght": 16}, ".hieght: is not a known key. Did you mean height?"),
     "escape of a pattern": ({"prompt": "x", "image_paths": ["/**/*.png"]}, '.image_paths[0]: a pattern must not hold "**"'),
-    "grid too large": ({"grid": {"prompts": ["x"] * 400, "references": ["ok.png"] * 400}}, ".grid: must give at most 100000 cases"),
+    "grid too large": ({"grid": {"prompts": ["x"] * 400, "references": ["ok.png"] * 400}}, ".grid: must give at most 100000 pictures"),
     "markup as a name": ({"prompt": "<b>", "references": {"<b>": "ok.png"}}, ".references.<b>.name: must be made of letters"),
 }
 
@@ -183,8 +183,8 @@ def test_each_has_its_message_and_the_good_cases_finish(folder: Path, capsys: py
     (folder / "config.json").write_text(json.dumps(runs.settings(world, folder / "out")))
     entries: list[Any] = [{"index": 1000, "prompt": "a cat", "image_paths": ["ok.png"]}]
     entries += [entry for entry, _ in BAD_ENTRIES.values()]
-    entries += [{"prompt": "a cat", "references": [{"path": name}]} for name in BAD_PICTURES]
-    entries += [{"prompt": "a mug", "image_paths": [name]} for name in GOOD_PICTURES]
+    entries += [{"index": 2000 + n, "prompt": "a cat", "references": [{"path": name}]} for n, name in enumerate(BAD_PICTURES)]
+    entries += [{"index": 3000 + n, "prompt": "a mug", "image_paths": [name]} for n, name in enumerate(GOOD_PICTURES)]
     messages = [message for _, message in BAD_ENTRIES.values()] + [f".references[0]: {what}" for what in ("",) * len(BAD_PICTURES)]
     path = folder / "cases.json"
     path.write_text(json.dumps(entries))

@@ -188,8 +188,8 @@ def test_bad_cases(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--set", "inference.heigth=16"], "inference.heigth is not a known setting. Did you mean height? (--set inference.heigth=16)."),
-    "wrong type": (["--set", "inference.height=tall"], 'inference.height must be an integer of at least 1, got "tall" (--set inference.height=tall).'),
-    "out of range": (["--steps", "0"], "inference.num_inference_steps must be an integer of at least 1, got 0"),
+    "wrong type": (["--set", "inference.height=tall"], 'inference.height must be an integer of at least 1 and at most 8192, got "tall" (--set inference.height=tall).'),
+    "out of range": (["--steps", "0"], "inference.num_inference_steps must be an integer of at least 1 and at most 1000, got 0"),
     "missing cases": (["--cases", "none.json"], "none.json: file not found. Relative paths start at the current directory"),
     "height": (["--set", "inference.height=18"], "inference.height, inference.width: height and width must be positive multiples of the token size 4 px, got 18 x 24"),
     "reference size": (["--set", "data.reference_size=30"], "data.reference_size: height and width must be positive multiples of the token size 4 px, got 30 x 30"),

@@ -6,8 +6,17 @@ from typing import Any
 from mosaic.cases.references import MAX_PATH, check_text, match_pictures
 from mosaic.schema import shown
 
-MAX_CASES = 100_000
+MAX_PICTURES = 100_000  # of a file
+MAX_PER_CASE = 1000
 KEYS = ("prompts", "references")
+
+
+def num_pictures(entry: dict[str, Any]) -> int:
+    """Number of pictures that an entry asks for per case, 1 where it does so in a way that will be refused."""
+    seeds, count = entry.get("seeds"), entry.get("num_images_per_prompt")
+    if isinstance(seeds, list):
+        count = len(seeds)
+    return count if type(count) is int and 1 <= count <= MAX_PER_CASE else 1
 
 
 def expand_grid(entry: dict[str, Any], place: str, folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -32,7 +41,7 @@ def expand_grid(entry: dict[str, Any], place: str, folder: Path) -> list[tuple[s
     for key in ("prompt", "references", "image_paths"):
         if key in shared:
             raise ValueError(f"{place}.{key}: must not stand beside grid, which gives it.")
-    sets = []
+    sets, each = [], num_pictures(entry)
     for number, value in enumerate(grid["references"]):
         name = f"references[{number}]"
         if isinstance(value, str):
@@ -40,9 +49,9 @@ def expand_grid(entry: dict[str, Any], place: str, folder: Path) -> list[tuple[s
             sets += [(name, [path]) for path in match_pictures(value, f"{where}.{name}", folder)]
         else:
             sets.append((name, value))
-    count = len(grid["prompts"]) * len(sets)
-    if count > MAX_CASES:
-        raise ValueError(f"{where}: must give at most {MAX_CASES} cases, got {len(grid['prompts'])} prompts x {len(sets)} references.")
+        if len(grid["prompts"]) * len(sets) * each > MAX_PICTURES:
+            given = f"{len(grid['prompts'])} prompts x {len(sets)} references or more x {each} pictures"
+            raise ValueError(f"{where}: must give at most {MAX_PICTURES} pictures, got {given}. Split it into several files.")
     cases = [
         (f"{where}(prompts[{p}], {name})", {**shared, "prompt": prompt, "references": references})
         for p, prompt in enumerate(grid["prompts"])

@@ -1,21 +1,20 @@
 """The cases file: prompts with their reference pictures, checked completely before anything is computed."""
 
 import dataclasses
+import stat
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from mosaic.cases.grids import expand_grid
-from mosaic.cases.references import Reference, check_text, named_prompt, read_references
+from mosaic.cases.grids import MAX_PER_CASE, MAX_PICTURES, expand_grid, num_pictures
+from mosaic.cases.references import Reference, check_text, named_prompt, read_paths, read_references
 from mosaic.cases.shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry, unify
 from mosaic.images import load_image, prepare_reference, prepared_position
 from mosaic.schema import Bounds, FieldError, Section, nearest, parse_json, read_json, read_text, shown
+from mosaic.sections import Guidance, Seed, Side, Steps
 
 MAX_INDEX = 999_999_999  # the index names files
 MAX_FILE = 64 * 2**20  # bytes
 LINES = (".jsonl", ".ndjson")
-Side = Annotated[int, Bounds(minimum=1, maximum=8192)]
-Seed = Annotated[int, Bounds(minimum=0, below=2**63)]
-Scale = Annotated[float, Bounds(minimum=0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,17 +27,17 @@ class CaseOptions(Section):
     """Seed of the start noise; None: `inference.seed` + index."""
     seeds: tuple[Seed, ...] | None = None
     """Seeds of several pictures, instead of `seed` and `num_images_per_prompt`."""
-    num_images_per_prompt: Annotated[int, Bounds(minimum=1, maximum=1000)] | None = None
+    num_images_per_prompt: Annotated[int, Bounds(minimum=1, maximum=MAX_PER_CASE)] | None = None
     """Number of pictures; their seeds are `seed`, `seed` + 1, and so on."""
     height: Side | None = None
     """Height of the picture in pixels; a multiple of the model's token size."""
     width: Side | None = None
     """Width of the picture in pixels; a multiple of the model's token size."""
-    num_inference_steps: Annotated[int, Bounds(minimum=1, maximum=1000)] | None = None
+    num_inference_steps: Steps | None = None
     """Sampling steps."""
-    guidance_scale: Scale | None = None
+    guidance_scale: Guidance | None = None
     """Embedded guidance of the text and target branch."""
-    image_guidance_scale: Scale | None = None
+    image_guidance_scale: Guidance | None = None
     """How far the velocity goes from that without references to that with them and beyond."""
 
     def __post_init__(self) -> None:
@@ -47,6 +46,8 @@ class CaseOptions(Section):
         for name in ("seed", "num_images_per_prompt"):
             if self.seeds is not None and getattr(self, name) is not None:
                 raise FieldError(f"case.{name}", "must not be given together with seeds")
+        if self.seeds is not None and len(self.seeds) > MAX_PER_CASE:
+            raise FieldError("case.seeds", f"must have at most {MAX_PER_CASE} values, got {len(self.seeds)}")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise FieldError("case.seeds", f"must differ, since they name the output files, got {shown(list(self.seeds))}")
 
@@ -110,8 +111,9 @@ def read_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
     """Read a cases file: `[{"index": 0, "prompt": "...", "image_paths": ["..."]}]`, paths relative to the file.
 
     The forms are those of `configs/cases.schema.json`: JSON, or JSONL with a case per line; a case may be a grid of cases, or have the
-    keys of another project. A case without an index has its position in the file. Every picture is decoded and prepared once, so that
-    no case fails after others have been rendered.
+    keys of another project. A case without an index has its position in the file. Where a grid before it failed, that position is not
+    known, and the case is refused: it would have another name and seed once the grid is mended. Every picture is decoded and prepared
+    once, so that no case fails after others have been rendered.
 
     Args:
         path: The file.
@@ -126,23 +128,31 @@ def read_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
     problems: dict[int, ValueError | FileNotFoundError] = {}
     cases: dict[int, Case] = {}
     unused: set[str] = set()
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, bool]] = {}  # place of the case that has an index, and whether it was given
+    lost: str | None = None  # place of the first grid of which nobody knows how many cases it has
+    after_grid = unnamed = False
     checked: dict[Path, ValueError | FileNotFoundError | None] = {}
-    for position, (place, item) in enumerate(_expanded(_entries(path), path.parent)):
+    for position, (place, item, in_grid) in enumerate(_expanded(_entries(path), path)):
+        after_grid |= in_grid
+        if lost is None and in_grid and isinstance(item, Exception):
+            lost = place
         try:
             entry = _unified(item, place)
             unused.update(entry.unused)
+            given = "index" in entry.values
+            unnamed |= after_grid and not in_grid and not given
             case = _read_case(entry, place, path.parent, position)
-            if first.setdefault(case.index, place) != place:
-                raise ValueError(
-                    f"{place}.index: must be unique, since it names the output files, but {case.index} is also the index of "
-                    f"{first[case.index]}."
-                )
+            if not given and lost is not None:
+                cure = 'give it an "index", or mend the grid'
+                raise ValueError(f"{place}.index: is missing, and the position is not known, since the grid {lost} failed: {cure}.")
+            _check_index(case.index, place, given, first)
             _check_pictures(case, entry, checked, reference_size, reference_scale)
             cases[position] = case
         except (ValueError, FileNotFoundError) as error:
             problems[position] = error
     notes = [f"{path}: {', '.join(sorted(unused))} of its cases: of no use here, since pictures are named by index."] if unused else []
+    if unnamed:
+        notes.append(f'{path}: cases after a grid have no "index": their names and seeds change when the grid grows. Give them one.')
     return CaseFile(list(cases.values()), list(problems.values()), notes)
 
 
@@ -151,14 +161,9 @@ _FORM = 'expected [{"index": 0, "prompt": "...", "image_paths": ["..."]}].'
 
 def _entries(path: Path) -> list[tuple[str, Any]]:
     """Place and value of every entry of the file; an error in place of a line that is not JSON."""
-    if path.is_file() and path.stat().st_size > MAX_FILE:
-        cure = "Split it, or use patterns and grids"
-        raise ValueError(f"{path}: must have at most {MAX_FILE >> 20} MiB, got {path.stat().st_size >> 20}. {cure}.")
+    _check_file(path)
     if path.suffix.lower() in LINES:
-        entries = [(f"{path}:{number}", line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-        if not entries:
-            raise ValueError(f"{path}: must hold at least one case, one per line, got an empty file: {_FORM[:-1]} without the brackets.")
-        return [(place, _parsed(line, place)) for place, line in entries]
+        return _lines(path)
     try:
         values = read_json(path)
     except ValueError as error:
@@ -170,28 +175,94 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
         raise ValueError(f"{path}: must be a list of cases, got {_kind(values)}: {_FORM}")
     if not values:
         raise ValueError(f"{path}: must hold at least one case, got an empty list: {_FORM}")
+    if len(values) > MAX_PICTURES:
+        raise ValueError(f"{path}: must hold at most {MAX_PICTURES} cases, got {len(values)}. Split it into several files.")
     return [(f"{path}[{number}]", value) for number, value in enumerate(values)]
 
 
-def _parsed(line: str, place: str) -> Any:
+def _check_file(path: Path) -> None:
+    """Raise ValueError where the file is too large, or no file. What is missing or a folder is told when it is read."""
     try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path}: must be a regular file, but it is a pipe or device. Save the cases to a file first.")
+    if status.st_size > MAX_FILE:
+        cure = "Split it, or use patterns and grids"
+        raise ValueError(f"{path}: must have at most {MAX_FILE >> 20} MiB, got {status.st_size >> 20}. {cure}.")
+
+
+def _lines(path: Path) -> list[tuple[str, Any]]:
+    """Place and value of every line of a file with a case per line."""
+    entries: list[tuple[str, Any]] = []
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if len(entries) == MAX_PICTURES:
+                    raise ValueError(f"{path}: must hold at most {MAX_PICTURES} cases, got more. Split it into several files.")
+                place = f"{path}:{number}"
+                entries.append((place, _parsed(line.rstrip("\n"), place)))
+    except OSError:
+        read_text(path)  # says what is wrong with the file
+        raise
+    if not entries:
+        raise ValueError(f"{path}: must hold at least one case, one per line, got an empty file: {_FORM[:-1]} without the brackets.")
+    return entries
+
+
+def _parsed(line: str, place: str) -> Any:
+    """The value of a line; an error in its place where it is not JSON in UTF-8."""
+    try:
+        damaged = next((number for number, letter in enumerate(line, 1) if "\udc80" <= letter <= "\udcff"), None)
+        if damaged is not None:
+            raise ValueError(f"{place}: must be UTF-8 text, but its letter {damaged} is not. Save the file as UTF-8.")
         return parse_json(line, place)
     except ValueError as error:
         return error
 
 
-def _expanded(entries: list[tuple[str, Any]], folder: Path) -> list[tuple[str, Any]]:
-    """The entries with every grid as its cases; an error in place of a grid that cannot be expanded."""
-    cases: list[tuple[str, Any]] = []
+def _expanded(entries: list[tuple[str, Any]], path: Path) -> list[tuple[str, Any, bool]]:
+    """Place and value of every case, and whether it comes from a grid; an error in place of a grid that cannot be expanded.
+
+    Raises:
+        ValueError: The file asks for more than `MAX_PICTURES` pictures.
+    """
+    expanded: list[tuple[str, Any, bool]] = []
+    pictures = 0
     for place, entry in entries:
-        if not (isinstance(entry, dict) and "grid" in entry):
-            cases.append((place, entry))
-            continue
-        try:
-            cases += expand_grid(entry, place, folder)
-        except ValueError as error:
-            cases.append((place, error))
-    return cases
+        cases, is_grid = [(place, entry)], isinstance(entry, dict) and "grid" in entry
+        if is_grid:
+            try:
+                cases = expand_grid(entry, place, path.parent)
+            except ValueError as error:
+                cases = [(place, error)]
+        pictures += len(cases) * (num_pictures(entry) if isinstance(entry, dict) else 1)
+        if pictures > MAX_PICTURES:
+            raise ValueError(f"{path}: must ask for at most {MAX_PICTURES} pictures, got more at {place}. Split it into several files.")
+        expanded += [(where, case, is_grid) for where, case in cases]
+    return expanded
+
+
+def _check_index(index: int, place: str, given: bool, first: dict[int, tuple[str, bool]]) -> None:
+    """Raise ValueError where another case has the index; `first` grows.
+
+    Args:
+        index: The index.
+        place: The case that has it.
+        given: Whether the file gives it; else it is the case's position.
+        first: Place of the first case of every index, and whether the file gives it there.
+    """
+    other, other_given = first.setdefault(index, (place, given))
+    if other == place:
+        return
+    if given and other_given:
+        raise ValueError(f"{place}.index: must be unique, since it names the output files, but {index} is also the index of {other}.")
+    cure = f'Give {other if given else "it"} an "index" of its own'
+    whose = f"the position of {other}, which has no index" if given else f"its position in the file, and the index of {other}"
+    raise ValueError(f"{place}.index: must be unique, since it names the output files, but {index} is also {whose}. {cure}.")
 
 
 def _unified(item: Any, place: str) -> Entry:
@@ -223,7 +294,8 @@ def _read_case(entry: Entry, place: str, folder: Path, position: int) -> Case:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_INDEX:
         raise ValueError(f"{place}.index: must be an integer from 0 to {MAX_INDEX} (it names the output files), got {shown(index)}.")
     check_text(prompt, f"{place}.{names[PROMPT]}")
-    references = read_references(values[key], f"{place}.{names[key]}", folder)
+    read = read_references if key == REFERENCES else read_paths
+    references = read(values[key], f"{place}.{names[key]}", folder)
     if key == REFERENCES:
         prompt = named_prompt(prompt, references, f"{place}.{names[PROMPT]}")
     try:

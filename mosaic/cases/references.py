@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mosaic.images import FORMATS
-from mosaic.schema import shown
+from mosaic.schema import nearest, shown
 from mosaic.sections import MAX_STRENGTH
 
 MAX_REFERENCES = 64  # per case
@@ -22,7 +22,7 @@ MAX_PATH = 4096  # letters
 MAX_POINTS = 20  # per reference
 MAX_SIDE = 1_000_000  # px
 KEYS = ("path", "name", "strength", "points")
-NAME = re.compile(r"\w(?:[\w -]*\w)?")
+_NAME = re.compile(r"\w(?:[\w -]*\w)?")
 _PLACEHOLDER = re.compile(r"<([^<>]*)>")
 
 
@@ -43,7 +43,7 @@ class Reference(NamedTuple):
 
 
 def read_references(value: Any, place: str, folder: Path) -> tuple[Reference, ...]:
-    """Read the value of `references` or `image_paths`; no picture is opened.
+    """Read the value of `references`; no picture is opened.
 
     Args:
         value: A list of paths, patterns such as "bags/*.png", and objects {"path", "name", "strength", "points"}; or an object that gives a
@@ -57,6 +57,8 @@ def read_references(value: Any, place: str, folder: Path) -> tuple[Reference, ..
     Raises:
         ValueError: Anything is wrong with the value.
     """
+    if isinstance(value, dict) and "path" in value and len(value) > 1 and all(key in KEYS for key in value):
+        raise ValueError(f"{place}: must be a list where a reference is an object: put it into brackets, [{shown(value)}].")
     if isinstance(value, dict):
         items = [(f"{place}.{name}", _with_name(item, name, f"{place}.{name}")) for name, item in value.items()]
     elif isinstance(value, list):
@@ -66,14 +68,25 @@ def read_references(value: Any, place: str, folder: Path) -> tuple[Reference, ..
     if not items:
         kind = "object" if isinstance(value, dict) else "list"
         raise ValueError(f"{place}: must name at least one reference picture, got an empty {kind}.")
+    if len(items) > MAX_REFERENCES:
+        raise ValueError(f"{place}: must name at most {MAX_REFERENCES} reference pictures, got {len(items)}.")
     references = tuple(itertools.chain.from_iterable(_read_item(item, where, folder) for where, item in items))
     if len(references) > MAX_REFERENCES:
         raise ValueError(f"{place}: must name at most {MAX_REFERENCES} reference pictures, got {len(references)}.")
-    names = [unicodedata.normalize("NFC", reference.name) for reference in references if reference.name is not None]
+    names = [reference.name for reference in references if reference.name is not None]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{place}: a name must stand for one reference picture, but {shown(twice)} stands for {names.count(twice)}.")
     return references
+
+
+def read_paths(value: Any, place: str, folder: Path) -> tuple[Reference, ...]:
+    """Read the value of `image_paths`, which holds paths and patterns alone; otherwise as `read_references`."""
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict) for item in items):
+        cure = 'names, strengths and points go under "references", such as {"bag": "bag.png"}'
+        raise ValueError(f"{place}: must be a list of paths of reference pictures, got {shown(value)}: {cure}.")
+    return read_references(value, place, folder)
 
 
 def named_prompt(prompt: str, references: Sequence[Reference], place: str) -> str:
@@ -82,15 +95,17 @@ def named_prompt(prompt: str, references: Sequence[Reference], place: str) -> st
     Raises:
         ValueError: The prompt uses a name that no reference has, or leaves one out.
     """
-    names = {unicodedata.normalize("NFC", reference.name): reference.name for reference in references if reference.name is not None}
+    names = [reference.name for reference in references if reference.name is not None]
     used = {unicodedata.normalize("NFC", word.strip()) for word in _PLACEHOLDER.findall(prompt)}
-    unknown = sorted(used - names.keys())
+    unknown = sorted(used.difference(names))
     if unknown:
         known = f"The names here: {', '.join(names)}." if names else 'Give names as "references": {"bag": "bag.png"}.'
-        raise ValueError(f"{place}: <{unknown[0]}> names no reference of this case. {known}")
+        raise ValueError(f"{place}: <{unknown[0]}> names no reference of this case.{nearest(unknown[0], names)} {known}")
     unused = [name for name in names if name not in used]
     if unused:
         cure = "write it into the prompt, or give that reference no name"
+        if unused[0] == "path":
+            cure += '; a single object is written [{"path": "bag.png"}]'
         raise ValueError(f"{place}: must use every name, but <{unused[0]}> is missing: {cure}.")
     return _PLACEHOLDER.sub(lambda match: match[1].strip(), prompt)
 
@@ -134,14 +149,15 @@ def _read_item(item: Any, place: str, folder: Path) -> list[Reference]:
         return [Reference(folder / path) for path in match_pictures(item, place, folder)]
     unknown = [key for key in item if key not in KEYS]
     if unknown:
-        raise ValueError(f"{place}.{unknown[0]}: is not a known key. Known here: {', '.join(KEYS)}.")
+        raise ValueError(f"{place}.{unknown[0]}: is not a known key.{nearest(unknown[0], KEYS)} Known here: {', '.join(KEYS)}.")
     if "path" not in item:
         raise ValueError(f'{place}: the key "path" is missing.')
     check_text(item["path"], f"{place}.path", MAX_PATH)
     name, strength = item.get("name"), item.get("strength", 1)
     if name is not None:
         check_text(name, f"{place}.name")
-        if not NAME.fullmatch(name):
+        name = unicodedata.normalize("NFC", name)
+        if not _is_name(name):
             raise ValueError(f"{place}.name: must be made of letters, digits, spaces and hyphens, got {shown(name)}.")
     _check_strength(strength, f"{place}.strength")
     points = _read_points(item.get("points", []), f"{place}.points")
@@ -150,6 +166,15 @@ def _read_item(item: Any, place: str, folder: Path) -> list[Reference]:
         if given and len(paths) > 1:
             raise ValueError(f"{place}: {key} one picture, but {shown(item['path'])} matches {len(paths)}.")
     return [Reference(folder / path, name, float(strength), points) for path in paths]
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name is made of letters, with the marks that some scripts write on them, digits, spaces and hyphens."""
+    letters = ""
+    for letter in name:
+        if not (unicodedata.category(letter).startswith("M") and letters[-1:].isalnum()):
+            letters += letter
+    return _NAME.fullmatch(letters) is not None
 
 
 def _read_points(value: Any, place: str) -> tuple[tuple[int, int], ...]:
