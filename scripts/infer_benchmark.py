@@ -129,8 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.clock == "cpu" and device.type != "cpu":
         raise ValueError("--clock cpu times a CPU's work; leave it out on a GPU")
     modes = [parse_mode(text) for text in args.modes]
-    if modes[0].name != "target":
-        modes.insert(0, parse_mode("target"))
+    modes = with_plain_paths(modes)
     pipeline = build_pipeline(args, device)
     for mode in modes:
         check_mode(pipeline, mode, args.steps, device)
@@ -147,6 +146,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def with_plain_paths(modes: list[Mode]) -> list[Mode]:
+    """The modes, `target` first; `isolated`, if one of them is of its attention mode and it is not there, before that."""
+    if modes[0].name != "target":
+        modes = [parse_mode("target"), *modes]
+    names = [mode.name for mode in modes]
+    first = next((mode for mode in modes if mode.reference_attention == "isolated"), None)
+    if first is None or "isolated" in names:
+        return modes
+    place = modes.index(first)
+    return [*modes[:place], parse_mode("isolated"), *modes[place:]]
 
 
 def check_mode(pipeline: MosaicFluxPipeline, mode: Mode, steps: int, device: torch.device) -> None:
@@ -368,8 +379,8 @@ def print_table(args: argparse.Namespace, result: dict[str, Any]) -> None:
     print(
         f"Sampling of {result['model']} ({result['dtype']}) on {result['device']}: {args.steps} steps, references of "
         f"{args.reference_size} px, per picture, median of {args.runs} in turns ({args.clock} time); {rate}. Speed-up: measured over "
-        "`target`; predicted: the same of FLOPs. Over plain: both over the plain path of the same attention mode, so for `isolated-cache` over "
-        "`isolated`. Latents, levels: largest difference from the plain path of the same attention mode.\n"
+        "`target`; predicted: the same of FLOPs. Over plain: both over the plain path of the same attention mode, that of "
+        "`isolated-cache` over `isolated`. Latents, levels: largest difference from the plain path of the same attention mode.\n"
     )
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
     for row in result["rows"]:
