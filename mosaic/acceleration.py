@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 
 from mosaic.planning.costs import FLUX_DEV
 from mosaic.sections import InferenceConfig
+from mosaic.strength import CHANNELS
 from mosaic.transformer import MosaicFluxTransformer2DModel
 
 STEP_CACHES = ("none", "first_block", "mag")
@@ -37,39 +38,45 @@ def accelerate(transformer: MosaicFluxTransformer2DModel, settings: InferenceCon
 
 
 def set_attention_backend(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device) -> None:
-    """Use one of diffusers' attention kernels, after a trial of it. No kernel ever gets a mask.
+    """Use one of diffusers' attention kernels, after a trial of it, as plain and as with reference strengths. No kernel ever gets a mask.
 
     Raises:
-        ValueError: There is none of that name, its package is missing, or it does not run on this device with these numbers.
+        ValueError: There is none of that name, its package is missing, or it does not run on this device with these numbers, or only
+            without the wider heads of reference strengths.
     """
     known = [backend.value for backend in AttentionBackendName]
     if name not in known:
         raise ValueError(f"inference.attention_backend must be one of {', '.join(known)}, got {name!r}.")
     try:
         _try_backend(transformer, name, device)
+        _try_backend(transformer, name, device, CHANNELS)
     except Exception as error:  # packages of all kinds fail in ways of their own
-        usable = [backend for backend in known if "native" in backend and _runs(transformer, backend, device)]
+        usable = [backend for backend in known if "native" in backend and _runs(transformer, backend, device, CHANNELS)]
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        head_dim = transformer.config.attention_head_dim
+        also = f"It runs with heads of {head_dim}, but reference strengths need another kernel: theirs are of {head_dim + CHANNELS}. "
         raise ValueError(
             f"inference.attention_backend={name} does not run here ({device.type}, {transformer.dtype}). {reason} "
+            f"{also if _runs(transformer, name, device) else ''}"
             f"What PyTorch itself has here: {', '.join(usable)}; null: its own choice."
         ) from error
     with attention_backend(AttentionBackendName.NATIVE):  # diffusers makes it every other model's kernel too; this gives them theirs back
         transformer.set_attention_backend(name)
 
 
-def _try_backend(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device) -> None:
-    """Attention of a few tokens with this kernel."""
+def _try_backend(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device, channels: int = 0) -> None:
+    """Attention of a few tokens with this kernel; with `channels` added to the heads, as reference strengths add them."""
     head_dim, dtype = transformer.config.attention_head_dim, transformer.dtype
-    query, key = (torch.zeros(1, length, 2, head_dim, device=device, dtype=dtype) for length in (64, 128))
+    scale = {"scale": head_dim**-0.5} if channels else {}
+    query, key = (torch.zeros(1, length, 2, head_dim + channels, device=device, dtype=dtype) for length in (64, 128))
     with torch.no_grad(), warnings.catch_warnings(), attention_backend(AttentionBackendName(name)):
         warnings.simplefilter("ignore")  # of kernels that refuse, why; the error says it too
-        dispatch_attention_fn(query, key, key)
+        dispatch_attention_fn(query, key, key, **scale)
 
 
-def _runs(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device) -> bool:
+def _runs(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device, channels: int = 0) -> bool:
     try:
-        _try_backend(transformer, name, device)
+        _try_backend(transformer, name, device, channels)
     except Exception:
         return False
     return True

@@ -17,6 +17,7 @@ from scripts.app_uploads import MAX_REFERENCES, Taken, Upload, take_uploads
 MAX_SESSIONS = 32
 MAX_PICTURES = 24  # per session
 IDLE_SECONDS = 3600
+SWEEP_SECONDS = 60  # between two looks for idle sessions
 TOKEN = re.compile(r"[0-9a-f]{32,64}")
 
 
@@ -97,12 +98,14 @@ class Session:
 
 
 class Sessions:
-    """The sessions by the secret tokens of their tabs."""
+    """The sessions by the secret tokens of their tabs. A thread removes idle ones, also while nobody uses the page, until `close`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._sweep_regularly, name="idle sessions", daemon=True).start()
 
     def get(self, token: str) -> Session:
         """The session of a tab, made if it is new. Sessions idle for an hour, and the longest idle beyond `MAX_SESSIONS`, are removed.
@@ -121,11 +124,19 @@ class Sessions:
         return session
 
     def close(self) -> None:
-        """Close all sessions."""
+        """Close all sessions, and end the thread."""
+        self._closed.set()
         with self._lock:
             sessions, self._sessions = list(self._sessions.values()), {}
         for session in sessions:
             session.close()
+
+    def _sweep_regularly(self) -> None:
+        while not self._closed.wait(SWEEP_SECONDS):
+            with self._lock:
+                closed = self._sweep(MAX_SESSIONS)
+            for old in closed:
+                old.close()
 
     def _sweep(self, room: int) -> list[Session]:
         """Take out sessions that are idle for too long, and the longest idle while there are more than `room`."""

@@ -130,7 +130,7 @@ def add_infer_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=INFER_MODES,
         help="target, isolated, isolated-cache, compile, refresh:N, first-block:THRESHOLD, mag:THRESHOLD (flux_dev), batch:PICTURES, "
-        f"attention:KERNEL; `target` is always measured ({' '.join(INFER_MODES)})",
+        f"attention:KERNEL; `target` is always measured, `isolated` with isolated-cache ({' '.join(INFER_MODES)})",
     )
     parser.add_argument("--reference-size", type=int, help="side of a reference in px (pocket 32; flux_dev 512)")
     parser.add_argument("--text-tokens", type=int, help="text tokens (pocket 24; flux_dev 512)")

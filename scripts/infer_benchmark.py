@@ -45,7 +45,10 @@ POCKET = ROOT / "assets" / "pocket"
 FLUX_DEV_BYTES = 30 * GIB  # weights in bfloat16, an adapter of rank 128 and its start in float32
 FLUX_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}  # FLUX.1-dev's; what is not named are diffusers' defaults
 LORA_STD = 0.02  # of the random adapter's B: not zero, so that references differ from the bare model
-COLUMNS = ("px", "K", "mode", "s", "peak GiB", "TFLOP", "MFU %", "speed-up", "predicted", "skipped", "latents", "levels", "mean level")
+COLUMNS = (
+    *("px", "K", "mode", "s", "peak GiB", "TFLOP", "MFU %", "speed-up", "predicted", "over plain", "predicted over plain"),
+    *("skipped", "latents", "levels", "mean level"),
+)
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.clock == "cpu" and device.type != "cpu":
         raise ValueError("--clock cpu times a CPU's work; leave it out on a GPU")
     modes = [parse_mode(text) for text in args.modes]
-    if modes[0].name != "target":
-        modes.insert(0, parse_mode("target"))
+    modes = with_plain_paths(modes)
     pipeline = build_pipeline(args, device)
     for mode in modes:
         check_mode(pipeline, mode, args.steps, device)
@@ -144,6 +146,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def with_plain_paths(modes: list[Mode]) -> list[Mode]:
+    """The modes, `target` first; `isolated`, if one of them is of its attention mode and it is not there, before that."""
+    if modes[0].name != "target":
+        modes = [parse_mode("target"), *modes]
+    names = [mode.name for mode in modes]
+    first = next((mode for mode in modes if mode.reference_attention == "isolated"), None)
+    if first is None or "isolated" in names:
+        return modes
+    place = modes.index(first)
+    return [*modes[:place], parse_mode("isolated"), *modes[place:]]
 
 
 def check_mode(pipeline: MosaicFluxPipeline, mode: Mode, steps: int, device: torch.device) -> None:
@@ -298,12 +312,18 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
         if "s" not in row:
             row["s"] = statistics.median(seconds[mode.name]) / mode.batch_size
             row["MFU %"] = None if peak is None else 100 * row["TFLOP"] / (row["s"] * peak)
-    target = rows["target"]
-    for row in rows.values():
-        known = row["s"] is not None and target["s"] is not None
-        row["speed-up"] = target["s"] / row["s"] if known else None
-        row["predicted"] = target["TFLOP"] / row["TFLOP"] if known else None
+    for mode in modes:
+        row = rows[mode.name]
+        row["speed-up"], row["predicted"] = gains(row, rows["target"])
+        row["over plain"], row["predicted over plain"] = gains(row, rows.get(mode.reference_attention))
     return list(rows.values())
+
+
+def gains(row: dict[str, Any], base: dict[str, Any] | None) -> tuple[float | None, float | None]:
+    """How much faster a row is than another one, measured and by FLOPs; None where one of them is not there or does not fit."""
+    if base is None or row["s"] is None or base["s"] is None:
+        return None, None
+    return base["s"] / row["s"], base["TFLOP"] / row["TFLOP"]
 
 
 def clocked(function: Callable[[], Any], device: str, clock: str) -> float:
@@ -359,7 +379,8 @@ def print_table(args: argparse.Namespace, result: dict[str, Any]) -> None:
     print(
         f"Sampling of {result['model']} ({result['dtype']}) on {result['device']}: {args.steps} steps, references of "
         f"{args.reference_size} px, per picture, median of {args.runs} in turns ({args.clock} time); {rate}. Speed-up: measured over "
-        "`target`; predicted: the same of FLOPs. Latents, levels: largest difference from the plain path of the same attention mode.\n"
+        "`target`; predicted: the same of FLOPs. Over plain: both over the plain path of the same attention mode, that of "
+        "`isolated-cache` over `isolated`. Latents, levels: largest difference from the plain path of the same attention mode.\n"
     )
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
     for row in result["rows"]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig
 from torch import Tensor
 
+from mosaic import acceleration
 from mosaic.acceleration import accelerate, flux_mag_ratios, set_attention_backend, set_step_cache
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.sections import InferenceConfig
@@ -203,6 +204,24 @@ def test_kernels_that_do_not_run_here_are_refused_at_once(pipeline: MosaicFluxPi
     with pytest.raises(ValueError, match=message):
         accelerate(pipeline.transformer, InferenceConfig(attention_backend=name), CPU)
     sample(pipeline)  # the usual kernel is back
+
+
+def test_a_kernel_for_some_head_sizes_only_is_refused(pipeline: MosaicFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels are that know heads of 64, 96 and 128 only: reference strengths run with wider ones."""
+    head_dim, tried = pipeline.transformer.config.attention_head_dim, []
+    dispatch = acceleration.dispatch_attention_fn
+
+    def limited(query: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        tried.append((query.shape[-1], options.get("scale")))
+        if query.shape[-1] != head_dim:
+            raise RuntimeError("head_dim must be 64, 96 or 128")
+        return dispatch(query, *rest, **options)
+
+    monkeypatch.setattr(acceleration, "dispatch_attention_fn", limited)
+    heads = f"heads of {head_dim}, but reference strengths need another kernel: theirs are of {head_dim + 8}"
+    with pytest.raises(ValueError, match=f"attention_backend=_native_math does not run here .*RuntimeError: head_dim must be .*{heads}"):
+        set_attention_backend(pipeline.transformer, "_native_math", CPU)
+    assert tried[:2] == [(head_dim, None), (head_dim + 8, head_dim**-0.5)]
 
 
 # ---- compiled blocks

@@ -19,7 +19,7 @@ import inference
 from mosaic.cases.reading import load_cases
 from mosaic.cases.recipes import KEY, case_jobs, read_recipe, shared_recipe
 from mosaic.config import Config, load_config
-from scripts import app, app_state, app_studio, app_uploads, app_views
+from scripts import app, app_sessions, app_state, app_studio, app_uploads, app_views
 from scripts.app_examples import Example, load_examples
 from scripts.app_form import Form, plan_picture, size_limits
 from scripts.app_handlers import Handlers
@@ -411,6 +411,31 @@ def test_sessions_are_limited_and_end_when_idle(tmp_path: Path, monkeypatch: pyt
     for wrong in ("", "../x", "A" * 48, "a" * 31, None):
         with pytest.raises(ValueError, match="opened without JavaScript"):
             sessions.get(wrong)
+
+
+def test_idle_sessions_end_on_a_quiet_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_sessions, "SWEEP_SECONDS", 0.01)
+    sessions = Sessions(tmp_path)
+    idle, used = sessions.get(TOKEN), sessions.get("b" * 48)
+    for session in (idle, used):
+        session.replace([upload()])
+        session.folder.mkdir()
+    idle.last_used -= app_sessions.IDLE_SECONDS + 1
+    end = time.monotonic() + 30
+    while idle.folder.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (idle.references, idle.folder.exists()) == ((), False)
+    assert (len(used.references), used.folder.exists()) == (1, True)
+    assert sweepers(sessions) == 1
+    sessions.close()
+    while sweepers(sessions) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert sweepers(sessions) == 0
+
+
+def sweepers(sessions: Sessions) -> int:
+    """Threads that look after these sessions."""
+    return sum(getattr(getattr(thread, "_target", None), "__self__", None) is sessions for thread in threading.enumerate())
 
 
 def test_old_pictures_make_room(tmp_path: Path, studio: Studio) -> None:

@@ -44,6 +44,9 @@ def test_a_table_of_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert row["MFU %"] == pytest.approx(100 * row["TFLOP"] / (row["s"] * 0.01))
         assert row["speed-up"] == pytest.approx(rows[k, "target"]["s"] / row["s"])
         assert row["predicted"] == pytest.approx(rows[k, "target"]["TFLOP"] / row["TFLOP"])
+        base = rows[k, "isolated" if mode.startswith("isolated") else "target"]
+        assert row["over plain"] == pytest.approx(base["s"] / row["s"])
+        assert row["predicted over plain"] == pytest.approx(base["TFLOP"] / row["TFLOP"])
         assert row["skipped"] == (2 if mode == "first-block:1e9" else 0)
         if mode in ("target", "isolated", "refresh:1"):
             assert (row["latents"], row["levels"]) == (0, 0)
@@ -56,8 +59,12 @@ def test_a_table_of_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str
         steps = (3, {"isolated-cache": 1, "refresh:2": 2}.get(mode, 3), row["skipped"])
         flops = sampling_flops(small.transformer.config, 1, k, 16, 9, 8, 3, attention, *steps)
         assert row["TFLOP"] == pytest.approx(flops / 1e12)
+        if mode == "isolated-cache":
+            plain, cached = (sampling_flops(small.transformer.config, 1, k, 16, 9, 8, 3, attention, 3, n, 0) for n in (3, 1))
+            assert row["predicted over plain"] == pytest.approx(plain / cached)
     printed = capsys.readouterr().out
     assert "MFU against 0.01 TFLOP/s" in printed
+    assert "Over plain: both over the plain path of the same attention mode, that of `isolated-cache` over `isolated`." in printed
     assert sum(line.startswith("| 16 |") for line in printed.splitlines()) == len(rows)
 
 
@@ -75,6 +82,15 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch: pytest.Monk
     printed = capsys.readouterr().out
     assert "does not fit" in printed
     assert "no peak given: MFU n/a" in printed
+
+
+def test_kept_references_are_measured_against_none_kept() -> None:
+    result = benchmark.main([*SMALLEST, "--k", "1", "--modes", "isolated-cache", "refresh:2"])
+    rows = {row["mode"]: row for row in result["rows"]}
+    assert list(rows) == ["target", "isolated", "isolated-cache", "refresh:2"]
+    assert rows["isolated-cache"]["over plain"] == pytest.approx(rows["isolated"]["s"] / rows["isolated-cache"]["s"])
+    assert rows["refresh:2"]["over plain"] == rows["refresh:2"]["speed-up"]
+    assert [mode.name for mode in infer_benchmark.with_plain_paths([infer_benchmark.parse_mode("batch:2")])] == ["target", "batch:2"]
 
 
 @pytest.mark.parametrize("mode", ["fast", "refresh", "refresh:0", "batch:x", "first-block:-1"])

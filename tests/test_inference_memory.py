@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from safetensors.torch import save_file
 
 from mosaic.cases.loading import load_pipeline
 from mosaic.cases.reading import load_cases
@@ -20,6 +21,7 @@ from mosaic.planning.memory_model import CONTEXT, GIB
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, read_model_shape
 from mosaic.planning.storage_meter import StorageMeter, storage_bytes
+from mosaic.reference_cache import reference_cache_bytes
 from scripts import memory_table
 from tests import runs, tiny
 
@@ -71,6 +73,69 @@ def test_a_run_takes_what_was_predicted(config: Config, world: Path, num_referen
     assert peak_of(lambda: pipeline.vae.decode(latents)) == pytest.approx(memory.stages["decoding"][ACTIVATIONS], rel=0.15)
     prepared = torch.zeros(num_references, 3, runs.REFERENCE_SIZE, runs.REFERENCE_SIZE)
     assert peak_of(lambda: pipeline.vae.encode(prepared)) == pytest.approx(memory.stages["references"][ACTIVATIONS], rel=0.25)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("report", [False, True])
+def test_kept_references_take_what_was_predicted(config: Config, world: Path, report: bool, guidance: float) -> None:
+    """Each of a step's passes keeps its own keys and values; the one that maps are read from keeps queries too."""
+    settings = {"reference_cache": True, "image_guidance_scale": guidance, "report": report, "batch_size": 2}
+    isolated = replace(config, model=replace(config.model, reference_attention="isolated"))
+    cached = replace(isolated, inference=replace(isolated.inference, **settings))
+    plain = replace(cached, inference=replace(cached.inference, reference_cache=False))
+    pipeline = load_pipeline(isolated, world / "lora.safetensors", CPU)
+    shape, demand = read_model_shape(config.model.pretrained), Demand(96, 128, 2)
+
+    def run() -> int:
+        pictures = [[tiny.picture(k) for k in range(2)]] * 2
+        call = {"height": 96, "width": 128, "reference_size": runs.REFERENCE_SIZE, "max_sequence_length": tiny.TEXT_LENGTH}
+        call |= {"reference_attention": "isolated", "image_guidance_scale": guidance, "output_attention": report}
+        call |= {"num_inference_steps": 2, "output_type": "latent", "reference_cache": True}
+        return peak_of(lambda: pipeline(["a cat"] * 2, pictures, **call))
+
+    predictions = [predict_inference(c, shape, PLAIN, demand, runs.RANK, "cpu") for c in (cached, plain)]
+    with_cache, without = (memory.stages["steps"][ACTIVATIONS] for memory in predictions)
+    sizes = (shape.transformer, 2, 9, 2, 4)  # two references of 9 tokens, two pictures, float32
+    kept = reference_cache_bytes(*sizes, with_attention=report) + (guidance != 1) * reference_cache_bytes(*sizes)
+    assert with_cache - without == kept
+    assert run() == pytest.approx(with_cache, rel=0.15)
+    unguided = replace(cached, inference=replace(cached.inference, image_guidance_scale=1.0))
+    given = predict_inference(unguided, shape, PLAIN, demand._replace(guided=guidance != 1), runs.RANK, "cpu")
+    assert given.stages["steps"][ACTIVATIONS] == with_cache, "what the cases say counts"
+
+
+def test_a_batch_is_decoded_at_once(config: Config, world: Path) -> None:
+    shape = read_model_shape(config.model.pretrained)
+    batch = replace(config, inference=replace(config.inference, batch_size=3))
+    memory = predict_inference(batch, shape, PLAIN, Demand(48, 64, 1), runs.RANK, "cpu")
+    pipeline = load_pipeline(config, world / "lora.safetensors", CPU)
+    latents = torch.zeros(3, tiny.CHANNELS // 4, 24, 32)
+    assert peak_of(lambda: pipeline.vae.decode(latents)) == pytest.approx(memory.stages["decoding"][ACTIVATIONS], rel=0.15)
+    one, in_turn = (
+        predict_inference(c, shape, preset, Demand(48, 64, 1), runs.RANK, "cpu").stages["decoding"][ACTIVATIONS]
+        for c, preset in ((config, PLAIN), (batch, replace(PLAIN, vae_tiling=True)))
+    )
+    assert in_turn < 2 * one < memory.stages["decoding"][ACTIVATIONS], "a tiled VAE takes one picture after the other"
+
+
+def test_references_that_are_not_kept_take_nothing(config: Config) -> None:
+    shape, demand = read_model_shape(config.model.pretrained), Demand(96, 128, 2)
+    every_step = replace(config, inference=replace(config.inference, refresh_references=1))
+    assert predict_inference(every_step, shape, PLAIN, demand, runs.RANK) == predict_inference(config, shape, PLAIN, demand, runs.RANK)
+
+
+def test_a_style_lora_takes_memory(config: Config, world: Path, tmp_path: Path) -> None:
+    base = tiny.build_transformer(False, stock=True, num_layers=1, num_single_layers=1)
+    shapes = tiny.linear_shapes(base, ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"])
+    save_file(tiny.random_lora_file(shapes, 2, 5), tmp_path / "style.safetensors")
+    styled = replace(config, inference=replace(config.inference, style_lora=str(tmp_path / "style.safetensors")))
+    demand = largest_demand([], styled)
+    shape = read_model_shape(config.model.pretrained)
+    predicted = predict_inference(styled, shape, PLAIN, demand, runs.RANK, "cpu").stages["steps"][ADAPTER]
+    pipeline = load_pipeline(styled, world / "lora.safetensors", CPU)
+    assert predicted == storage_bytes(p for name, p in pipeline.transformer.named_parameters() if "lora_" in name)
+    (tmp_path / "style.safetensors").write_bytes(b"nothing")
+    assert largest_demand([], styled).style_parameters == 0
 
 
 def test_maps_take_memory(config: Config) -> None:
@@ -161,9 +226,15 @@ def test_other_weights_are_counted(packages: set[str], tmp_path: Path) -> None:
 
 def test_the_largest_case_counts(world: Path, config: Config) -> None:
     cases = load_cases(config.inference.cases, config.data.reference_size)
-    assert largest_demand(cases, config) == Demand(*runs.IMAGE_SIZE, 2)
+    assert largest_demand(cases, config) == Demand(*runs.IMAGE_SIZE, 2, False)
     larger = cases[0]._replace(options=replace(cases[0].options, height=64, width=32))
-    assert largest_demand([larger, cases[1]], config) == Demand(64, 32, 2)
+    assert largest_demand([larger, cases[1]], config) == Demand(64, 32, 2, False)
+    guided = cases[1]._replace(options=replace(cases[1].options, image_guidance_scale=0.0))
+    assert largest_demand([cases[0], guided], config).guided
+    guided_run = replace(config, inference=replace(config.inference, image_guidance_scale=2.0))
+    unguided = [case._replace(options=replace(case.options, image_guidance_scale=1.0)) for case in cases]
+    assert largest_demand(cases, guided_run).guided
+    assert not largest_demand(unguided, guided_run).guided
     assert largest_demand([], config).num_references == 0
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,12 @@ from tests import runs, tiny
 from tests.test_transformer import our_step
 
 CPU = torch.device("cpu")
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-quantization.txt"
+
+
+def test_the_packages_have_a_requirements_file() -> None:
+    lines = [line for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    assert sorted(re.split("[><=]", line)[0] for line in lines) == sorted(set(PACKAGES.values()))
 
 
 class RoundedLinear(nn.Linear):

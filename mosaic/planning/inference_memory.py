@@ -1,4 +1,4 @@
-"""Predicted memory of rendering one picture, by preset and stage.
+"""Predicted memory of rendering one batch of pictures, by preset and stage.
 
 As the training side does, the code itself runs on the meta device: one block of each kind (without gradients nothing of a block outlives
 it), the VAE and T5. What a kernel allocates inside itself is not seen.
@@ -23,6 +23,7 @@ from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, Q
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import StorageMeter
+from mosaic.reference_cache import reference_cache_bytes
 from mosaic.tokens import position_ids, reference_position_ids, text_position_ids, token_grid
 from mosaic.training.starting import DTYPES
 from mosaic.transformer import CaptureRequest
@@ -33,17 +34,22 @@ OFFLOADED_GROUPS = 3  # blocks on the device at a time: the one that computes, t
 
 
 class Demand(NamedTuple):
-    """The largest picture of a run.
+    """The most that a picture of a run needs.
 
     Attributes:
         height: Of the picture, in px.
         width: Of the picture, in px.
         num_references: K.
+        guided: Whether a step has a second pass, with zero latents in the references' place (`image_guidance_scale` other than 1); None: as
+            `inference.image_guidance_scale` says.
+        style_parameters: Numbers of the style LoRA; 0: there is none.
     """
 
     height: int
     width: int
     num_references: int
+    guided: bool | None = None
+    style_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,20 +76,20 @@ class InferenceMemory:
 def predict_inference(
     config: Config, shape: ModelShape, preset: MemoryPreset, demand: Demand, lora_rank: int, device_type: str = "cuda"
 ) -> InferenceMemory:
-    """Bytes by stage and part of rendering one picture.
+    """Bytes by stage and part of rendering one batch of `inference.batch_size` pictures.
 
     Args:
         config: The settings.
         shape: The base model's shape.
         preset: What is done to fit.
-        demand: The picture.
+        demand: Each of the pictures.
         lora_rank: Of the reference LoRA; 0: there is none.
         device_type: "cuda" or "cpu", where what is offloaded is still in the memory that counts.
 
     Raises:
         ValueError: If a size does not fit the tokens.
     """
-    transformer, adapter = weight_bytes(config, shape, preset, lora_rank, device_type)
+    transformer, adapter = weight_bytes(config, shape, preset, demand, lora_rank, device_type)
     element = FORMAT_BYTES[config.model.dtype]
     t5 = shape.encoders.get("text_encoder_2", 0) * (element if preset.text_encoder_2 == "none" else QUANTIZED_BYTES[preset.text_encoder_2])
     encoders = int(shape.encoders.get("text_encoder", 0) * element + t5)
@@ -95,15 +101,19 @@ def predict_inference(
         "prompts": text_activations(shape, config.model.text_length, dtype, device_type),
         "references": vae_activations(shape, preset, demand.num_references, side, side, dtype, device_type, encode=True),
         "steps": step_activations(config, shape, preset, demand, lora_rank, device_type),
-        "decoding": vae_activations(shape, preset, 1, demand.height, demand.width, dtype, device_type, encode=False),
+        "decoding": vae_activations(
+            shape, preset, config.inference.batch_size, demand.height, demand.width, dtype, device_type, encode=False
+        ),
     }
     stages = {"prompts": {ENCODERS: encoders, **early}} | {stage: {**rest, **late} for stage in STAGES[1:]}
     return InferenceMemory({stage: {**parts, ACTIVATIONS: work[stage], **context} for stage, parts in stages.items()})
 
 
-def weight_bytes(config: Config, shape: ModelShape, preset: MemoryPreset, lora_rank: int, device_type: str) -> tuple[int, int]:
-    """Bytes of the transformer's weights and of the adapter's on the device."""
-    element, adapter = FORMAT_BYTES[config.model.dtype], lora_parameter_count(shape.transformer, lora_rank)
+def weight_bytes(
+    config: Config, shape: ModelShape, preset: MemoryPreset, demand: Demand, lora_rank: int, device_type: str
+) -> tuple[int, int]:
+    """Bytes of the transformer's weights and of its adapters' on the device."""
+    element, adapter = FORMAT_BYTES[config.model.dtype], lora_parameter_count(shape.transformer, lora_rank) + demand.style_parameters
     blocks = shape.transformer["num_layers"] + shape.transformer["num_single_layers"]
     one_of_each = replace(shape, transformer={**shape.transformer, "num_layers": 1, "num_single_layers": 1})
     two_of_each = replace(shape, transformer={**shape.transformer, "num_layers": 2, "num_single_layers": 2})
@@ -122,17 +132,20 @@ def weight_bytes(config: Config, shape: ModelShape, preset: MemoryPreset, lora_r
 
 def step_activations(config: Config, shape: ModelShape, preset: MemoryPreset, demand: Demand, lora_rank: int, device_type: str) -> int:
     """Bytes that a sampling step needs beside the weights: the fullest moment of the forward pass, maps and cached keys included."""
-    settings, references = config.inference, demand.num_references
+    settings, side = config.inference, config.data.reference_size
     key = (config.data.reference_size, config.model.text_length, config.model.dtype, config.model.reference_attention)
-    one = _forward_bytes(_Frozen(shape), demand, lora_rank, device_type, settings.report and lora_rank > 0, *key)
+    picture, maps = Demand(*demand[:3]), settings.report and lora_rank > 0
+    one = _forward_bytes(_Frozen(shape), picture, lora_rank, device_type, maps, *key)
     total = one * settings.batch_size
     element = FORMAT_BYTES[config.model.dtype]
     if preset.transformer != "none":
         total += shape.largest_linear * element  # one layer is unpacked at a time
-    if settings.reference_cache or settings.refresh_references:
-        blocks = shape.transformer["num_layers"] + shape.transformer["num_single_layers"]
-        tokens = references * token_grid(*(config.data.reference_size,) * 2, shape.vae_scale_factor).num_tokens
-        total += 2 * blocks * tokens * width(shape.transformer) * element * settings.batch_size
+    if lora_rank and (settings.reference_cache or (settings.refresh_references or 1) > 1):
+        tokens = token_grid(side, side, shape.vae_scale_factor, where="data.reference_size").num_tokens
+        sizes = (demand.num_references, tokens, settings.batch_size, element)
+        total += reference_cache_bytes(shape.transformer, *sizes, with_attention=maps)
+        if settings.image_guidance_scale != 1 if demand.guided is None else demand.guided:
+            total += reference_cache_bytes(shape.transformer, *sizes)  # the second pass keeps its own, and is read for no map
     return total
 
 

@@ -1,5 +1,6 @@
 """What `inference.memory` "auto" does: the free memory is read, and the first preset that is predicted to fit it is taken."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mosaic.cases.reading import Case
 from mosaic.config import Config
+from mosaic.hub import resolve_style_lora_file
 from mosaic.memory_presets import PRESETS, with_format
 from mosaic.planning.inference_memory import Demand, predict_inference
 from mosaic.planning.memory_model import GIB
@@ -36,13 +38,32 @@ class Choice(NamedTuple):
 
 
 def largest_demand(cases: Iterable[Case], config: Config) -> Demand:
-    """The largest size and the most references of a run's cases, whether or not one case has both."""
-    sizes, references = [(1, 1)], [0]
+    """The largest size, the most references and the guidance of a run's cases, whether or not one case has all, and the style LoRA."""
+    settings, sizes, references, guided = config.inference, [], [0], False
     for case in cases:
-        sizes.append((case.options.height or config.inference.height, case.options.width or config.inference.width))
+        scale = case.options.image_guidance_scale
+        guided |= len(case.references) > 0 and (settings.image_guidance_scale if scale is None else scale) != 1
+        sizes.append((case.options.height or settings.height, case.options.width or settings.width))
         references.append(len(case.references))
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
-    return Demand(height, width, max(references))
+    height, width = max(sizes, key=lambda size: size[0] * size[1], default=(settings.height, settings.width))
+    return Demand(height, width, max(references), guided, style_parameters(config))
+
+
+def style_parameters(config: Config) -> int:
+    """Numbers of the style LoRA, from its header; 0 without one, or where it cannot be read (loading it will say why).
+
+    Raises:
+        FileNotFoundError, OSError: If there is no such file.
+    """
+    settings = config.inference
+    if settings.style_lora is None:
+        return 0
+    path = resolve_style_lora_file(settings.style_lora, settings.style_lora_weight_name)
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (not a dict)
+    except SafetensorError:
+        return 0
 
 
 def lora_rank(file: Path | None) -> int:
@@ -62,7 +83,7 @@ def choose_preset(config: Config, demand: Demand, rank: int, device: torch.devic
 
     Args:
         config: The settings.
-        demand: The largest picture.
+        demand: The most that a picture needs.
         rank: Of the reference LoRA; 0: there is none.
         device: Where pictures are rendered.
         free: Bytes.
