@@ -165,12 +165,12 @@ def recipe_digest(recipe: Mapping[str, Any]) -> str:
     for key in ("model", "lora"):
         deciding[key] = recipe[key] and recipe[key]["digest"]
     deciding["style_lora"] = recipe["style_lora"] and {key: recipe["style_lora"][key] for key in ("digest", "scale")}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def png_text(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The recipe as text for a PNG."""
-    return {KEY: json.dumps(recipe, ensure_ascii=False)}
+    return {KEY: json.dumps(recipe, ensure_ascii=False, allow_nan=False)}
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
@@ -182,6 +182,12 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, SyntaxError, RecursionError, Image.DecompressionBombError):
         return None
     return recipe if isinstance(recipe, dict) else None
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a PNG is whole, and carries the recipe of that digest."""
+    recipe = read_recipe(path)
+    return recipe is not None and recipe.get("digest") == digest
 
 
 class JobFiles(NamedTuple):
@@ -216,9 +222,5 @@ def _public_name(source: str) -> str:
 
 def _is_finished(job: PictureJob, files: JobFiles, with_report: bool) -> bool:
     pictures = [files.picture, files.panel] + [files.attention] * with_report
-    return all(_has_digest(path, job) for path in pictures) and (not with_report or page_digest_at(files.page) == page_digest(job))
-
-
-def _has_digest(path: Path, job: PictureJob) -> bool:
-    recipe = read_recipe(path)
-    return recipe is not None and recipe.get("digest") == job.recipe["digest"]
+    with_page = not with_report or page_digest_at(files.page) == page_digest(job)
+    return with_page and all(has_digest(path, job.recipe["digest"]) for path in pictures)

@@ -16,7 +16,7 @@ from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.overview import write_overview
 from mosaic.cases.reading import Case
 from mosaic.cases.recipes import PictureJob, case_jobs, shared_recipe, unfinished
-from mosaic.cases.rendering import render_batches
+from mosaic.cases.rendering import CASE_ERRORS, in_one_line, render_batches
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.hub import require_model_name, resolve_lora_file
@@ -68,10 +68,20 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     state.wait_for_everyone()
     if state.is_main_process and jobs:
         failures = write_manifest(jobs, folder)
-        write_sheets(jobs, folder)
-        write_overview(folder)
-        return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems + failures)
+        problems += failures + write_overviews(jobs, folder)
+        return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
     return RunResult(len(jobs), len(jobs) - len(todo), problems)
+
+
+def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
+    """Write the contact sheets and the page that links the reports; a message for each that could not be written."""
+    problems = []
+    for what, write in (("the contact sheets", lambda: write_sheets(jobs, folder)), ("the overview page", lambda: write_overview(folder))):
+        try:
+            write()
+        except CASE_ERRORS as error:
+            problems.append(f"{folder}: {what} could not be written ({in_one_line(error)}). Start again when this is mended.")
+    return problems
 
 
 def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, device: str) -> tuple[list[PictureJob], list[str]]:
