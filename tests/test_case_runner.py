@@ -321,6 +321,44 @@ def test_a_damaged_panel_of_another_case_hides_nothing(world: Path, tmp_path: Pa
     assert "case_007_report.html" not in page
 
 
+def test_what_can_be_known_before_is_found_by_a_check_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: pytest.fail("the model is loaded"))
+    path, taken = world / "before.json", tmp_path / "taken"
+    path.write_text(json.dumps([ENTRIES[0], {"prompt": "", "image_paths": PICTURES}]))
+    taken.write_text("mine")
+    (tmp_path / "out" / "manifest.jsonl").mkdir(parents=True)
+    refused = {
+        taken: f"must be a folder, but {taken} is a file. Name another, or move the file away.",
+        taken / "a" / "b": f"must be a folder, but {taken / 'a' / 'b'} would lie below the file {taken}. Name another, or",
+        tmp_path / "out": f"{tmp_path / 'out' / 'manifest.jsonl'} must be a file, but it is a folder. Move it away, or",
+    }
+    for folder, message in refused.items():
+        for more in ([], ["--check"]):
+            assert inference.main(arguments(world, folder, "--cases", str(path), *more)) == 2
+            errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert errors[0].startswith(f"error: {path}[1].prompt: ")  # bad cases are listed all the same
+            assert errors[1].startswith(f"error: inference.output_dir: {message}")
+            assert len(errors) == 2
+
+
+def test_a_check_knows_the_token_size(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world / "sizes.json"
+    path.write_text(json.dumps([ENTRIES[0], ENTRIES[1] | {"height": 18}]))
+    assert inference.main(arguments(world, tmp_path / "new" / "out", "--cases", str(path), "--check")) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"1 good cases in {path}\n"
+    assert f"error: {path}[1].height, width: height and width must be positive multiples of the token size 4 px, got 18" in captured.err
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--check", "--set", "inference.height=18")) == 2
+    assert "error: inference.height, inference.width: height and width must be positive multiples" in capsys.readouterr().err
+    (tmp_path / "model" / "vae").mkdir(parents=True)
+    (tmp_path / "model" / "vae" / "config.json").write_text("{")
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--check", "--model", str(tmp_path / "model"))) == 0
+    assert "note: sizes are not checked against the model: " in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 # ---- the report
 
 

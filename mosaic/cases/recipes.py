@@ -24,6 +24,7 @@ from mosaic.tokens import token_grid
 PANEL, PAGE = "_panel.png", "_report.html"  # endings of the names of files
 KEY = "mosaic"  # of the PNG text that holds a recipe
 NOT_DECIDING = ("name", "index", "versions", "digest")
+GIVEN = ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")  # by the case, or else by the config
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow")
 
 
@@ -64,12 +65,9 @@ def case_jobs(case: Case, config: Config, shared: Mapping[str, Any], vae_scale_f
         ValueError: The case's size does not fit the model.
         OSError: A reference picture cannot be read.
     """
-    settings, options = config.inference, case.options
-    given = {
-        name: getattr(settings, name) if getattr(options, name) is None else getattr(options, name)
-        for name in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")
-    }
-    token_grid(given["height"], given["width"], vae_scale_factor, where=f"{case.place}.height, width")
+    settings = config.inference
+    check_size(case, config, vae_scale_factor)
+    given = {name: _given(case, config, name) for name in GIVEN}
     references = []
     for reference in case.references:
         if reference.path not in digests:
@@ -83,6 +81,22 @@ def case_jobs(case: Case, config: Config, shared: Mapping[str, Any], vae_scale_f
         recipe = {"name": name, "index": case.index, "prompt": case.prompt, "seed": seed, **given, "references": references, **shared}
         jobs.append(PictureJob(name, case, recipe | {"digest": recipe_digest(recipe)}))
     return jobs
+
+
+def check_size(case: Case, config: Config, vae_scale_factor: int) -> None:
+    """Check a case's size against the model.
+
+    Raises:
+        ValueError: A side is no multiple of the token size.
+    """
+    height, width = (_given(case, config, name) for name in ("height", "width"))
+    token_grid(height, width, vae_scale_factor, where=f"{case.place}.height, width")
+
+
+def _given(case: Case, config: Config, name: str) -> Any:
+    """What a case says, or where it is silent the config."""
+    own = getattr(case.options, name)
+    return getattr(config.inference, name) if own is None else own
 
 
 def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, device: str) -> dict[str, Any]:
@@ -112,7 +126,7 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "style_lora": _style_lora(config),
         "device": device,
         "num_threads": settings.num_threads,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.batch_size,  # the most of a batch: smaller ones, the last or those tried one by one, differ in last bits
         **{key: getattr(settings, key) for key in ("compile", "attention_backend", "step_cache", "step_cache_threshold")},
         "storage": _storage(config, preset),
         "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *preset.packages)}

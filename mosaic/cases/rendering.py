@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mosaic.acceleration import set_step_cache
 from mosaic.attention_report import PictureAttention
+from mosaic.cases.encodings import shared_encodings
 from mosaic.cases.outputs import Journal
 from mosaic.cases.recipes import PictureJob, job_files, png_text, sampling_arguments
 from mosaic.cases.reports import make_report
@@ -45,7 +46,7 @@ def render_batches(
         show_progress: Whether to show it.
     """
     steps = [len(batch) * batch[0].recipe["num_inference_steps"] for batch in batches]
-    with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
+    with shared_encodings(pipeline), tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
         for number, batch in enumerate(batches):
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
             progress.set_description(f"{batch[0].name}{more} ({number + 1} of {len(batches)})")
