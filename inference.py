@@ -109,9 +109,9 @@ def check(config: Config, cases: list[Case]) -> list[str]:
     """What `--check` finds beyond the cases file: a message for every case whose size does not fit the model.
 
     Raises:
-        FileNotFoundError, ValueError: See `mosaic.cases.runner.check_run`.
+        FileNotFoundError, ValueError: See `mosaic.cases.checks.check_run`.
     """
-    from mosaic.cases.runner import check_run
+    from mosaic.cases.checks import check_run
 
     try:
         return check_run(cases, config)

@@ -8,30 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mosaic.cases.checks import MANIFEST
 from mosaic.cases.recipes import PictureJob, has_digest, job_files, read_recipe
 from mosaic.figures import contact_sheet, save_picture
 from mosaic.images import load_image
 
-MANIFEST = "manifest.jsonl"
 JOURNALS = ".journal_*.jsonl"
 PANELS_PER_SHEET = 60
-
-
-def check_output(folder: Path) -> None:
-    """Check that a run can leave its files in a folder, which need not be there yet.
-
-    Raises:
-        ValueError: The folder's place or that of the manifest is taken, or nothing can be written there.
-    """
-    place = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    if not place.is_dir():
-        where = f"{place} is a file" if place == folder else f"{folder} would lie below the file {place}"
-        raise ValueError(f"inference.output_dir: must be a folder, but {where}. Name another, or move the file away.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"inference.output_dir: must be a folder that can be written to, but {place} cannot. Name another.")
-    manifest = folder / MANIFEST
-    if manifest.is_dir():
-        raise ValueError(f"inference.output_dir: {manifest} must be a file, but it is a folder. Move it away, or name another folder.")
 
 
 class Journal:

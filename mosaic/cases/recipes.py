@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from mosaic.cases.checks import check_size, given_or_set
 from mosaic.cases.reading import Case
 from mosaic.config import Config
 from mosaic.digests import file_digest, weights_digest
@@ -19,7 +20,6 @@ from mosaic.lora_files import LoraFile
 from mosaic.lora_keys import find_modules
 from mosaic.memory_presets import GGUF, MemoryPreset, gguf_file, resolve_preset
 from mosaic.pages import page_digest_at
-from mosaic.tokens import token_grid
 
 PANEL, PAGE = "_panel.png", "_report.html"  # endings of the names of files
 KEY = "mosaic"  # of the PNG text that holds a recipe
@@ -67,7 +67,7 @@ def case_jobs(case: Case, config: Config, shared: Mapping[str, Any], vae_scale_f
     """
     settings = config.inference
     check_size(case, config, vae_scale_factor)
-    given = {name: _given(case, config, name) for name in GIVEN}
+    given = {name: given_or_set(case, config, name) for name in GIVEN}
     references = []
     for reference in case.references:
         if reference.path not in digests:
@@ -81,22 +81,6 @@ def case_jobs(case: Case, config: Config, shared: Mapping[str, Any], vae_scale_f
         recipe = {"name": name, "index": case.index, "prompt": case.prompt, "seed": seed, **given, "references": references, **shared}
         jobs.append(PictureJob(name, case, recipe | {"digest": recipe_digest(recipe)}))
     return jobs
-
-
-def check_size(case: Case, config: Config, vae_scale_factor: int) -> None:
-    """Check a case's size against the model.
-
-    Raises:
-        ValueError: A side is no multiple of the token size.
-    """
-    height, width = (_given(case, config, name) for name in ("height", "width"))
-    token_grid(height, width, vae_scale_factor, where=f"{case.place}.height, width")
-
-
-def _given(case: Case, config: Config, name: str) -> Any:
-    """What a case says, or where it is silent the config."""
-    own = getattr(case.options, name)
-    return getattr(config.inference, name) if own is None else own
 
 
 def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, device: str) -> dict[str, Any]:

@@ -11,17 +11,17 @@ from accelerate import PartialState
 
 from mosaic.acceleration import accelerate
 from mosaic.cases.batches import plan_batches, unfinished_batches
+from mosaic.cases.checks import check_output, check_sizes
 from mosaic.cases.loading import load_pipeline
-from mosaic.cases.outputs import Journal, check_output, write_manifest, write_sheets
+from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.overview import write_overview
 from mosaic.cases.reading import Case
-from mosaic.cases.recipes import PictureJob, case_jobs, check_size, shared_recipe, unfinished
+from mosaic.cases.recipes import PictureJob, case_jobs, shared_recipe, unfinished
 from mosaic.cases.rendering import CASE_ERRORS, in_one_line, render_batches
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.reference_cache import refresh_interval
-from mosaic.tokens import token_grid
 
 
 class RunResult(NamedTuple):
@@ -70,37 +70,6 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
         problems += failures + write_overviews(jobs, folder)
         return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
     return RunResult(len(jobs), len(jobs) - len(todo), problems)
-
-
-def check_run(cases: Sequence[Case], config: Config) -> list[str]:
-    """Check the output folder and all sizes; of the model only its VAE's config is read.
-
-    Returns:
-        A message for every case that does not fit the model.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: The settings do not fit, or there is no such model.
-    """
-    check_output(Path(config.inference.output_dir))
-    factor, problems = vae_scale_factor(config.model.pretrained), []
-    check_sizes(config, factor)
-    for case in cases:
-        try:
-            check_size(case, config, factor)
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
-
-
-def check_sizes(config: Config, factor: int) -> None:
-    """Check the sizes of the settings against the model, which has `factor` pixels per latent.
-
-    Raises:
-        ValueError: A side is no multiple of the token size.
-    """
-    settings, size = config.inference, config.data.reference_size
-    token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
-    token_grid(size, size, factor, where="data.reference_size")
 
 
 def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
