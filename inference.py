@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--refresh-references", type=int, metavar="N", help="inference.refresh_references: every N steps (approximate)")
     parser.add_argument("--report", action="store_true", help="also write pages on where each reference looks")
     parser.add_argument("--memory", choices=MEMORY, help="inference.memory: fit a card of this size, or what memory is free (auto)")
-    parser.add_argument("--check", action="store_true", help="only check the cases and their pictures")
+    parser.add_argument("--check", action="store_true", help="only check the cases, their pictures and sizes, and the output folder")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     return parser.parse_args(argv)
 
@@ -105,6 +105,24 @@ def run(config: Config, cases: list[Case]) -> "RunResult":
         state.destroy_process_group()
 
 
+def check(config: Config, cases: list[Case]) -> list[str]:
+    """What `--check` finds beyond the cases file: a message for every case whose size does not fit the model.
+
+    Raises:
+        FileNotFoundError, ValueError: See `mosaic.cases.checks.check_run`.
+    """
+    from mosaic.cases.checks import check_run
+
+    try:
+        return check_run(cases, config)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # the cases may be prepared where the model is not at hand
+        if is_first_process():
+            print(f"note: sizes are not checked against the model: {' '.join(str(error).split())}", file=sys.stderr)
+        return []
+
+
 def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> Config:
     """The config with the preset that fits the free memory; says which, and why."""
     from mosaic.hub import resolve_lora_file
@@ -134,27 +152,28 @@ def show_problems(problems: Iterable[object]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if some of the cases failed, 2 if nothing could begin."""
     arguments = parse_arguments(argv)
-    first = is_first_process()
+    first, bad = is_first_process(), []
     try:
         defaults = [] if arguments.config else pocket_inputs()
         config = load_config(arguments.config or DEFAULT_CONFIG, defaults + overrides(arguments))
         file = read_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
-        notes = list(file.notes)
+        notes, bad = list(file.notes), list(file.problems)
         if config.inference.report and config.inference.lora is None:
             notes.append("inference.report: has no effect without a reference LoRA, since the bare model sees no references.")
         for note in notes if first else []:
             print(f"note: {note}", file=sys.stderr)
         if arguments.check or not file.cases:
+            unfit = check(config, file.cases) if arguments.check else []
             if first:
-                print(f"{len(file.cases)} good cases in {config.inference.cases}")
-                show_problems(file.problems)
-            return 1 if file.problems else 0
-        if file.problems and first:
-            print(f"{len(file.problems)} bad cases, listed at the end, are left out; the first: {file.problems[0]}", file=sys.stderr)
+                print(f"{len(file.cases) - len(unfit)} good cases in {config.inference.cases}")
+                show_problems(bad + unfit)
+            return 1 if bad or unfit else 0
+        if bad and first:
+            print(f"{len(bad)} bad cases, listed at the end, are left out; the first: {bad[0]}", file=sys.stderr)
         result = run(config, file.cases)
     except (ValueError, OSError) as error:
         if first:
-            show_problems([error])
+            show_problems([*bad, error])
         return 2
     except KeyboardInterrupt:
         if first:
@@ -162,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if not first:  # the first process speaks, and decides, for all
         return 0
-    result = result._replace(problems=[*map(str, file.problems), *result.problems])
+    result = result._replace(problems=[*map(str, bad), *result.problems])
     report(result, config.inference.output_dir)
     return 1 if result.problems else 0
 

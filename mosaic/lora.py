@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from mosaic.lora_files import METADATA_KEY, LoraFile, write_tensors
+from mosaic.lora_files import METADATA_KEY, LoraFile, check_finite, write_tensors
 
 ADAPTER_NAME = "reference"
 PREFIX = "transformer."
@@ -184,7 +184,8 @@ def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DM
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no safetensors file, keys are missing or unexpected, ranks differ, or a shape does not fit.
+        ValueError: If it is no safetensors file, keys are missing or unexpected, ranks differ, a shape does not fit, or a value is not
+            finite.
     """
     file = LoraFile(path, "reference LoRA")
     tensors = {key: file[key] for key in file}
@@ -192,11 +193,11 @@ def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DM
 
 
 def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransformer2DModel, where: str) -> int:
-    """Check keys and shapes of a reference LoRA against a transformer; returns its rank.
+    """Check keys, shapes and values of a reference LoRA against a transformer; returns its rank.
 
     Raises:
         ValueError: If keys are missing or unexpected, a tensor is no floating point matrix, ranks differ between modules or are 0,
-            or a shape does not fit.
+            a shape does not fit, or a value is not finite.
     """
     modules = reference_lora_modules(transformer)
     expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
@@ -223,6 +224,7 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
             key = f"{PREFIX}{name}.lora_{side}.weight"
             if tuple(tensors[key].shape) != shape:
                 raise ValueError(f"{where}: {key} must have shape {shape}, got {tuple(tensors[key].shape)}. Is it for another base model?")
+            check_finite(tensors[key], key, where)
     return rank
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -69,6 +70,17 @@ class LoraFile(Mapping[str, Tensor]):
     def dtype(self, key: str) -> str:
         """Number format of a tensor as safetensors names it, such as "BF16", from the file's header."""
         return self._file.get_slice(key).get_dtype()
+
+
+def check_finite(tensor: Tensor, key: str, where: str) -> None:
+    """Check that a tensor of a file has no NaN and nothing infinite.
+
+    Raises:
+        ValueError: Naming the file and the key.
+    """
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no test of its own
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{where}: {key} holds values that are not finite. The file is damaged, or its training failed.")
 
 
 def metadata_object(metadata: Mapping[str, str], key: str, where: str) -> dict[str, Any]:

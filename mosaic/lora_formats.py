@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mosaic.lora import PREFIX
-from mosaic.lora_files import DIFFUSERS_METADATA, LoraFile, metadata_object
+from mosaic.lora_files import DIFFUSERS_METADATA, LoraFile, check_finite, metadata_object
 from mosaic.lora_keys import LoraKeys, Place, Style, find_modules, is_text_encoder_key, stack_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,8 +42,7 @@ def read_module(tensors: Mapping[str, Tensor], keys: LoraKeys, metadata: Mapping
     for key, matrix in ((keys.down, a), (keys.up, b)):
         if matrix.ndim != 2 or matrix.dtype not in FLOATS:
             raise ValueError(f"{where}: {key} must be a floating point matrix, got {matrix.dtype} of shape {tuple(matrix.shape)}.")
-        if not bool(matrix.isfinite().all()):
-            raise ValueError(f"{where}: {key} holds values that are not finite. The file is damaged, or its training failed.")
+        check_finite(matrix, key, where)
     rank = len(a)
     if rank == 0 or b.shape[1] != rank:
         raise ValueError(f"{where}: {keys.up} must have a column for each row of {keys.down}, one or more, got {b.shape[1]} and {rank}.")

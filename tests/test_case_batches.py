@@ -1,6 +1,7 @@
 """Cases made several at once: what goes together, the same pictures up to rounding, and the same promises as one at a time."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import inference
+from mosaic import pipeline as pipeline_module
 from mosaic.cases import rendering
 from mosaic.cases import runner as case_runner
 from mosaic.cases.batches import OWN, plan_batches, unfinished_batches
+from mosaic.cases.encodings import shared_encodings
 from mosaic.cases.reading import load_cases
 from mosaic.cases.recipes import PictureJob, shared_recipe
 from mosaic.config import load_config
 from mosaic.images import load_image
+from mosaic.pipeline import MosaicFluxPipeline
 from tests import runs
 
 PICTURES = [f"reference_{index}.png" for index in range(3)]
@@ -110,6 +114,55 @@ def test_pictures_are_those_of_single_runs_up_to_rounding(world: Path, together:
     for name in NAMES:
         assert np.abs(pixels(together / f"{name}.png") - pixels(tmp_path / f"{name}.png")).max() <= 2
     assert {row["digest"] for row in rows(together)}.isdisjoint(row["digest"] for row in rows(tmp_path))
+
+
+def test_a_case_is_encoded_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [ENTRIES[0] | {"num_images_per_prompt": 3}, ENTRIES[0] | {"index": 9, "prompt": "a mug", "image_paths": PICTURES[1:]}]
+    (world / "seeds.json").write_text(json.dumps(entries))
+    more = ["--config", str(world / "config.json"), "--cases", str(world / "seeds.json"), "--report"]
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        encode_images, encode_prompt = pipeline_module.encode_images, MosaicFluxPipeline.encode_prompt
+        patch.setattr(pipeline_module, "encode_images", lambda *rest: seen.append("references") or encode_images(*rest))
+        patch.setattr(
+            MosaicFluxPipeline, "encode_prompt", lambda self, **given: seen.append(given["prompt"][0]) or encode_prompt(self, **given)
+        )
+        assert inference.main([*more, "--output-dir", str(tmp_path / "once")]) == 0
+    assert seen == ["a cat", "references", "a mug", "references"]
+    monkeypatch.setattr(rendering, "shared_encodings", lambda _: nullcontext())
+    assert inference.main([*more, "--output-dir", str(tmp_path / "each")]) == 0
+    once, each = (runs.files_below(tmp_path / name) for name in ("once", "each"))
+    assert once.keys() == each.keys()
+    assert [name for name in once if name != "manifest.jsonl" and once[name] != each[name]] == []
+
+
+def test_only_the_same_prompts_and_pictures_share_their_encodings(world: Path) -> None:
+    pipeline = MosaicFluxPipeline.from_pretrained(world / "model")
+    pipeline.load_reference_lora(world / "lora.safetensors")
+    pictures = [load_image(world / name) for name in PICTURES]
+
+    def sample(prompts: list[str], references: list[list[Image.Image]], size: int = 12, length: int = 16) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        arguments = {"height": 16, "width": 16, "num_inference_steps": 1, "reference_size": size, "max_sequence_length": length}
+        return pipeline(prompts, references, generator=generators, output_type="latent", **arguments).images
+
+    calls: list[Any] = [
+        (["a cat"], [pictures[:1]]),
+        (["a cat"], [pictures[:1]]),
+        (["a cat"], [pictures[1:2]]),
+        (["a mug"], [pictures[1:2]]),
+        (["a mug"], [pictures[1:2]], 8),
+        (["a mug"], [pictures[1:2]], 8, 12),
+        (["a mug", "a cat"], [pictures[:2], pictures[1::-1]]),
+        (["a cat", "a cat"], [pictures[:2], pictures[:2]]),
+        (["a cat"], [[]]),
+        (["a cat"], [pictures[:2]]),
+    ]
+    expected = [sample(*call) for call in calls]
+    with shared_encodings(pipeline):
+        for call, latents in zip(calls, expected, strict=True):
+            assert torch.equal(sample(*call), latents)
+    assert not {"encode_prompt", "_encode_references"} & vars(pipeline).keys()
 
 
 def test_batches_are_shared_out_whole(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """What a run leaves beside its pictures: journals, contact sheets, digests of weights, recipes in PNGs."""
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from mosaic.cases.outputs import PANELS_PER_SHEET, Journal, read_notes, write_sheets
+from mosaic.cases.outputs import PANELS_PER_SHEET, Journal, read_notes, write_manifest, write_sheets
 from mosaic.cases.reading import Case
-from mosaic.cases.recipes import PictureJob, read_recipe
+from mosaic.cases.recipes import PictureJob, png_text, read_recipe
 from mosaic.cases.references import Reference
 from mosaic.digests import BLOCK, WHOLE, weights_digest
 from mosaic.figures import save_picture
@@ -30,15 +33,39 @@ def test_a_digest_of_large_weights_sees_a_change_at_both_ends_and_of_the_size(tm
 
 
 def test_many_panels_make_several_sheets(tmp_path: Path) -> None:
-    jobs = [PictureJob(f"case_{index:03d}", CASE, {}) for index in range(PANELS_PER_SHEET + 1)]
+    jobs = [PictureJob(f"case_{index:03d}", CASE, {"digest": f"{index}"}) for index in range(PANELS_PER_SHEET + 1)]
     for job in jobs:
-        save_picture(Image.new("RGB", (10, 10)), tmp_path / f"{job.name}_panel.png")
+        save_picture(Image.new("RGB", (10, 10)), tmp_path / f"{job.name}_panel.png", png_text(job.recipe))
     write_sheets(jobs, tmp_path)
     assert load_image(tmp_path / "overview_1.png").size == (20, 10 * PANELS_PER_SHEET // 2)
     assert load_image(tmp_path / "overview_2.png").size == (10, 10)
     (tmp_path / "overview_mine.png").touch()
     write_sheets(jobs[:1], tmp_path)
     assert sorted(path.name for path in tmp_path.glob("overview*")) == ["overview.png", "overview_mine.png"]
+
+
+def test_sheets_leave_out_damaged_panels_and_those_of_earlier_recipes(tmp_path: Path) -> None:
+    jobs = [PictureJob(f"case_{index:03d}", CASE, {"digest": f"{index}"}) for index in range(3)]
+    panels = [tmp_path / f"{job.name}_panel.png" for job in jobs]
+    for panel, digest in zip(panels, ("0", "1", "of an earlier recipe"), strict=True):
+        save_picture(Image.new("RGB", (10, 10)), panel, png_text({"digest": digest}))
+    panels[1].write_bytes(panels[1].read_bytes()[:-40])
+    write_sheets(jobs, tmp_path)
+    assert load_image(tmp_path / "overview.png").size == (10, 10)
+    write_sheets(jobs[1:], tmp_path)
+    assert not (tmp_path / "overview.png").exists()
+
+
+def test_lines_hold_null_for_what_json_does_not_know(tmp_path: Path) -> None:
+    job, note = PictureJob("a", CASE, {"digest": "1"}), {"owned": [math.nan, 1.0], "leakage": [(math.inf, -math.inf)]}
+    save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png", png_text(job.recipe))
+    Journal(tmp_path, 0).add(job, seconds=1.5, attention=note)
+    assert write_manifest([job], tmp_path) == []
+    line = (tmp_path / "manifest.jsonl").read_text()
+    expected = {"owned": [None, 1.0], "leakage": [[None, None]]}
+    assert json.loads(line, parse_constant=pytest.fail) == {"digest": "1", "file": "a.png", "seconds": 1.5, "attention": expected}
+    with pytest.raises(ValueError, match="JSON"):
+        png_text({"guidance_scale": math.inf})
 
 
 def test_a_journal_survives_half_lines(tmp_path: Path) -> None:

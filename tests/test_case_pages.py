@@ -17,7 +17,7 @@ from mosaic.cases.overview import write_overview
 from mosaic.cases.page_figures import EDGE, GAP, SIDE
 from mosaic.cases.pages import case_title, strongest_leak
 from mosaic.cases.reading import Case
-from mosaic.cases.recipes import PictureJob, job_files, page_digest
+from mosaic.cases.recipes import PictureJob, job_files, page_digest, png_text
 from mosaic.cases.references import Reference
 from mosaic.cases.reports import Report, make_report
 from mosaic.figures import save_picture
@@ -188,7 +188,7 @@ def reported(folder: Path, job: PictureJob) -> dict[str, Any]:
     """A job's files in a folder, and its line of the manifest."""
     report, files = known_report(job), job_files(job, folder)
     write_page(files.page, report.page)
-    save_picture(report.panel, files.panel)
+    save_picture(report.panel, files.panel, png_text(job.recipe))
     return {**job.recipe, "attention": report.numbers}
 
 
@@ -213,6 +213,13 @@ def test_overview(tmp_path: Path) -> None:
     assert " ".join(HOSTILE.split()) in page.texts
     assert "own place 62\u00a0% · others\u2019 places 38\u00a0%" in "".join(page.texts)
     assert "Strongest leak: reference 2 on the place of 1, 75\u00a0%" in "".join(page.texts)
+    with open(job_files(job, tmp_path).panel, "r+b") as file:
+        file.truncate(300)
+    write_overview(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    reported(tmp_path, job)
+    write_overview(tmp_path)
+    assert (tmp_path / "report.html").exists()
     job_files(job, tmp_path).page.unlink()
     write_overview(tmp_path)
     assert not (tmp_path / "report.html").exists()

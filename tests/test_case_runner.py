@@ -287,6 +287,78 @@ def test_a_reference_that_changes_on_the_way_is_refused(
     assert f"{picture}: has changed since the cases were checked. Start again." in capsys.readouterr().err
 
 
+def test_a_picture_that_is_not_finite_fails(world: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world / "guided.json"
+    path.write_text(json.dumps([ENTRIES[0] | {"index": 6, "image_guidance_scale": 1e40}, ENTRIES[0]]))
+    for _ in range(2):  # it is not taken for finished
+        assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--report")) == 1
+        captured = capsys.readouterr()
+        assert f"1 pictures in {tmp_path}" in captured.out
+        (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert error.startswith(f"error: {path}[0] (case_006): ValueError: the picture's values must be finite, but some are not.")
+        assert "image_guidance_scale (1e+40)" in error
+        assert [row["name"] for row in rows(tmp_path)] == ["case_007"]
+        assert not list(tmp_path.glob("case_006*"))
+    assert (tmp_path / "case_007.png").read_bytes() == (alone / "case_007.png").read_bytes()
+
+
+def test_a_damaged_panel_of_another_case_hides_nothing(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world / "damaged.json"
+    path.write_text(json.dumps(ENTRIES[:1]))
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--report")) == 0
+    with open(tmp_path / "case_007_panel.png", "r+b") as file:
+        file.truncate(300)
+    (tmp_path / "overview.png").unlink()
+    (tmp_path / "overview.png").mkdir()  # no picture can be written here
+    path.write_text(json.dumps([ENTRIES[0] | {"index": 8}, {"prompt": "", "image_paths": PICTURES}]))
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--report")) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [error.split(": ")[1] for error in errors] == [f"{path}[1].prompt", str(tmp_path)]
+    assert "the contact sheets could not be written" in errors[1]
+    assert {row["name"] for row in rows(tmp_path)} == {"case_007", "case_008"}
+    page = (tmp_path / "report.html").read_text()
+    assert "case_008_report.html" in page
+    assert "case_007_report.html" not in page
+
+
+def test_what_can_be_known_before_is_found_by_a_check_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: pytest.fail("the model is loaded"))
+    path, taken = world / "before.json", tmp_path / "taken"
+    path.write_text(json.dumps([ENTRIES[0], {"prompt": "", "image_paths": PICTURES}]))
+    taken.write_text("mine")
+    (tmp_path / "out" / "manifest.jsonl").mkdir(parents=True)
+    refused = {
+        taken: f"must be a folder, but {taken} is a file. Name another, or move the file away.",
+        taken / "a" / "b": f"must be a folder, but {taken / 'a' / 'b'} would lie below the file {taken}. Name another, or",
+        tmp_path / "out": f"{tmp_path / 'out' / 'manifest.jsonl'} must be a file, but it is a folder. Move it away, or",
+    }
+    for folder, message in refused.items():
+        for more in ([], ["--check"]):
+            assert inference.main(arguments(world, folder, "--cases", str(path), *more)) == 2
+            errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert errors[0].startswith(f"error: {path}[1].prompt: ")  # bad cases are listed all the same
+            assert errors[1].startswith(f"error: inference.output_dir: {message}")
+            assert len(errors) == 2
+
+
+def test_a_check_knows_the_token_size(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world / "sizes.json"
+    path.write_text(json.dumps([ENTRIES[0], ENTRIES[1] | {"height": 18}]))
+    assert inference.main(arguments(world, tmp_path / "new" / "out", "--cases", str(path), "--check")) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"1 good cases in {path}\n"
+    assert f"error: {path}[1].height, width: height and width must be positive multiples of the token size 4 px, got 18" in captured.err
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--check", "--set", "inference.height=18")) == 2
+    assert "error: inference.height, inference.width: height and width must be positive multiples" in capsys.readouterr().err
+    (tmp_path / "model" / "vae").mkdir(parents=True)
+    (tmp_path / "model" / "vae" / "config.json").write_text("{")
+    assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--check", "--model", str(tmp_path / "model"))) == 0
+    assert "note: sizes are not checked against the model: " in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 # ---- the report
 
 
@@ -319,9 +391,7 @@ def test_a_report_over_two_processes_and_of_finished_pictures(world: Path, alone
 def test_other_points_make_another_report_of_the_same_picture(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, seen = world / "points.json", []
     render = rendering.render_batch
-    monkeypatch.setattr(
-        rendering, "render_batch", lambda batch, *rest, **more: seen.append(batch[0].name) or render(batch, *rest, **more)
-    )
+    monkeypatch.setattr(rendering, "render_batch", lambda batch, *rest, **more: seen.append(batch[0].name) or render(batch, *rest, **more))
     for points, rendered, report in (([], 1, True), ([[5, 5]], 1, True), ([[5, 5]], 0, True), ([[9, 5]], 0, False), ([[9, 5]], 1, True)):
         seen.clear()
         path.write_text(json.dumps([{"prompt": "a cat", "references": [{"path": PICTURES[0], "points": points}]}]))

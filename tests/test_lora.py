@@ -228,6 +228,8 @@ def broken_files(transformer: FluxTransformer2DModel) -> dict[str, tuple[dict[st
         "scalars": ({key: torch.ones(()) for key in good}, r"must be a floating point matrix, got torch\.float32 of shape \(\)"),
         "vectors": ({key: torch.ones(3) for key in good}, r"must be a floating point matrix, got torch\.float32 of shape \(3,\)"),
         "rank 0": ({k: v[:0] if ".lora_A." in k else v[:, :0] for k, v in good.items()}, "the rank must be positive"),
+        "NaN": (good | {query: torch.full((3, 32), float("nan"))}, rf"{query} holds values that are not finite\."),
+        "infinite": (good | {query: good[query] / 0}, rf"{query} holds values that are not finite\."),
         "integers": (
             {key: torch.ones_like(value, dtype=torch.int32) for key, value in good.items()},
             r"must be a floating point matrix, got torch\.int32",

@@ -1,17 +1,18 @@
 """What a run leaves beside its pictures: journals while it runs; the manifest and the contact sheets at its end."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaic.cases.recipes import PictureJob, job_files, read_recipe
+from mosaic.cases.checks import MANIFEST
+from mosaic.cases.recipes import PictureJob, has_digest, job_files, read_recipe
 from mosaic.figures import contact_sheet, save_picture
 from mosaic.images import load_image
 
-MANIFEST = "manifest.jsonl"
 JOURNALS = ".journal_*.jsonl"
 PANELS_PER_SHEET = 60
 
@@ -25,9 +26,22 @@ class Journal:
 
     def add(self, job: PictureJob, **values: Any) -> None:
         """Add a line. A line break comes first: the last line of a killed process may be half a line."""
-        line = json.dumps({"name": job.name, "digest": job.recipe["digest"], **values}, ensure_ascii=False)
+        line = json_line({"name": job.name, "digest": job.recipe["digest"], **values})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Values as a line of JSON. Numbers that are not finite, which JSON does not know, become null."""
+    return json.dumps(_without_nan(values), ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_notes(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -78,16 +92,19 @@ def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     names = {job.name for job in jobs}
     rows += [note for (name, digest), note in notes.items() if name not in names and _recipe_at(folder, name).get("digest") == digest]
     if folder.is_dir():
-        _replace(folder / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _replace(folder / MANIFEST, "".join(json_line(row) + "\n" for row in rows))
     for path in folder.glob(JOURNALS):
         path.unlink()
     return failures
 
 
 def write_sheets(jobs: Sequence[PictureJob], folder: Path) -> None:
-    """Write the panels of all finished pictures as overview.png, or as overview_1.png, overview_2.png, ... where one does not hold them."""
-    paths = [job_files(job, folder).panel for job in jobs]
-    paths = [path for path in paths if path.exists()]
+    """Write the panels of all finished pictures as overview.png, or as overview_1.png, overview_2.png, ... where one does not hold them.
+
+    Panels that are damaged, or of an earlier recipe, are left out.
+    """
+    panels = [(job_files(job, folder).panel, job.recipe["digest"]) for job in jobs]
+    paths = [path for path, digest in panels if has_digest(path, digest)]
     pages = [paths[start : start + PANELS_PER_SHEET] for start in range(0, len(paths), PANELS_PER_SHEET)]
     names = ["overview.png"] if len(pages) == 1 else [f"overview_{number}.png" for number in range(1, len(pages) + 1)]
     for name, page in zip(names, pages, strict=True):

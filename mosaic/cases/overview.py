@@ -9,7 +9,7 @@ from mosaic.cases.outputs import read_manifest
 from mosaic.cases.page_figures import percent
 from mosaic.cases.page_style import STYLE
 from mosaic.cases.pages import OVERVIEW, case_title, strongest_leak
-from mosaic.cases.recipes import PAGE, PANEL
+from mosaic.cases.recipes import PAGE, PANEL, has_digest
 from mosaic.figures import MARGIN, TILE
 from mosaic.images import load_image
 from mosaic.pages import jpeg_uri, page, text, write_page
@@ -32,13 +32,14 @@ def write_overview(folder: Path) -> None:
 
 
 def _is_reported(row: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a line of the manifest has numbers of the known form, and files in the folder itself; lines come from a file."""
+    """Whether a line of the manifest has numbers of the known form, and whole files in the folder itself; lines come from a file."""
     try:
         leakage, owned = row["attention"]["leakage"], row["attention"]["owned"]
         square = len(leakage) == len(owned) > 0 and all(len(line) == len(owned) for line in leakage)
         fine = square and all(isinstance(share, (int, float)) for line in [*leakage, owned] for share in line)
         path = folder / f"{row['name']}{PAGE}"
-        return fine and isinstance(row["prompt"], str) and path.parent == folder and path.is_file() and _panel(row, folder).is_file()
+        fine = fine and isinstance(row["prompt"], str) and path.parent == folder
+        return fine and path.is_file() and has_digest(_panel(row, folder), row["digest"])
     except (KeyError, TypeError, OSError, ValueError):
         return False
 

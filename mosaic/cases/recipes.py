@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from mosaic.cases.checks import check_size, given_or_set
 from mosaic.cases.reading import Case
 from mosaic.config import Config
 from mosaic.digests import file_digest, weights_digest
@@ -19,11 +20,11 @@ from mosaic.lora_files import LoraFile
 from mosaic.lora_keys import find_modules
 from mosaic.memory_presets import GGUF, MemoryPreset, gguf_file, resolve_preset
 from mosaic.pages import page_digest_at
-from mosaic.tokens import token_grid
 
 PANEL, PAGE = "_panel.png", "_report.html"  # endings of the names of files
 KEY = "mosaic"  # of the PNG text that holds a recipe
 NOT_DECIDING = ("name", "index", "versions", "digest")
+GIVEN = ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")  # by the case, or else by the config
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow")
 
 
@@ -64,12 +65,9 @@ def case_jobs(case: Case, config: Config, shared: Mapping[str, Any], vae_scale_f
         ValueError: The case's size does not fit the model.
         OSError: A reference picture cannot be read.
     """
-    settings, options = config.inference, case.options
-    given = {
-        name: getattr(settings, name) if getattr(options, name) is None else getattr(options, name)
-        for name in ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")
-    }
-    token_grid(given["height"], given["width"], vae_scale_factor, where=f"{case.place}.height, width")
+    settings = config.inference
+    check_size(case, config, vae_scale_factor)
+    given = {name: given_or_set(case, config, name) for name in GIVEN}
     references = []
     for reference in case.references:
         if reference.path not in digests:
@@ -112,7 +110,7 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
         "style_lora": _style_lora(config),
         "device": device,
         "num_threads": settings.num_threads,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.batch_size,  # the most of a batch: smaller ones, the last or those tried one by one, differ in last bits
         **{key: getattr(settings, key) for key in ("compile", "attention_backend", "step_cache", "step_cache_threshold")},
         "storage": _storage(config, preset),
         "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *preset.packages)}
@@ -165,12 +163,12 @@ def recipe_digest(recipe: Mapping[str, Any]) -> str:
     for key in ("model", "lora"):
         deciding[key] = recipe[key] and recipe[key]["digest"]
     deciding["style_lora"] = recipe["style_lora"] and {key: recipe["style_lora"][key] for key in ("digest", "scale")}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def png_text(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The recipe as text for a PNG."""
-    return {KEY: json.dumps(recipe, ensure_ascii=False)}
+    return {KEY: json.dumps(recipe, ensure_ascii=False, allow_nan=False)}
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
@@ -182,6 +180,12 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, SyntaxError, RecursionError, Image.DecompressionBombError):
         return None
     return recipe if isinstance(recipe, dict) else None
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a PNG is whole, and carries the recipe of that digest."""
+    recipe = read_recipe(path)
+    return recipe is not None and recipe.get("digest") == digest
 
 
 class JobFiles(NamedTuple):
@@ -216,9 +220,5 @@ def _public_name(source: str) -> str:
 
 def _is_finished(job: PictureJob, files: JobFiles, with_report: bool) -> bool:
     pictures = [files.picture, files.panel] + [files.attention] * with_report
-    return all(_has_digest(path, job) for path in pictures) and (not with_report or page_digest_at(files.page) == page_digest(job))
-
-
-def _has_digest(path: Path, job: PictureJob) -> bool:
-    recipe = read_recipe(path)
-    return recipe is not None and recipe.get("digest") == job.recipe["digest"]
+    with_page = not with_report or page_digest_at(files.page) == page_digest(job)
+    return with_page and all(has_digest(path, job.recipe["digest"]) for path in pictures)

@@ -3,8 +3,9 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mosaic.acceleration import set_step_cache
 from mosaic.attention_report import PictureAttention
+from mosaic.cases.encodings import shared_encodings
 from mosaic.cases.outputs import Journal
 from mosaic.cases.recipes import PictureJob, job_files, png_text, sampling_arguments
 from mosaic.cases.reports import make_report
@@ -44,7 +46,7 @@ def render_batches(
         show_progress: Whether to show it.
     """
     steps = [len(batch) * batch[0].recipe["num_inference_steps"] for batch in batches]
-    with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
+    with shared_encodings(pipeline), tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
         for number, batch in enumerate(batches):
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
             progress.set_description(f"{batch[0].name}{more} ({number + 1} of {len(batches)})")
@@ -77,7 +79,7 @@ def render_batch(
         if len(jobs) == 1:
             note_failure(journal, jobs[0], error, wanted)
             return
-        tqdm.write(f"note: {len(jobs)} pictures at once failed ({_in_one_line(error)}); they are tried one by one", file=sys.stderr)
+        tqdm.write(f"note: {len(jobs)} pictures at once failed ({in_one_line(error)}); they are tried one by one", file=sys.stderr)
         for job in jobs:
             if job.name in wanted:
                 render_batch([job], wanted, pipeline, config, journal)
@@ -87,18 +89,32 @@ def render_batch(
         if job.name in wanted:
             attention = result.attention[number] if result.attention else None
             try:
-                write_picture(job, readable[job.name], result.images[number], attention, journal, seconds)
+                write_picture(job, readable[job.name], checked_picture(job, result.images[number]), attention, journal, seconds)
             except CASE_ERRORS as error:
                 note_failure(journal, job, error, wanted)
+
+
+def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image:
+    """The picture of a job.
+
+    Raises:
+        ValueError: There is none, since its values are not finite.
+    """
+    if picture is None:
+        scale = f"image_guidance_scale ({job.recipe['image_guidance_scale']:g})"
+        causes = f"{scale} is too large, or the weights of the model or of a LoRA are damaged"
+        raise ValueError(f"the picture's values must be finite, but some are not. Likely causes: {causes}.")
+    return picture
 
 
 def note_failure(journal: Journal, job: PictureJob, error: Exception, wanted: Collection[str]) -> None:
     """Write into the journal what went wrong with a picture, if it was to be made."""
     if job.name in wanted:
-        journal.add(job, error=_in_one_line(error))
+        journal.add(job, error=in_one_line(error))
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Kind and message of an error, cut to 500 letters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
@@ -109,22 +125,31 @@ def sample(
     config: Config,
     on_step: Callable[[int], object],
 ) -> MosaicPipelineOutput:
-    """The pictures of jobs that have all but prompt, seed and references in common, in one call of the pipeline."""
-    recipe, settings = jobs[0].recipe, config.inference
+    """The pictures of jobs that have all but prompt, seed and references in common, in one call of the pipeline.
 
-    def count(*_: object) -> dict[str, Tensor]:
+    In the place of a picture is None where its latents or its pixels are not finite.
+    """
+    recipe, settings, finite = jobs[0].recipe, config.inference, np.ones(len(jobs), dtype=bool)
+
+    def watch(_pipeline: object, step: int, _timestep: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         on_step(len(jobs))
+        if step == recipe["num_inference_steps"] - 1:
+            finite[:] = tensors["latents"].isfinite().flatten(1).all(dim=1).cpu().numpy()
         return {}
 
     with_lora = recipe["lora"] is not None
     set_step_cache(pipeline.transformer, settings.step_cache, settings.step_cache_threshold, recipe["num_inference_steps"])
-    return pipeline(
+    result = pipeline(
         reference_images=[list(pictures) for pictures in references] if with_lora else None,
         **sampling_arguments([job.recipe for job in jobs]),
         output_attention=settings.report and with_lora,
-        callback_on_step_end=count,
-        callback_on_step_end_tensor_inputs=(),
+        output_type="np",  # pixels of 8 bits would hide what is not finite
+        callback_on_step_end=watch,
     )
+    finite &= np.isfinite(result.images).all(axis=(1, 2, 3))
+    pictures = pipeline.image_processor.numpy_to_pil(np.nan_to_num(result.images))
+    result.images = [picture if fine else None for picture, fine in zip(pictures, finite, strict=True)]
+    return result
 
 
 def write_picture(

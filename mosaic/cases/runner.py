@@ -11,17 +11,17 @@ from accelerate import PartialState
 
 from mosaic.acceleration import accelerate
 from mosaic.cases.batches import plan_batches, unfinished_batches
+from mosaic.cases.checks import check_output, check_sizes
 from mosaic.cases.loading import load_pipeline
 from mosaic.cases.outputs import Journal, write_manifest, write_sheets
 from mosaic.cases.overview import write_overview
 from mosaic.cases.reading import Case
 from mosaic.cases.recipes import PictureJob, case_jobs, shared_recipe, unfinished
-from mosaic.cases.rendering import render_batches
+from mosaic.cases.rendering import CASE_ERRORS, in_one_line, render_batches
 from mosaic.config import Config
 from mosaic.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.hub import require_model_name, resolve_lora_file
 from mosaic.reference_cache import refresh_interval
-from mosaic.tokens import token_grid
 
 
 class RunResult(NamedTuple):
@@ -53,8 +53,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
         FileNotFoundError, OSError, ValueError: The model, the LoRA or the settings do not fit, so that no case can be rendered.
     """
     settings, folder = config.inference, Path(config.inference.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"inference.output_dir: must be a folder, but {folder} is a file.")
+    check_output(folder)
     lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
     jobs, problems = plan_jobs(cases, config, lora_file, state.device.type)
     todo = unfinished(jobs, folder, settings.report and lora_file is not None)
@@ -68,10 +67,20 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     state.wait_for_everyone()
     if state.is_main_process and jobs:
         failures = write_manifest(jobs, folder)
-        write_sheets(jobs, folder)
-        write_overview(folder)
-        return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems + failures)
+        problems += failures + write_overviews(jobs, folder)
+        return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
     return RunResult(len(jobs), len(jobs) - len(todo), problems)
+
+
+def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
+    """Write the contact sheets and the page that links the reports; a message for each that could not be written."""
+    problems = []
+    for what, write in (("the contact sheets", lambda: write_sheets(jobs, folder)), ("the overview page", lambda: write_overview(folder))):
+        try:
+            write()
+        except CASE_ERRORS as error:
+            problems.append(f"{folder}: {what} could not be written ({in_one_line(error)}). Start again when this is mended.")
+    return problems
 
 
 def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, device: str) -> tuple[list[PictureJob], list[str]]:
@@ -80,11 +89,10 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
     Raises:
         FileNotFoundError, OSError, ValueError: The model or the settings do not fit.
     """
-    name, settings, size = config.model.pretrained, config.inference, config.data.reference_size
+    name, settings = config.model.pretrained, config.inference
     require_model_name(name)
     factor = vae_scale_factor(name)
-    token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
-    token_grid(size, size, factor, where="data.reference_size")
+    check_sizes(config, factor)
     refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
     shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device)
     jobs, problems, digests = [], [], {}
