@@ -10,6 +10,7 @@ from mosaic.recomputation import recompute
 
 ROWS_PER_CHUNK = 256  # rows of a sample whose softmax is held at once when all tokens of the references are averaged
 MAP_BYTES = 128 * 2**20  # of the float32 rows of some heads that are held at once; a pass holds two such maps
+KEPT_BYTES = 4 * 2**20  # a block's rows of all heads are kept for the backward pass up to this size: FLUX.1-dev's never are
 
 
 class Capture(NamedTuple):
@@ -81,34 +82,47 @@ class _PointRows(torch.autograd.Function):
     """Head-mean rows of some reference tokens, [B, P, N_tgt], computed anew in the backward pass, some heads at a time.
 
     Written out because it is part of every training step: it keeps only the query and key that the block keeps anyway, holds no map of
-    all heads, and costs less than a general checkpoint with its gathers and slices.
+    all heads unless that is tiny, and costs less than a general checkpoint with its gathers and slices.
     """
 
     @staticmethod
     def forward(ctx: Any, reference_query: Tensor, target_key: Tensor, global_index: Tensor) -> Tensor:
         """reference_query [B, K * N_ref, H, D], target_key [B, N_tgt, H, D], global_index [B, P]."""
+        rows, heads = _rows_at(reference_query, global_index), reference_query.shape[2]
+        if 4 * heads * global_index.numel() * target_key.shape[1] <= KEPT_BYTES:
+            attention = _softmax_rows(rows, target_key)
+            ctx.save_for_backward(reference_query, target_key, global_index, attention)
+            return attention.sum(dim=1) / heads
         ctx.save_for_backward(reference_query, target_key, global_index)
-        parts = _head_parts(_rows_at(reference_query, global_index), target_key)
-        return sum(_softmax_rows(*part).sum(dim=1) for part in parts) / reference_query.shape[2]
+        return sum(_softmax_rows(*part).sum(dim=1) for part in _head_parts(rows, target_key)) / heads
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Through the head mean, the softmax and the scaled product."""
-        reference_query, target_key, global_index = ctx.saved_tensors
+        reference_query, target_key, global_index, *kept = ctx.saved_tensors
         rows = _rows_at(reference_query, global_index)
         scaled = gradient[:, None] * (rows.shape[3] ** -0.5 / rows.shape[2])
-        parts = [_row_gradients(*part, scaled) for part in _head_parts(rows, target_key)]
-        rows_gradient = torch.cat([part for part, _ in parts], dim=2).to(reference_query)
-        key_gradient = torch.cat([part for _, part in parts], dim=2).to(target_key)
+        if kept:
+            rows_gradient, key_gradient = _row_gradients(rows, target_key, scaled, kept[0])
+        else:
+            parts = [_row_gradients(*part, scaled, _softmax_rows(*part)) for part in _head_parts(rows, target_key)]
+            rows_gradient, key_gradient = (torch.cat(gradients, dim=2) for gradients in zip(*parts, strict=True))
+        rows_gradient, key_gradient = rows_gradient.to(reference_query), key_gradient.to(target_key)
         query_gradient = reference_query.new_zeros(reference_query.shape)
         flat = global_index + torch.arange(len(rows), device=rows.device)[:, None] * reference_query.shape[1]
         query_gradient.flatten(0, 1).index_add_(0, flat.flatten(), rows_gradient.flatten(0, 1))
         return query_gradient, key_gradient, None
 
 
-def _row_gradients(rows: Tensor, target_key: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows [B, P, H, D] and target_key [B, N, H, D], float32, from that of their head mean times its factors, [B, 1, P, N]."""
-    attention = _softmax_rows(rows, target_key)  # (B, H, P, N)
+def _row_gradients(rows: Tensor, target_key: Tensor, gradient: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows [B, P, H, D] and target_key [B, N, H, D], float32.
+
+    Args:
+        rows: The queries of the supervised tokens.
+        target_key: The target's keys.
+        gradient: [B, 1, P, N], that of the head mean times its factors.
+        attention: [B, H, P, N], their softmax.
+    """
     with no_autocast(rows):
         weighted = attention * gradient
         weighted.addcmul_(attention, weighted.sum(dim=-1, keepdim=True), value=-1)

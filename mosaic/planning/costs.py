@@ -205,6 +205,8 @@ def captured_row_flops(
 ) -> float:
     """FLOPs of the supervised attention rows in forward and backward: one product, and three with the softmax computed anew.
 
+    One product less where rows are tiny and kept (`mosaic.attention_rows.KEPT_BYTES`), which none of FLUX.1-dev's are.
+
     Args:
         transformer_config: As for `training_step_flops`.
         batch_size: Samples.
