@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -250,11 +252,19 @@ def test_a_read_only_folder(run: Path, world: Path, monkeypatch: pytest.MonkeyPa
     assert runs.files_below(run) == before
 
 
-def test_a_checkpoint_folder_that_cannot_be_written(world: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_folder_that_cannot_be_written(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is a file is found at once; one that turns into it, where the first checkpoint is written."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoints").write_text("a file")
+    place = tmp_path / "run/checkpoints"
+    place.write_text("a file")
+    config = runs.make_config(world, tmp_path / "run", training__max_steps=1)
+    with pytest.raises(ValueError, match="training.output_dir: .*checkpoints must be a folder, but .*checkpoints is a file"):
+        train(config)
+    place.unlink()
+    start = Trainer._start_log
+    monkeypatch.setattr(Trainer, "_start_log", lambda self: (start(self), place.write_text("a file")))
     with pytest.raises(OSError, match="step_00000001: the checkpoint cannot be written"):
-        train(runs.make_config(world, tmp_path / "run", training__max_steps=1))
+        train(config)
 
 
 def hold(folder: Path) -> None:
@@ -326,8 +336,72 @@ def test_length_logging_and_paths_may_change(run: Path, world: Path, tmp_path: P
 
 
 def test_other_data_are_refused(run: Path, world: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.split was \"train\", is \"heldout\"; the data set has other samples \(9, then 4\)"):
+    with pytest.raises(ValueError, match=r"data\.split was \"train\", is \"heldout\"; the data set had 9 samples, has 4"):
         train(runs.make_config(world, run, **OPTIONS, data__split="heldout"), resume="auto")
+
+
+@pytest.mark.parametrize("column", ["id", "prompt"])
+def test_other_data_of_equal_shape_are_refused(run: Path, world: Path, tmp_path: Path, column: str) -> None:
+    """Same sizes, same numbers of references, one text of another sample; moved data are the same data."""
+    data = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    config = runs.make_config(world, run, **OPTIONS, data__root=str(data))
+    train(config, resume="auto")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    table = pq.read_table(data / "manifest.parquet")
+    texts = table[column].to_pylist()
+    number = table["split"].to_pylist().index("train") + 3
+    changed = [*texts[:number], "other", *texts[number + 1 :]]
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(changed)), data / "manifest.parquet")
+    with pytest.raises(ValueError, match="the data set has other ids, prompts, sizes or another order of its 9 samples"):
+        train(config, resume="auto")
+
+
+def test_the_adapter_of_the_start_need_not_be_there_any_more(run: Path, finished: Path, world: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "checkpoints/step_00000003")
+    train(runs.make_config(world, run, **OPTIONS, lora__pretrained=str(tmp_path / "gone.safetensors")), resume="auto")
+    runs.assert_same_tensors(load_file(run / "lora.safetensors"), load_file(finished / "lora.safetensors"))
+
+
+# ---- an earlier checkpoint, by its path
+
+
+def test_checkpoints_of_the_branch_that_is_left_are_set_aside(
+    run: Path, finished: Path, world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run / "checkpoints"
+    before = (run / "metrics.jsonl").read_text()
+    config = runs.make_config(world, run, **OPTIONS, training__max_steps=2)
+    train(config, resume=str(folder / "step_00000001"))
+    assert names(folder) == ["set_aside_1", "step_00000001", "step_00000002"]
+    assert names(folder / "set_aside_1") == ["metrics.jsonl", "step_00000002", "step_00000003", "throughput.jsonl"]
+    assert (folder / "set_aside_1/metrics.jsonl").read_text() == before
+    assert "2 checkpoints after step 1 are of a branch that is left" in caplog.text
+    assert find_checkpoint("auto", folder) == folder / "step_00000002"
+    assert find_damage(folder / "set_aside_1/step_00000003") is None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config, resume=str(folder / "step_00000002"))  # nothing is later
+    assert names(folder) == ["set_aside_1", "step_00000001", "step_00000002"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(runs.make_config(world, run, **OPTIONS), resume=str(folder / "step_00000001"))
+    assert names(folder / "set_aside_2") == ["metrics.jsonl", "step_00000002", "throughput.jsonl"]
+    runs.assert_same_tensors(load_file(run / "lora.safetensors"), load_file(finished / "lora.safetensors"))
+
+
+def test_a_refused_path_moves_nothing(run: Path, world: Path) -> None:
+    before = runs.files_below(run / "checkpoints")
+    with pytest.raises(ValueError, match="is a checkpoint of another config"):
+        train(runs.make_config(world, run, **OPTIONS, training__seed=7), resume=str(run / "checkpoints/step_00000001"))
+    assert runs.files_below(run / "checkpoints") == before
+
+
+def test_the_best_is_looked_for_where_both_meet(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"training__checkpoint_every": 4, "validation__every": 6}
+    starting.warn_of_best(runs.make_config(world, tmp_path, **options))
+    assert "the best checkpoint is looked for every 12 steps only" in caplog.text
+    caplog.clear()
+    for changes in ({"validation__every": 8}, {"validation__every": 2}, {"training__best_metric": None}, {"validation__every": None}):
+        starting.warn_of_best(runs.make_config(world, tmp_path, **options | changes))
+    assert caplog.text == ""
 
 
 def test_other_versions_are_told(run: Path, world: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from mosaic.data import MosaicBatch
 from mosaic.data.stream import batches_from
 from mosaic.losses import MosaicLoss
 from mosaic.objective import train_step
-from mosaic.training import Trainer, non_finite, train
+from mosaic.training import Trainer, non_finite, train, validation
 from mosaic.training import trainer as training
 from mosaic.training.non_finite import NonFiniteLoss
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
@@ -232,4 +232,56 @@ def test_a_validation_cut_short_is_made_up_for(world: Path, tmp_path: Path, monk
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
     train(runs.make_config(world, tmp_path / "run", **options), resume="auto")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["before", "first picture", "first batch"])
+def test_a_signal_acts_before_the_first_step(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Before the first validation, or in it; its rest is left out and made up for when the run goes on."""
+    options = {**OPTIONS, "validation__every": 5}
+    train(runs.make_config(world, tmp_path / "whole", **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config, steps, panels = runs.make_config(world, tmp_path / "run", **options), [], []
+
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if place == "before":
+        start = Trainer._start_log
+        monkeypatch.setattr(Trainer, "_start_log", lambda self: (start(self), kill()))
+    elif place == "first picture":
+        write = validation.save_picture
+        monkeypatch.setattr(validation, "save_picture", lambda *given: (panels.append(1), write(*given), kill()))
+    else:
+        measure = validation.batch_attention_accuracy
+        monkeypatch.setattr(validation, "batch_attention_accuracy", lambda *given: (kill(), measure(*given))[1])
+    step = Trainer.optimizer_step
+    monkeypatch.setattr(Trainer, "optimizer_step", lambda self, batches: (steps.append(1), step(self, batches))[1])
+    with pytest.raises(TrainingStopped, match="stopped by SIGTERM at step 0"):
+        train(config)
+    assert steps == []
+    assert len(panels) == (place == "first picture")
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config, resume="auto")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_validation_asks_for_another_start(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "validation__every": 5}
+    train(runs.make_config(world, tmp_path / "whole", **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config, write = runs.make_config(world, tmp_path / "run", **options), validation.save_picture
+
+    def kill(panel: Any, path: Path) -> None:
+        write(panel, path)
+        if path.parent.name == "step_00000005":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(validation, "save_picture", kill)
+    with pytest.raises(TrainingStopped, match="at step 5"):
+        train(config)
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config, resume="auto")
     assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -121,7 +121,7 @@ def test_validation_takes_a_cases_file(world: Path, tmp_path: Path) -> None:
 def test_validation_is_reproducible_and_changes_nothing(world: Path, tmp_path: Path) -> None:
     trainer = Trainer(runs.make_config(world, tmp_path, validation__every=1))
     before = runs.values(trainer)
-    found = [training.validate(trainer.pipeline, trainer.held_out, trainer.config, tmp_path / name) for name in ("a", "b")]
+    found = [training.validate(trainer.pipeline, trainer.held_out, trainer.config, tmp_path / name, lambda: False) for name in ("a", "b")]
     assert found[0] == found[1]
     assert found[0].num_points > 0
     assert runs.files_below(tmp_path / "a") == runs.files_below(tmp_path / "b")

@@ -40,6 +40,14 @@ class CachedSamples(Dataset[Sample]):
         """K of each sample."""
         return self.batch_keys[:, 0]
 
+    def sample_ids(self) -> list[str | None]:
+        """Names of the samples."""
+        return self.dataset.sample_ids()
+
+    def prompts(self) -> list[str]:
+        """Prompts of the samples."""
+        return self.dataset.prompts()
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 CHECKSUMS = "checksums.json"
 REQUIRED = {"lora.safetensors", "optimizer.safetensors", "state.json"}
+OPTIONAL = {"ema.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ def find_damage(path: Path) -> str | None:
         return str(error).rstrip(".")
     if not isinstance(expected, dict) or not expected.keys() >= REQUIRED or any(Path(name).name != name for name in expected):
         return f"{CHECKSUMS} must name {', '.join(sorted(REQUIRED))}"
+    for name in sorted(OPTIONAL - expected.keys()):
+        if (path / name).exists():
+            return f"{name} is not of this checkpoint ({CHECKSUMS} does not name it)"
     for name, wanted in expected.items():
         try:
             if file_digest(path / name) != wanted:
@@ -218,6 +222,32 @@ def clean_up(folder: Path) -> None:
     for what in ("partial", "replaced", "removed"):
         for left in folder.glob(f".step_*.{what}"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside_later(folder: Path, step: int, logs: Iterable[Path]) -> None:
+    """Move the checkpoints after a step away, where a run is continued from that step: they are of the branch that it leaves.
+
+    They go to a new folder `set_aside_<n>`, with copies of the logs, which the run cuts at the step; `--resume auto` and rotation do not
+    look there.
+
+    Args:
+        folder: Where checkpoints live.
+        step: That of the checkpoint that is continued.
+        logs: Files to keep a copy of.
+    """
+    later = [path for path in checkpoint_folders(folder) if _step(path) > step]
+    if not later:
+        return
+    number = 1
+    while (aside := folder / f"set_aside_{number}").exists():
+        number += 1
+    aside.mkdir()
+    for log in logs:
+        if log.is_file():
+            shutil.copyfile(log, aside / log.name)
+    for path in reversed(later):  # the newest first: where this is cut short, what is left is the older part
+        os.replace(path, aside / path.name)
+    logger.warning("%s: %d checkpoints after step %d are of a branch that is left; they are in %s now", folder, len(later), step, aside)
 
 
 def rotate(folder: Path, newest: int, keep: int | None, milestone_every: int | None, best_of: Callable[[list[int]], int | None]) -> None:

@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,20 +55,39 @@ FREE_SETTINGS = frozenset({
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
-def describe_run(config: Config, global_batch: int, processes: int, batch_keys: np.ndarray) -> dict[str, Any]:
+class Samples(Protocol):
+    """What tells a data set from others without reading a picture."""
+
+    @property
+    def batch_keys(self) -> np.ndarray: ...
+
+    def sample_ids(self) -> list[str | None]: ...
+
+    def prompts(self) -> list[str]: ...
+
+
+def describe_run(config: Config, global_batch: int, processes: int, dataset: Samples) -> dict[str, Any]:
     """What `state.json` of a checkpoint says about its run, as JSON types.
 
     Args:
         config: The run's settings.
         global_batch: Samples per optimizer step over all processes.
         processes: Number of processes.
-        batch_keys: Those of the data set, which stand for it.
+        dataset: The samples to train on.
     """
-    keys = np.ascontiguousarray(batch_keys, dtype=np.int64)
-    data = {"samples": len(keys), "digest": hashlib.sha256(keys.tobytes()).hexdigest()}
+    data = {"samples": len(dataset.batch_keys), "digest": data_digest(dataset)}
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
     run = {"global_batch": global_batch, "processes": processes, "data": data, "versions": versions, "config": resolved_dict(config)}
     return {"digest": _digest(run), **run}
+
+
+def data_digest(dataset: Samples) -> str:
+    """SHA-256 over the samples in order: numbers of references and buckets, ids, prompts. Pictures and points are not read for it."""
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.batch_keys, dtype=np.int64).tobytes())
+    for texts in (dataset.sample_ids(), dataset.prompts()):
+        for text in texts:
+            digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], place: str) -> None:
@@ -109,8 +128,9 @@ def list_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
             f"is {current['global_batch']}"
         )
     if saved.get("data") != current["data"]:
-        before = saved.get("data", {}).get("samples")
-        found.append(f"the data set has other samples ({before}, then {current['data']['samples']}) or other sizes of them")
+        before, now = saved.get("data", {}).get("samples"), current["data"]["samples"]
+        other = f"had {before} samples, has {now}" if before != now else f"has other ids, prompts, sizes or another order of its {now} samples"
+        found.append(f"the data set {other}")
     return found
 
 

@@ -1,6 +1,7 @@
 """The start of a run: what is checked before the base model is loaded, which checkpoint is continued, and the adapter."""
 
 import logging
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -38,19 +39,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 logger = logging.getLogger(__name__)
 
 
-def check_files(config: Config) -> None:
+def check_files(config: Config, continues: bool) -> None:
     """Check what can be checked before the base model is loaded, which may take minutes.
 
+    Args:
+        config: The run's settings.
+        continues: Whether a checkpoint gives the adapter; `lora.pretrained` is behind then, and need not be there any more.
+
     Raises:
-        FileNotFoundError, OSError, ValueError: Those of `check_quantization`, `check_optimizer`, `check_dataset`, `load_cases` and
-        `resolve_lora_file`; or the output folder is a file, or cannot be written.
+        FileNotFoundError, OSError, ValueError: Those of `check_output`, `check_quantization`, `check_optimizer`, `check_dataset`,
+            `load_cases` and `resolve_lora_file`.
     """
-    output = Path(config.training.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"training.output_dir: must be a folder, but {output} is a file.")
-    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"training.output_dir: {parent} cannot be written (no permission, or a read-only disk). Choose another one.")
+    check_output(Path(config.training.output_dir))
     check_quantization(config.model.quantization)
     check_optimizer(config.optimizer)
     check_dataset(config.data, config.data.split)
@@ -58,8 +58,37 @@ def check_files(config: Config) -> None:
         check_dataset(config.data, config.validation.split)
         if config.validation.cases is not None:
             load_cases(config.validation.cases, config.data.reference_size)
-    if config.lora.pretrained is not None:
+    if config.lora.pretrained is not None and not continues:
         resolve_lora_file(config.lora.pretrained, config.lora.weight_name)
+    warn_of_best(config)
+
+
+def check_output(folder: Path) -> None:
+    """Check that a run can write into its folder, which may not be there yet.
+
+    Raises:
+        ValueError: It, the folder of its checkpoints, or a part of the path to them is a file.
+        PermissionError: It cannot be written.
+    """
+    for place in (folder, folder / "checkpoints"):
+        parent = next(path for path in (place, *place.absolute().parents) if path.exists())
+        if not parent.is_dir():
+            raise ValueError(f"training.output_dir: {place} must be a folder, but {parent} is a file. Choose another training.output_dir.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"training.output_dir: {parent} cannot be written (no permission, or a read-only disk). Choose another one."
+            )
+
+
+def warn_of_best(config: Config) -> None:
+    """Warn where few checkpoints or none can be the best one, for only steps with both a checkpoint and a validation can."""
+    training, validation = config.training, config.validation
+    if training.best_metric is None or validation.every is None or training.keep_checkpoints is None:
+        return
+    both = math.lcm(training.checkpoint_every, validation.every)
+    if both > max(training.checkpoint_every, validation.every):
+        message = "training.best_metric: the best checkpoint is looked for every %d steps only, where training.checkpoint_every %d meets %s"
+        logger.warning(message, both, training.checkpoint_every, f"validation.every {validation.every}")
 
 
 def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path | None:
@@ -118,16 +147,21 @@ def training_dataset(
 
 
 def training_sampler(
-    config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples, accelerator: Accelerator
+    config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples, process: int, processes: int
 ) -> BucketBatchSampler:
     """The order of the data: a function of the seed and of the number of samples per optimizer step over all processes.
+
+    Args:
+        config: The run's settings.
+        dataset: The samples.
+        process: Number of this process, from 0.
+        processes: Number of processes.
 
     Raises:
         ValueError: A step takes more samples than there are.
     """
-    training, processes = config.training, accelerator.num_processes
-    accumulation = training.gradient_accumulation_steps
-    sampler = BucketBatchSampler(dataset.batch_keys, training.batch_size, training.seed, accelerator.process_index, processes, accumulation)
+    training, accumulation = config.training, config.training.gradient_accumulation_steps
+    sampler = BucketBatchSampler(dataset.batch_keys, training.batch_size, training.seed, process, processes, accumulation)
     if sampler.global_batch > len(dataset):
         raise ValueError(
             f"training.batch_size {training.batch_size} x training.gradient_accumulation_steps {accumulation} x {processes} processes "
@@ -139,8 +173,13 @@ def training_sampler(
     return sampler
 
 
-def attach_adapter(pipeline: MosaicFluxPipeline, config: Config) -> None:
+def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, continues: bool) -> None:
     """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32.
+
+    Args:
+        pipeline: Gets the adapter.
+        config: The run's settings.
+        continues: Whether a checkpoint will give the weights; `lora.pretrained` is not read then.
 
     Raises:
         ValueError: The file does not fit, or has another rank and `lora.resize` is false.
@@ -150,7 +189,7 @@ def attach_adapter(pipeline: MosaicFluxPipeline, config: Config) -> None:
         if module is not None:  # its outputs may be cached
             module.requires_grad_(False)
     start = None
-    if settings.pretrained is None:
+    if settings.pretrained is None or continues:
         torch.manual_seed(config.training.seed)
         attach_reference_lora(transformer, settings.rank)
     else:

@@ -19,7 +19,7 @@ from mosaic.lora import reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
 from mosaic.training.averaging import averaged
-from mosaic.training.checkpoint import folder_of, load_snapshot
+from mosaic.training.checkpoint import folder_of, load_snapshot, set_aside_later
 from mosaic.training.checkpoint_writer import CheckpointWriter
 from mosaic.training.durable import write_text
 from mosaic.training.non_finite import NonFiniteLoss, NonFiniteSteps
@@ -34,7 +34,7 @@ from mosaic.training.starting import attach_adapter, check_files, choose_checkpo
 from mosaic.training.throughput import ThroughputMeter, batch_work
 from mosaic.training.tracking import Trackers
 from mosaic.training.updates import Updates
-from mosaic.training.validation import validate
+from mosaic.training.validation import ValidationStopped, validate
 from mosaic.training.zero import ZeroUpdates
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,13 @@ def train(config: Config, resume: str | None = None) -> Path:
     run_dir = Path(config.training.output_dir)
     with StopSignals() as signals, RunLock(run_dir) as lock:
         checkpoint = choose_checkpoint(resume, run_dir, lock)
-        trainer = Trainer(config, signals)
+        trainer = Trainer(config, signals, continues=checkpoint is not None)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if trainer.accelerator.is_main_process:
             lock.acquire()
+            if resume not in (None, "auto"):
+                set_aside_later(run_dir / "checkpoints", trainer.step, [trainer.log.file, trainer.speed_log.file])
         with trainer.writer:
             return trainer.fit()
 
@@ -71,13 +73,19 @@ def train(config: Config, resume: str | None = None) -> Path:
 class Trainer:
     """The objects of a run: models, data, optimizer, and what a checkpoint holds."""
 
-    def __init__(self, config: Config, signals: StopSignals | None = None) -> None:
-        """Build everything; raises the errors of config, data and weights before any training."""
+    def __init__(self, config: Config, signals: StopSignals | None = None, continues: bool = False) -> None:
+        """Build everything; raises the errors of config, data and weights before any training.
+
+        Args:
+            config: The run's settings.
+            signals: Those that ask for a stop.
+            continues: Whether `resume` will be called, so that `lora.pretrained` need not be there any more.
+        """
         self.config = config
         training = config.training
         self.run_dir = Path(training.output_dir)
         self.signals = signals or StopSignals()
-        check_files(config)
+        check_files(config, continues)
         check_distribution(config.optimizer)
         self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
         self.caches = open_caches(config)
@@ -86,11 +94,11 @@ class Trainer:
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
         self.dataset = training_dataset(config, grids, self.caches, self.accelerator)
-        self.sampler = training_sampler(config, self.dataset, self.accelerator)
+        self.sampler = training_sampler(config, self.dataset, self.accelerator.process_index, self.accelerator.num_processes)
         self.global_batch = self.sampler.global_batch
         validation = config.validation
         self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
-        attach_adapter(self.pipeline, config)
+        attach_adapter(self.pipeline, config, continues)
         placed = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
@@ -100,7 +108,7 @@ class Trainer:
         self.transformer = self.updates.transformer
         decay = config.optimizer.ema_decay
         self.ema = EMAModel(trainable, decay=decay, foreach=True) if decay is not None else None
-        self.run = describe_run(config, self.global_batch, self.accelerator.num_processes, self.dataset.batch_keys)
+        self.run = describe_run(config, self.global_batch, self.accelerator.num_processes, self.dataset)
         self.trackers = Trackers(training.trackers if self.accelerator.is_main_process else (), self.run_dir / "logs")
         self.log = RunLog(self.run_dir / "metrics.jsonl")
         self.speed_log = RunLog(self.run_dir / "throughput.jsonl")  # apart, for no two runs share it
@@ -203,7 +211,10 @@ class Trainer:
         batches_of_steps = batches_from(self.step, self.dataset, self.sampler, self.config.data.num_workers, ignore_in_worker)
         self._start_log()
         if self._validation_is_due(total) and not self._has_validated():
-            self.validate()  # what the run starts from, or what a kill has cut short
+            self.validate()  # what the run starts from, or what a signal or a kill has cut short
+            self._stop_if_asked()
+        elif self.step < total:
+            self._stop_if_asked()
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with progress:  # closed in any case, so that an error message starts on a line of its own
             for batches in self.meter.wait_for(islice(batches_of_steps, max(total - self.step, 0))):
@@ -219,9 +230,10 @@ class Trainer:
                     self._log_step(loss, progress)
                 if self.step % training.checkpoint_every == 0 or self.step == total:
                     self.save()
-                if self._validation_is_due(total):
+                validates = self._validation_is_due(total)
+                if validates:
                     self.validate()
-                if self.step < total:
+                if validates or self.step < total:  # the last step alone is finished in any case
                     self._stop_if_asked()
         return self._finish()
 
@@ -262,22 +274,31 @@ class Trainer:
     def validate(self) -> None:
         """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; written by the main process.
 
-        A failure is logged and never ends a run.
+        A failure is logged and never ends a run. A stop signal cuts it short; the run then makes it when it is continued.
         """
-        is_main = self.accelerator.is_main_process
-        if is_main or is_sharded(self.transformer):
+        is_main, sharded = self.accelerator.is_main_process, is_sharded(self.transformer)
+        if is_main or sharded:
             folder = self.run_dir / "validation" / f"step_{self.step:08d}" if is_main else None
             try:
                 with averaged(self.ema, list(self.parameters.values())):
-                    accuracy = validate(self.pipeline, self.held_out, self.config, folder)
+                    asked = self._asked_on_any_process if sharded else self._asked_here
+                    accuracy = validate(self.pipeline, self.held_out, self.config, folder, asked)
                 self._write(self.log, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
+            except ValidationStopped:
+                logger.warning("validation at step %d was cut short by a stop signal", self.step)
             except Exception:
                 logger.exception("validation at step %d failed; training goes on", self.step)
         self.accelerator.wait_for_everyone()
 
+    def _asked_here(self) -> bool:
+        return self.signals.received is not None
+
+    def _asked_on_any_process(self) -> bool:
+        return self._on_any_process(self._asked_here())[0]
+
     def _stop_if_asked(self) -> None:
         """At a step's end: end on all processes if a signal has come to any of them, or if a checkpoint could not be written."""
-        failed, asked = self._on_any_process(self.writer.failed, self.signals.received is not None)
+        failed, asked = self._on_any_process(self.writer.failed, self._asked_here())
         if failed:
             self._settle()
         if asked:

@@ -1,6 +1,7 @@
 """Validation of a run: panels of held-out cases, and attention accuracy on held-out samples at fixed noise."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +27,14 @@ logger = logging.getLogger(__name__)
 ACCURACY_BATCHES = 4  # batches of held-out samples on which attention accuracy is measured
 
 
+class ValidationStopped(Exception):
+    """Validation was asked to stop between two pictures or batches; nothing was measured."""
+
+
 @torch.no_grad()
-def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Config, folder: Path | None) -> AttentionAccuracy:
+def validate(
+    pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Config, folder: Path | None, asked_to_stop: Callable[[], bool]
+) -> AttentionAccuracy:
     """Render panels into `folder` and measure attention accuracy.
 
     Args:
@@ -35,9 +42,19 @@ def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Con
         dataset: Held-out samples.
         config: The run's settings; `validation` and `model` are used.
         folder: Gets `case_<i>.png`; None: nothing is written, in a process that only takes its part in a sharded forward pass.
+        asked_to_stop: Called before each picture and batch; in a sharded pass all processes must get the same answer.
+
+    Raises:
+        ValidationStopped: It was.
     """
     validation = config.validation
+
+    def go_on() -> None:
+        if asked_to_stop():
+            raise ValidationStopped
+
     for index, (prompt, references) in enumerate(_cases(dataset, config)):
+        go_on()
         result = pipeline(
             prompt,
             references,
@@ -55,7 +72,11 @@ def validate(pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Con
     sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)
-    return pool_accuracies([batch_attention_accuracy(pipeline, batch, config, generator) for batch in batches])
+    accuracies = []
+    for batch in batches:
+        go_on()
+        accuracies.append(batch_attention_accuracy(pipeline, batch, config, generator))
+    return pool_accuracies(accuracies)
 
 
 def _write_panel(panel: Image.Image, path: Path) -> None:
