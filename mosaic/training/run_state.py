@@ -59,11 +59,14 @@ class Samples(Protocol):
     """What tells a data set from others without reading a picture."""
 
     @property
-    def batch_keys(self) -> np.ndarray: ...
+    def batch_keys(self) -> np.ndarray:
+        """[N, 2], number of references and bucket of each."""
 
-    def sample_ids(self) -> list[str | None]: ...
+    def sample_ids(self) -> list[str | None]:
+        """Their names."""
 
-    def prompts(self) -> list[str]: ...
+    def prompts(self) -> list[str]:
+        """Their prompts."""
 
 
 def describe_run(config: Config, global_batch: int, processes: int, dataset: Samples) -> dict[str, Any]:
@@ -129,8 +132,8 @@ def list_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         )
     if saved.get("data") != current["data"]:
         before, now = saved.get("data", {}).get("samples"), current["data"]["samples"]
-        other = f"had {before} samples, has {now}" if before != now else f"has other ids, prompts, sizes or another order of its {now} samples"
-        found.append(f"the data set {other}")
+        same_size = f"has other ids, prompts, sizes or another order of its {now} samples"
+        found.append(f"the data set {same_size if before == now else f'had {before} samples, has {now}'}")
     return found
 
 
