@@ -53,10 +53,17 @@ def find_machines(environ: Mapping[str, str]) -> Machines:
     """Read the machines from torchrun's variables; those that are not set come from the SLURM step, else they take their defaults.
 
     Raises:
-        ValueError: A variable is missing where several machines need it, contradicts another, or is no number in its range.
+        ValueError: A variable is missing where several machines need it, contradicts another, or is no number in its range; or something
+            has started this once per process.
     """
     given = {name: environ[name] for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if environ.get(name)}
-    step = {} if "NNODES" in given else _slurm_step(environ)
+    asked = given.get("NNODES")
+    if asked is None and environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"WORLD_SIZE={environ['WORLD_SIZE']} is set, as torchrun or a job controller sets it for each process, but train.sh starts the "
+            "processes of a machine itself. Start it once per machine, with NNODES and NODE_RANK (NNODES=1 for this machine alone)."
+        )
+    step = _slurm_step(environ) if asked is None or (asked != "1" and asked == environ.get("SLURM_STEP_NUM_NODES")) else {}
     values = {**step, **given}
     if "NNODES" not in values:
         stray = [name for name in ("NODE_RANK", "MASTER_ADDR") if name in given]
@@ -70,7 +77,7 @@ def find_machines(environ: Mapping[str, str]) -> Machines:
         missing = [f"{name} ({meaning})" for name, meaning in missing.items() if name not in values]
         if missing:
             raise ValueError(f"NNODES={count}, but not set: {', '.join(missing)}.")
-    source = ", ".join([*given, *(["SLURM"] if step else [])])
+    source = ", ".join([*given, *(["SLURM"] if step.keys() - given.keys() else [])])
     return Machines(
         count,
         _integer("NODE_RANK", values.get("NODE_RANK", "0"), 0, count - 1),

@@ -3,7 +3,8 @@
     python scripts/preflight.py CONFIG [--set section.field=value ...] [--gpu-memory GIB] [--references K] [--json FILE]
     python scripts/preflight.py --table [training|inference]
 
-Loads and downloads no weights, writes nothing but FILE. Exit code 0: ready; 1: something would stop training; 2: the command or the
+Processes and sharding are those that train.sh would start in this environment (NUM_PROCESSES=8 before the command: eight processes). Loads
+and downloads no weights, writes nothing but FILE. Exit code 0: ready; 1: something would stop training; 2: the command or the
 config is wrong. --table: which settings, or which values of inference.memory, fit which cards with FLUX.1-dev, in a few minutes.
 """
 
@@ -12,10 +13,15 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.config import load_config
+from scripts import launch
+
+if TYPE_CHECKING:
+    from mosaic.training.sharding import Distribution
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -38,6 +44,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def planned_distribution() -> "Distribution":
+    """How train.sh would share the run out over processes in this environment.
+
+    Raises:
+        FileNotFoundError, ValueError: Those of `make_plan` and `process_environments` of scripts/launch.py.
+    """
+    from mosaic.training.sharding import read_distribution
+
+    if "LOCAL_RANK" in os.environ:  # accelerate launch has started this process
+        return read_distribution(os.environ)
+    plan = launch.make_plan(os.environ, launch.count_gpus())
+    return read_distribution(launch.process_environments(plan, os.environ)[0])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
@@ -50,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.set)
         from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
 
-        report = preflight(config, arguments.resume, arguments.gpu_memory, arguments.references)
+        report = preflight(config, planned_distribution(), arguments.resume, arguments.gpu_memory, arguments.references)
     except (OSError, ValueError) as error:
         print(f"preflight.py: error: {error}", file=sys.stderr)
         return 2

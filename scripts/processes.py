@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 REQUEUE_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal with a checkpoint written, to be started again
+KILLING_INTERRUPTS = 3  # the second Ctrl-C ends a training process that can still act on it, the third one any
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # what the others get after a failure; they may hang in a collective operation
@@ -33,7 +34,7 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
     """Run one process per environment and wait for all.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on. Each process leads a session of its own, so that a terminal's Ctrl-C or a
-    scheduler's signal to the whole group reaches it once, through here.
+    scheduler's signal to the whole group reaches it once, through here. A third SIGINT kills.
 
     Args:
         command: Program and arguments.
@@ -48,7 +49,7 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
-        send(children, number)
+        send(children, signal.SIGKILL if received.count(signal.SIGINT) >= KILLING_INTERRUPTS else number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:

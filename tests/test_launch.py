@@ -44,6 +44,12 @@ SLURM = {
         ({"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}, Machines()),
         ({**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}, Machines(source="SLURM")),
         ({"SLURM_JOB_NUM_NODES": "4", "NNODES": "1"}, Machines(source="NNODES")),
+        ({**SLURM, "NNODES": "2"}, Machines(2, 1, "gpu007", 23456, "NNODES, SLURM")),
+        ({**SLURM, "NNODES": "2", "NODE_RANK": "0"}, Machines(2, 0, "gpu007", 23456, "NNODES, NODE_RANK, SLURM")),
+        ({**SLURM, "NNODES": "1"}, Machines(source="NNODES")),
+        ({**SLURM, "NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "a"}, Machines(3, 0, "a", 29500, "NNODES, NODE_RANK, MASTER_ADDR")),
+        ({"NNODES": "1", "WORLD_SIZE": "8", "RANK": "3"}, Machines(source="NNODES")),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, Machines()),
     ],
 )
 def test_machines(environ: dict[str, str], expected: Machines) -> None:
@@ -58,6 +64,11 @@ def test_machines(environ: dict[str, str], expected: Machines) -> None:
             "NNODES=2, but not set: NODE_RANK (the number of this machine, 0 to 1), MASTER_ADDR (the name or address of machine 0).",
         ),
         ({"NNODES": "2", "NODE_RANK": "1"}, "NNODES=2, but not set: MASTER_ADDR (the name or address of machine 0)."),
+        (
+            {"WORLD_SIZE": "8", "RANK": "3"},
+            "WORLD_SIZE=8 is set, as torchrun or a job controller sets it for each process, but train.sh starts",
+        ),
+        ({**SLURM, "NNODES": "3"}, "NNODES=3, but not set: NODE_RANK (the number of this machine, 0 to 2), MASTER_ADDR"),
         ({"MASTER_ADDR": "n0"}, "MASTER_ADDR set, but NNODES is not. Set NNODES to the number of machines, or unset MASTER_ADDR."),
         ({"NODE_RANK": "1", "MASTER_ADDR": "n0"}, "NODE_RANK and MASTER_ADDR set, but NNODES is not."),
         ({"NNODES": "two"}, "NNODES must be an integer, at least 1, got 'two'."),

@@ -1,22 +1,29 @@
 """The look before a run: what it counts, what it finds, and what its exit code says."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub.errors import GatedRepoError
+from PIL import Image
 
 from mosaic.config import Config, from_dict, load_config
-from mosaic.digests import file_digest
+from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
+from mosaic.lora import write_reference_lora
 from mosaic.planning import memory_model, preflight, preflight_checks
-from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, OPTIMIZER, ROWS, SAVED, TRANSIENT
+from mosaic.planning.data_checks import DataFacts
+from mosaic.planning.findings import NOTE, OK, STOP
+from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, GRADIENTS, OPTIMIZER, ROWS, SAVED, TRANSIENT
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE
-from mosaic.planning.preflight_checks import NOTE, OK, STOP
-from mosaic.training.checkpoint import CHECKSUMS, REQUIRED
+from mosaic.training import train
+from mosaic.training.sharding import Distribution
 from scripts import memory_table
-from scripts.preflight import main
+from scripts.preflight import main, planned_distribution
 from tests import runs
 
 #: What a dry run could have found; the real one takes half a minute for FLUX.1-dev.
@@ -69,7 +76,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data.root": "nowhere"}, "stop  data.root: nowhere: there is no such folder"),
     "split": ({"validation.every": 1, "validation.split": "x"}, "stop  validation.split: "),
     "cases": ({"validation.every": 1, "validation.cases": "none.json"}, "stop  validation.cases: "),
-    "adapter": ({"lora.pretrained": "none.safetensors"}, "stop  lora.pretrained: none.safetensors: no such file"),
+    "adapter": ({"lora.pretrained": "none.safetensors"}, "stop  lora.pretrained: reference LoRA not found: none.safetensors"),
+    "rank": ({"lora.rank": 2}, "lora.safetensors has rank 3. Set lora.rank=3, or lora.resize=true to change it."),
+    "batch": ({"training.batch_size": 99}, "stop  batches: training.batch_size 99"),
+    "cache": ({"data.text_cache": "none"}, "stop  data.text_cache: data.text_cache: there is no cache in none. Build it: "),
     "semalign": (
         {"data.format": "semalign", "data.image_size": [16, 16], "data.root": "."},
         "stop  data.root: data.root: . lacks the folder data",
@@ -90,23 +100,23 @@ def test_what_would_stop_training(
     assert printed.endswith("NOT READY\n")
 
 
-@pytest.mark.usefixtures("quick")
-def test_an_earlier_run_in_the_folder(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run/checkpoints/step_00000002"
-    folder.mkdir(parents=True)
-    for name in REQUIRED:
-        (folder / name).write_text("{}")
-    (folder / CHECKSUMS).write_text(json.dumps({name: file_digest(folder / name) for name in REQUIRED}))
+@pytest.mark.usefixtures("quick", "fresh_accelerator")
+def test_an_earlier_run_in_the_folder(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it started from may be gone."""
+    train(load_config(config_file, ["training.max_steps=2"]))
+    capsys.readouterr()
     assert main([str(config_file)]) == 1
     assert "holds checkpoints of an earlier run" in capsys.readouterr().out
-    assert main([str(config_file), "--resume", "auto"]) == 0
+    assert main([str(config_file), "--resume", "auto", "--set", "lora.pretrained=gone.safetensors"]) == 0
     assert "continues from step_00000002" in capsys.readouterr().out
+    assert main([str(config_file), "--resume", "auto", "--set", "optimizer.learning_rate=0.5"]) == 1
+    assert "stop  --resume: " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick")
 def test_wrong_commands(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(config_file), "--set", "data.image_size=[16, 26]"]) == 2
-    assert "preflight.py: error: data.image_size or data.buckets: height and width must be" in capsys.readouterr().err
+    assert "preflight.py: error: data.image_size: height and width must be" in capsys.readouterr().err
     assert main([str(tmp_path / "none.json")]) == 2
     for arguments, message in (
         ([], "give either CONFIG or --table"),
@@ -117,18 +127,33 @@ def test_wrong_commands(config_file: Path, tmp_path: Path, capsys: pytest.Captur
         assert message in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two samples with points fine enough for every preset, as many as the largest batch takes."""
+    root, rng = tmp_path_factory.mktemp("large") / "data", np.random.default_rng(0)
+    with DatasetWriter(root) as writer:
+        for split, count in (("train", 16), ("heldout", 2)):
+            for index in range(count):
+                points = np.stack([np.arange(64), rng.permutation(64 * 64)[:64]], axis=1)
+                reference = ReferenceRecord(Image.new("RGB", (32, 32)), "cat", points)
+                writer.add(SampleRecord(f"{split}-{index}", split, "a cat", Image.new("RGB", (64, 64)), [reference], (32, 32), (64, 64)))
+    return root
+
+
+#: What commands that the findings name install and build.
+STILL_TO_COME = {*preflight_checks.PACKAGES.values(), "data.latent_cache", "data.text_cache"}
+
+
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in Path("configs").glob("*.json") if "schema" not in path.name and path.name != "flux_dev.json")
 )
 @pytest.mark.usefixtures("quick")
-def test_every_preset_is_ready_where_its_data_are(name: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"data.root={world / 'data'}", f"training.output_dir={tmp_path / 'run'}", "data.format=multi_reference"]
-    config = load_config(Path("configs") / name, overrides)
-    report = preflight.preflight(config)
-    stopped = [
-        finding for finding in report.findings if finding.level == STOP and finding.subject not in preflight_checks.PACKAGES.values()
-    ]
-    assert stopped == []
+def test_every_preset_is_ready_where_its_data_are(name: str, large: Path, tmp_path: Path) -> None:
+    overrides = [f"data.root={large}", f"training.output_dir={tmp_path / 'run'}", "data.format=multi_reference"]
+    report = preflight.preflight(load_config(Path("configs") / name, overrides))
+    assert [finding for finding in report.findings if finding.level == STOP and finding.subject not in STILL_TO_COME] == []
+    if "24gb" not in name:
+        assert levels(report)["points"] == levels(report)["batches"] == OK
 
 
 @pytest.mark.usefixtures("quick")
@@ -136,6 +161,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path) -
     """Unreachable is worth a note; a gate that is closed to this machine would stop training; a cached copy is all one needs."""
     settings = runs.settings(world, tmp_path / "run") | {"model": {"pretrained": "black-forest-labs/FLUX.1-dev", "text_length": 8}}
     settings["data"] |= {"image_size": [64, 64], "reference_size": 32}
+    settings["lora"] = {}
     config = from_dict(settings)
     report = preflight.preflight(config)
     assert levels(report)["model.pretrained"] == NOTE
@@ -156,15 +182,81 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("quick")
-def test_room_for_checkpoints_and_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 128: 12 bytes per weight, three kept and one being written."""
-    facts = preflight_checks.DataFacts(1000, 2)
+def test_room_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 128: 12 bytes per weight, three kept, one being written, the best."""
+    facts = DataFacts(2, 1000)
     (finding,) = preflight_checks.check_disk(flux(), FLUX_DEV_SHAPE, facts)
     assert finding.level == OK
-    assert f"4 x 5.181 GiB = {4 * 12 * 463_609_856 / GIB:.1f} GiB" in finding.message
+    assert f"5 x 5.181 GiB = {5 * 12 * 463_609_856 / GIB:.1f} GiB" in finding.message
     monkeypatch.setattr(preflight_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=20 * GIB))
     (finding,) = preflight_checks.check_disk(flux(), FLUX_DEV_SHAPE, facts)
     assert finding.level == STOP
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"training__keep_checkpoints": 2}, 4),
+        ({"training__keep_checkpoints": 2, "training__best_metric": None}, 3),
+        ({"training__keep_checkpoints": 2, "validation__every": None}, 3),
+        ({"training__keep_checkpoints": 2, "training__milestone_every": 1000}, 4 + 10),
+        ({"training__keep_checkpoints": 2, "training__milestone_every": 1500}, 4 + 3),  # those that are checkpoints, too
+        ({"training__keep_checkpoints": None}, 10),
+        ({"training__keep_checkpoints": None, "training__max_steps": None, "training__max_epochs": 5}, 3),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_the_number_of_checkpoints(changes: dict[str, Any], number: int) -> None:
+    settings = {"training__max_steps": 10_000, "training__checkpoint_every": 1000} | changes
+    (finding,) = preflight_checks.check_disk(flux(**settings), FLUX_DEV_SHAPE, DataFacts(2, 1000, 10, 500))
+    assert finding.message.startswith(f"{number} x 5.181 GiB")
+
+
+@pytest.mark.usefixtures("quick")
+def test_room_for_caches(tmp_path: Path) -> None:
+    """Those that are not there yet: one entry per sample, one per prompt."""
+    config = flux(data__latent_cache=str(tmp_path / "latents"), data__text_cache=str(tmp_path / "text"))
+    _, latents, text = preflight_checks.check_disk(config, FLUX_DEV_SHAPE, DataFacts(2, 2**20, 256))
+    assert latents.message.startswith("1,048,576 x 0.001 GiB = 768.0 GiB at most")
+    assert latents.level == STOP
+    assert text.message.startswith(f"256 x 0.004 GiB = {256 * 2 * (512 * 4096 + 768) / GIB:.1f} GiB")
+    (tmp_path / "latents").mkdir()
+    findings = preflight_checks.check_disk(config, FLUX_DEV_SHAPE, DataFacts(2, 9, 2))
+    assert [finding.subject for finding in findings] == ["disk for checkpoints", "disk for data.text_cache"]
+
+
+@pytest.mark.parametrize(
+    ("part", "missing"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "vae/*.safetensors"),
+        ("text_encoder_2/model.safetensors", "text_encoder_2/*.safetensors"),
+        ("tokenizer_2", "tokenizer_2"),
+        ("shard", "transformer/two.safetensors"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_weights_that_are_missing(part: str, missing: str, world: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(world / "model", tmp_path / "model"))
+    if part == "shard":
+        (model / "transformer/model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "two.safetensors"}})
+        )
+    elif (model / part).is_dir():
+        shutil.rmtree(model / part)
+    else:
+        (model / part).unlink()
+    report = preflight.preflight(runs.make_config(world, tmp_path / "run", model__pretrained=str(model)))
+    (finding,) = [finding for finding in report.findings if finding.subject == "model.pretrained"]
+    assert (finding.level, finding.message) == (STOP, f"not a complete diffusers FLUX folder; missing: {model / missing}.")
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_adapter_of_another_model(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    write_reference_lora({key: torch.zeros(value.shape[0] + 1, value.shape[1]) for key, value in runs.lora_tensors().items()}, path)
+    report = preflight.preflight(runs.make_config(world, tmp_path / "run", lora__pretrained=str(path)))
+    (finding,) = [finding for finding in report.findings if finding.subject == "lora.pretrained"]
+    assert "is no reference LoRA for" in finding.message
 
 
 def flux(**changes: Any) -> Config:
@@ -194,7 +286,7 @@ def test_time_and_flops() -> None:
 @pytest.mark.usefixtures("quick")
 def test_parts_beside_the_dry_run() -> None:
     adapter = 4 * 463_609_856
-    parts = memory_model.predict_memory(flux(optimizer__ema_decay=0.99), FLUX_DEV_SHAPE, 2, num_processes=2)
+    parts = memory_model.predict_memory(flux(optimizer__ema_decay=0.99), FLUX_DEV_SHAPE, 2, distribution=Distribution(2))
     assert (parts[EMA], parts[BUCKETS], parts[OPTIMIZER]) == (adapter, adapter, 2 * adapter)
     assert parts[ENCODERS] == 2 * (83_819_683 + 123_060_480 + 4_762_310_656)
     assert parts[CONTEXT] > 0
@@ -202,6 +294,42 @@ def test_parts_beside_the_dry_run() -> None:
     packed = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2, quantization="nf4")
     assert packed[BASE] == pytest.approx(6.7e9, rel=0.01)
     assert packed[TRANSIENT] == DRY["transient"] + 2 * 5 * 3072**2
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_shared_out() -> None:
+    """A sharded base is gathered by two blocks; shared optimizer state holds a float32 copy of the adapter."""
+    adapter = 4 * 463_609_856
+    whole = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2)
+    sharded = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2, distribution=Distribution(8, base_shards=8))
+    assert sharded[BASE] == whole[BASE] / 8
+    outside = 11_901_408_320 - 19 * 339_831_296 - 38 * 141_591_808
+    assert sharded[TRANSIENT] - whole[TRANSIENT] == 2 * (2 * 339_831_296 + outside)
+    assert {part for part in whole if whole[part] != sharded[part]} == {BASE, TRANSIENT}
+    shared = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2, distribution=Distribution(4, optimizer_shards=4))
+    assert (shared[OPTIMIZER], shared[GRADIENTS], shared[BUCKETS]) == (3 * adapter / 4, DRY["gradients"] / 4, 200_000_000)
+    assert shared[BASE] == whole[BASE]
+
+
+def test_processes_on_a_cpu_share_its_memory() -> None:
+    device = preflight.Device("cpu", "2 CPU cores", 10 * GIB, 2, 0.05)
+    (finding,) = preflight.check_device(flux(), device, 4 * GIB)
+    assert (finding.level, finding.message) == (OK, "2 processes x 4.0 GiB predicted, 10.0 GiB on 2 CPU cores.")
+    assert preflight.check_device(flux(), device, 6 * GIB)[0].level == NOTE
+
+
+def test_processes_and_shards_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NUM_PROCESSES", "ACCELERATE_CONFIG", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert planned_distribution() == Distribution()
+    monkeypatch.setenv("NUM_PROCESSES", "4")
+    assert planned_distribution() == Distribution(4)
+    for name, expected in (("fsdp2", (4, 4, 1)), ("hsdp", (4, 4, 1)), ("deepspeed_zero2", (4, 1, 4)), ("ddp", (4, 1, 1))):
+        monkeypatch.setenv("ACCELERATE_CONFIG", f"configs/accelerate/{name}.yaml")
+        assert planned_distribution() == Distribution(*expected)
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "0"), ("MASTER_ADDR", "a"), ("ACCELERATE_CONFIG", "configs/accelerate/hsdp.yaml")):
+        monkeypatch.setenv(name, value)
+    assert planned_distribution() == Distribution(8, 4, 1)
 
 
 def test_rows_are_apart_from_the_other_activations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +345,11 @@ def test_rows_are_apart_from_the_other_activations(monkeypatch: pytest.MonkeyPat
 
 def test_the_cache_sizes_of_flux_dev() -> None:
     """16 channels x 64 x 64 of mean and log-variance per picture of 512 px; 512 x 4096 and 768 numbers per prompt."""
-    sizes = preflight_checks.cache_bytes(flux(), FLUX_DEV_SHAPE, 2)
-    assert sizes == {"latent_cache": 3 * 2 * 16 * 64 * 64 * 4, "text_cache": 2 * (512 * 4096 + 768)}
+    facts = DataFacts(2, 9, 5)
+    sizes = preflight_checks.cache_bytes(flux(), FLUX_DEV_SHAPE, facts)
+    assert sizes == {"latent_cache": (3 * 2 * 16 * 64 * 64 * 2, 9), "text_cache": (2 * (512 * 4096 + 768), 5)}
+    larger = flux(model__dtype="float32", data__buckets=[[512, 512], [1024, 768]])
+    assert preflight_checks.cache_bytes(larger, FLUX_DEV_SHAPE, facts)["latent_cache"][0] == 2 * 16 * (2 * 64 * 64 + 128 * 96) * 4
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

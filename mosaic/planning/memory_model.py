@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mosaic.config import Config
-from mosaic.planning.costs import lora_parameter_count, width
+from mosaic.planning.costs import base_parameter_count, lora_parameter_count, width
 from mosaic.planning.dry_run import (
     ADAPTER,
     BASE,
@@ -17,6 +17,8 @@ from mosaic.planning.dry_run import (
     row_bytes,
 )
 from mosaic.planning.model_shape import ModelShape
+from mosaic.training.sharding import Distribution
+from mosaic.training.zero import BUCKET_WEIGHTS
 
 EMA, BUCKETS, ENCODERS, CONTEXT = "EMA", "gradient buckets", "text encoders and VAE", "CUDA context"
 PARTS = (BASE, ADAPTER, GRADIENTS, BUCKETS, OPTIMIZER, EMA, SAVED, ROWS, TRANSIENT, ENCODERS, CONTEXT)
@@ -31,12 +33,15 @@ CONTEXT_BYTES = 2**30  # of a CUDA process before its first tensor, cuBLAS and c
 GIB = 2**30
 
 
+WHOLE = Distribution()
+
+
 def predict_memory(
     config: Config,
     shape: ModelShape,
     num_references: int,
     device_type: str = "cuda",
-    num_processes: int = 1,
+    distribution: Distribution = WHOLE,
     dry: Mapping[str, int] | None = None,
     quantization: str | None = None,
 ) -> dict[str, int]:
@@ -47,7 +52,7 @@ def predict_memory(
         shape: The base model's shape.
         num_references: K.
         device_type: "cuda" or "cpu".
-        num_processes: Processes whose gradients are joined; more than one keep a copy of them in buckets.
+        distribution: The processes, and what is shared out over them.
         dry: Result of `dry_parts` for these settings, where the caller has it already.
         quantization: Number format of the frozen weights; None: `model.quantization`.
 
@@ -64,8 +69,7 @@ def predict_memory(
     parts[OPTIMIZER] = int(adapter_weights * OPTIMIZER_BYTES[config.optimizer.name])
     if config.optimizer.ema_decay is not None:
         parts[EMA] = 4 * adapter_weights
-    if num_processes > 1:
-        parts[BUCKETS] = 4 * adapter_weights
+    _share_out(parts, shape, adapter_weights, element, distribution)
     if config.data.latent_cache is None:
         parts[ENCODERS] += shape.encoders.get("vae", 0) * element
     if config.data.text_cache is None:
@@ -73,6 +77,26 @@ def predict_memory(
     if device_type == "cuda":
         parts[CONTEXT] = CONTEXT_BYTES
     return parts
+
+
+def _share_out(parts: dict[str, int], shape: ModelShape, adapter_weights: int, element: int, distribution: Distribution) -> None:
+    """Change the parts to those of one of several processes.
+
+    Replicas keep a copy of the gradients in buckets. A sharded base is gathered block by block, two at a time, and once what is outside of
+    blocks. Shared optimizer state comes with a float32 copy of the adapter, and with room for the gradients that are being sent.
+    """
+    if distribution.base_shards > 1:
+        parts[BASE] = -(-parts[BASE] // distribution.base_shards)
+        outside = {**shape.transformer, "num_layers": 0, "num_single_layers": 0}
+        block = base_parameter_count({**outside, "num_layers": 1}) - base_parameter_count(outside)
+        parts[TRANSIENT] += (2 * block + base_parameter_count(outside)) * element
+    elif distribution.optimizer_shards > 1:
+        count = distribution.optimizer_shards
+        parts[OPTIMIZER] = (parts[OPTIMIZER] + 4 * adapter_weights) // count
+        parts[GRADIENTS] //= count
+        parts[BUCKETS] = 4 * min(BUCKET_WEIGHTS, adapter_weights)
+    elif distribution.processes > 1:
+        parts[BUCKETS] = 4 * adapter_weights
 
 
 def dry_parts(config: Config, shape: ModelShape, num_references: int, device_type: str = "cuda") -> dict[str, int]:

@@ -113,6 +113,10 @@ def _parameters(path: Path) -> int:
         try:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, 100_000_000)))
-            return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            header.pop("__metadata__", None)
+            size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if path.stat().st_size != size:
+                raise ValueError(f"{size:,} bytes are announced, {path.stat().st_size:,} are there")
+            return sum(prod(entry["shape"]) for entry in header.values())
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a safetensors file ({error}).") from error

@@ -8,9 +8,12 @@ import torch
 
 from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.planning.costs import captured_row_flops, lora_parameter_count, training_step_flops
-from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
+from mosaic.planning.data_checks import DataFacts
+from mosaic.planning.findings import NOTE, OK, STOP, Finding
+from mosaic.planning.memory_model import GIB, WHOLE, predict_memory, step_tokens
 from mosaic.planning.model_shape import ModelShape, read_model_shape
-from mosaic.planning.preflight_checks import NOTE, OK, STOP, DataFacts, Finding, check_surroundings, data_facts
+from mosaic.planning.preflight_checks import look_around
+from mosaic.training.sharding import Distribution
 
 PEAK_TFLOPS = 989.0  # H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption
@@ -26,7 +29,7 @@ class Device:
         type: "cuda" or "cpu".
         name: For messages.
         memory: Bytes; None: not known.
-        count: Processes.
+        count: Processes of the run.
         peak_tflops: Of one process.
     """
 
@@ -67,11 +70,18 @@ class Preflight:
         return all(finding.level != STOP for finding in self.findings)
 
 
-def preflight(config: Config, resume: str | None = None, gpu_memory: float | None = None, num_references: int | None = None) -> Preflight:
+def preflight(
+    config: Config,
+    distribution: Distribution = WHOLE,
+    resume: str | None = None,
+    gpu_memory: float | None = None,
+    num_references: int | None = None,
+) -> Preflight:
     """Look over a run; loads no weights, downloads nothing, writes nothing.
 
     Args:
         config: The run's settings.
+        distribution: The processes, and what is shared out over them.
         resume: As for `mosaic.training.train`.
         gpu_memory: GiB of the card to plan for; None: the card that is there.
         num_references: K to plan for; None: the largest in the data, or `data.max_references` where the data cannot be read.
@@ -79,14 +89,15 @@ def preflight(config: Config, resume: str | None = None, gpu_memory: float | Non
     Raises:
         FileNotFoundError, ValueError: If the base model's folder is damaged, or sizes do not fit its tokens.
     """
-    shape, facts = read_model_shape(config.model.pretrained), data_facts(config)
-    references = num_references or facts.max_references
-    device = find_device(config, gpu_memory)
-    memory = predict_memory(config, shape, references, device.type, device.count)
+    shape = read_model_shape(config.model.pretrained)
+    found = look_around(config, shape, distribution, resume)
+    references = num_references or found.facts.max_references
+    device = find_device(config, gpu_memory, distribution.processes)
+    memory = predict_memory(config, shape, references, device.type, distribution)
     whole, useful = (step_tflop(config, shape, references, mode) for mode in (config.model.gradient_checkpointing, "none"))
     hours = 1000 * whole / (EFFICIENCY * device.peak_tflops) / 3600
-    findings = [*check_surroundings(config, shape, facts, resume), *check_device(config, device, sum(memory.values()))]
-    return Preflight(config, count(config, shape, references, facts), whole, useful, memory, device, hours, findings)
+    findings = [*found.findings, *check_device(config, device, sum(memory.values()))]
+    return Preflight(config, count(config, shape, references, found.facts), whole, useful, memory, device, hours, findings)
 
 
 def count(config: Config, shape: ModelShape, num_references: int, facts: DataFacts) -> dict[str, int]:
@@ -129,22 +140,24 @@ def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_
     return config.training.gradient_accumulation_steps * (step + rows) / 1e12
 
 
-def find_device(config: Config, gpu_memory: float | None) -> Device:
-    """The device that training would take, or the card that is planned for."""
+def find_device(config: Config, gpu_memory: float | None, processes: int = 1) -> Device:
+    """The device that each of so many processes would take, or the card that is planned for."""
     peak = config.training.peak_tflops
-    processes = max(torch.cuda.device_count(), 1)
     if gpu_memory is not None:
         return Device("cuda", f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak or PEAK_TFLOPS)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device("cuda", properties.name, properties.total_memory, processes, peak or PEAK_TFLOPS)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-    return Device("cpu", f"{os.cpu_count()} CPU cores", pages, 1, peak or CPU_CORE_TFLOPS * (os.cpu_count() or 1))
+    return Device("cpu", f"{os.cpu_count()} CPU cores", pages, processes, peak or CPU_CORE_TFLOPS * (os.cpu_count() or 1) / processes)
 
 
 def check_device(config: Config, device: Device, needed: int) -> list[Finding]:
     """Whether the prediction fits. A machine without a card may be the place to plan on, not the one to train on."""
     subject, given = "memory", f"{needed / GIB:.1f} GiB predicted"
+    if device.type == "cpu" and device.count > 1:  # which share it
+        given = f"{device.count} processes x {given}"
+        needed *= device.count
     if device.memory is None:
         return [Finding(NOTE, subject, f"{given}; how much {device.name} have is not known.")]
     fits = needed <= FITS_BELOW * device.memory

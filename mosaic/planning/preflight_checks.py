@@ -1,9 +1,11 @@
-"""What a training run needs from its surroundings, looked at before anything heavy is loaded: data, weights, packages, disk, folders."""
+"""What a training run needs from its surroundings, looked at before anything heavy is loaded: weights, packages, disk, folders, data."""
 
 import importlib.util
-import os
+import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,94 +13,90 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from mosaic.cases.reading import load_cases
-from mosaic.config import Config, DataConfig
-from mosaic.data.manifest import Manifest
-from mosaic.hub import require_model_name
+from mosaic.config import Config
+from mosaic.data.latent_cache import cached_latent_bytes
+from mosaic.data.text_cache import cached_text_bytes
+from mosaic.hub import require_model_name, resolve_lora_file
+from mosaic.lora import PREFIX, reference_module_names
+from mosaic.lora_files import LoraFile
 from mosaic.planning.costs import lora_parameter_count
-from mosaic.planning.memory_model import GIB, OPTIMIZER_BYTES
+from mosaic.planning.data_checks import DataFacts, look_at_data
+from mosaic.planning.findings import NOTE, OK, STOP, Finding, Findings
+from mosaic.planning.memory_model import FORMAT_BYTES, GIB, OPTIMIZER_BYTES
 from mosaic.planning.model_shape import ENCODERS, ModelShape
 from mosaic.training.checkpoint import find_checkpoint
+from mosaic.training.sharding import Distribution
+from mosaic.training.starting import check_output
 
-OK, NOTE, STOP = "ok", "note", "stop"
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao", "adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 HUB_TIMEOUT = 5.0  # seconds
+OTHER_COMPONENTS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
-class Finding(NamedTuple):
-    """One thing that was looked at.
-
-    Attributes:
-        level: "ok", "note" (worth knowing) or "stop" (training would fail).
-        subject: What was looked at.
-        message: What was found, and the cure.
-    """
-
-    level: str
-    subject: str
-    message: str
-
-
-class DataFacts(NamedTuple):
-    """What is known of the training data.
+class Surroundings(NamedTuple):
+    """Everything but the device.
 
     Attributes:
-        num_samples: Samples of the split; None: not known.
-        max_references: Largest K among them, or what the config allows where that is not known.
+        facts: What is known of the data.
+        findings: What was looked at.
     """
 
-    num_samples: int | None
-    max_references: int
+    facts: DataFacts
+    findings: list[Finding]
 
 
-def data_facts(config: Config) -> DataFacts:
-    """Size of the training data, from its manifest where there is one that can be read."""
-    unknown = DataFacts(None, config.data.max_references)
-    if config.data.format != "multi_reference":
-        return unknown
-    try:
-        manifest = Manifest(config.data.root, config.data.split)
-    except (OSError, ValueError):
-        return unknown
-    return DataFacts(len(manifest), int(max(manifest.num_references)))
+def look_around(config: Config, shape: ModelShape, distribution: Distribution, resume: str | None) -> Surroundings:
+    """Look at everything but the device.
 
-
-def check_surroundings(config: Config, shape: ModelShape, facts: DataFacts, resume: str | None = None) -> Iterator[Finding]:
-    """Look at everything but the device."""
-    yield _attempt("data.root", lambda: _check_data(config.data, config.data.split))
-    if config.validation.every:
-        yield _attempt("validation.split", lambda: _check_data(config.data, config.validation.split))
-        if config.validation.cases is not None:
-            yield _attempt("validation.cases", lambda: f"{len(load_cases(config.validation.cases, config.data.reference_size))} cases")
-    yield _check_model(config.model.pretrained, shape)
-    if config.lora.pretrained is not None and not _looks_like_hub_id(config.lora.pretrained):
-        found = Path(config.lora.pretrained).exists()
-        message = "is there" if found else "no such file or folder"
-        yield Finding(OK if found else STOP, "lora.pretrained", f"{config.lora.pretrained}: {message}.")
+    Raises:
+        ValueError: A size does not fit the tokens.
+    """
+    place = Findings()
+    folder = Path(config.training.output_dir)
+    checkpoint = place.step("training.output_dir", lambda: _find_checkpoint(folder, resume), partial(_describe_output, folder))
+    facts, findings = look_at_data(config, shape, distribution.processes, checkpoint)
+    if config.validation.every is not None and config.validation.cases is not None:
+        cases = partial(load_cases, config.validation.cases, config.data.reference_size)
+        findings.step("validation.cases", cases, lambda found: f"{len(found)} cases.")
+    findings.append(_check_model(config.model.pretrained, shape))
+    if config.lora.pretrained is not None and checkpoint is None:
+        if _looks_like_hub_id(config.lora.pretrained):
+            findings.append(Finding(NOTE, "lora.pretrained", f"{config.lora.pretrained}: looked for on the Hub when training starts."))
+        else:
+            findings.step("lora.pretrained", lambda: _adapter_header(config, shape), str)
     for name in (config.model.quantization, config.optimizer.name):
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-            yield Finding(STOP, PACKAGES[name], f'"{name}" needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}.')
-    yield _attempt("training.output_dir", lambda: _check_output(config, resume))
-    yield from check_disk(config, shape, facts)
+            findings.append(Finding(STOP, PACKAGES[name], f'"{name}" needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}.'))
+    return Surroundings(facts, [*findings, *place, *check_disk(config, shape, facts)])
 
 
-def _attempt(subject: str, check: Callable[[], str]) -> Finding:
-    """The finding of a check that returns its good news and raises its bad ones."""
-    try:
-        return Finding(OK, subject, check())
-    except (OSError, ValueError) as error:
-        return Finding(STOP, subject, str(error))
+def _find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint that a run in this folder would continue."""
+    check_output(folder)
+    return find_checkpoint(resume, folder / "checkpoints")
 
 
-def _check_data(data: DataConfig, split: str) -> str:
-    if data.format == "multi_reference":
-        manifest = Manifest(data.root, split)
-        return f'{data.root}: {len(manifest):,} samples in the split "{split}", up to {max(manifest.num_references)} references.'
-    for name, given in (("root", data.root), ("parquet", data.parquet), ("masks", data.masks), ("coordinates", data.coordinates)):
-        if given is not None and not Path(given).exists():
-            raise FileNotFoundError(f"data.{name}: no such file or folder: {given}.")
-    if data.parquet is None and not (Path(data.root) / "data").is_dir():
-        raise FileNotFoundError(f"data.root: {data.root} lacks the folder data with the Parquet files; or name them by data.parquet.")
-    return f"{data.root}: the released layout."
+def _describe_output(folder: Path, checkpoint: Path | None) -> str:
+    return f"{folder}: " + ("a new run." if checkpoint is None else f"continues from {checkpoint.name}.")
+
+
+def _adapter_header(config: Config, shape: ModelShape) -> str:
+    """What the header of the adapter to start from says.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such file, or it does not fit.
+    """
+    file = LoraFile(resolve_lora_file(config.lora.pretrained, config.lora.weight_name), "reference LoRA")
+    modules = reference_module_names(shape.transformer["num_layers"], shape.transformer["num_single_layers"])
+    keys = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
+    rank = file.shape(f"{PREFIX}{modules[0]}.lora_A.weight")[0] if set(file) == keys else 0
+    if not rank or sum(math.prod(file.shape(key)) for key in file) != lora_parameter_count(shape.transformer, rank):
+        raise ValueError(f"{file.path}: is no reference LoRA for {config.model.pretrained}: its modules or widths are others.")
+    if rank != config.lora.rank and not config.lora.resize:
+        raise ValueError(
+            f"lora.rank is {config.lora.rank}, but {file.path} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
+        )
+    return f"{file.path}: rank {rank}" + ("." if rank == config.lora.rank else f", to be resized to {config.lora.rank}.")
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -112,8 +110,9 @@ def _check_model(name: str, shape: ModelShape) -> Finding:
         folder = Path(name)
         needed = [folder / "model_index.json", *(folder / part / "config.json" for part in ("transformer", *ENCODERS))]
         missing = [str(path) for path in needed if not path.is_file()]
-        if not any((folder / "transformer").glob("*.safetensors")):
-            missing.append(str(folder / "transformer/*.safetensors"))
+        for part in ("transformer", *ENCODERS):
+            missing += _missing_weights(folder / part)
+        missing += [str(folder / part) for part in OTHER_COMPONENTS if not any((folder / part).glob("*"))]
         if missing:
             return Finding(STOP, subject, f"not a complete diffusers FLUX folder; missing: {', '.join(missing)}.")
         return Finding(OK, subject, f"{name}: a local folder, {shape.base_parameters:,} parameters.")
@@ -139,44 +138,61 @@ def _check_model(name: str, shape: ModelShape) -> Finding:
     return Finding(OK, subject, f"{name}: the Hub would give it; training downloads it first.")
 
 
-def _check_output(config: Config, resume: str | None) -> str:
-    folder = Path(config.training.output_dir)
-    parent = _existing(folder)
-    if not parent.is_dir() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"training.output_dir: must be a folder, but {parent} is a file.")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"training.output_dir: {parent} cannot be written to.")
-    checkpoint = find_checkpoint(resume, folder / "checkpoints")
-    return f"{folder}: " + ("a new run." if checkpoint is None else f"continues from {checkpoint.name}.")
-
-
-def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)
+def _missing_weights(folder: Path) -> list[str]:
+    """The weights of a component that its index names and that are not there; without an index, any."""
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [str(folder / name) for name in sorted(shards) if not (folder / name).is_file()]
+    found = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return [] if found else [str(folder / "*.safetensors")]
 
 
 def check_disk(config: Config, shape: ModelShape, facts: DataFacts) -> Iterator[Finding]:
     """Room for the checkpoints and for caches that are still to be filled."""
     adapter = lora_parameter_count(shape.transformer, config.lora.rank)
     copies = 4 + OPTIMIZER_BYTES[config.optimizer.name] + (4 if config.optimizer.ema_decay is not None else 0)
-    kept = (config.training.keep_checkpoints or 0) + 1  # one more while the newest is written
-    unlimited = "" if config.training.keep_checkpoints else " and no limit to their number (training.keep_checkpoints)"
-    yield _room("checkpoints", config.training.output_dir, adapter * copies, kept, unlimited)
-    if facts.num_samples is not None:
-        for name, size in cache_bytes(config, shape, facts.max_references).items():
-            folder = getattr(config.data, name)
-            if folder is not None and not Path(folder).is_dir():
-                yield _room(f"data.{name}", folder, size, facts.num_samples, " at most, one per sample")
+    kept, remark = _num_checkpoints(config, facts)
+    yield _room("checkpoints", config.training.output_dir, adapter * copies, kept, remark)
+    for name, (size, count) in cache_bytes(config, shape, facts).items():
+        folder = getattr(config.data, name)
+        if folder is not None and count is not None and not Path(folder).is_dir():
+            yield _room(f"data.{name}", folder, size, count, " at most" if name == "latent_cache" else "")
 
 
-def cache_bytes(config: Config, shape: ModelShape, num_references: int) -> dict[str, int]:
-    """Bytes of one sample in the caches: mean and log-variance of all latents in float32, embeddings in 16 bits."""
-    cells = (
-        sum(h * w for h, w in [config.data.image_size] + [(config.data.reference_size,) * 2] * num_references) // shape.vae_scale_factor**2
-    )
-    text = config.model.text_length * shape.transformer["joint_attention_dim"] + shape.transformer["pooled_projection_dim"]
-    return {"latent_cache": 2 * 4 * cells * shape.transformer["in_channels"] // 4, "text_cache": 2 * text}
+def _num_checkpoints(config: Config, facts: DataFacts) -> tuple[int, str]:
+    """How many checkpoints lie on the disk at a time, and what goes beyond that number."""
+    training = config.training
+    ends = [training.max_steps, training.max_epochs and facts.steps_per_epoch and training.max_epochs * facts.steps_per_epoch]
+    steps = min((end for end in ends if end is not None), default=None)
+    if training.keep_checkpoints is None:
+        if steps is None:
+            return 1, " each, and no limit to their number (training.keep_checkpoints)"
+        return -(-steps // training.checkpoint_every), ", all that the run writes (training.keep_checkpoints)"
+    kept = training.keep_checkpoints + 1  # one more while the newest is written
+    if training.best_metric is not None and config.validation.every is not None:
+        kept += 1
+    if training.milestone_every is None:
+        return kept, ""
+    if steps is None:
+        return kept, " and every milestone (training.milestone_every)"
+    return kept + steps // math.lcm(training.milestone_every, training.checkpoint_every), ""
+
+
+def cache_bytes(config: Config, shape: ModelShape, facts: DataFacts) -> dict[str, tuple[int, int | None]]:
+    """Bytes of an entry of each cache, and the number of entries; of pictures as for the largest bucket and the most references."""
+    data, element, transformer = config.data, FORMAT_BYTES[config.model.dtype], shape.transformer
+    target = max(data.buckets or (data.image_size,), key=math.prod)
+    channels = transformer["in_channels"] // 4
+    latents = cached_latent_bytes(target, data.reference_size, facts.max_references, shape.vae_scale_factor, channels, element)
+    widths = (transformer["joint_attention_dim"], transformer["pooled_projection_dim"])
+    text = cached_text_bytes(config.model.text_length, *widths, element)
+    return {"latent_cache": (latents, facts.num_samples), "text_cache": (text, facts.num_prompts)}
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
 
 
 def _room(subject: str, folder: str, size: float, count: int, remark: str) -> Finding:

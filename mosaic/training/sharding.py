@@ -5,7 +5,8 @@ optimizer, average, checkpoints and export are those of a replicated run, and on
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,28 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.quantization import require_package
 from mosaic.sections import OptimizerConfig
+
+
+class Distribution(NamedTuple):
+    """How a run is shared out over processes.
+
+    Attributes:
+        processes: Their number.
+        base_shards: Parts into which the frozen base is cut; 1: it is whole in each process.
+        optimizer_shards: Parts into which the adapter's gradient and optimizer state are cut; 1: likewise.
+    """
+
+    processes: int = 1
+    base_shards: int = 1
+    optimizer_shards: int = 1
+
+
+def read_distribution(environ: Mapping[str, str]) -> Distribution:
+    """What the variables of a launched process say; one process shares nothing out."""
+    processes = int(environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and _asked("ACCELERATE_USE_FSDP", environ):
+        return Distribution(processes, base_shards=_mesh_sizes(processes, environ)[1])
+    return Distribution(processes, optimizer_shards=processes if _asked("ACCELERATE_USE_DEEPSPEED", environ) else 1)
 
 
 def check_distribution(optimizer: OptimizerConfig) -> None:
@@ -135,15 +158,24 @@ def is_sharded(transformer: nn.Module) -> bool:
 
 def _mesh(accelerator: Accelerator) -> DeviceMesh:
     """All processes in one row of shards; with hybrid sharding, replicas x shards."""
-    device, count = accelerator.device.type, accelerator.num_processes
-    replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
-    shards = int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", str(count)))
-    if replicas * shards != count:
-        raise ValueError(f"dp_replicate_size {replicas} x dp_shard_size {shards} must be the number of processes, {count}.")
+    device, (replicas, shards) = accelerator.device.type, _mesh_sizes(accelerator.num_processes, os.environ)
     if replicas == 1:
         return init_device_mesh(device, (shards,), mesh_dim_names=("shard",))
     return init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def _asked(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"
+def _mesh_sizes(processes: int, environ: Mapping[str, str]) -> tuple[int, int]:
+    """Replicas and shards.
+
+    Raises:
+        ValueError: They are not those of so many processes.
+    """
+    replicas = int(environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
+    shards = int(environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", str(processes)))
+    if replicas * shards != processes:
+        raise ValueError(f"dp_replicate_size {replicas} x dp_shard_size {shards} must be the number of processes, {processes}.")
+    return replicas, shards
+
+
+def _asked(name: str, environ: Mapping[str, str] = os.environ) -> bool:
+    return environ.get(name, "false").lower() == "true"

@@ -18,6 +18,7 @@ from mosaic.training.optimizer_state import pack_state, unpack_state
 from mosaic.training.updates import Updates
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_WEIGHTS = 50_000_000  # whose gradients are sent at once; DeepSpeed keeps room for them, by default more than the whole adapter needs
 
 
 class ZeroUpdates(Updates):
@@ -42,7 +43,7 @@ class ZeroUpdates(Updates):
             "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own reports only
             "gradient_accumulation_steps": 1,  # the trainer divides the loss itself
             "gradient_clipping": max_grad_norm or 0.0,
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": BUCKET_WEIGHTS},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": float("inf"),
         }

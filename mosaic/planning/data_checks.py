@@ -1,0 +1,151 @@
+"""The samples of a run before it starts, by the steps of the start itself: opened, held against caches and checkpoint, shared out."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mosaic.caches import Caches, latent_encoding, text_encoding
+from mosaic.config import Config, DataConfig
+from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_supervision, find_unreadable, open_dataset
+from mosaic.data.latent_cache import LatentCache
+from mosaic.data.semalign import INDEX_NAME
+from mosaic.data.tensor_cache import DESCRIPTION, TensorCache
+from mosaic.data.text_cache import TextCache
+from mosaic.planning.findings import NOTE, STOP, Finding, Findings
+from mosaic.planning.model_shape import ModelShape
+from mosaic.schema import read_json
+from mosaic.tokens import token_grid
+from mosaic.training.run_state import describe_run, require_same_run
+from mosaic.training.starting import training_sampler
+
+Samples = TrainingDataset | ReadableSamples | CachedSamples
+_INDEX_LATER = "{}: the released layout; the index of sample ids is made when training first starts."
+
+
+class DataFacts(NamedTuple):
+    """What is known of the training data.
+
+    Attributes:
+        max_references: Largest K among the samples, or what the config allows where that is not known.
+        num_samples: Samples of the split; None: not known.
+        num_prompts: Different prompts; None: not known.
+        steps_per_epoch: Optimizer steps; None: not known.
+    """
+
+    max_references: int
+    num_samples: int | None = None
+    num_prompts: int | None = None
+    steps_per_epoch: int | None = None
+
+
+def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: Path | None) -> tuple[DataFacts, Findings]:
+    """Open the samples and follow them to the batches; what fails ends the way there.
+
+    Args:
+        config: The run's settings.
+        shape: The base model's shape, for the size of a token.
+        processes: Number of processes.
+        checkpoint: The one that would be continued.
+
+    Raises:
+        ValueError: A size does not fit the tokens.
+    """
+    facts, data, findings = DataFacts(config.data.max_references), config.data, Findings()
+    if data.format == "semalign" and not Path(data.id_index or Path(data.root) / INDEX_NAME).is_file():
+        findings.step("data.root", lambda: _check_semalign_paths(data), lambda _: _INDEX_LATER.format(data.root))
+        return facts, findings
+    factor = shape.vae_scale_factor
+    grids = (
+        token_grid(*data.image_size, factor, where="data.image_size"),
+        token_grid(data.reference_size, data.reference_size, factor, where="data.reference_size"),
+    )
+    splits = {"data.root": data.split} | ({"validation.split": config.validation.split} if config.validation.every is not None else {})
+    opened = {
+        subject: findings.step(subject, partial(open_dataset, data, split, *grids), partial(_describe, split))
+        for subject, split in splits.items()
+    }
+    dataset: Samples | None = opened["data.root"]
+    if dataset is None:
+        return facts, findings
+    facts = DataFacts(int(dataset.num_references.max()), len(dataset), len(set(dataset.prompts())))
+    if data.skip_invalid:
+        skipped = Path(config.training.output_dir) / "skipped.jsonl"
+        if not skipped.is_file():
+            findings.append(Finding(NOTE, "data.skip_invalid", "samples that cannot be read are looked for when training starts."))
+            return facts, findings
+        unreadable = find_unreadable(dataset, skipped, 0, show_progress=False)
+        dataset = ReadableSamples(dataset, unreadable) if unreadable else dataset
+    before = len(findings)
+    caches = Caches(_open_latents(findings, config, shape, dataset), _open_text(findings, config, shape, dataset))
+    if any(finding.level == STOP for finding in findings[before:]):
+        return facts, findings
+    if caches != Caches(None, None):
+        dataset = CachedSamples(dataset, *caches)
+    minimum = data.min_point_coverage
+    findings.step("points", lambda: check_supervision(dataset, minimum), lambda found: f"in {found.share:.0%} of the references looked at.")
+    sampler = findings.step(
+        "batches", lambda: training_sampler(config, dataset, 0, processes), lambda found: f"{found.steps_per_epoch:,} steps per epoch."
+    )
+    if sampler is None:
+        return facts, findings
+    if checkpoint is not None:
+        run = describe_run(config, sampler.global_batch, processes, dataset)
+        findings.step(
+            "--resume",
+            lambda: require_same_run(read_json(checkpoint / "state.json"), run, str(checkpoint)),
+            lambda _: f"{checkpoint.name} is of this config.",
+        )
+    return facts._replace(steps_per_epoch=sampler.steps_per_epoch), findings
+
+
+def _describe(split: str, dataset: TrainingDataset) -> str:
+    return f'{len(dataset):,} samples in the split "{split}", up to {dataset.num_references.max()} references.'
+
+
+def _check_semalign_paths(data: DataConfig) -> None:
+    """Check for the released layout, where its index of ids is still to be made, which is no thing to do in a look.
+
+    Raises:
+        FileNotFoundError: A file or folder is missing.
+    """
+    for name, given in (("root", data.root), ("parquet", data.parquet), ("masks", data.masks), ("coordinates", data.coordinates)):
+        if given is not None and not Path(given).exists():
+            raise FileNotFoundError(f"data.{name}: no such file or folder: {given}.")
+    if data.parquet is None and not (Path(data.root) / "data").is_dir():
+        raise FileNotFoundError(f"data.root: {data.root} lacks the folder data with the Parquet files; or name them by data.parquet.")
+
+
+def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> LatentCache | None:
+    """The latent cache, if the config names one, held against the samples."""
+    folder = config.data.latent_cache
+
+    def open_it() -> LatentCache:
+        cache = LatentCache(folder, latent_encoding(config) if shape.is_local else _stored_encoding(folder))
+        cache.check_names(dataset.sample_ids(), "samples")
+        return cache
+
+    return None if folder is None else findings.step("data.latent_cache", open_it, partial(_describe_cache, shape))
+
+
+def _open_text(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> TextCache | None:
+    """The text cache, if the config names one, held against the prompts."""
+    folder = config.data.text_cache
+
+    def open_it() -> TextCache:
+        cache = TextCache(folder, text_encoding(config) if shape.is_local else _stored_encoding(folder))
+        cache.check_names(dict.fromkeys(dataset.prompts()), "prompts")
+        return cache
+
+    return None if folder is None else findings.step("data.text_cache", open_it, partial(_describe_cache, shape))
+
+
+def _describe_cache(shape: ModelShape, cache: TensorCache) -> str:
+    remark = "" if shape.is_local else "; whether they are of this model shows when training starts"
+    return f"{cache.root}: {len(cache):,} entries, all that are needed{remark}."
+
+
+def _stored_encoding(folder: str) -> dict[str, Any]:
+    """What a cache says of itself, where the model is not at hand to compare; empty where it says nothing, which opening it then tells."""
+    file = Path(folder) / DESCRIPTION
+    description = read_json(file) if file.is_file() else None
+    return description.get("encoding", {}) if isinstance(description, dict) else {}

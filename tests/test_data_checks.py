@@ -1,0 +1,157 @@
+"""The look at samples, caches, batches and checkpoint before a run: what it stops, training stops with the same words."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+from mosaic.planning.data_checks import DataFacts, look_at_data
+from mosaic.planning.findings import NOTE, OK, STOP, Findings
+from mosaic.planning.model_shape import FLUX_DEV_SHAPE, read_model_shape
+from mosaic.training import train
+from preprocess import cache
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture(scope="module")
+def cached(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the world with both caches; not to be changed."""
+    folder = Path(shutil.copytree(world, tmp_path_factory.mktemp("cached") / "world"))
+    values = runs.settings(folder, folder / "run")
+    values["data"] |= {"latent_cache": str(folder / "latents"), "text_cache": str(folder / "text")}
+    (folder / "config.json").write_text(json.dumps(values))
+    assert cache.main([str(folder / "config.json"), "--device", "cpu"]) == 0
+    PartialState._reset_state()
+    return folder
+
+
+@pytest.fixture
+def place(cached: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy that may be damaged, under the same path, since caches know their model by its files."""
+    yield Path(shutil.copytree(cached, tmp_path / "world"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def look(place: Path, processes: int = 1, checkpoint: Path | None = None, **changes: Any) -> tuple[DataFacts, Findings]:
+    config = runs.make_config(place, place / "run", **changes)
+    return look_at_data(config, read_model_shape(config.model.pretrained), processes, checkpoint)
+
+
+def caches_of(place: Path) -> dict[str, str]:
+    return {"data__latent_cache": str(place / "latents"), "data__text_cache": str(place / "text")}
+
+
+def test_all_is_well(place: Path) -> None:
+    facts, findings = look(place, **caches_of(place), validation__every=2)
+    subjects = ["data.root", "validation.split", "data.latent_cache", "data.text_cache", "points", "batches"]
+    assert [(finding.level, finding.subject) for finding in findings] == [(OK, subject) for subject in subjects]
+    assert facts == DataFacts(max_references=2, num_samples=9, num_prompts=2, steps_per_epoch=4)
+    assert findings[0].message == '9 samples in the split "train", up to 2 references.'
+    assert findings[-1].message == "4 steps per epoch."
+
+
+def remove_points(place: Path) -> None:
+    shutil.rmtree(place / "data/points")
+
+
+def unfinished(place: Path) -> None:
+    (place / "latents/names.parquet").unlink()
+
+
+def another_prompt(place: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = place / "data/manifest.parquet"
+    table = pq.read_table(file)
+    prompts = ["a fish at home", *table["prompt"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", pa.array(prompts)), file)
+
+
+def nothing(place: Path) -> None:
+    pass
+
+
+STOPPED: dict[str, tuple[Callable[[Path], None], dict[str, Any], bool, str, str]] = {
+    "no data": (lambda place: shutil.rmtree(place / "data"), {}, False, "data.root", "there is no such folder"),
+    "too many references": (nothing, {"data__max_references": 1}, False, "data.root", "must be at most 1"),
+    "no points": (remove_points, {}, False, "points", "only 0 of 15 references"),
+    "no cache": (lambda place: shutil.rmtree(place / "text"), {}, True, "data.text_cache", "there is no cache in"),
+    "an unfinished cache": (unfinished, {}, True, "data.latent_cache", "is not finished"),
+    "a stale cache": (nothing, {"model__text_length": 5}, True, "data.text_cache", "is stale"),
+    "a prompt that is not cached": (another_prompt, {}, True, "data.text_cache", "lacks 1 of"),
+    "a large batch": (nothing, {"training__batch_size": 10}, False, "batches", "must be at most the number of samples, 9, got 10"),
+}
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+def test_what_is_stopped(place: Path, kind: str) -> None:
+    damage, changes, uses_caches, subject, message = STOPPED[kind]
+    changes = changes | (caches_of(place) if uses_caches else {})
+    damage(place)
+    _, findings = look(place, **changes)
+    (stopped,) = [finding for finding in findings if finding.level == STOP]
+    assert stopped.subject == subject
+    assert message in stopped.message
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        train(runs.make_config(place, place / "run", **changes))
+    assert str(caught.value) == stopped.message
+
+
+def test_the_processes_count(place: Path) -> None:
+    assert look(place, processes=4)[1][-1].level == OK
+    assert "x 5 processes must be at most the number of samples" in look(place, processes=5)[1][-1].message
+
+
+def test_a_checkpoint_of_another_config(place: Path) -> None:
+    train(runs.make_config(place, place / "run", training__max_steps=1))
+    checkpoint = place / "run/checkpoints/step_00000001"
+    assert look(place, checkpoint=checkpoint)[1][-1].message == "step_00000001 is of this config."
+    for processes, changes, message in (
+        (1, {"optimizer__learning_rate": 0.5}, "optimizer.learning_rate was 0.01, is 0.5"),
+        (2, {}, "x processes was 2, is 4"),
+        (1, {"data__split": "heldout"}, "the data set had 9 samples, has 4"),
+    ):
+        finding = look(place, processes, checkpoint, **changes)[1][-1]
+        assert (finding.level, finding.subject) == (STOP, "--resume")
+        assert message in finding.message
+    assert look(place, 2, checkpoint, training__batch_size=1)[1][-1].level == OK
+
+
+def test_samples_that_cannot_be_read_are_left_to_the_start(place: Path) -> None:
+    facts, findings = look(place, data__skip_invalid=True)
+    assert [finding.level for finding in findings] == [OK, NOTE]
+    next((place / "data").rglob("train-3_target*")).write_bytes(b"no picture")
+    train(runs.make_config(place, place / "run", data__skip_invalid=True, training__max_steps=1))
+    facts, findings = look(place, checkpoint=place / "run/checkpoints/step_00000001", data__skip_invalid=True)
+    assert [finding.level for finding in findings] == [OK, OK, OK, OK]
+    assert facts.steps_per_epoch == 3
+
+
+def test_a_model_that_is_not_at_hand(place: Path) -> None:
+    """Its size of a token is FLUX.1's; caches are then only held against the samples."""
+    values = {"model__pretrained": "black-forest-labs/FLUX.1-dev", "data__image_size": [64, 64], "data__reference_size": 32}
+    config = runs.make_config(place, place / "run", **caches_of(place), **values)
+    _, findings = look_at_data(config, FLUX_DEV_SHAPE, 1, None)
+    levels = {finding.subject: finding.level for finding in findings}
+    assert levels["data.latent_cache"] == levels["data.text_cache"] == OK
+    assert "whether they are of this model shows when training starts" in findings[1].message
+    (place / "text/cache.json").unlink()
+    assert look_at_data(config, FLUX_DEV_SHAPE, 1, None)[1][2].message.startswith("data.text_cache: there is no cache in")
+
+
+def test_a_released_data_set_without_its_index(tmp_path: Path, place: Path) -> None:
+    options = {"data__format": "semalign", "data__root": str(tmp_path / "set"), "data__image_size": [16, 16]}
+    assert look(place, **options)[1] == [(STOP, "data.root", f"data.root: no such file or folder: {tmp_path / 'set'}.")]
+    (tmp_path / "set").mkdir()
+    assert "lacks the folder data with the Parquet files" in look(place, **options)[1][0].message
+    (tmp_path / "set/data").mkdir()
+    facts, findings = look(place, **options)
+    assert findings[0].message.endswith("the index of sample ids is made when training first starts.")
+    assert facts.num_samples is None
