@@ -1,6 +1,7 @@
 """Draw the tables and figures of an ablation from its results file: `python scripts/ablation_figures.py outputs/ablation/results.json`.
 
 Writes report.md with all tables, the figures beside it as SVG and PNG, each number of which is in the results file next to its run.
+With --readme FILE the main ones also go into that file, between its two lines "<!-- ablation -->".
 """
 
 import argparse
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.figures import save_picture
 from mosaic.training.durable import write_text
-from scripts.pocket.ablation_plots import CURVES, K_MEASURES, charts, lines_figure
+from scripts.pocket.ablation_plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
+from scripts.pocket.ablation_readme import put_into
 from scripts.pocket.ablation_results import read_results
 from scripts.pocket.ablation_tables import MEASURES, attention_table, by_arm, factor_table, k_table, ks_of, run_table, summary_table
 
@@ -33,7 +35,7 @@ def draw(results_file: Path, folder: Path) -> Path:
     """
     results = read_results(results_file)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, svg in charts(results).items():
+    for name, svg in {**charts(results), **factor_charts(results)}.items():
         write_text(folder / name, svg)
     figure = lines_figure(results)
     if figure:
@@ -94,7 +96,7 @@ def factor_section(results: dict[str, Any]) -> str:
     """Tables of the one-factor variants."""
     ks = ks_of(list(by_arm(results, "factors").values()))
     head = "## One factor at a time\n\nEach row differs from the baseline in what its first two columns say, and in nothing else."
-    return "\n\n".join([head, *(factor_table(results, k) for k in ks)])
+    return "\n\n".join([head, *(f"![identification]({name})" for name in factor_charts(results)), *(factor_table(results, k) for k in ks)])
 
 
 def attention_section(results: dict[str, Any]) -> str:
@@ -110,9 +112,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.json of scripts/ablation.py")
     parser.add_argument("--output", type=Path, help="folder of the report (default: report, beside the results)")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the main tables and figures into this page, too")
     arguments = parser.parse_args(argv)
     try:
         path = draw(arguments.results, arguments.output or arguments.results.parent / "report")
+        if arguments.readme:
+            put_into(arguments.readme, read_results(arguments.results), path)
     except (ValueError, OSError) as error:
         print(f"ablation_figures: error: {error}", file=sys.stderr)
         return 2

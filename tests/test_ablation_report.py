@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from scripts import ablation_figures
+from scripts.pocket import ablation_readme
 from scripts.pocket import ablation_tables as tables
 from scripts.pocket.ablation_plots import mean_curve, peak_share, spread
+from scripts.pocket.ablation_readme import MARKER
 from scripts.pocket.ablation_results import CURVE_POINTS, curves_of
 from scripts.pocket.ablation_tables import FRECHET, IDENTIFICATION, LEAKAGE, NEAR, Value, apart, cell, value_of
-from scripts.pocket.charts import Point, line_chart, nice_ticks
+from scripts.pocket.charts import Point, Row, line_chart, nice_ticks, row_chart
 
 NOTHING = {"share": None, "low": None, "high": None, "count": 0}
 
@@ -59,7 +61,8 @@ def results() -> dict[str, Any]:
     timing = {"reference_attention": "joint", "reference_cache": False, "num_references": 2, "seconds_per_image": 1.25, "seconds": 3.0}
     return {
         "format": "mosaic-ablation", "version": 1, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
-        "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40},
+        "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40,
+                 "seeds": 3},
         "hardware": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "side_by_side": 2, "threads": 1}, "versions": {"torch": "2"},
         "data": {"folder": "data", "manifest_digest": "d" * 64}, "model": {"name": "m", "digest": "e" * 64}, "judge_digest": "f" * 64,
         "seconds": {"training": 3600.0, "measuring": 36.0}, "real": {str(k): measures(0.75, k, False) for k in (1, 2, 6)}, "timings": [timing],
@@ -111,7 +114,7 @@ def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_pa
     assert all(entry["folder"] in text and entry["config"] in text for entry in results["runs"])
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert sorted(links) == sorted(path.name for path in folder.iterdir() if path.name != "report.md")
-    assert len(links) == 4 + 6 + 1
+    assert len(links) == 4 + 6 + 3 + 1
     assert "training 1.00 h, measuring 0.01 h" in text
     assert "Not finished" not in text
     with Image.open(folder / "lines.png") as figure:
@@ -119,6 +122,39 @@ def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_pa
     again = {path.name: path.read_bytes() for path in folder.iterdir()}
     ablation_figures.draw(tmp_path / "results.json", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == again
+
+
+def test_the_main_ones_go_into_a_page(results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between its markers, as often as one likes; what is around them stays."""
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{MARKER}\nold\n{MARKER}\nafter\n")
+    for _ in range(2):
+        assert ablation_figures.main([str(tmp_path / "results.json"), "--readme", str(page)]) == 0
+        before, inside, after = page.read_text().split(MARKER)
+        assert (before, after) == ("before\n", "\nafter\n")
+        assert inside.strip() == ablation_readme.block(results, "report")
+    links = re.findall(r"\]\(([^)]+)\)", inside)
+    assert links[0] == "report/report.md"
+    assert len(links) == 1 + 4
+    assert all((tmp_path / link).is_file() for link in links)
+    assert "2026-01-02, 3 training seeds, 10 steps of batch 4" in inside
+    for text in ("no marker\n", f"{MARKER}\none\n"):
+        page.write_text(text)
+        assert ablation_figures.main([str(tmp_path / "results.json"), "--readme", str(page)]) == 2
+        assert "must have two lines" in capsys.readouterr().err
+        assert page.read_text() == text
+
+
+def test_rows_are_compared_to_the_first() -> None:
+    rows = [Row("none", "baseline", Point(20, 0, 10, 30)), Row("a", "a: 1", Point(40, 0)), Row("a", "a: 2", Point(math.nan, 0))]
+    svg = row_chart(rows, "t", "x")
+    first, second = (float(x) for x in re.findall(r'<circle cx="([^"]*)"', svg))
+    assert second > first
+    assert f'x1="{first:.1f}" y1="38.0" x2="{first:.1f}"' in svg  # the dashed line
+    assert "a: 2" not in svg
+    assert "nan" not in svg
+    assert "nothing measured yet" in row_chart(rows[2:], "t", "x")
 
 
 def test_files_that_are_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

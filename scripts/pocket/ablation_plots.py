@@ -11,7 +11,7 @@ from mosaic.images import prepare_reference
 from mosaic.tokens import Grid
 from scripts.pocket import world
 from scripts.pocket.ablation_tables import EXACT, FRECHET, IDENTIFICATION, LEAKAGE, NEAR, OVERLAP, Measure, Runs, by_arm, ks_of, value_of
-from scripts.pocket.charts import Point, line_chart
+from scripts.pocket.charts import Point, Row, line_chart, row_chart
 from scripts.pocket.evaluation import held_out_scenes, render_references
 
 CURVES = {
@@ -46,6 +46,19 @@ def charts(results: dict[str, Any]) -> dict[str, str]:
         chance = ("chance", 12.5) if measure is IDENTIFICATION else None
         title = f"{measure.title} (training saw K up to 4)"
         found[f"k_{name}.svg"] = line_chart(series, title, "number of references K", "", chance)
+    return found
+
+
+def factor_charts(results: dict[str, Any]) -> dict[str, str]:
+    """SVG text by file name: identification of the one-factor variants at each K, the baseline first."""
+    arms, found = by_arm(results, "factors"), {}
+    for k in ks_of(list(arms.values())):
+        rows = []
+        for runs in arms.values():
+            value, is_baseline = value_of(IDENTIFICATION, runs, k), runs[0]["factor"] in ("", "none")
+            name = "baseline" if is_baseline else f"{runs[0]['factor']}: {runs[0]['meaning']}"
+            rows.append(Row(runs[0]["factor"], name, Point(value.mean, 0.0, value.low, value.high)))
+        found[f"factors_k{k}.svg"] = row_chart(rows, f"One factor at a time, K = {k}", IDENTIFICATION.title)
     return found
 
 

@@ -94,13 +94,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def summary_table(results: dict[str, Any], k: int) -> str:
-    """All measures of the main arms at one K (the analogue of Table 3)."""
+def summary_table(results: dict[str, Any], k: int, measures: Sequence[Measure] = MEASURES) -> str:
+    """Measures of the main arms at one K (the analogue of Table 3)."""
     rows = []
     for runs in by_arm(results, "main").values():
-        rows.append([runs[0]["meaning"], str(len(runs)), *(cell(value_of(m, runs, k), m.digits) for m in MEASURES)])
-    rows.append(["*real renderings*", "", *(_real_cell(results, m, k) for m in MEASURES)])
-    return markdown([f"arm, K = {k}", "seeds", *(m.title for m in MEASURES)], rows)
+        rows.append([runs[0]["meaning"], str(len(runs)), *(cell(value_of(m, runs, k), m.digits) for m in measures)])
+    rows.append(["*real renderings*", "", *(_real_cell(results, m, k) for m in measures)])
+    return markdown([f"arm, K = {k}", "seeds", *(m.title for m in measures)], rows)
 
 
 def k_table(results: dict[str, Any], measure: Measure) -> str:

@@ -1,4 +1,4 @@
-"""Line charts of several series as plain SVG, with intervals where they are known."""
+"""Charts as plain SVG: lines of several series, and rows of values; with intervals where they are known."""
 
 import html
 import math
@@ -8,6 +8,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 560, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 44
 LEGEND_ROW = 18
+NAMES, ROWS_TOP, ROW_HEIGHT = 230, 44, 19  # of a chart of rows
 COLOURS = ("#7a7a85", "#e63946", "#1d78d8", "#2ea043", "#f49406", "#8e44ad", "#00a0a0")
 
 
@@ -70,6 +71,47 @@ def _series(points: Sequence[Point], colour: str, place: Callable[[float, float]
         if not math.isnan(point.low):
             parts.append(_line(x, place(point.x, point.low)[1], x, place(point.x, point.high)[1], colour, 1))
     return parts
+
+
+class Row(NamedTuple):
+    """A named value with the ends of its interval.
+
+    Attributes:
+        group: Rows of one group share a colour.
+        name: At the row's left end.
+        point: `x` is the value, `low` and `high` are its ends; `y` is not looked at.
+    """
+
+    group: str
+    name: str
+    point: Point
+
+
+def row_chart(rows: Sequence[Row], title: str, x_label: str) -> str:
+    """An SVG picture of values one below the other, with a dashed line at the first of them, to which the others are compared."""
+    drawn = [row for row in rows if not math.isnan(row.point.x)]
+    height = ROWS_TOP + len(drawn) * ROW_HEIGHT
+    parts = [_text(4, 20, title, 15, "600"), _text((NAMES + WIDTH) / 2, height + 34, x_label, 12, anchor="middle")]
+    if not drawn:
+        return _svg([*parts[:1], _text(4, ROWS_TOP, "nothing measured yet", 12)], height + 42)
+    values = [x for row in drawn for x in (row.point.x, row.point.low, row.point.high) if not math.isnan(x)]
+    ticks = nice_ticks(min(values), max(values))
+
+    def place(x: float) -> float:
+        return NAMES + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - NAMES - RIGHT)
+
+    for tick in ticks:
+        parts += [_line(place(tick), ROWS_TOP - 6, place(tick), height, "#e2e2e8", 1)]
+        parts += [_text(place(tick), height + 16, f"{tick:g}", 11, anchor="middle")]
+    parts.append(_line(place(drawn[0].point.x), ROWS_TOP - 6, place(drawn[0].point.x), height, "#555555", 1, "4 4"))
+    groups = list(dict.fromkeys(row.group for row in drawn))
+    for number, row in enumerate(drawn):
+        y, colour = ROWS_TOP + (number + 0.5) * ROW_HEIGHT, COLOURS[groups.index(row.group) % len(COLOURS)]
+        parts.append(_text(NAMES - 8, y + 4, row.name, 12, anchor="end"))
+        if not math.isnan(row.point.low):
+            parts.append(_line(place(row.point.low), y, place(row.point.high), y, colour, 2))
+        parts.append(f'<circle cx="{place(row.point.x):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+    return _svg(parts, height + 42)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
