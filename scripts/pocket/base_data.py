@@ -25,6 +25,7 @@ from scripts.pocket.model import TOKEN_PIXELS
 SCENE_PIXELS, PANEL_PIXELS = 64, 32
 SCENE_GRID, PANEL_GRID = SCENE_PIXELS // TOKEN_PIXELS, PANEL_PIXELS // TOKEN_PIXELS
 _SHARD = 500
+SUBJECT_SHARES = (0.2, 0.25, 0.2, 0.2, 0.08, 0.07)  # of scenes, by their number of subjects, 1 to 6
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def draw(layout: Layout, seed: int) -> tuple[np.ndarray, str]:
     if layout.columns:
         sheet = world.sample_sheet(seed, layout.columns, "train")
         return np.asarray(world.render_sheet(sheet, SCENE_PIXELS)), world.sheet_caption(sheet)
-    scene = world.sample_scene(seed, "train")
+    count = int(np.random.default_rng([seed, 0xC0]).choice(len(SUBJECT_SHARES), p=SUBJECT_SHARES)) + 1
+    scene = world.sample_scene(seed, "train", count)
     return np.asarray(world.render_scene(scene, SCENE_PIXELS).image), world.caption(scene)
 
 

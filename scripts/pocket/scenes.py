@@ -24,7 +24,21 @@ MAX_SUBJECTS = 6
 DISTINCT_SHARE = 0.85  # scenes whose subjects are all of different classes, unless asked otherwise
 MIN_VISIBLE = 0.45
 TILT = 15.0  # degrees
-SCENE_LATTICE = 8  # centres of subjects in a scene, along one side
+SCENE_LATTICE = 16  # steps of 4 px along one side of a scene of 64 px
+# Where the centres of subjects lie on it: in the order of the caption, row by row from the left, on few places each. So a caption says
+# what stands where, as a small model needs it, and neighbours overlap in part.
+_LEFT, _MIDDLE, _RIGHT, _UP, _DOWN = (4, 6), (6, 8, 10), (10, 12), (4, 6), (10, 12)
+_ANY, _THREE = (4, 6, 8, 10, 12), ((3,), (8,), (13,))
+Slot = tuple[tuple[int, ...], tuple[int, ...]]
+SLOTS: dict[int, tuple[Slot, ...]] = {
+    1: ((_ANY, _ANY),),
+    2: ((_LEFT, _ANY[1:]), (_RIGHT, _ANY[1:])),
+    3: ((_LEFT, _UP), (_RIGHT, _UP), (_MIDDLE, _DOWN)),
+    4: ((_LEFT, _UP), (_RIGHT, _UP), (_LEFT, _DOWN), (_RIGHT, _DOWN)),
+    5: (*((x, _UP) for x in _THREE), (_LEFT, _DOWN), (_RIGHT, _DOWN)),
+    6: (*((x, _UP) for x in _THREE), *((x, _DOWN) for x in _THREE)),
+}
+SCALES = {1: (0.375, 0.45), 2: (0.375, 0.45), 3: (0.375,), 4: (0.375,), 5: (0.34,), 6: (0.34,)}
 _LAYOUT_GRID = 28  # cells per side on which layouts are checked
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -96,8 +110,7 @@ def _sample_identities(rng: np.random.Generator, split: str, count: int, distinc
     names = [CLASSES[i] for i in rng.permutation(len(CLASSES))[:count]]
     if not distinct and count > 1:  # few classes, so that some repeat
         kinds = int(rng.integers(1, count))
-        names = [names[i % kinds] for i in range(count)]
-        rng.shuffle(names)
+        names = sorted((names[i % kinds] for i in range(count)), key=names.index)  # as the caption counts them
     identities: list[Identity] = []
     while len(identities) < count:
         identity = sample_identity(rng, names[len(identities)], split)
@@ -106,7 +119,9 @@ def _sample_identities(rng: np.random.Generator, split: str, count: int, distinc
     return identities
 
 
-def sample_pose(rng: np.random.Generator, identity: Identity, scales: tuple[float, ...], lattice: int) -> Placement:
+def sample_pose(
+    rng: np.random.Generator, identity: Identity, scales: tuple[float, ...], lattice: int, slot: Slot | None = None
+) -> Placement:
     """Draw a pose whose bounding box stays on the canvas.
 
     Poses come from small sets, which a toy model learns much sooner than a continuum: a few scales, mostly upright, else tilted by
@@ -117,6 +132,7 @@ def sample_pose(rng: np.random.Generator, identity: Identity, scales: tuple[floa
         identity: Who poses.
         scales: Long sides to choose from, as shares of the canvas; made smaller only where the subject would not fit.
         lattice: Steps of the centre's lattice along one side of the canvas.
+        slot: Columns and rows of the lattice from which the centre is drawn; None: all.
     """
     scale, angle = scales[rng.integers(len(scales))], TILT * (0, 0, 0, 0, -1, 1)[rng.integers(6)]
     wide, tall = creatures.half_extents(identity.class_name, identity.marking)
@@ -124,7 +140,8 @@ def sample_pose(rng: np.random.Generator, identity: Identity, scales: tuple[floa
     turned = np.array([wide * c + tall * s, wide * s + tall * c])  # half extents of the turned box
     scale = min(scale, 0.98 / turned.max())
     first, last = np.ceil(turned * scale / 2 * lattice), np.floor((1 - turned * scale / 2) * lattice)
-    x, y = np.where(first <= last, rng.integers(first, np.maximum(first, last) + 1), lattice / 2) / lattice
+    wanted = rng.integers(first, np.maximum(first, last) + 1) if slot is None else np.array([axis[rng.integers(len(axis))] for axis in slot])
+    x, y = np.where(first <= last, np.clip(wanted, first, last), lattice / 2) / lattice
     return Placement(identity, float(x), float(y), float(scale), float(angle), bool(rng.random() < 0.5))
 
 
@@ -147,12 +164,12 @@ def sample_scene(
     drawn = rng.random() < DISTINCT_SHARE
     identities = _sample_identities(rng, split, count, drawn if distinct_classes is None else distinct_classes)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    scales = (0.375, 0.45) if count <= 2 else (0.375,)
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:
         for _ in range(30):
-            sizes = tuple(shrink * x for x in scales)
-            scene = Scene(background, seed, tuple(sample_pose(rng, i, sizes, SCENE_LATTICE) for i in identities))
+            sizes = tuple(shrink * x for x in SCALES[count])
+            poses = (sample_pose(rng, who, sizes, SCENE_LATTICE, slot) for who, slot in zip(identities, SLOTS[count], strict=True))
+            scene = Scene(background, seed, tuple(poses))
             if count == 1 or visible_fractions(scene, _LAYOUT_GRID).min() >= wanted:
                 return scene
         # A crowd first stands closer together, only then it shrinks: scales stay few.

@@ -30,10 +30,12 @@ class Sheet:
 
     Attributes:
         scene: drawn at the right end.
-        poses: for column k (counted leftwards from the scene) another pose of subject k, None for a blank panel.
+        subjects: for column k (counted leftwards from the scene) the number of its subject, in any order.
+        poses: for column k another pose of that subject, None for a blank panel.
     """
 
     scene: Scene
+    subjects: tuple[int, ...]
     poses: tuple[Placement | None, ...]
 
 
@@ -50,11 +52,12 @@ def sample_sheet(seed: int, num_panels: int, split: str = "train") -> Sheet:
         raise ValueError(f"num_panels must be within 1..4; got {num_panels}")
     rng = np.random.default_rng([seed, num_panels, 0x5EE7])
     scene = sample_scene(seed, split, int(rng.integers(num_panels, 5)))
+    subjects = tuple(rng.permutation(len(scene.placements))[:num_panels].tolist())
     poses = [
-        None if rng.random() < BLANK_SHARE else sample_pose(rng, placement.identity, PANEL_SCALES, PANEL_LATTICE)
-        for placement in scene.placements[:num_panels]
+        None if rng.random() < BLANK_SHARE else sample_pose(rng, scene.placements[k].identity, PANEL_SCALES, PANEL_LATTICE)
+        for k in subjects
     ]
-    return Sheet(scene, tuple(poses))
+    return Sheet(scene, subjects, tuple(poses))
 
 
 def render_sheet(sheet: Sheet, size: int) -> Image.Image:
@@ -62,9 +65,9 @@ def render_sheet(sheet: Sheet, size: int) -> Image.Image:
     half, columns = size // 2, len(sheet.poses)
     picture = Image.new("RGB", (columns * half + size, size), (255, 255, 255))
     picture.paste(render_scene(sheet.scene, size).image, (columns * half, 0))
-    for k, pose in enumerate(sheet.poses):
-        left = (columns - 1 - k) * half
-        picture.paste(render_reference(sheet.scene.placements[k].identity, half), (left, 0))
+    for column, (subject, pose) in enumerate(zip(sheet.subjects, sheet.poses, strict=True)):
+        left = (columns - 1 - column) * half
+        picture.paste(render_reference(sheet.scene.placements[subject].identity, half), (left, 0))
         if pose is not None:
             picture.paste(render_pose(pose, half), (left, half))
     return picture
