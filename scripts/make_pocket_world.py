@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,17 +22,20 @@ REFERENCE_GRID = 32
 
 
 def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int) -> SampleRecord:
-    """Draw one sample; points are found on the pixels of the scene and on a 32 x 32 grid of each reference."""
+    """Draw one sample; points are found on the pixels of the scene and on a 32 x 32 grid of each reference.
+
+    References come in any order, not in that of the caption, so that an adapter cannot tell by their order which subject is which.
+    """
     scene = world.sample_scene(seed, split, num_subjects)
     rendered = world.render_scene(scene, scene_size)
     references = [
         ReferenceRecord(
-            image=world.render_reference(placement.identity, reference_size),
-            phrase=placement.identity.class_name,
+            image=world.render_reference(scene.placements[k].identity, reference_size),
+            phrase=scene.placements[k].identity.class_name,
             points=world.correspondences(scene, k, REFERENCE_GRID, scene_size, reference_size),
             mask=rendered.masks[k],
         )
-        for k, placement in enumerate(scene.placements)
+        for k in np.random.default_rng([seed, num_subjects]).permutation(num_subjects).tolist()
     ]
     return SampleRecord(
         id=f"{split}-{seed:08d}", split=split, prompt=world.caption(scene), target=rendered.image,

@@ -134,17 +134,25 @@ def draw_noise(layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], genera
 
 
 def load_start(components: dict[str, Any], folder: Path) -> None:
-    """Copies the trained parts of a pocket FLUX into fresh ones.
+    """Copies the trained parts of a pocket FLUX into fresh ones; a word that it does not know keeps its fresh embedding.
 
     Raises:
-        ValueError: the folder's tokenizers read captions otherwise than this run's.
+        ValueError: it knows words that this run's captions do not have.
     """
     start = FluxPipeline.from_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
-        if start.components[name].get_vocab() != components[name].get_vocab():
-            raise ValueError(f"{folder}/{name} has other words than this run's captions: start without --start-from.")
+        lost = start.components[name].get_vocab().keys() - components[name].get_vocab().keys()
+        if lost:
+            raise ValueError(f"{folder}/{name} has words that this run's captions lack, such as {min(lost)!r}: start without --start-from.")
     for name in TRAINED:
-        components[name].load_state_dict(start.components[name].state_dict())
+        state, fresh = start.components[name].state_dict(), components[name].state_dict()
+        for key, weights in state.items():
+            if weights.shape != fresh[key].shape:  # an embedding by token
+                tokenizer = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}[name]
+                known, wanted = (parts[tokenizer].get_vocab() for parts in (start.components, components))
+                state[key] = fresh[key].clone()
+                state[key][[wanted[token] for token in known]] = weights[list(known.values())]
+        components[name].load_state_dict(state)
 
 
 class BaseTraining:

@@ -7,6 +7,7 @@ from math import cos, radians, sin
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -179,6 +180,27 @@ def test_masks_show_where_a_subject_changes_the_picture() -> None:
     assert rendered.visible_fraction[last] == 1.0
 
 
+@pytest.mark.parametrize("count", range(1, 7))
+def test_subjects_stand_in_the_order_of_the_caption(count: int) -> None:
+    """Row by row from the left: two above one or two, three above two or three."""
+    above = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3}[count]
+    overlaps = 0
+    for seed in range(40):
+        scene = world.sample_scene(seed, "train", count)
+        rows = [scene.placements[:above], scene.placements[above:]]
+        for row in rows:
+            assert all(left.x < right.x for left, right in itertools.pairwise(row))
+        if count > 2:
+            assert max(p.y for p in rows[0]) < min(p.y for p in rows[1])
+        names = [p.identity.class_name for p in scene.placements]
+        counted = list(dict.fromkeys(names))
+        assert names == sorted(names, key=counted.index)  # equals are neighbours
+        found = [world.caption(scene).find(creatures.DRAWINGS[name].plural if names.count(name) > 1 else name) for name in counted]
+        assert found == sorted(found)
+        overlaps += world.visible_fractions(scene, 28).min() < 0.999
+    assert (overlaps == 0) if count == 1 else 5 < overlaps < 40
+
+
 def test_visible_fraction_and_layout() -> None:
     for seed in range(20):
         scene = world.sample_scene(seed, num_subjects=seed % 6 + 1)
@@ -221,9 +243,12 @@ def test_sheet_layout() -> None:
     assert picture.size == (3 * 32 + 64, 64)
     assert world.sheet_caption(sheet) == world.caption(sheet.scene)
     assert picture.crop((96, 0, 160, 64)).tobytes() == world.render_scene(sheet.scene, 64).image.tobytes()
+    assert len(set(sheet.subjects)) == 3
     for k in range(3):  # column 0 is next to the scene
         panel = picture.crop((64 - 32 * k, 0, 96 - 32 * k, 32))
-        assert panel.tobytes() == world.render_reference(sheet.scene.placements[k].identity, 32).tobytes()
+        assert panel.tobytes() == world.render_reference(sheet.scene.placements[sheet.subjects[k]].identity, 32).tobytes()
+    first = {world.sample_sheet(seed, 3).subjects[0] for seed in range(40)}
+    assert first == {0, 1, 2, 3}  # any subject may be in any column
     blanks = [pose is None for seed in range(60) for pose in world.sample_sheet(seed, 2).poses]
     assert 0 < sum(blanks) < len(blanks) / 2
 
@@ -240,25 +265,50 @@ def test_strips_repeat_identities() -> None:
     assert world.render_strip(world.sample_strip(0), 64).size == (128, 32)
 
 
+def phrases(root: Path, sample_id: str) -> list[str]:
+    """The phrases of a sample's references, in order."""
+    (row,) = [row for row in pq.read_table(root / "manifest.parquet").to_pylist() if row["id"] == sample_id]
+    return [reference["phrase"] for reference in row["references"]]
+
+
+def test_references_come_in_any_order(tmp_path: Path) -> None:
+    """Each place is taken by each subject about as often, so that the order of references tells nothing."""
+    root = tmp_path / "pocket"
+    write_dataset(root, 120, 0, 3, seed=0)
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    places = np.zeros((3, 3))
+    for row in rows:
+        if len(row["references"]) == 3:
+            scene = world.sample_scene(int(row["id"].rpartition("-")[2]), "train", 3)
+            names = [p.identity.class_name for p in scene.placements]
+            if len(set(names)) == 3:
+                for k, reference in enumerate(row["references"]):
+                    places[k, names.index(reference["phrase"])] += 1
+    assert places.sum() > 80
+    assert (places / places.sum(axis=1, keepdims=True)).min() > 0.15
+
+
 def test_written_dataset_reads_back(tmp_path: Path) -> None:
     root = tmp_path / "pocket"
-    write_dataset(root, 0, 4, 4, seed=100)
+    write_dataset(root, 0, 4, 4, seed=101)
     assert not root.with_name("pocket.partial").exists()
     assert json.loads((root / "dataset.json").read_text()) == {"format": "mosaic-multi-reference", "version": 1}
     dataset = MultiReferenceDataset(
         root, "heldout", image_size=(64, 64), reference_size=32, target_token_grid=(8, 8), reference_token_grid=(4, 4),
     )
     assert [len(dataset[i].references) for i in range(4)] == [1, 2, 3, 4]
-    scene = world.sample_scene(102, "heldout", 3)
+    scene = world.sample_scene(103, "heldout", 3)
     sample = dataset[2]
     assert sample.prompt == world.caption(scene)
-    assert sample.id == "heldout-00000102"
+    assert sample.id == "heldout-00000103"
     drawn = np.asarray(world.render_scene(scene, 64).image)
     assert np.abs((sample.target.permute(1, 2, 0).numpy() + 1) * 127.5 - drawn).max() < 1
     stored = load_file(root / "points" / f"{sample.id}.safetensors")
-    for k in range(3):
+    order = [[p.identity.class_name for p in scene.placements].index(name) for name in phrases(root, sample.id)]
+    assert sorted(order) == [0, 1, 2]
+    for k, subject in enumerate(order):
         assert stored[str(k)].dtype == np.int32
-        assert (stored[str(k)] == world.correspondences(scene, k, 32, 64)).all()
+        assert (stored[str(k)] == world.correspondences(scene, subject, 32, 64)).all()
         mask = np.asarray(Image.open(root / "images" / f"{sample.id}_mask{k}.png"))
         assert (np.flatnonzero(mask) == np.sort(stored[str(k)][:, 1])).all()
 

@@ -140,8 +140,11 @@ def sample_pose(
     turned = np.array([wide * c + tall * s, wide * s + tall * c])  # half extents of the turned box
     scale = min(scale, 0.98 / turned.max())
     first, last = np.ceil(turned * scale / 2 * lattice), np.floor((1 - turned * scale / 2) * lattice)
-    wanted = rng.integers(first, np.maximum(first, last) + 1) if slot is None else np.array([axis[rng.integers(len(axis))] for axis in slot])
-    x, y = np.where(first <= last, np.clip(wanted, first, last), lattice / 2) / lattice
+    if slot is None:
+        centre = rng.integers(first, np.maximum(first, last) + 1)
+    else:
+        centre = np.clip([axis[rng.integers(len(axis))] for axis in slot], first, last)
+    x, y = np.where(first <= last, centre, lattice / 2) / lattice
     return Placement(identity, float(x), float(y), float(scale), float(angle), bool(rng.random() < 0.5))
 
 
