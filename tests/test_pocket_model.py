@@ -237,8 +237,26 @@ def test_a_run_can_start_from_exported_weights(run_folder: Path, tmp_path: Path)
     for name, value in first.parameters.items():
         torch.testing.assert_close(second.parameters[name], value, rtol=0.01, atol=1e-4)  # stored in bfloat16
     (run_folder / "words.txt").write_text("other\nwords\n")
-    with pytest.raises(ValueError, match="other words than this run's captions"):
+    with pytest.raises(ValueError, match="has words that this run's captions lack"):
         train_pocket_base.BaseTraining(train_pocket_base.parse_arguments(arguments))
+
+
+def test_a_start_reads_captions_as_before_when_words_are_added(components: dict, tmp_path: Path) -> None:
+    """Tokens have other numbers then; a new word keeps the fresh embedding."""
+    save_pocket_flux(components, tmp_path / "flux")
+    words = sorted([*caption_words(CAPTIONS), "aardvark", "five", "six"])
+    larger = build_pocket_flux(3, words)
+    fresh = larger["text_encoder_2"].state_dict()["shared.weight"].clone()
+    train_pocket_base.load_start(larger, tmp_path / "flux")
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        before, after = (
+            parts[encoder](caption_ids(parts[tokenizer], CAPTIONS)).last_hidden_state for parts in (components, larger)
+        )
+        torch.testing.assert_close(after, before)
+    new, old = (larger["tokenizer_2"].convert_tokens_to_ids(word) for word in ("\u2581five", "\u2581cat"))
+    embedding = larger["text_encoder_2"].state_dict()["shared.weight"]
+    assert torch.equal(embedding[new], fresh[new])
+    assert not torch.equal(embedding[old], fresh[old])
 
 
 def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Path) -> None:
