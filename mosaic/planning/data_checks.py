@@ -4,11 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosaic.caches import Caches, latent_encoding, text_encoding
+from mosaic.caches import Caches, latent_encoding, latent_settings, text_encoding, text_settings
 from mosaic.config import Config, DataConfig
 from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_supervision, find_unreadable, open_dataset
 from mosaic.data.latent_cache import LatentCache
 from mosaic.data.semalign import INDEX_NAME
+from mosaic.data.semalign_ids import has_all_ids
+from mosaic.data.semalign_rows import SemAlignRows, find_parquet
 from mosaic.data.tensor_cache import DESCRIPTION, TensorCache
 from mosaic.data.text_cache import TextCache
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
@@ -19,7 +21,10 @@ from mosaic.training.run_state import describe_run, require_same_run
 from mosaic.training.starting import training_sampler
 
 Samples = TrainingDataset | ReadableSamples | CachedSamples
-_INDEX_LATER = "{}: the released layout; the index of sample ids is made when training first starts."
+_SEMALIGN = {
+    False: "{}: the released layout; the index of sample ids is made or completed when training starts.",
+    True: "{}: the released layout.",
+}
 
 
 class DataFacts(NamedTuple):
@@ -51,9 +56,10 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
         ValueError: A size does not fit the tokens.
     """
     facts, data, findings = DataFacts(config.data.max_references), config.data, Findings()
-    if data.format == "semalign" and not Path(data.id_index or Path(data.root) / INDEX_NAME).is_file():
-        findings.step("data.root", lambda: _check_semalign_paths(data), lambda _: _INDEX_LATER.format(data.root))
-        return facts, findings
+    if data.format == "semalign":
+        known = findings.step("data.root", lambda: _check_semalign(data), lambda found: _SEMALIGN[found].format(data.root))
+        if not known:  # damaged, or still to be indexed, which is no thing to do in a look
+            return facts, findings
     factor = shape.vae_scale_factor
     grids = (
         token_grid(*data.image_size, factor, where="data.image_size"),
@@ -73,8 +79,10 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
         if not skipped.is_file():
             findings.append(Finding(NOTE, "data.skip_invalid", "samples that cannot be read are looked for when training starts."))
             return facts, findings
-        unreadable = find_unreadable(dataset, skipped, 0, show_progress=False)
-        dataset = ReadableSamples(dataset, unreadable) if unreadable else dataset
+        whole = dataset
+        dataset = findings.step("data.skip_invalid", lambda: _readable(whole, skipped), lambda found: f"{len(found):,} can be read.")
+        if dataset is None:
+            return facts, findings
     before = len(findings)
     caches = Caches(_open_latents(findings, config, shape, dataset), _open_text(findings, config, shape, dataset))
     if any(finding.level == STOP for finding in findings[before:]):
@@ -98,21 +106,29 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
     return facts._replace(steps_per_epoch=sampler.steps_per_epoch), findings
 
 
+def _readable(dataset: TrainingDataset, file: Path) -> Samples:
+    """The samples without those that the run has found to be unreadable."""
+    skipped = find_unreadable(dataset, file, 0, show_progress=False)
+    return ReadableSamples(dataset, skipped) if skipped else dataset
+
+
 def _describe(split: str, dataset: TrainingDataset) -> str:
     return f'{len(dataset):,} samples in the split "{split}", up to {dataset.num_references.max()} references.'
 
 
-def _check_semalign_paths(data: DataConfig) -> None:
-    """Check for the released layout, where its index of ids is still to be made, which is no thing to do in a look.
+def _check_semalign(data: DataConfig) -> bool:
+    """Check for the released layout; returns whether its index of ids is complete.
 
     Raises:
-        FileNotFoundError: A file or folder is missing.
+        FileNotFoundError, ValueError: A file or folder is missing, or damaged.
     """
     for name, given in (("root", data.root), ("parquet", data.parquet), ("masks", data.masks), ("coordinates", data.coordinates)):
         if given is not None and not Path(given).exists():
             raise FileNotFoundError(f"data.{name}: no such file or folder: {given}.")
     if data.parquet is None and not (Path(data.root) / "data").is_dir():
         raise FileNotFoundError(f"data.root: {data.root} lacks the folder data with the Parquet files; or name them by data.parquet.")
+    index = Path(data.id_index or Path(data.root) / INDEX_NAME)
+    return index.is_file() and has_all_ids(index, SemAlignRows(find_parquet(Path(data.root), data.parquet, exclude=[index])))
 
 
 def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> LatentCache | None:
@@ -120,7 +136,7 @@ def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset
     folder = config.data.latent_cache
 
     def open_it() -> LatentCache:
-        cache = LatentCache(folder, latent_encoding(config) if shape.is_local else _stored_encoding(folder))
+        cache = LatentCache(folder, latent_encoding(config) if shape.is_local else {**_stored_encoding(folder), **latent_settings(config)})
         cache.check_names(dataset.sample_ids(), "samples")
         return cache
 
@@ -132,7 +148,7 @@ def _open_text(findings: Findings, config: Config, shape: ModelShape, dataset: S
     folder = config.data.text_cache
 
     def open_it() -> TextCache:
-        cache = TextCache(folder, text_encoding(config) if shape.is_local else _stored_encoding(folder))
+        cache = TextCache(folder, text_encoding(config) if shape.is_local else {**_stored_encoding(folder), **text_settings(config)})
         cache.check_names(dict.fromkeys(dataset.prompts()), "prompts")
         return cache
 
@@ -148,4 +164,5 @@ def _stored_encoding(folder: str) -> dict[str, Any]:
     """What a cache says of itself, where the model is not at hand to compare; empty where it says nothing, which opening it then tells."""
     file = Path(folder) / DESCRIPTION
     description = read_json(file) if file.is_file() else None
-    return description.get("encoding", {}) if isinstance(description, dict) else {}
+    encoding = description.get("encoding") if isinstance(description, dict) else None
+    return encoding if isinstance(encoding, dict) else {}
