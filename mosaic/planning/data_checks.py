@@ -55,55 +55,70 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
     Raises:
         ValueError: A size does not fit the tokens.
     """
-    facts, data, findings = DataFacts(config.data.max_references), config.data, Findings()
+    findings, facts = Findings(), DataFacts(config.data.max_references)
+    opened = _open(findings, config, shape)
+    if opened is None:
+        return facts, findings
+    facts = DataFacts(int(opened.num_references.max()), len(opened), len(set(opened.prompts())))
+    samples = _supply(findings, config, shape, opened)
+    if samples is None:
+        return facts, findings
+    return facts._replace(steps_per_epoch=_share_out(findings, config, samples, processes, checkpoint)), findings
+
+
+def _open(findings: Findings, config: Config, shape: ModelShape) -> TrainingDataset | None:
+    """The samples to train on; those of the validation are looked at, too."""
+    data = config.data
     if data.format == "semalign":
         known = findings.step("data.root", lambda: _check_semalign(data), lambda found: _SEMALIGN[found].format(data.root))
         if not known:  # damaged, or still to be indexed, which is no thing to do in a look
-            return facts, findings
+            return None
     factor = shape.vae_scale_factor
     grids = (
         token_grid(*data.image_size, factor, where="data.image_size"),
         token_grid(data.reference_size, data.reference_size, factor, where="data.reference_size"),
     )
-    splits = {"data.root": data.split} | ({"validation.split": config.validation.split} if config.validation.every is not None else {})
-    opened = {
-        subject: findings.step(subject, partial(open_dataset, data, split, *grids), partial(_describe, split))
-        for subject, split in splits.items()
-    }
-    dataset: Samples | None = opened["data.root"]
-    if dataset is None:
-        return facts, findings
-    facts = DataFacts(int(dataset.num_references.max()), len(dataset), len(set(dataset.prompts())))
-    if data.skip_invalid:
-        skipped = Path(config.training.output_dir) / "skipped.jsonl"
+    dataset = findings.step("data.root", lambda: open_dataset(data, data.split, *grids), partial(_describe, data.split))
+    if config.validation.every is not None:
+        split = config.validation.split
+        findings.step("validation.split", lambda: open_dataset(data, split, *grids), partial(_describe, split))
+    return dataset
+
+
+def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> Samples | None:
+    """The samples that can be read, with what the caches hold for them; None where that shows only when training starts, or never."""
+    if config.data.skip_invalid:
+        skipped, whole = Path(config.training.output_dir) / "skipped.jsonl", dataset
         if not skipped.is_file():
             findings.append(Finding(NOTE, "data.skip_invalid", "samples that cannot be read are looked for when training starts."))
-            return facts, findings
-        whole = dataset
+            return None
         dataset = findings.step("data.skip_invalid", lambda: _readable(whole, skipped), lambda found: f"{len(found):,} can be read.")
         if dataset is None:
-            return facts, findings
+            return None
     before = len(findings)
     caches = Caches(_open_latents(findings, config, shape, dataset), _open_text(findings, config, shape, dataset))
     if any(finding.level == STOP for finding in findings[before:]):
-        return facts, findings
-    if caches != Caches(None, None):
-        dataset = CachedSamples(dataset, *caches)
-    minimum = data.min_point_coverage
-    findings.step("points", lambda: check_supervision(dataset, minimum), lambda found: f"in {found.share:.0%} of the references looked at.")
+        return None
+    return dataset if caches == Caches(None, None) else CachedSamples(dataset, *caches)
+
+
+def _share_out(findings: Findings, config: Config, samples: Samples, processes: int, checkpoint: Path | None) -> int | None:
+    """Look at points, batches and the checkpoint; returns the optimizer steps of an epoch."""
+    minimum = config.data.min_point_coverage
+    findings.step("points", lambda: check_supervision(samples, minimum), lambda found: f"in {found.share:.0%} of the references looked at.")
     sampler = findings.step(
-        "batches", lambda: training_sampler(config, dataset, 0, processes), lambda found: f"{found.steps_per_epoch:,} steps per epoch."
+        "batches", lambda: training_sampler(config, samples, 0, processes), lambda found: f"{found.steps_per_epoch:,} steps per epoch."
     )
     if sampler is None:
-        return facts, findings
+        return None
     if checkpoint is not None:
-        run = describe_run(config, sampler.global_batch, processes, dataset)
+        run = describe_run(config, sampler.global_batch, processes, samples)
         findings.step(
             "--resume",
             lambda: require_same_run(read_json(checkpoint / "state.json"), run, str(checkpoint)),
             lambda _: f"{checkpoint.name} is of this config.",
         )
-    return facts._replace(steps_per_epoch=sampler.steps_per_epoch), findings
+    return sampler.steps_per_epoch
 
 
 def _readable(dataset: TrainingDataset, file: Path) -> Samples:
