@@ -41,7 +41,7 @@ def latent_encoding(config: Config) -> dict[str, Any]:
         FileNotFoundError, OSError: There is no such VAE.
         ValueError: Its config is not that of a FLUX VAE.
     """
-    folder, data = component_folder(config.model.pretrained, "vae"), config.data
+    folder = component_folder(config.model.pretrained, "vae")
     vae = component_config(folder)
     for name in ("shift_factor", "scaling_factor", "block_out_channels"):
         if vae.get(name) is None:
@@ -53,10 +53,15 @@ def latent_encoding(config: Config) -> dict[str, Any]:
             "scaling_factor": vae["scaling_factor"],
             "scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
         },
-        "dtype": config.model.dtype,
-        "target_sizes": to_plain(data.buckets or (data.image_size,)),
-        "reference_size": data.reference_size,
+        **latent_settings(config),
     }
+
+
+def latent_settings(config: Config) -> dict[str, Any]:
+    """What of `latent_encoding` the config alone decides."""
+    data = config.data
+    sizes = to_plain(data.buckets or (data.image_size,))
+    return {"dtype": config.model.dtype, "target_sizes": sizes, "reference_size": data.reference_size}
 
 
 def text_encoding(config: Config) -> dict[str, Any]:
@@ -67,7 +72,12 @@ def text_encoding(config: Config) -> dict[str, Any]:
     """
     folders = {name: component_folder(config.model.pretrained, name) for name in TEXT_COMPONENTS}
     revisions = {name: component_revision(folder) for name, folder in folders.items()}
-    return {**revisions, "dtype": config.model.dtype, "text_length": config.model.text_length}
+    return {**revisions, **text_settings(config)}
+
+
+def text_settings(config: Config) -> dict[str, Any]:
+    """What of `text_encoding` the config alone decides."""
+    return {"dtype": config.model.dtype, "text_length": config.model.text_length}
 
 
 def unneeded_components(config: Config, caches: Caches) -> list[str]:

@@ -58,7 +58,7 @@ def find_machines(environ: Mapping[str, str]) -> Machines:
     """
     given = {name: environ[name] for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if environ.get(name)}
     asked = given.get("NNODES")
-    if asked is None and environ.get("WORLD_SIZE", "1") != "1":
+    if asked is None and (environ.get("WORLD_SIZE") or "1") != "1":
         raise ValueError(
             f"WORLD_SIZE={environ['WORLD_SIZE']} is set, as torchrun or a job controller sets it for each process, but train.sh starts the "
             "processes of a machine itself. Start it once per machine, with NNODES and NODE_RANK (NNODES=1 for this machine alone)."

@@ -12,16 +12,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.config import load_config
 from scripts import launch
-
-if TYPE_CHECKING:
-    from mosaic.training.sharding import Distribution
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -44,18 +41,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def planned_distribution() -> "Distribution":
-    """How train.sh would share the run out over processes in this environment.
+def planned_environment(elsewhere: bool = False) -> Mapping[str, str]:
+    """The variables of the first process that train.sh would start in this environment.
+
+    Args:
+        elsewhere: Whether the run is planned for other GPUs than those of this machine, of which there may be fewer.
 
     Raises:
         FileNotFoundError, ValueError: Those of `make_plan` and `process_environments` of scripts/launch.py.
     """
-    from mosaic.training.sharding import read_distribution
-
     if "LOCAL_RANK" in os.environ:  # accelerate launch has started this process
-        return read_distribution(os.environ)
-    plan = launch.make_plan(os.environ, launch.count_gpus())
-    return read_distribution(launch.process_environments(plan, os.environ)[0])
+        return os.environ
+    environ, gpus = dict(os.environ), launch.count_gpus()
+    if elsewhere:
+        environ.setdefault("NUM_PROCESSES", str(max(gpus, 1)))
+    machines = environ.get("SLURM_JOB_NUM_NODES", "1")
+    if machines != "1" and not (environ.get("SLURM_STEP_NUM_NODES") or environ.get("NNODES")):  # to be started by srun, later
+        environ |= {"NNODES": machines, "NODE_RANK": "0", "MASTER_ADDR": "the first machine"}
+    return launch.process_environments(launch.make_plan(environ, 0 if elsewhere else gpus), environ)[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.set)
         from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
 
-        report = preflight(config, planned_distribution(), arguments.resume, arguments.gpu_memory, arguments.references)
+        environ = planned_environment(elsewhere=arguments.gpu_memory is not None)
+        report = preflight(config, environ, arguments.resume, arguments.gpu_memory, arguments.references)
     except (OSError, ValueError) as error:
         print(f"preflight.py: error: {error}", file=sys.stderr)
         return 2

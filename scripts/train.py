@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.dry_run:
             from mosaic.planning.preflight import as_text, preflight
-            from scripts.preflight import planned_distribution
+            from scripts.preflight import planned_environment
 
-            report = preflight(config, planned_distribution(), arguments.resume)
+            report = preflight(config, planned_environment(), arguments.resume)
             print(as_text(report))
             return 0 if report.ready else 1
         from mosaic.training import train  # torch and diffusers are imported only once the config stands

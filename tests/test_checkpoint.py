@@ -18,12 +18,14 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from mosaic.digests import file_digest
 from mosaic.metrics import AttentionAccuracy
 from mosaic.training import Trainer, checkpoint, starting, train
 from mosaic.training import trainer as training
 from mosaic.training.checkpoint import checkpoint_folders, clean_up, find_checkpoint, find_damage, rotate
 from mosaic.training.optimizer_state import optimizer_tensors, restore_optimizer
 from mosaic.training.run_lock import RunLock
+from mosaic.training.signals import TrainingStopped
 from tests import forks, runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -332,7 +334,7 @@ def test_length_logging_and_paths_may_change(run: Path, world: Path, tmp_path: P
         model__gradient_checkpointing="block",
     )
     train(config, resume=str(run / "checkpoints/step_00000003"))
-    assert names(tmp_path / "other/checkpoints") == ["step_00000004"]
+    assert names(tmp_path / "other/checkpoints") == ["step_00000003", "step_00000004"]  # also the one that it started from
 
 
 def test_other_data_are_refused(run: Path, world: Path) -> None:
@@ -375,7 +377,7 @@ def test_checkpoints_of_the_branch_that_is_left_are_set_aside(
     assert names(folder) == ["set_aside_1", "step_00000001", "step_00000002"]
     assert names(folder / "set_aside_1") == ["metrics.jsonl", "step_00000002", "step_00000003", "throughput.jsonl"]
     assert (folder / "set_aside_1/metrics.jsonl").read_text() == before
-    assert "2 checkpoints after step 1 are of a branch that is left" in caplog.text
+    assert "2 checkpoints are of a branch that is left for" in caplog.text
     assert find_checkpoint("auto", folder) == folder / "step_00000002"
     assert find_damage(folder / "set_aside_1/step_00000003") is None
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -385,6 +387,38 @@ def test_checkpoints_of_the_branch_that_is_left_are_set_aside(
     train(runs.make_config(world, run, **OPTIONS), resume=str(folder / "step_00000001"))
     assert names(folder / "set_aside_2") == ["metrics.jsonl", "step_00000002", "throughput.jsonl"]
     runs.assert_same_tensors(load_file(run / "lora.safetensors"), load_file(finished / "lora.safetensors"))
+
+
+def test_a_checkpoint_from_elsewhere_becomes_the_runs_own(run: Path, finished: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else, so that a stop at once, or a kill, is continued from it and not from what was there."""
+    folder = run / "checkpoints"
+    os.replace(folder / "step_00000002", run / "step_00000002")
+    config = runs.make_config(world, run, **OPTIONS)
+    start = Trainer._start_log
+    monkeypatch.setattr(Trainer, "_start_log", lambda self: (start(self), os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(TrainingStopped, match="step_00000002"):
+        train(config, resume=str(run / "step_00000002"))
+    assert names(folder) == ["set_aside_1", "step_00000002"]
+    assert names(folder / "set_aside_1") == ["metrics.jsonl", "step_00000001", "step_00000003", "throughput.jsonl"]
+    for name in ("lora", "ema", "optimizer"):
+        found = load_file(folder / f"step_00000002/{name}.safetensors")
+        runs.assert_same_tensors(found, load_file(finished / f"checkpoints/step_00000002/{name}.safetensors"))
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config, resume="auto")
+    runs.assert_same_tensors(load_file(run / "lora.safetensors"), load_file(finished / "lora.safetensors"))
+
+
+def test_a_checkpoint_that_knows_no_texts_is_compared_by_the_rest(run: Path, world: Path) -> None:
+    """As they were written before texts were compared."""
+    folder = run / "checkpoints/step_00000003"
+    state = json.loads((folder / "state.json").read_text())
+    del state["data"]["texts"]
+    state["digest"] = "other"
+    (folder / "state.json").write_text(json.dumps(state))
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps({**sums, "state.json": file_digest(folder / "state.json")}))
+    train(runs.make_config(world, run, **OPTIONS), resume="auto")
 
 
 def test_a_refused_path_moves_nothing(run: Path, world: Path) -> None:

@@ -130,20 +130,44 @@ def test_samples_that_cannot_be_read_are_left_to_the_start(place: Path) -> None:
     next((place / "data").rglob("train-3_target*")).write_bytes(b"no picture")
     train(runs.make_config(place, place / "run", data__skip_invalid=True, training__max_steps=1))
     facts, findings = look(place, checkpoint=place / "run/checkpoints/step_00000001", data__skip_invalid=True)
-    assert [finding.level for finding in findings] == [OK, OK, OK, OK]
+    assert [finding.level for finding in findings] == [OK] * 5
+    assert findings[1].message == "8 can be read."
     assert facts.steps_per_epoch == 3
 
 
 def test_a_model_that_is_not_at_hand(place: Path) -> None:
-    """Its size of a token is FLUX.1's; caches are then only held against the samples."""
-    values = {"model__pretrained": "black-forest-labs/FLUX.1-dev", "data__image_size": [64, 64], "data__reference_size": 32}
-    config = runs.make_config(place, place / "run", **caches_of(place), **values)
-    _, findings = look_at_data(config, FLUX_DEV_SHAPE, 1, None)
-    levels = {finding.subject: finding.level for finding in findings}
-    assert levels["data.latent_cache"] == levels["data.text_cache"] == OK
-    assert "whether they are of this model shows when training starts" in findings[1].message
-    (place / "text/cache.json").unlink()
-    assert look_at_data(config, FLUX_DEV_SHAPE, 1, None)[1][2].message.startswith("data.text_cache: there is no cache in")
+    """Caches are then held against the samples and the config, not against the model."""
+    hub = {"model__pretrained": "black-forest-labs/FLUX.1-dev", "data__image_size": [64, 64], "data__reference_size": 32}
+    file = place / "latents/cache.json"
+    description = json.loads(file.read_text())
+
+    def levels(**changes: Any) -> dict[str, str]:
+        config = runs.make_config(place, place / "run", **caches_of(place), **hub, **changes)
+        return {finding.subject: finding.level for finding in look_at_data(config, FLUX_DEV_SHAPE, 1, None)[1]}
+
+    assert levels()["data.latent_cache"] == STOP  # of other sizes
+    description["encoding"] |= {"target_sizes": [[64, 64]], "reference_size": 32}
+    file.write_text(json.dumps(description))
+    found = levels()
+    assert found["data.latent_cache"] == found["data.text_cache"] == OK
+    config = runs.make_config(place, place / "run", **caches_of(place), **hub)
+    messages = [finding.message for finding in look_at_data(config, FLUX_DEV_SHAPE, 1, None)[1]]
+    assert "whether they are of this model shows when training starts" in messages[1]
+    assert levels(model__text_length=9)["data.text_cache"] == STOP
+    for encoding in (None, [1], {}):
+        file.write_text(json.dumps({**description, "encoding": encoding}))
+        assert levels()["data.latent_cache"] == STOP
+    file.unlink()
+    assert levels()["data.latent_cache"] == STOP
+
+
+@pytest.mark.parametrize("text", ["{", "[]\n", '{"index": 1}\n'])
+def test_a_damaged_list_of_skipped_samples(place: Path, text: str) -> None:
+    (place / "run").mkdir()
+    (place / "run/skipped.jsonl").write_text(text)
+    finding = look(place, data__skip_invalid=True)[1][-1]
+    assert (finding.level, finding.subject) == (STOP, "data.skip_invalid")
+    assert "skipped.jsonl" in finding.message
 
 
 def test_a_released_data_set_without_its_index(tmp_path: Path, place: Path) -> None:
@@ -153,5 +177,7 @@ def test_a_released_data_set_without_its_index(tmp_path: Path, place: Path) -> N
     assert "lacks the folder data with the Parquet files" in look(place, **options)[1][0].message
     (tmp_path / "set/data").mkdir()
     facts, findings = look(place, **options)
-    assert findings[0].message.endswith("the index of sample ids is made when training first starts.")
+    assert findings[0].message.endswith("the index of sample ids is made or completed when training starts.")
     assert facts.num_samples is None
+    (tmp_path / "set/semalign_ids.parquet").write_bytes(b"damaged")
+    assert look(place, **options)[1][0].level == STOP

@@ -50,6 +50,7 @@ SLURM = {
         ({**SLURM, "NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "a"}, Machines(3, 0, "a", 29500, "NNODES, NODE_RANK, MASTER_ADDR")),
         ({"NNODES": "1", "WORLD_SIZE": "8", "RANK": "3"}, Machines(source="NNODES")),
         ({"WORLD_SIZE": "1", "RANK": "0"}, Machines()),
+        ({"WORLD_SIZE": ""}, Machines()),
     ],
 )
 def test_machines(environ: dict[str, str], expected: Machines) -> None:

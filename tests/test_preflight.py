@@ -21,9 +21,9 @@ from mosaic.planning.findings import NOTE, OK, STOP
 from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, GRADIENTS, OPTIMIZER, ROWS, SAVED, TRANSIENT
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE
 from mosaic.training import train
-from mosaic.training.sharding import Distribution
-from scripts import memory_table
-from scripts.preflight import main, planned_distribution
+from mosaic.training.sharding import Distribution, read_distribution
+from scripts import launch, memory_table
+from scripts.preflight import main, planned_environment
 from tests import runs
 
 #: What a dry run could have found; the real one takes half a minute for FLUX.1-dev.
@@ -254,9 +254,14 @@ def test_weights_that_are_missing(part: str, missing: str, world: Path, tmp_path
 def test_an_adapter_of_another_model(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     write_reference_lora({key: torch.zeros(value.shape[0] + 1, value.shape[1]) for key, value in runs.lora_tensors().items()}, path)
-    report = preflight.preflight(runs.make_config(world, tmp_path / "run", lora__pretrained=str(path)))
-    (finding,) = [finding for finding in report.findings if finding.subject == "lora.pretrained"]
-    assert "is no reference LoRA for" in finding.message
+    settings = runs.settings(world, tmp_path / "run")
+    settings["lora"] = {"pretrained": str(path), "rank": runs.RANK + 1}
+    settings["data"] |= {"image_size": [64, 64], "reference_size": 32}
+    for model, level in ((settings["model"]["pretrained"], STOP), ("someone/FLUX.1-lite", OK)):  # whose shape is not known here
+        report = preflight.preflight(from_dict({**settings, "model": {**settings["model"], "pretrained": model}}))
+        (finding,) = [finding for finding in report.findings if finding.subject == "lora.pretrained"]
+        assert finding.level == level
+        assert level == OK or "is no reference LoRA for" in finding.message
 
 
 def flux(**changes: Any) -> Config:
@@ -318,18 +323,82 @@ def test_processes_on_a_cpu_share_its_memory() -> None:
     assert preflight.check_device(flux(), device, 6 * GIB)[0].level == NOTE
 
 
-def test_processes_and_shards_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NUM_PROCESSES", "ACCELERATE_CONFIG", "LOCAL_RANK", "WORLD_SIZE"):
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that says nothing of processes, on a machine without a GPU."""
+    for name in ("NUM_PROCESSES", "ACCELERATE_CONFIG", "LOCAL_RANK", "WORLD_SIZE", "NNODES", "SLURM_JOB_NUM_NODES", "SLURM_STEP_NUM_NODES"):
         monkeypatch.delenv(name, raising=False)
-    assert planned_distribution() == Distribution()
-    monkeypatch.setenv("NUM_PROCESSES", "4")
-    assert planned_distribution() == Distribution(4)
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    return monkeypatch
+
+
+def planned(elsewhere: bool = False) -> Distribution:
+    return read_distribution(planned_environment(elsewhere))
+
+
+def test_processes_and_shards_come_from_the_environment(no_gpu: pytest.MonkeyPatch) -> None:
+    assert planned() == Distribution()
+    no_gpu.setenv("NUM_PROCESSES", "4")
+    assert planned() == Distribution(4)
     for name, expected in (("fsdp2", (4, 4, 1)), ("hsdp", (4, 4, 1)), ("deepspeed_zero2", (4, 1, 4)), ("ddp", (4, 1, 1))):
-        monkeypatch.setenv("ACCELERATE_CONFIG", f"configs/accelerate/{name}.yaml")
-        assert planned_distribution() == Distribution(*expected)
+        no_gpu.setenv("ACCELERATE_CONFIG", f"configs/accelerate/{name}.yaml")
+        assert planned() == Distribution(*expected)
     for name, value in (("NNODES", "2"), ("NODE_RANK", "0"), ("MASTER_ADDR", "a"), ("ACCELERATE_CONFIG", "configs/accelerate/hsdp.yaml")):
-        monkeypatch.setenv(name, value)
-    assert planned_distribution() == Distribution(8, 4, 1)
+        no_gpu.setenv(name, value)
+    assert planned() == Distribution(8, 4, 1)
+
+
+def test_a_run_is_planned_for_other_machines(no_gpu: pytest.MonkeyPatch) -> None:
+    """For cards of another size, however many are here; and in a job of several machines before srun."""
+    no_gpu.setattr(launch, "count_gpus", lambda: 2)
+    assert planned() == planned(elsewhere=True) == Distribution(2)
+    no_gpu.setenv("NUM_PROCESSES", "8")
+    assert planned(elsewhere=True) == Distribution(8)
+    with pytest.raises(ValueError, match="NUM_PROCESSES=8, but this machine has 2"):
+        planned()
+    no_gpu.setenv("NUM_PROCESSES", "2")
+    no_gpu.setenv("SLURM_JOB_NUM_NODES", "3")
+    assert planned() == Distribution(6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_training_would_refuse_of_an_accelerate_config(no_gpu: pytest.MonkeyPatch, world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "fsdp1.yaml"
+    file.write_text(Path("configs/accelerate/fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1"))
+    no_gpu.setenv("NUM_PROCESSES", "2")
+    for path, level in ((file, STOP), ("configs/accelerate/fsdp2.yaml", OK)):
+        no_gpu.setenv("ACCELERATE_CONFIG", str(path))
+        report = preflight.preflight(runs.make_config(world, tmp_path / "run"), planned_environment())
+        assert levels(report)["Accelerate config"] == level
+        assert report.device.count == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_validation_needs_the_encoders_that_caches_stand_for() -> None:
+    cached = {"data__latent_cache": "a", "data__text_cache": "b"}
+    whole = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2)[ENCODERS]
+    assert memory_model.predict_memory(flux(**cached), FLUX_DEV_SHAPE, 2)[ENCODERS] == whole > 0
+    assert memory_model.predict_memory(flux(**cached, validation__every=None), FLUX_DEV_SHAPE, 2)[ENCODERS] == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
+@pytest.mark.usefixtures("quick")
+def test_a_damaged_index_of_weights(text: str, world: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(world / "model", tmp_path / "model"))
+    (model / "transformer/model.safetensors.index.json").write_text(text)
+    report = preflight.preflight(runs.make_config(world, tmp_path / "run", model__pretrained=str(model)))
+    (finding,) = [finding for finding in report.findings if finding.subject == "model.pretrained"]
+    assert finding.level == STOP
+    assert "model.safetensors.index.json" in finding.message
+
+
+@pytest.mark.usefixtures("quick")
+def test_checkpoints_that_are_there_need_no_room(tmp_path: Path) -> None:
+    config, facts = flux(training__output_dir=str(tmp_path)), DataFacts(2, 9)
+    for step, number in ((1, 4), (2, 3), (3, 2), (4, 1), (5, 1)):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (finding,) = preflight_checks.check_disk(config, FLUX_DEV_SHAPE, facts)
+        assert finding.message.startswith(f"{number} x 5.181 GiB")
 
 
 def test_rows_are_apart_from_the_other_activations(monkeypatch: pytest.MonkeyPatch) -> None:

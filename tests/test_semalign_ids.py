@@ -159,8 +159,12 @@ def test_an_index_by_several_processes(copy: SemAlignSet, monkeypatch: pytest.Mo
     whole = pq.read_table(path)
     path.unlink()
     monkeypatch.setattr(semalign_ids, "ROWS_PER_WORKER", 1)
-    semalign_ids.open_ids(path, SemAlignRows(sorted((copy.root / "data").iterdir())), num_workers=2)
+    rows = SemAlignRows(sorted((copy.root / "data").iterdir()))
+    semalign_ids.open_ids(path, rows, num_workers=2)
     assert pq.read_table(path).equals(whole)
+    assert semalign_ids.has_all_ids(path, rows)
+    pq.write_table(whole.slice(1), path)
+    assert not semalign_ids.has_all_ids(path, rows)
 
 
 def test_an_index_of_other_rows_is_refused(copy: SemAlignSet) -> None:

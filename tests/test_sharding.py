@@ -37,7 +37,22 @@ trainer.fit()
 """
 
 
-def run(world: Path, folder: Path, name: str, environ: dict[str, str], shards: int) -> Path:
+#: Before training: a signal that the second process alone has got when the first validation asks for the second time.
+INTERRUPT = """
+import os
+asked, here = [], Trainer._asked_here
+
+def ask(self):
+    asked.append(1)
+    if os.environ["RANK"] == "1" and len(asked) == 2:
+        self.signals.received = "SIGTERM"
+    return here(self)
+
+Trainer._asked_here = ask
+"""
+
+
+def run(world: Path, folder: Path, name: str, environ: dict[str, str], shards: int, before: str = "", code: int = 0) -> Path:
     """Train three steps of two micro-batches, with validation and a moving average; returns the run's folder."""
     options = {"batch_size": 1, "gradient_accumulation_steps": 2}
     values = runs.settings(world, folder / name)
@@ -46,13 +61,13 @@ def run(world: Path, folder: Path, name: str, environ: dict[str, str], shards: i
     values["validation"].update(every=3, num_cases=1)
     config, worker = folder / f"{name}.json", folder / "worker.py"
     config.write_text(json.dumps(values))
-    worker.write_text(WORKER)
+    worker.write_text(WORKER.replace("trainer, shards =", f"{before}\ntrainer, shards ="))
     environ = {"PYTHONPATH": str(ROOT), **environ}
     environments = []
     for machine in range(int(environ.get("NNODES", "1"))):
         environ["NODE_RANK"] = str(machine)
         environments += process_environments(make_plan(environ, 0), environ)
-    assert run_processes([sys.executable, str(worker), str(config), str(shards)], environments) == 0
+    assert run_processes([sys.executable, str(worker), str(config), str(shards)], environments) == code
     return folder / name
 
 
@@ -68,6 +83,16 @@ def test_sharded_equals_replicated(world: Path, tmp_path: Path) -> None:
     assert (sharded / "metrics.jsonl").read_text() == (replicated / "metrics.jsonl").read_text()
     pictures = [(folder / "validation/step_00000003/case_0.png").read_bytes() for folder in (replicated, sharded)]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.cluster
+def test_a_signal_to_one_process_ends_a_sharded_validation_on_all(world: Path, tmp_path: Path) -> None:
+    """All are asked together: were each to look at its own signals only, the others would wait in the next forward pass."""
+    environ = {"NNODES": "1", "NUM_PROCESSES": "2", "ACCELERATE_CONFIG": str(ROOT / "configs/accelerate/fsdp2.yaml")}
+    folder = run(world, tmp_path, "stopped", environ, 2, INTERRUPT, code=1)  # TrainingStopped, which no script catches here
+    assert (folder / "checkpoints/step_00000000/state.json").is_file()
+    assert not (folder / "metrics.jsonl").exists()
+    assert (folder / "validation/step_00000000/case_0.png").is_file()
 
 
 @pytest.mark.cluster

@@ -85,6 +85,9 @@ def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: b
         file: Where the list is kept, one JSON object per line.
         num_workers: Processes that read.
         show_progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: The list is damaged.
     """
     if not file.is_file():
         loader = DataLoader(Attempt(dataset, "__getitem__"), batch_size=None, num_workers=num_workers)
@@ -93,4 +96,7 @@ def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: b
         partial = file.with_name(file.name + ".partial")
         partial.write_text("".join(json.dumps(bad._asdict()) + "\n" for bad in found))
         os.replace(partial, file)
-    return [Unreadable(**json.loads(line)) for line in file.read_text().splitlines()]
+    try:
+        return [Unreadable(**json.loads(line)) for line in file.read_text().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: is no list of skipped samples ({error}). Remove it to have all samples read again.") from error

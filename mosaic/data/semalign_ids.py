@@ -100,6 +100,15 @@ def open_ids(path: Path, rows: SemAlignRows, num_workers: int | None = None) -> 
         ) from error
 
 
+def has_all_ids(path: Path, rows: SemAlignRows) -> bool:
+    """Whether the index file knows the id of every kept row, so that `open_ids` only reads it.
+
+    Raises:
+        ValueError: The index file is damaged.
+    """
+    return not _aligned(_read_index(path), rows.kept)["id"].null_count
+
+
 def _refuse_or_keep(path: Path, table: pa.Table, rows: SemAlignRows) -> pa.Table:
     """Return what an index made elsewhere says, unless it does not know all rows."""
     unknown = len(rows.kept) - int(pc.sum(table["known"]).as_py() or 0)

@@ -4,11 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosaic.caches import Caches, latent_encoding, text_encoding
+from mosaic.caches import Caches, latent_encoding, latent_settings, text_encoding, text_settings
 from mosaic.config import Config, DataConfig
 from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_supervision, find_unreadable, open_dataset
 from mosaic.data.latent_cache import LatentCache
 from mosaic.data.semalign import INDEX_NAME
+from mosaic.data.semalign_ids import has_all_ids
+from mosaic.data.semalign_rows import SemAlignRows, find_parquet
 from mosaic.data.tensor_cache import DESCRIPTION, TensorCache
 from mosaic.data.text_cache import TextCache
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
@@ -19,7 +21,10 @@ from mosaic.training.run_state import describe_run, require_same_run
 from mosaic.training.starting import training_sampler
 
 Samples = TrainingDataset | ReadableSamples | CachedSamples
-_INDEX_LATER = "{}: the released layout; the index of sample ids is made when training first starts."
+_SEMALIGN = {
+    False: "{}: the released layout; the index of sample ids is made or completed when training starts.",
+    True: "{}: the released layout.",
+}
 
 
 class DataFacts(NamedTuple):
@@ -50,69 +55,95 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
     Raises:
         ValueError: A size does not fit the tokens.
     """
-    facts, data, findings = DataFacts(config.data.max_references), config.data, Findings()
-    if data.format == "semalign" and not Path(data.id_index or Path(data.root) / INDEX_NAME).is_file():
-        findings.step("data.root", lambda: _check_semalign_paths(data), lambda _: _INDEX_LATER.format(data.root))
+    findings, facts = Findings(), DataFacts(config.data.max_references)
+    opened = _open(findings, config, shape)
+    if opened is None:
         return facts, findings
+    facts = DataFacts(int(opened.num_references.max()), len(opened), len(set(opened.prompts())))
+    samples = _supply(findings, config, shape, opened)
+    if samples is None:
+        return facts, findings
+    return facts._replace(steps_per_epoch=_share_out(findings, config, samples, processes, checkpoint)), findings
+
+
+def _open(findings: Findings, config: Config, shape: ModelShape) -> TrainingDataset | None:
+    """The samples to train on; those of the validation are looked at, too."""
+    data = config.data
+    if data.format == "semalign":
+        known = findings.step("data.root", lambda: _check_semalign(data), lambda found: _SEMALIGN[found].format(data.root))
+        if not known:  # damaged, or still to be indexed, which is no thing to do in a look
+            return None
     factor = shape.vae_scale_factor
     grids = (
         token_grid(*data.image_size, factor, where="data.image_size"),
         token_grid(data.reference_size, data.reference_size, factor, where="data.reference_size"),
     )
-    splits = {"data.root": data.split} | ({"validation.split": config.validation.split} if config.validation.every is not None else {})
-    opened = {
-        subject: findings.step(subject, partial(open_dataset, data, split, *grids), partial(_describe, split))
-        for subject, split in splits.items()
-    }
-    dataset: Samples | None = opened["data.root"]
-    if dataset is None:
-        return facts, findings
-    facts = DataFacts(int(dataset.num_references.max()), len(dataset), len(set(dataset.prompts())))
-    if data.skip_invalid:
-        skipped = Path(config.training.output_dir) / "skipped.jsonl"
+    dataset = findings.step("data.root", lambda: open_dataset(data, data.split, *grids), partial(_describe, data.split))
+    if config.validation.every is not None:
+        split = config.validation.split
+        findings.step("validation.split", lambda: open_dataset(data, split, *grids), partial(_describe, split))
+    return dataset
+
+
+def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> Samples | None:
+    """The samples that can be read, with what the caches hold for them; None where that shows only when training starts, or never."""
+    if config.data.skip_invalid:
+        skipped, whole = Path(config.training.output_dir) / "skipped.jsonl", dataset
         if not skipped.is_file():
             findings.append(Finding(NOTE, "data.skip_invalid", "samples that cannot be read are looked for when training starts."))
-            return facts, findings
-        unreadable = find_unreadable(dataset, skipped, 0, show_progress=False)
-        dataset = ReadableSamples(dataset, unreadable) if unreadable else dataset
+            return None
+        dataset = findings.step("data.skip_invalid", lambda: _readable(whole, skipped), lambda found: f"{len(found):,} can be read.")
+        if dataset is None:
+            return None
     before = len(findings)
     caches = Caches(_open_latents(findings, config, shape, dataset), _open_text(findings, config, shape, dataset))
     if any(finding.level == STOP for finding in findings[before:]):
-        return facts, findings
-    if caches != Caches(None, None):
-        dataset = CachedSamples(dataset, *caches)
-    minimum = data.min_point_coverage
-    findings.step("points", lambda: check_supervision(dataset, minimum), lambda found: f"in {found.share:.0%} of the references looked at.")
+        return None
+    return dataset if caches == Caches(None, None) else CachedSamples(dataset, *caches)
+
+
+def _share_out(findings: Findings, config: Config, samples: Samples, processes: int, checkpoint: Path | None) -> int | None:
+    """Look at points, batches and the checkpoint; returns the optimizer steps of an epoch."""
+    minimum = config.data.min_point_coverage
+    findings.step("points", lambda: check_supervision(samples, minimum), lambda found: f"in {found.share:.0%} of the references looked at.")
     sampler = findings.step(
-        "batches", lambda: training_sampler(config, dataset, 0, processes), lambda found: f"{found.steps_per_epoch:,} steps per epoch."
+        "batches", lambda: training_sampler(config, samples, 0, processes), lambda found: f"{found.steps_per_epoch:,} steps per epoch."
     )
     if sampler is None:
-        return facts, findings
+        return None
     if checkpoint is not None:
-        run = describe_run(config, sampler.global_batch, processes, dataset)
+        run = describe_run(config, sampler.global_batch, processes, samples)
         findings.step(
             "--resume",
             lambda: require_same_run(read_json(checkpoint / "state.json"), run, str(checkpoint)),
             lambda _: f"{checkpoint.name} is of this config.",
         )
-    return facts._replace(steps_per_epoch=sampler.steps_per_epoch), findings
+    return sampler.steps_per_epoch
+
+
+def _readable(dataset: TrainingDataset, file: Path) -> Samples:
+    """The samples without those that the run has found to be unreadable."""
+    skipped = find_unreadable(dataset, file, 0, show_progress=False)
+    return ReadableSamples(dataset, skipped) if skipped else dataset
 
 
 def _describe(split: str, dataset: TrainingDataset) -> str:
     return f'{len(dataset):,} samples in the split "{split}", up to {dataset.num_references.max()} references.'
 
 
-def _check_semalign_paths(data: DataConfig) -> None:
-    """Check for the released layout, where its index of ids is still to be made, which is no thing to do in a look.
+def _check_semalign(data: DataConfig) -> bool:
+    """Check for the released layout; returns whether its index of ids is complete.
 
     Raises:
-        FileNotFoundError: A file or folder is missing.
+        FileNotFoundError, ValueError: A file or folder is missing, or damaged.
     """
     for name, given in (("root", data.root), ("parquet", data.parquet), ("masks", data.masks), ("coordinates", data.coordinates)):
         if given is not None and not Path(given).exists():
             raise FileNotFoundError(f"data.{name}: no such file or folder: {given}.")
     if data.parquet is None and not (Path(data.root) / "data").is_dir():
         raise FileNotFoundError(f"data.root: {data.root} lacks the folder data with the Parquet files; or name them by data.parquet.")
+    index = Path(data.id_index or Path(data.root) / INDEX_NAME)
+    return index.is_file() and has_all_ids(index, SemAlignRows(find_parquet(Path(data.root), data.parquet, exclude=[index])))
 
 
 def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> LatentCache | None:
@@ -120,7 +151,7 @@ def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset
     folder = config.data.latent_cache
 
     def open_it() -> LatentCache:
-        cache = LatentCache(folder, latent_encoding(config) if shape.is_local else _stored_encoding(folder))
+        cache = LatentCache(folder, latent_encoding(config) if shape.is_local else {**_stored_encoding(folder), **latent_settings(config)})
         cache.check_names(dataset.sample_ids(), "samples")
         return cache
 
@@ -132,7 +163,7 @@ def _open_text(findings: Findings, config: Config, shape: ModelShape, dataset: S
     folder = config.data.text_cache
 
     def open_it() -> TextCache:
-        cache = TextCache(folder, text_encoding(config) if shape.is_local else _stored_encoding(folder))
+        cache = TextCache(folder, text_encoding(config) if shape.is_local else {**_stored_encoding(folder), **text_settings(config)})
         cache.check_names(dict.fromkeys(dataset.prompts()), "prompts")
         return cache
 
@@ -148,4 +179,5 @@ def _stored_encoding(folder: str) -> dict[str, Any]:
     """What a cache says of itself, where the model is not at hand to compare; empty where it says nothing, which opening it then tells."""
     file = Path(folder) / DESCRIPTION
     description = read_json(file) if file.is_file() else None
-    return description.get("encoding", {}) if isinstance(description, dict) else {}
+    encoding = description.get("encoding") if isinstance(description, dict) else None
+    return encoding if isinstance(encoding, dict) else {}

@@ -70,9 +70,10 @@ def predict_memory(
     if config.optimizer.ema_decay is not None:
         parts[EMA] = 4 * adapter_weights
     _share_out(parts, shape, adapter_weights, element, distribution)
-    if config.data.latent_cache is None:
+    validates = config.validation.every is not None  # with encoders, cached or not
+    if validates or config.data.latent_cache is None:
         parts[ENCODERS] += shape.encoders.get("vae", 0) * element
-    if config.data.text_cache is None:
+    if validates or config.data.text_cache is None:
         parts[ENCODERS] += (shape.encoders.get("text_encoder", 0) + shape.encoders.get("text_encoder_2", 0)) * element
     if device_type == "cuda":
         parts[CONTEXT] = CONTEXT_BYTES

@@ -1,7 +1,9 @@
 """Everything that can be known of a training run before it begins: tokens, FLOPs, memory by part, time, disk, and what is missing."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,10 +12,10 @@ from mosaic.config import Config, config_to_json, resolved_dict
 from mosaic.planning.costs import captured_row_flops, lora_parameter_count, training_step_flops
 from mosaic.planning.data_checks import DataFacts
 from mosaic.planning.findings import NOTE, OK, STOP, Finding
-from mosaic.planning.memory_model import GIB, WHOLE, predict_memory, step_tokens
+from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
 from mosaic.planning.model_shape import ModelShape, read_model_shape
 from mosaic.planning.preflight_checks import look_around
-from mosaic.training.sharding import Distribution
+from mosaic.training.sharding import read_distribution
 
 PEAK_TFLOPS = 989.0  # H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption
@@ -72,7 +74,7 @@ class Preflight:
 
 def preflight(
     config: Config,
-    distribution: Distribution = WHOLE,
+    environ: Mapping[str, str] = MappingProxyType({}),
     resume: str | None = None,
     gpu_memory: float | None = None,
     num_references: int | None = None,
@@ -81,7 +83,7 @@ def preflight(
 
     Args:
         config: The run's settings.
-        distribution: The processes, and what is shared out over them.
+        environ: Variables of one of the run's processes, which say how many there are and what is shared out over them; none: one process.
         resume: As for `mosaic.training.train`.
         gpu_memory: GiB of the card to plan for; None: the card that is there.
         num_references: K to plan for; None: the largest in the data, or `data.max_references` where the data cannot be read.
@@ -89,8 +91,8 @@ def preflight(
     Raises:
         FileNotFoundError, ValueError: If the base model's folder is damaged, or sizes do not fit its tokens.
     """
-    shape = read_model_shape(config.model.pretrained)
-    found = look_around(config, shape, distribution, resume)
+    shape, distribution = read_model_shape(config.model.pretrained), read_distribution(environ)
+    found = look_around(config, shape, environ, resume)
     references = num_references or found.facts.max_references
     device = find_device(config, gpu_memory, distribution.processes)
     memory = predict_memory(config, shape, references, device.type, distribution)
@@ -181,7 +183,8 @@ def check_device(config: Config, device: Device, needed: int) -> list[Finding]:
 
 
 CURES = (
-    "Less memory, in this order: model.gradient_checkpointing=block, data.text_cache and data.latent_cache (no encoders), "
+    "Less memory, in this order: model.gradient_checkpointing=block, data.text_cache and data.latent_cache with validation.every=null (no "
+    "encoders), "
     "model.quantization=nf4, a smaller lora.rank, optimizer.name=adamw_8bit, smaller sizes; `python scripts/preflight.py --table` compares."
 )
 

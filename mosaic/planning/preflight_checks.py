@@ -1,10 +1,9 @@
 """What a training run needs from its surroundings, looked at before anything heavy is loaded: weights, packages, disk, folders, data."""
 
 import importlib.util
-import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,9 @@ from mosaic.planning.data_checks import DataFacts, look_at_data
 from mosaic.planning.findings import NOTE, OK, STOP, Finding, Findings
 from mosaic.planning.memory_model import FORMAT_BYTES, GIB, OPTIMIZER_BYTES
 from mosaic.planning.model_shape import ENCODERS, ModelShape
-from mosaic.training.checkpoint import find_checkpoint
-from mosaic.training.sharding import Distribution
+from mosaic.schema import read_json
+from mosaic.training.checkpoint import checkpoint_folders, find_checkpoint
+from mosaic.training.sharding import check_distribution, read_distribution
 from mosaic.training.starting import check_output
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao", "adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
@@ -45,8 +45,14 @@ class Surroundings(NamedTuple):
     findings: list[Finding]
 
 
-def look_around(config: Config, shape: ModelShape, distribution: Distribution, resume: str | None) -> Surroundings:
+def look_around(config: Config, shape: ModelShape, environ: Mapping[str, str], resume: str | None) -> Surroundings:
     """Look at everything but the device.
+
+    Args:
+        config: The run's settings.
+        shape: The base model's shape.
+        environ: Variables of one of the run's processes.
+        resume: As for `mosaic.training.train`.
 
     Raises:
         ValueError: A size does not fit the tokens.
@@ -54,7 +60,9 @@ def look_around(config: Config, shape: ModelShape, distribution: Distribution, r
     place = Findings()
     folder = Path(config.training.output_dir)
     checkpoint = place.step("training.output_dir", lambda: _find_checkpoint(folder, resume), partial(_describe_output, folder))
-    facts, findings = look_at_data(config, shape, distribution.processes, checkpoint)
+    facts, findings = look_at_data(config, shape, read_distribution(environ).processes, checkpoint)
+    if "ACCELERATE_USE_FSDP" in environ or "ACCELERATE_USE_DEEPSPEED" in environ:
+        findings.step("Accelerate config", lambda: check_distribution(config.optimizer, environ), lambda _: "as training takes it.")
     if config.validation.every is not None and config.validation.cases is not None:
         cases = partial(load_cases, config.validation.cases, config.data.reference_size)
         findings.step("validation.cases", cases, lambda found: f"{len(found)} cases.")
@@ -87,16 +95,22 @@ def _adapter_header(config: Config, shape: ModelShape) -> str:
         FileNotFoundError, ValueError: There is no such file, or it does not fit.
     """
     file = LoraFile(resolve_lora_file(config.lora.pretrained, config.lora.weight_name), "reference LoRA")
-    modules = reference_module_names(shape.transformer["num_layers"], shape.transformer["num_single_layers"])
-    keys = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
-    rank = file.shape(f"{PREFIX}{modules[0]}.lora_A.weight")[0] if set(file) == keys else 0
-    if not rank or sum(math.prod(file.shape(key)) for key in file) != lora_parameter_count(shape.transformer, rank):
+    first = f"{PREFIX}x_embedder.lora_A.weight"
+    rank = file.shape(first)[0] if first in file and len(file.shape(first)) == 2 else 0
+    if not rank or (shape.is_local and not _fits(file, rank, shape)):  # of another model the shape is not known
         raise ValueError(f"{file.path}: is no reference LoRA for {config.model.pretrained}: its modules or widths are others.")
     if rank != config.lora.rank and not config.lora.resize:
         raise ValueError(
             f"lora.rank is {config.lora.rank}, but {file.path} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
         )
     return f"{file.path}: rank {rank}" + ("." if rank == config.lora.rank else f", to be resized to {config.lora.rank}.")
+
+
+def _fits(file: LoraFile, rank: int, shape: ModelShape) -> bool:
+    """Whether an adapter's file has the modules and the number of weights that a base of this shape needs."""
+    modules = reference_module_names(shape.transformer["num_layers"], shape.transformer["num_single_layers"])
+    keys = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
+    return set(file) == keys and sum(math.prod(file.shape(key)) for key in file) == lora_parameter_count(shape.transformer, rank)
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -110,8 +124,10 @@ def _check_model(name: str, shape: ModelShape) -> Finding:
         folder = Path(name)
         needed = [folder / "model_index.json", *(folder / part / "config.json" for part in ("transformer", *ENCODERS))]
         missing = [str(path) for path in needed if not path.is_file()]
-        for part in ("transformer", *ENCODERS):
-            missing += _missing_weights(folder / part)
+        try:
+            missing += [file for part in ("transformer", *ENCODERS) for file in _missing_weights(folder / part)]
+        except (OSError, ValueError) as error:
+            return Finding(STOP, subject, str(error))
         missing += [str(folder / part) for part in OTHER_COMPONENTS if not any((folder / part).glob("*"))]
         if missing:
             return Finding(STOP, subject, f"not a complete diffusers FLUX folder; missing: {', '.join(missing)}.")
@@ -139,10 +155,17 @@ def _check_model(name: str, shape: ModelShape) -> Finding:
 
 
 def _missing_weights(folder: Path) -> list[str]:
-    """The weights of a component that its index names and that are not there; without an index, any."""
+    """The weights of a component that its index names and that are not there; without an index, any.
+
+    Raises:
+        ValueError: The index is damaged.
+    """
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [str(folder / name) for name in sorted(shards) if not (folder / name).is_file()]
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f'{index}: must name the file of each tensor under "weight_map".')
+        return [str(folder / name) for name in sorted(set(shards.values())) if not (folder / name).is_file()]
     found = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     return [] if found else [str(folder / "*.safetensors")]
 
@@ -152,7 +175,9 @@ def check_disk(config: Config, shape: ModelShape, facts: DataFacts) -> Iterator[
     adapter = lora_parameter_count(shape.transformer, config.lora.rank)
     copies = 4 + OPTIMIZER_BYTES[config.optimizer.name] + (4 if config.optimizer.ema_decay is not None else 0)
     kept, remark = _num_checkpoints(config, facts)
-    yield _room("checkpoints", config.training.output_dir, adapter * copies, kept, remark)
+    there = len(checkpoint_folders(Path(config.training.output_dir) / "checkpoints"))
+    remark = f"{remark}, beside {there} that are there" if there else remark
+    yield _room("checkpoints", config.training.output_dir, adapter * copies, max(kept - there, 1), remark)
     for name, (size, count) in cache_bytes(config, shape, facts).items():
         folder = getattr(config.data, name)
         if folder is not None and count is not None and not Path(folder).is_dir():

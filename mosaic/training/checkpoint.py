@@ -224,19 +224,20 @@ def clean_up(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def set_aside_later(folder: Path, step: int, logs: Iterable[Path]) -> None:
-    """Move the checkpoints after a step away, where a run is continued from that step: they are of the branch that it leaves.
+def set_aside(folder: Path, continued: Path, logs: Iterable[Path]) -> None:
+    """Move the checkpoints of the branch away that a run leaves where it is continued from another one of its checkpoints.
 
-    They go to a new folder `set_aside_<n>`, with copies of the logs, which the run cuts at the step; `--resume auto` and rotation do not
-    look there.
+    Those are the later ones; where the continued one lies elsewhere, all. They go to a new folder `set_aside_<n>`, with copies of the
+    logs, which the run cuts at its step; `--resume auto` and rotation do not look there.
 
     Args:
         folder: Where checkpoints live.
-        step: That of the checkpoint that is continued.
+        continued: The checkpoint that is continued.
         logs: Files to keep a copy of.
     """
-    later = [path for path in checkpoint_folders(folder) if _step(path) > step]
-    if not later:
+    is_own = continued.resolve().parent == folder.resolve()
+    left = [path for path in checkpoint_folders(folder) if not is_own or _step(path) > _step(continued)]
+    if not left:
         return
     number = 1
     while (aside := folder / f"set_aside_{number}").exists():
@@ -245,9 +246,9 @@ def set_aside_later(folder: Path, step: int, logs: Iterable[Path]) -> None:
     for log in logs:
         if log.is_file():
             shutil.copyfile(log, aside / log.name)
-    for path in reversed(later):  # the newest first: where this is cut short, what is left is the older part
+    for path in reversed(left):  # the newest first: where this is cut short, what stays is the older part
         os.replace(path, aside / path.name)
-    logger.warning("%s: %d checkpoints after step %d are of a branch that is left; they are in %s now", folder, len(later), step, aside)
+    logger.warning("%s: %d checkpoints are of a branch that is left for %s; they are in %s now", folder, len(left), continued, aside)
 
 
 def rotate(folder: Path, newest: int, keep: int | None, milestone_every: int | None, best_of: Callable[[list[int]], int | None]) -> None:

@@ -78,15 +78,16 @@ def describe_run(config: Config, global_batch: int, processes: int, dataset: Sam
         processes: Number of processes.
         dataset: The samples to train on.
     """
-    data = {"samples": len(dataset.batch_keys), "digest": data_digest(dataset)}
+    keys = np.ascontiguousarray(dataset.batch_keys, dtype=np.int64)
+    data = {"samples": len(keys), "digest": hashlib.sha256(keys.tobytes()).hexdigest(), "texts": text_digest(dataset)}
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
     run = {"global_batch": global_batch, "processes": processes, "data": data, "versions": versions, "config": resolved_dict(config)}
     return {"digest": _digest(run), **run}
 
 
-def data_digest(dataset: Samples) -> str:
-    """SHA-256 over the samples in order: numbers of references and buckets, ids, prompts. Pictures and points are not read for it."""
-    digest = hashlib.sha256(np.ascontiguousarray(dataset.batch_keys, dtype=np.int64).tobytes())
+def text_digest(dataset: Samples) -> str:
+    """SHA-256 over the samples' ids and prompts, in order. Pictures and points are not read for it."""
+    digest = hashlib.sha256()
     for texts in (dataset.sample_ids(), dataset.prompts()):
         for text in texts:
             digest.update(json.dumps(text).encode() + b"\n")
@@ -130,8 +131,9 @@ def list_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
             f"training.batch_size x training.gradient_accumulation_steps x processes was {saved.get('global_batch')}, "
             f"is {current['global_batch']}"
         )
-    if saved.get("data") != current["data"]:
-        before, now = saved.get("data", {}).get("samples"), current["data"]["samples"]
+    data = saved.get("data", {})
+    if any(data.get(name) != value for name, value in current["data"].items() if name in data or name != "texts"):  # once there was none
+        before, now = data.get("samples"), current["data"]["samples"]
         same_size = f"has other ids, prompts, sizes or another order of its {now} samples"
         found.append(f"the data set {same_size if before == now else f'had {before} samples, has {now}'}")
     return found

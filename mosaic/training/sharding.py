@@ -43,23 +43,27 @@ def read_distribution(environ: Mapping[str, str]) -> Distribution:
     return Distribution(processes, optimizer_shards=processes if _asked("ACCELERATE_USE_DEEPSPEED", environ) else 1)
 
 
-def check_distribution(optimizer: OptimizerConfig) -> None:
+def check_distribution(optimizer: OptimizerConfig, environ: Mapping[str, str] = os.environ) -> None:
     """Check what the Accelerate config asks for, before any model is loaded.
+
+    Args:
+        optimizer: The run's settings.
+        environ: Variables of one of the run's processes.
 
     Raises:
         ValueError: FSDP 1, parameter offload, or loading on one process only; with DeepSpeed what `_check_deepspeed` says.
     """
-    if uses_deepspeed():
-        _check_deepspeed(optimizer)
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if _asked("ACCELERATE_USE_DEEPSPEED", environ):
+        _check_deepspeed(optimizer, environ)
+    if not _asked("ACCELERATE_USE_FSDP", environ):
         return
     needed = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
     for name, value in needed.items():
-        if os.environ.get(name, value).lower() != value:
-            raise ValueError(f"{name.lower()} must be {value} in the Accelerate config, got {os.environ[name]}; see fsdp2.yaml.")
+        if environ.get(name, value).lower() != value:
+            raise ValueError(f"{name.lower()} must be {value} in the Accelerate config, got {environ[name]}; see fsdp2.yaml.")
 
 
-def _check_deepspeed(config: OptimizerConfig) -> None:
+def _check_deepspeed(config: OptimizerConfig, environ: Mapping[str, str]) -> None:
     """Check what an Accelerate config with DeepSpeed asks for.
 
     Raises:
@@ -72,17 +76,17 @@ def _check_deepspeed(config: OptimizerConfig) -> None:
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", "offload_param_device"),
     }
     for name, (value, shown) in needed.items():
-        if os.environ.get(name, value) != value:
-            raise ValueError(f"{shown} must be {value} in the Accelerate config, got {os.environ[name]}; see deepspeed_zero2.yaml.")
+        if environ.get(name, value) != value:
+            raise ValueError(f"{shown} must be {value} in the Accelerate config, got {environ[name]}; see deepspeed_zero2.yaml.")
     ours = {
         "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "optimizer.max_grad_norm"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "training.gradient_accumulation_steps"),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed_config_file", "the training config"),
     }
     for name, (shown, instead) in ours.items():
-        if name in os.environ:
-            raise ValueError(f"{shown} must not be set in the Accelerate config, got {os.environ[name]}: {instead} says it.")
-    if "LOCAL_RANK" not in os.environ:
+        if name in environ:
+            raise ValueError(f"{shown} must not be set in the Accelerate config, got {environ[name]}: {instead} says it.")
+    if "LOCAL_RANK" not in environ:
         raise ValueError("DeepSpeed needs processes that train.sh or accelerate launch has started (LOCAL_RANK is not set).")
     if config.name != "adamw":
         raise ValueError(

@@ -19,7 +19,7 @@ from mosaic.lora import reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
 from mosaic.training.averaging import averaged
-from mosaic.training.checkpoint import folder_of, load_snapshot, set_aside_later
+from mosaic.training.checkpoint import folder_of, load_snapshot, set_aside
 from mosaic.training.checkpoint_writer import CheckpointWriter
 from mosaic.training.durable import write_text
 from mosaic.training.non_finite import NonFiniteLoss, NonFiniteSteps
@@ -65,7 +65,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         if trainer.accelerator.is_main_process:
             lock.acquire()
             if resume not in (None, "auto"):
-                set_aside_later(run_dir / "checkpoints", trainer.step, [trainer.log.file, trainer.speed_log.file])
+                set_aside(run_dir / "checkpoints", checkpoint, [trainer.log.file, trainer.speed_log.file])
         with trainer.writer:
             return trainer.fit()
 
@@ -129,7 +129,9 @@ class Trainer:
         saved = load_snapshot(path, self.pipeline.transformer)
         require_same_run(saved.state, self.run, str(path))
         restore_snapshot(saved, self.updates, self.ema)
-        self.step = self._saved_step = saved.step
+        self.step = saved.step
+        if path.resolve() == folder_of(self.writer.folder, saved.step).resolve():
+            self._saved_step = saved.step
         logger.info("resumed from %s at step %d", path, self.step)
 
     def save(self) -> None:
@@ -210,6 +212,8 @@ class Trainer:
         total = min(limit for limit in limits if limit is not None)
         batches_of_steps = batches_from(self.step, self.dataset, self.sampler, self.config.data.num_workers, ignore_in_worker)
         self._start_log()
+        if self.step:
+            self.save()  # one that was continued from elsewhere, so that this run's folder has it
         if self._validation_is_due(total) and not self._has_validated():
             self.validate()  # what the run starts from, or what a signal or a kill has cut short
             self._stop_if_asked()
