@@ -10,7 +10,7 @@ from mosaic.config import load_config, resolved_dict
 from mosaic.digests import file_digest
 from mosaic.schema import read_json
 from mosaic.training.durable import write_text
-from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest
+from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
 
 VERSION = 1  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
@@ -64,7 +64,8 @@ class Task:
         what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora", "real")}
         attention = settings["model"]["reference_attention"] if self.lora else None
         weights = file_digest(Path(self.lora)) if self.lora else None
-        fixed = {"version": VERSION, "judge": judge_digest(), "model": base_digest(config.model.pretrained), "noise": NOISE_SEED}
+        fixed = {"version": VERSION, "judge": judge_digest(), "world": world_digest(), "noise": NOISE_SEED}
+        fixed["model"] = base_digest(config.model.pretrained)
         text = settings["model"]["text_length"]
         return digest_of({**what, **fixed, "rendering": rendering, "sizes": sizes, "attention": attention, "lora": weights, "text": text})
 
