@@ -58,8 +58,9 @@ def provenance(results: dict[str, Any]) -> str:
     """When, where and with what the numbers were made."""
     size, hardware, seconds = results["size"], results["hardware"], results["seconds"]
     hours = {name: f"{value / 3600:.2f} h" for name, value in seconds.items()}
+    commits = sorted({found for run in results["runs"] if (found := run.get("commit"))} | ({results["commit"]} - {None}))
     lines = [
-        f"- {results['date']}, commit {results['commit'] or 'unknown'}",
+        f"- {results['date']}, commit {' and '.join(commits) or 'unknown'}",
         f"- {hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB; "
         f"{hardware['side_by_side']} run(s) side by side, {hardware['threads']} thread(s) each",
         f"- {', '.join(f'{name} {version}' for name, version in results['versions'].items())}",

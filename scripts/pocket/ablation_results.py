@@ -3,10 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +11,33 @@ from mosaic.digests import file_digest
 from mosaic.schema import read_json
 from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
-from mosaic.training.run_state import PACKAGES
 from scripts.pocket.ablation_chains import is_trained, training_state
-from scripts.pocket.ablation_plan import ROOT, Plan, Run, base_digest, judge_digest
+from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest
 from scripts.pocket.ablation_tasks import Task, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.provenance import commit, hardware, versions
 
 RESULTS = "results.json"
 FORMAT = "mosaic-ablation"
 VERSION = 1
 CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
 CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
+
+
+def refuse_other_runs(plan: Plan) -> None:
+    """Refuse a folder whose results hold runs that are not of this plan, for they would be lost from it.
+
+    Raises:
+        ValueError: It has some.
+    """
+    path = plan.output / RESULTS
+    if not path.is_file():
+        return
+    others = sorted({run["name"] for run in read_results(path)["runs"] if run["status"] != "not started"} - {run.name for run in plan.runs})
+    if others:
+        raise ValueError(
+            f"{path}: has {len(others)} runs that are not of this command, such as {others[0]}: of other flags, another base or another "
+            "world. Give the same flags, or another --output."
+        )
 
 
 def write_results(plan: Plan, parallel: int, threads: int) -> Path:
@@ -38,10 +51,10 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "format": FORMAT,
         "version": VERSION,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "size": dataclasses.asdict(plan.size),
-        "hardware": _hardware() | {"side_by_side": parallel, "threads": threads},
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "hardware": hardware() | {"side_by_side": parallel, "threads": threads},
+        "versions": versions(),
         "data": {"folder": _relative(plan, plan.data), "manifest_digest": file_digest(manifest) if manifest.is_file() else None},
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "judge_digest": judge_digest(),
@@ -90,6 +103,8 @@ def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
         "status": state.get("status", "not started"),
         "complete": trained and len(found) == len(tasks),
         "training_seconds": state.get("seconds", 0.0),
+        "commit": state.get("commit"),
+        "versions": state.get("versions"),
         "measures": {str(task.num_references): result for task in tasks if task.kind == "pictures" and (result := task.result())},
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
@@ -133,27 +148,3 @@ def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dic
 
 def _relative(plan: Plan, path: Path) -> str:
     return path.relative_to(plan.output).as_posix()
-
-
-def _hardware() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the code, with a "+" where files differ from it; None outside of a git checkout."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.stdout.strip() else "")
