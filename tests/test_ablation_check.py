@@ -9,7 +9,7 @@ import pytest
 from mosaic.config import load_config, resolved_dict
 from mosaic.lora import write_reference_lora
 from scripts import ablation_check
-from scripts.pocket.ablation_tasks import Task
+from scripts.pocket.ablation_tasks import Task, features_file
 from tests import runs
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     entries = [("base", 0, 0.1), ("scal", 0, 0.5), ("scal", 1, 0.9), ("paper", 0, 0.3)]
     found = {
         "format": "mosaic-ablation",
-        "version": 1,
+        "version": 2,
         "size": {"cases": 2, "real_scenes": 4},
         "real": {"1": {}, "2": {}},
         "runs": [
@@ -55,6 +55,7 @@ def test_shares_must_lie_within_the_intervals_of_seed_0(
         seen.append(task)
         if task.kind == "real":
             Path(task.real).write_bytes(b"")
+        features_file(task).write_bytes(b"")
         return measures(0.3 if task.lora and "paper" in task.lora else identification)
 
     monkeypatch.setattr(ablation_check, "measure", measure)

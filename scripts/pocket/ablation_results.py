@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from mosaic.config import load_config
 from mosaic.digests import file_digest
 from mosaic.schema import read_json
@@ -13,12 +16,13 @@ from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_chains import is_trained, training_state
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest
-from scripts.pocket.ablation_tasks import Task, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.ablation_tasks import Task, features_file, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.provenance import commit, hardware, versions
 
 RESULTS = "results.json"
 FORMAT = "mosaic-ablation"
-VERSION = 1
+VERSION = 2
 CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
 CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
 
@@ -44,6 +48,7 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
     """Write what is there of an ablation, finished or not; runs in the folder that are not of this plan are left out."""
     timings = [entry for task in timing_tasks(plan) if (entry := _timing(plan, task))]
     real = {str(task.num_references): result for task in real_tasks(plan) if (result := task.result())}
+    renderings = [(Path(task.real), Path(task.real)) for task in real_tasks(plan) if task.result()]
     runs = [_run_entry(plan, run) for run in plan.runs]
     manifest = plan.data / "manifest.parquet"
     config = load_config(plan.runs[0].config)
@@ -61,6 +66,7 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "seconds": _seconds(runs, real, timings),
         "complete": all(entry["complete"] for entry in runs),
         "real": real,
+        "real_frechet": pooled_frechet(renderings),
         "runs": runs,
         "timings": timings,
     }
@@ -106,9 +112,22 @@ def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
         "commit": state.get("commit"),
         "versions": state.get("versions"),
         "measures": {str(task.num_references): result for task in tasks if task.kind == "pictures" and (result := task.result())},
+        "frechet": pooled_frechet([(features_file(task), Path(task.real)) for task in tasks if task.kind == "pictures" and task.result()]),
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
+
+
+def pooled_frechet(files: list[tuple[Path, Path]]) -> float | None:
+    """Frechet distance between the pictures of all K together and as many K of real renderings; of one K alone it would be mostly bias.
+
+    Args:
+        files: Per K the file with the pictures' features ("own"), and that with the renderings' ("others").
+    """
+    if not files:
+        return None
+    own, others = (torch.cat([load_file(pair[side])[name] for pair in files]) for side, name in ((0, "own"), (1, "others")))
+    return frechet_distance(own, others)
 
 
 def _timing(plan: Plan, task: Task) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from mosaic.schema import read_json
 from mosaic.training.durable import write_text
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
 
-VERSION = 1  # of the measurements; raise it where one changes its meaning
+VERSION = 2  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
 NOISE_SEED = 42
 SCENE_COST = 80.0  # of drawing a scene, in the unit of `Task.cost`
@@ -71,8 +71,14 @@ class Task:
 
     def result(self) -> dict[str, Any] | None:
         """The finished measurement, or None."""
-        path = Path(self.output)
-        if not path.is_file() or (self.lora and not Path(self.lora).is_file()) or (self.kind == "real" and not Path(self.real).is_file()):
+        path, needed = Path(self.output), []
+        if self.lora:
+            needed.append(Path(self.lora))
+        if self.kind == "real":
+            needed.append(Path(self.real))
+        if self.kind == "pictures":
+            needed.append(features_file(self))
+        if not all(file.is_file() for file in (path, *needed)):
             return None
         found = read_json(path)
         return found["result"] if found.get("digest") == self.digest() else None
@@ -82,6 +88,11 @@ class Task:
         path = Path(self.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"digest": self.digest(), "result": result}, indent=1) + "\n")
+
+
+def features_file(task: Task) -> Path:
+    """Where the features of a task's pictures are, "own" [cases, d]."""
+    return Path(task.output).with_suffix(".safetensors")
 
 
 def real_tasks(plan: Plan) -> list[Task]:

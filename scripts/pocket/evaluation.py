@@ -115,7 +115,25 @@ def generate(
     return pictures
 
 
-def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of the subjects of one picture, in order.
+
+    Attributes:
+        identification: Whether each is recognised as its reference.
+        leakage: Whether each is nearer to another reference's looks; empty at K = 1.
+        presence: Whether each one's class is found.
+    """
+
+    identification: tuple[bool, ...]
+    leakage: tuple[bool, ...]
+    presence: tuple[bool, ...]
+
+
+MEASURES = ("identification", "leakage", "presence")
+
+
+def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> list[Verdict]:
     """Ask the judge about every subject; it sees the whole picture and the class, never the layout.
 
     Args:
@@ -124,9 +142,10 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequen
         scenes: Whose identities are the truth.
         min_visible: Leave out subjects of which less is visible in the scene as drawn (for real renderings).
     """
-    hits, leaks, present = [], [], []
+    verdicts = []
     tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
     for index, scene in enumerate(scenes):
+        hits, leaks, present = [], [], []
         identities = [placement.identity for placement in scene.placements]
         visible = world.visible_fractions(scene, JUDGE_SIZE) if min_visible else [1.0] * len(identities)
         picture, rng = tensors[index : index + 1], np.random.default_rng([17, scene.seed])
@@ -140,7 +159,18 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequen
             if len(identities) > 1:
                 looks = judge.score(picture, identity.class_name, identities)[0]
                 leaks.append(bool(max(looks[j] for j in range(len(identities)) if j != k) > looks[k]))
-    return Result(proportion(hits), proportion(leaks), proportion(present))
+        verdicts.append(Verdict(tuple(hits), tuple(leaks), tuple(present)))
+    return verdicts
+
+
+def pool_verdicts(verdicts: Sequence[Verdict]) -> Result:
+    """Shares over all subjects."""
+    return Result(*(proportion([hit for verdict in verdicts for hit in getattr(verdict, name)]) for name in MEASURES))
+
+
+def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
+    """The same over all scenes; see `judge_scenes`."""
+    return pool_verdicts(judge_scenes(judge, pictures, scenes, min_visible))
 
 
 def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, config: Config) -> MosaicBatch:
