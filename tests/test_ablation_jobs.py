@@ -180,6 +180,16 @@ def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> 
     assert task.result() is None
 
 
+def test_main_arms_are_measured_as_published_too(tmp_path: Path) -> None:
+    plan = make_plan(SIZES["short"], tmp_path, ("main", "factors"), ("base", "scal", "mdl_weight_0"))
+    found = {run.arm.name: run_tasks(plan, run) for run in plan.runs}
+    published = {name: [task.num_references for task in tasks if task.image_guidance == 1] for name, tasks in found.items()}
+    assert published == {"base": [], "scal": [2, 4], "mdl_weight_0": []}
+    usual, own = (next(task for task in found["scal"] if task.output.endswith(name)) for name in ("/k2.json", "published_k2.json"))
+    assert own.cost == usual.cost / 2
+    assert len({task.output for task in found["scal"]}) == len(found["scal"])
+
+
 def test_tasks_survive_their_file(tmp_path: Path) -> None:
     tasks = [
         Task("pictures", "out.json", "config.json", None, 2, 3, "real.safetensors", 4),

@@ -20,7 +20,7 @@ LORA = "assets/pocket/lora.safetensors"
 def tasks(tmp_path: Path) -> dict[str, Task]:
     """A task of each kind, of the shipped adapter."""
     plan = make_plan(SIZE, tmp_path, ("main",), ("release",))
-    pictures, lines = run_tasks(plan, plan.runs[0])
+    pictures, _, lines = run_tasks(plan, plan.runs[0])
     real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, pictures.real, 4)
     pictures, lines = dataclasses.replace(pictures, lora=LORA), dataclasses.replace(lines, lora=LORA)
     return {
@@ -60,6 +60,11 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
 
 def test_rows_are_read_from_the_same_blocks_in_every_arm(tasks: dict[str, Task]) -> None:
     assert measuring_config(tasks["pictures"]).loss.capture_blocks == "all"  # the release's arm is trained on double-stream ones
+
+
+def test_image_guidance_of_a_task(tasks: dict[str, Task]) -> None:
+    assert measuring_config(tasks["pictures"]).inference.image_guidance_scale == 2.0
+    assert measuring_config(dataclasses.replace(tasks["pictures"], image_guidance=1.0)).inference.image_guidance_scale == 1.0
 
 
 def test_pictures_are_compared_with_renderings_of_other_scenes() -> None:

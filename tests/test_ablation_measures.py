@@ -90,6 +90,7 @@ def test_intervals_of_few_seeds_and_scenes() -> None:
     assert (one.mean, one.half) == (1.5, pytest.approx(3.1824 * math.sqrt(5 / 3 / 4)))
     assert over_seeds_and_scenes([[1.0, 3.0], [1.0, 3.0]]).half == pytest.approx(2.0452 * math.sqrt(4 / 4))  # equal seeds: scenes only
     assert math.isnan(over_seeds_and_scenes([[0.5]]).half)
+    assert math.isnan(over_seeds_and_scenes([[0.0, 0.0], [0.0, 0.0]]).half)
     assert math.isnan(over_seeds_and_scenes([[math.nan], [1.0]]).mean)
     assert math.isnan(over_seeds_and_scenes([]).mean)
 

@@ -25,12 +25,12 @@ from scripts.pocket.evaluation import (
     FIRST_SEED,
     MEASURES,
     MIN_VISIBLE,
-    Verdict,
+    Outcome,
     call_arguments,
     generate,
     held_out_scenes,
     judge_scenes,
-    pool_verdicts,
+    pool_outcomes,
     render_references,
     scene_batch,
 )
@@ -53,8 +53,9 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def measuring_config(task: Task) -> Config:
-    """The run's config, with rows read out of the same blocks in every arm."""
-    return load_config(task.config, [f"loss.capture_blocks={CAPTURED}"])
+    """The run's config, with rows read out of the same blocks in every arm, and the task's guidance."""
+    guidance = [] if task.image_guidance is None else [f"inference.image_guidance_scale={task.image_guidance}"]
+    return load_config(task.config, [f"loss.capture_blocks={CAPTURED}", *guidance])
 
 
 @functools.cache
@@ -90,7 +91,7 @@ def measure_real(task: Task, config: Config) -> dict[str, Any]:
     scenes = held_out_scenes(task.num_references, task.cases)
     pictures = [world.render_scene(scene, height).image for scene in scenes]
     _write_features(Path(task.real), others=others, own=picture_features(pictures))
-    return pool_verdicts(judge_scenes(_judge(), pictures, scenes, MIN_VISIBLE)).to_dict()
+    return pool_outcomes(judge_scenes(_judge(), pictures, scenes, MIN_VISIBLE)).to_dict()
 
 
 def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
@@ -101,9 +102,10 @@ def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
     pipeline = _pipeline(config.model.pretrained, task.lora)
     scenes = held_out_scenes(task.num_references, task.cases)
     pictures = generate(pipeline, scenes, config, task.lora is not None, BATCH_SIZE, NOISE_SEED)
-    verdicts = judge_scenes(_judge(), pictures, scenes)
-    by_scene = {name: scene_shares(verdicts, name) for name in MEASURES}
-    result = {**pool_verdicts(verdicts).to_dict(), "attention": None, "shape": None}
+    outcomes = judge_scenes(_judge(), pictures, scenes)
+    by_scene = {name: scene_shares([getattr(outcome, name) for outcome in outcomes]) for name in MEASURES}
+    by_scene["identification_if_present"] = scene_shares([identified_if_present(outcome) for outcome in outcomes])
+    result = {**pool_outcomes(outcomes).to_dict(), "attention": None, "shape": None}
     _write_features(features_file(task), own=picture_features(pictures))
     if task.lora is not None:
         generator = torch.Generator().manual_seed(NOISE_SEED)
@@ -117,9 +119,14 @@ def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
     return {**result, "scenes": {name: " ".join(f"{value:.4g}" for value in values) for name, values in by_scene.items()}}
 
 
-def scene_shares(verdicts: Sequence[Verdict], name: str) -> list[float]:
+def scene_shares(hits: Sequence[Sequence[bool]]) -> list[float]:
     """Share of each scene's subjects; not a number where there is none to speak of."""
-    return [statistics.fmean(getattr(verdict, name)) if getattr(verdict, name) else math.nan for verdict in verdicts]
+    return [statistics.fmean(of_scene) if of_scene else math.nan for of_scene in hits]
+
+
+def identified_if_present(outcome: Outcome) -> list[bool]:
+    """Identification of those subjects of a picture whose class the judge finds in it."""
+    return [hit for hit, present in zip(outcome.identification, outcome.presence, strict=True) if present]
 
 
 def _write_features(path: Path, **features: Tensor) -> None:

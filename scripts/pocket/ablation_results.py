@@ -16,7 +16,7 @@ from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_chains import is_trained, training_state
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest
-from scripts.pocket.ablation_tasks import Task, features_file, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.ablation_tasks import Task, are_done, features_file, real_tasks, run_tasks, timing_tasks
 from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.provenance import commit, hardware, versions
 
@@ -64,7 +64,7 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "judge_digest": judge_digest(),
         "seconds": _seconds(runs, real, timings),
-        "complete": all(entry["complete"] for entry in runs),
+        "complete": all(entry["complete"] for entry in runs) and are_done(real_tasks(plan)) and are_done(timing_tasks(plan)),
         "real": real,
         "real_frechet": pooled_frechet(renderings),
         "runs": runs,
@@ -91,6 +91,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
     tasks = run_tasks(plan, run)
     found = {Path(task.output).stem: result for task in tasks if (result := task.result())}
+    pictures = [task for task in tasks if task.kind == "pictures"]
+    usual, published = ([task for task in pictures if (task.image_guidance is None) is given] for given in (True, False))
     state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
     trained = run.lora is None or is_trained(run)
     return {
@@ -111,8 +113,9 @@ def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
         "training_seconds": state.get("seconds", 0.0),
         "commit": state.get("commit"),
         "versions": state.get("versions"),
-        "measures": {str(task.num_references): result for task in tasks if task.kind == "pictures" and (result := task.result())},
-        "frechet": pooled_frechet([(features_file(task), Path(task.real)) for task in tasks if task.kind == "pictures" and task.result()]),
+        "measures": {str(task.num_references): result for task in usual if (result := task.result())},
+        "published": {str(task.num_references): result for task in published if (result := task.result())},
+        "frechet": pooled_frechet([(features_file(task), Path(task.real)) for task in usual if task.result()]),
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
@@ -160,7 +163,8 @@ def curves_of(file: Path) -> dict[str, list[list[float]]]:
 
 def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, float]:
     """Time that trainings and measurements took, added up over all, also those that ran side by side."""
-    measured = [result["seconds"] for run in runs for result in (*run["measures"].values(), *([run["lines"]] if run["lines"] else []))]
+    pictures = [result for run in runs for part in ("measures", "published") for result in run[part].values()]
+    measured = [result["seconds"] for result in (*pictures, *(run["lines"] for run in runs if run["lines"]))]
     measured += [result["seconds"] for result in (*real.values(), *timings)]
     return {"training": sum(run["training_seconds"] for run in runs), "measuring": sum(measured)}
 

@@ -30,6 +30,7 @@ class Measure(NamedTuple):
 
 
 IDENTIFICATION = Measure("identification, % (chance 12.5)", "identification", real=True)
+IF_PRESENT = Measure("identification of present subjects, %", "identification_if_present")
 LEAKAGE = Measure("leakage, %", "leakage", real=True)
 PRESENCE = Measure("class present, %", "presence", real=True)
 EXACT = Measure("attention exact, %", "exact")
@@ -38,7 +39,7 @@ ATTENTION_LEAKAGE = Measure("attention leakage, %", "attention_leakage")
 ENTROPY = Measure("attention entropy, nats", "entropy", 1.0, 2)
 OVERLAP = Measure("overlap between references, %", "overlap")
 FRECHET = Measure("Frechet distance to real renderings, all K", "", 1.0, 2, real=True)
-MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
+MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, IF_PRESENT, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
 PRIMARY_KS = (2, 3, 4)  # over which contrasts are taken
 CONTRASTS = {
     "main": (("scal", "flow_matching"), ("paper", "scal"), ("stable", "scal"), ("stable", "paper"), ("release", "paper")),
@@ -130,6 +131,18 @@ def k_table(results: dict[str, Any], measure: Measure) -> str:
         rows.append(["*real renderings*", *(_real_cell(results, measure, k) for k in ks)])
     header = [f"K = {k}" + (" (unseen)" if k > MAX_TRAINED_K else "") for k in ks]
     return markdown([measure.title, *header], rows)
+
+
+def published_table(results: dict[str, Any]) -> str:
+    """Identification and leakage of the main arms without image guidance, as the method was published."""
+    trained = {name: runs for name, runs in by_arm(results, "main").items() if runs[0]["steps"]}
+    arms = {name: [{**run, "measures": run["published"]} for run in runs] for name, runs in trained.items()}
+    ks = ks_of(list(arms.values()))
+    rows = []
+    for runs in arms.values():
+        values = [value_of(measure, runs, k) for measure in (IDENTIFICATION, LEAKAGE) for k in ks]
+        rows.append([runs[0]["meaning"], *(cell(value, 1) for value in values)])
+    return markdown(["image guidance 1", *(f"{measure.title}, K = {k}" for measure in (IDENTIFICATION, LEAKAGE) for k in ks)], rows)
 
 
 def contrast_table(results: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The measurements of an ablation, each a small JSON file that is done when its digest is the wanted one."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judg
 VERSION = 2  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
 NOISE_SEED = 42
+PUBLISHED_GUIDANCE, PUBLISHED_KS = 1.0, (2, 4)  # the method as published has no image guidance; where the main arms are measured so, too
 SCENE_COST = 80.0  # of drawing a scene, in the unit of `Task.cost`
 TOKENS_OF_TEXT_AND_TARGET, TOKENS_OF_REFERENCE = 88, 16  # of the pocket model, for the estimate of work
 
@@ -34,6 +36,7 @@ class Task:
         real: "pictures": the file of features that "real" has written; "real": the number of scenes of it stands in `real_scenes`.
         real_scenes: Real renderings that pictures are compared with.
         reference_cache: "timing": whether references are computed once.
+        image_guidance: `inference.image_guidance_scale` where it is not that of the config.
     """
 
     kind: Literal["real", "pictures", "lines", "timing"]
@@ -45,6 +48,7 @@ class Task:
     real: str = ""
     real_scenes: int = 0
     reference_cache: bool = False
+    image_guidance: float | None = None
 
     @property
     def cost(self) -> float:
@@ -52,7 +56,8 @@ class Task:
         if self.kind == "real":
             return SCENE_COST * (self.real_scenes + self.cases)
         tokens = TOKENS_OF_TEXT_AND_TARGET + TOKENS_OF_REFERENCE * (self.num_references if self.lora else 0)
-        steps = 1 if self.kind == "lines" else 2 * load_config(self.config).inference.num_inference_steps
+        passes = 1 if self.image_guidance == 1 else 2
+        steps = 1 if self.kind == "lines" else passes * load_config(self.config).inference.num_inference_steps
         return float(steps * tokens * self.cases)
 
     def digest(self) -> str:
@@ -113,7 +118,15 @@ def run_tasks(plan: Plan, run: Run) -> list[Task]:
         )
         for k in run.ks
     ]  # fmt: skip
-    return [*tasks, Task("lines", str(folder / "lines.json"), str(run.config), lora, LINES_K, 1)] if lora else tasks
+    if not lora:
+        return tasks
+    if "main" in run.parts:
+        tasks += [
+            dataclasses.replace(task, output=str(folder / f"published_k{task.num_references}.json"), image_guidance=PUBLISHED_GUIDANCE)
+            for task in tasks
+            if task.num_references in PUBLISHED_KS
+        ]
+    return [*tasks, Task("lines", str(folder / "lines.json"), str(run.config), lora, LINES_K, 1)]
 
 
 def timing_tasks(plan: Plan) -> list[Task]:

@@ -116,7 +116,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """What the judge says of the subjects of one picture, in order.
 
     Attributes:
@@ -133,7 +133,7 @@ class Verdict:
 MEASURES = ("identification", "leakage", "presence")
 
 
-def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> list[Verdict]:
+def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> list[Outcome]:
     """Ask the judge about every subject; it sees the whole picture and the class, never the layout.
 
     Args:
@@ -142,7 +142,7 @@ def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence
         scenes: Whose identities are the truth.
         min_visible: Leave out subjects of which less is visible in the scene as drawn (for real renderings).
     """
-    verdicts = []
+    outcomes = []
     tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
     for index, scene in enumerate(scenes):
         hits, leaks, present = [], [], []
@@ -159,18 +159,18 @@ def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence
             if len(identities) > 1:
                 looks = judge.score(picture, identity.class_name, identities)[0]
                 leaks.append(bool(max(looks[j] for j in range(len(identities)) if j != k) > looks[k]))
-        verdicts.append(Verdict(tuple(hits), tuple(leaks), tuple(present)))
-    return verdicts
+        outcomes.append(Outcome(tuple(hits), tuple(leaks), tuple(present)))
+    return outcomes
 
 
-def pool_verdicts(verdicts: Sequence[Verdict]) -> Result:
+def pool_outcomes(outcomes: Sequence[Outcome]) -> Result:
     """Shares over all subjects."""
-    return Result(*(proportion([hit for verdict in verdicts for hit in getattr(verdict, name)]) for name in MEASURES))
+    return Result(*(proportion([hit for outcome in outcomes for hit in getattr(outcome, name)]) for name in MEASURES))
 
 
 def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
     """The same over all scenes; see `judge_scenes`."""
-    return pool_verdicts(judge_scenes(judge, pictures, scenes, min_visible))
+    return pool_outcomes(judge_scenes(judge, pictures, scenes, min_visible))
 
 
 def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, config: Config) -> MosaicBatch:

@@ -60,7 +60,7 @@ def over_seeds_and_scenes(values: Sequence[Sequence[float]]) -> Estimate:
         values: S rows of N numbers; scenes that are not a number in any row are left out.
 
     Returns:
-        `count` is S; `half` is not a number for fewer than two scenes.
+        `count` is S; `half` is not a number for fewer than two scenes, nor where all numbers are equal, which says nothing of their spread.
     """
     if not len(values):
         return Estimate(math.nan, math.nan, 0)
@@ -71,6 +71,8 @@ def over_seeds_and_scenes(values: Sequence[Sequence[float]]) -> Estimate:
         return Estimate(math.nan, math.nan, 0)
     mean, by_seed, by_scene = table.mean(), table.mean(axis=1), table.mean(axis=0)
     if scenes < 2:
+        return Estimate(float(mean), math.nan, seeds)
+    if np.ptp(table) < 1e-12:
         return Estimate(float(mean), math.nan, seeds)
     if seeds == 1:
         return Estimate(float(mean), _quantile(scenes - 1) * math.sqrt(by_scene.var(ddof=1) / scenes), 1)
