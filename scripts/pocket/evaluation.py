@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,15 @@ class Result:
         identification: Subjects recognised as their reference among 8 candidates (chance 12.5 %).
         leakage: Subjects nearer to another reference's looks than to their own; none at K = 1.
         presence: Subjects whose class the judge finds in the picture.
+        count: Subjects of whose class it finds as many as the caption says.
+        background: Pictures whose background it finds to be the caption's.
     """
 
     identification: Proportion
     leakage: Proportion
     presence: Proportion
+    count: Proportion
+    background: Proportion
 
     def to_dict(self) -> dict:
         """JSON-able; shares of nothing are null."""
@@ -123,14 +127,18 @@ class Outcome:
         identification: Whether each is recognised as its reference.
         leakage: Whether each is nearer to another reference's looks; empty at K = 1.
         presence: Whether each one's class is found.
+        count: Whether as many of its class are found as the caption says.
+        background: Whether the picture's background is that of the caption; one value.
     """
 
     identification: tuple[bool, ...]
     leakage: tuple[bool, ...]
     presence: tuple[bool, ...]
+    count: tuple[bool, ...]
+    background: tuple[bool]
 
 
-MEASURES = ("identification", "leakage", "presence")
+MEASURES = tuple(field.name for field in fields(Outcome))
 
 
 def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> list[Outcome]:
@@ -145,21 +153,24 @@ def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence
     outcomes = []
     tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
     for index, scene in enumerate(scenes):
-        hits, leaks, present = [], [], []
+        hits, leaks, present, counted = [], [], [], []
         identities = [placement.identity for placement in scene.placements]
         visible = world.visible_fractions(scene, JUDGE_SIZE) if min_visible else [1.0] * len(identities)
         picture, rng = tensors[index : index + 1], np.random.default_rng([17, scene.seed])
-        probabilities = judge.presence_probability(picture)[0]
+        probabilities, counts = judge.presence_probability(picture)[0], judge.counts(picture)[0]
+        names = [identity.class_name for identity in identities]
         for k, identity in enumerate(identities):
             candidates = make_candidates(identity, rng)
             if visible[k] < min_visible:
                 continue
             hits.append(candidates[int(judge.identify(picture, identity.class_name, candidates))] == identity)
             present.append(bool(probabilities[world.CLASSES.index(identity.class_name)] > 0.5))
+            counted.append(int(counts[world.CLASSES.index(identity.class_name)]) == names.count(identity.class_name))
             if len(identities) > 1:
                 looks = judge.score(picture, identity.class_name, identities)[0]
                 leaks.append(bool(max(looks[j] for j in range(len(identities)) if j != k) > looks[k]))
-        outcomes.append(Outcome(tuple(hits), tuple(leaks), tuple(present)))
+        background = int(judge.backgrounds(picture)[0]) == world.BACKGROUNDS.index(scene.background)
+        outcomes.append(Outcome(tuple(hits), tuple(leaks), tuple(present), tuple(counted), (background,)))
     return outcomes
 
 
