@@ -18,13 +18,26 @@ from mosaic.lora_files import LoraFile, reference_metadata
 from mosaic.training.durable import write_text
 from scripts.ablation import ARMS_FOLDER
 from scripts.pocket.ablation_measures import measure
-from scripts.pocket.ablation_plan import ROOT
+from scripts.pocket.ablation_plan import ROOT, base_digest, judge_digest, world_digest
 from scripts.pocket.ablation_results import read_results
 from scripts.pocket.ablation_tables import markdown
 from scripts.pocket.ablation_tasks import Task
 
 RESULTS = ROOT / "assets/ablation/results.json"
 SHARES = ("identification", "leakage", "presence")
+
+
+def require_same_world(results: dict[str, Any]) -> None:
+    """Check that base, judge and world are those of the results, without which nothing can be reproduced.
+
+    Raises:
+        ValueError: One is another.
+    """
+    here = {"model": base_digest(results["model"]["name"]), "judge": judge_digest(), "world": world_digest()}
+    then = {"model": results["model"]["digest"], "judge": results["judge_digest"], "world": results["world_digest"]}
+    others = [name for name in here if here[name] != then[name]]
+    if others:
+        raise ValueError(f"the {' and the '.join(others)} of this checkout are not those of the results: check out {results['commit']}.")
 
 
 def check_tasks(results: dict[str, Any], arms: Path, output: Path, ks: list[int]) -> dict[str, list[Task]]:
@@ -84,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         results = read_results(arguments.results)
+        require_same_world(results)
         unknown = sorted(set(arguments.ks) - {int(k) for k in results["real"]})
         if unknown:
             raise ValueError(f"--ks: {arguments.results} has K = {', '.join(results['real'])}, got {', '.join(map(str, unknown))}.")

@@ -9,6 +9,7 @@ import pytest
 from mosaic.config import load_config, resolved_dict
 from mosaic.lora import write_reference_lora
 from scripts import ablation_check
+from scripts.pocket.ablation_plan import base_digest, judge_digest, world_digest
 from scripts.pocket.ablation_tasks import Task, features_file
 from tests import runs
 
@@ -29,6 +30,10 @@ def folder(tmp_path: Path) -> Path:
         "format": "mosaic-ablation",
         "version": 2,
         "size": {"cases": 2, "real_scenes": 4},
+        "commit": "abc",
+        "model": {"name": "assets/pocket/flux", "digest": base_digest("assets/pocket/flux")},
+        "judge_digest": judge_digest(),
+        "world_digest": world_digest(),
         "real": {"1": {}, "2": {}},
         "runs": [
             {"arm": arm, "seed": seed, "parts": ["main"], "adapter_digest": None if arm == "base" else "a",
@@ -69,6 +74,13 @@ def test_shares_must_lie_within_the_intervals_of_seed_0(
     seen.clear()
     assert check(folder, "--ks", "1", "2") == code  # measured already
     assert seen == []
+
+
+def test_another_world_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "judge_digest": "other", "world_digest": "other"}))
+    assert check(folder, "--ks", "1") == 2
+    assert "the judge and the world of this checkout are not those of the results: check out abc." in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from mosaic.schema import read_json
 from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_chains import is_trained, training_state
-from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest
+from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest, world_digest
 from scripts.pocket.ablation_tasks import Task, are_done, features_file, real_tasks, run_tasks, timing_tasks
 from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.provenance import commit, hardware, versions
@@ -63,6 +63,7 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "data": {"folder": _relative(plan, plan.data), "manifest_digest": file_digest(manifest) if manifest.is_file() else None},
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "judge_digest": judge_digest(),
+        "world_digest": world_digest(),
         "seconds": _seconds(runs, real, timings),
         "complete": all(entry["complete"] for entry in runs) and are_done(real_tasks(plan)) and are_done(timing_tasks(plan)),
         "real": real,
