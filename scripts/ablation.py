@@ -27,7 +27,7 @@ from scripts.pocket.ablation_arms import PARTS
 from scripts.pocket.ablation_chains import data_job, is_trained, measure_job, train_job
 from scripts.pocket.ablation_jobs import child_environment, remaining_cost, run_chains
 from scripts.pocket.ablation_plan import ROOT, SIZES, Plan, Size, make_plan
-from scripts.pocket.ablation_results import RESULTS, write_results
+from scripts.pocket.ablation_results import RESULTS, refuse_other_runs, write_results
 from scripts.pocket.ablation_tasks import are_done, real_tasks, run_tasks, timing_tasks
 from scripts.pocket.statistics import MAX_SEEDS
 from scripts.pocket.world import MAX_SUBJECTS
@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.list:
                 print(describe(plan))
                 return 0
+            refuse_other_runs(plan)
             failures = run_ablation(plan, arguments.parallel)
             if arguments.export_arms:
                 export_arms(plan, arguments.export_arms)

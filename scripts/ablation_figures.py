@@ -5,6 +5,7 @@ With --readme FILE the main ones also go into that file, between its two lines "
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,20 @@ from mosaic.training.durable import write_text
 from scripts.pocket.ablation_plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
 from scripts.pocket.ablation_readme import put_into
 from scripts.pocket.ablation_results import read_results
-from scripts.pocket.ablation_tables import MEASURES, attention_table, by_arm, factor_table, k_table, ks_of, run_table, summary_table
+from scripts.pocket.ablation_tables import (
+    IDENTIFICATION,
+    MEASURES,
+    attention_table,
+    by_arm,
+    contrast_table,
+    factor_table,
+    k_table,
+    ks_of,
+    published_table,
+    run_table,
+    seed_deviation,
+    summary_table,
+)
 
 SUMMARY_KS = (2, 4)
 LINES = """## Where reference points look
@@ -58,8 +72,9 @@ def provenance(results: dict[str, Any]) -> str:
     """When, where and with what the numbers were made."""
     size, hardware, seconds = results["size"], results["hardware"], results["seconds"]
     hours = {name: f"{value / 3600:.2f} h" for name, value in seconds.items()}
+    commits = sorted({found for run in results["runs"] if (found := run.get("commit"))} | ({results["commit"]} - {None}))
     lines = [
-        f"- {results['date']}, commit {results['commit'] or 'unknown'}",
+        f"- {results['date']}, commit {' and '.join(commits) or 'unknown'}",
         f"- {hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB; "
         f"{hardware['side_by_side']} run(s) side by side, {hardware['threads']} thread(s) each",
         f"- {', '.join(f'{name} {version}' for name, version in results['versions'].items())}",
@@ -74,19 +89,25 @@ def provenance(results: dict[str, Any]) -> str:
 
 def statistics_note(results: dict[str, Any]) -> str:
     """How to read the numbers."""
-    return f"""All numbers are of {results["size"]["cases"]} scenes per K of identities that training never saw. In brackets 95 % intervals:
-over training seeds by Student's t (three seeds: 4.30 standard errors) where there are two or more; of a single run the
-Wilson interval over its subjects for shares, and none for other numbers. All arms start from the same noise, so intervals over
-seeds speak of training, not of sampling. The judge's own accuracy on real renderings of the same scenes is the last row of each
-table; its Frechet distance is what that many real pictures have. Attention is read from all blocks in every arm, on real renderings
-at noise drawn as in training."""
+    return f"""All numbers are of {results["size"]["cases"]} scenes per K of identities that training never saw, as means over scenes. In
+brackets 95 % intervals for other training seeds and other scenes (two crossed random factors, `scripts/pocket/statistics.py`); of a run
+with one seed they are for other scenes only. Arms are compared by the differences at the same seeds and scenes, of which all start from
+the same noise; nothing is corrected for the number of comparisons: of twenty without a difference one would be called resolved. The
+judge's own accuracy on real renderings of the same scenes, with the Wilson interval over subjects, is the last row of each table. The
+Frechet distance is of the pictures of all K together, for with few pictures it is mostly bias: compare it with that of real renderings.
+Attention is read from all blocks in every arm, on real renderings at noise drawn as in training. Pictures are sampled with
+`inference.image_guidance_scale` 2.0 as in `configs/pocket.json`; one table is of 1.0, as the method was published. Learning curves are
+of the batches of training and of the blocks that an arm captures, so that those of attention leave the preset release out, which
+captures others."""
 
 
 def main_section(results: dict[str, Any]) -> str:
     """Tables and charts of the main arms."""
     ks = ks_of(list(by_arm(results, "main").values()))
     chosen = [k for k in SUMMARY_KS if k in ks] or ks[:1]
-    parts = ["## Losses", *(summary_table(results, k) for k in chosen), *(k_table(results, measure) for measure in MEASURES)]
+    parts = ["## Losses", *(summary_table(results, k) for k in chosen)]
+    parts += [f"### Arm against arm\n\n{contrast_table(results)}", published_table(results)]
+    parts += [k_table(results, measure) for measure in MEASURES]
     parts += [f"![{name}](k_{name}.svg)" for name in K_MEASURES]
     parts += [f"![{label}](learning_{name.partition('/')[2]}.svg)" for name, label in CURVES.items()]
     return "\n\n".join(parts)
@@ -96,7 +117,19 @@ def factor_section(results: dict[str, Any]) -> str:
     """Tables of the one-factor variants."""
     ks = ks_of(list(by_arm(results, "factors").values()))
     head = "## One factor at a time\n\nEach row differs from the baseline in what its first two columns say, and in nothing else."
-    return "\n\n".join([head, *(f"![identification]({name})" for name in factor_charts(results)), *(factor_table(results, k) for k in ks)])
+    figures = [f"![identification]({name})" for name in factor_charts(results)]
+    return "\n\n".join([head, *figures, *(f"{factor_table(results, k)}\n\n{seed_note(results, k)}" for k in ks)])
+
+
+def seed_note(results: dict[str, Any], k: int) -> str:
+    """What another training seed alone would do."""
+    deviation = seed_deviation(results, IDENTIFICATION, k)
+    if math.isnan(deviation):
+        return "How much another training seed would change is not known here: no arm has two."
+    return (
+        f"From seed to seed identification of a main arm varies by {deviation:.1f} points (standard deviation, K = {k}), which the "
+        f"intervals of one seed do not hold: differences below {2 * math.sqrt(2) * deviation:.0f} points are within what another seed does."
+    )
 
 
 def attention_section(results: dict[str, Any]) -> str:

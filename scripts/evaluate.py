@@ -1,8 +1,9 @@
 """Measure the shipped pocket weights on held-out identities: `python scripts/evaluate.py`.
 
 For every K: subject identification among 8 candidates of the same class (chance 12.5 %), attribute leakage, class presence and
-attention accuracy, with the adapter and without references, and the judge's own accuracy on real renderings of the same scenes.
-Intervals are 95 % Wilson intervals over subjects. Prints the README's table; --output also writes JSON.
+attention accuracy, with the adapter and without references, and the judge's own accuracy on real renderings of the same scenes; and
+what the base draws of class, count and background without references. Intervals are 95 % Wilson intervals over subjects. Prints the
+README's tables; --output also writes JSON.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from mosaic.pipeline import MosaicFluxPipeline
 from scripts.pocket import world
 from scripts.pocket.evaluation import (
     MIN_VISIBLE,
-    Result,
     generate,
     held_out_scenes,
     judge_pictures,
@@ -29,6 +29,8 @@ from scripts.pocket.evaluation import (
 )
 from scripts.pocket.judge import load_judge
 
+TABLED = ("identification", "leakage", "presence")  # with and without references
+CAPTION = ("presence", "count", "background")  # what a base that reads its prompt draws right
 HEADER = (
     "| K | cases | identification | without references | leakage | without references | class present | without references "
     "| attention exact (chance) | within one token (chance) | judge on real renderings |"
@@ -73,12 +75,23 @@ def table(entries: list[dict]) -> str:
     lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
     for entry in entries:
         cells = [str(entry["num_references"]), str(entry["num_cases"])]
-        for measure in Result.__dataclass_fields__:
+        for measure in TABLED:
             cells += [_share(entry["adapter"][measure]), _share(entry["without_references"][measure])]
         attention = entry["attention"]
         cells += [f"{100 * attention[name]:.1f} ({100 * attention[name + '_chance']:.1f})" for name in ("exact", "near")]
         cells.append(_share(entry["judge_on_real"]["identification"]))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def caption_table(entries: list[dict]) -> str:
+    """Markdown table of what the base draws of its caption without references, and how well the judge sees it on real renderings."""
+    titles = ("class present", "count right", "background right")
+    header = "| K | " + " | ".join(f"{title} | judge on real renderings" for title in titles) + " |"
+    lines = [header, "|" + "---|" * (header.count("|") - 1)]
+    for entry in entries:
+        cells = [_share(entry[arm][measure]) for measure in CAPTION for arm in ("without_references", "judge_on_real")]
+        lines.append("| " + " | ".join([str(entry["num_references"]), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -105,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(entries))
+    print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         partial = arguments.output.with_name(arguments.output.name + ".partial")

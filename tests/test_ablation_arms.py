@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from mosaic.attention_rows import resolve_capture_blocks
 from mosaic.config import LOSS_PRESETS, LossConfig, load_config, resolved_dict
 from scripts import ablation
-from scripts.pocket.ablation_arms import attention_arms, factor_arms, main_arms, stable_settings
-from scripts.pocket.ablation_plan import SIZES, Plan, make_plan
+from scripts.pocket import ablation_plan
+from scripts.pocket.ablation_arms import PARTS, attention_arms, factor_arms, main_arms, stable_settings
+from scripts.pocket.ablation_plan import SIZES, WARMUP, Plan, make_plan
 
 SIZE = dataclasses.replace(SIZES["short"], seeds=2, factor_seeds=1)
 SCHEDULE = {"loss.disentanglement_start_step", "loss.disentanglement_warmup_steps"}
@@ -53,8 +55,20 @@ def test_a_variant_changes_one_factor(plan: Plan) -> None:
     assert len({run.name for run in variants}) == len(variants) == len({run.digest for run in variants})
     for run in variants:
         changed = differences(flat(run.config), flat(baseline.config)) - {"training.output_dir"}
+        if run.arm.factor.startswith("preset paper"):  # one factor from the arm "paper"
+            changed -= {*SCHEDULE, "loss.disentanglement_cap"}
+            assert len(changed) <= 1, run.name
+            continue
+        if "weights doubled" in run.arm.factor:
+            changed -= {"loss.correspondence_weight", "loss.disentanglement_weight"}
         assert len(changed) == 1 or changed <= SCHEDULE, run.name
         assert changed
+
+
+def test_no_two_variants_capture_the_same_blocks(plan: Plan) -> None:
+    runs = [run for run in plan.of_part("factors") if run.arm.factor in ("none", "captured blocks")]
+    captured = [tuple(resolve_capture_blocks(load_config(run.config).loss.capture_blocks, 2, 5)) for run in runs]
+    assert len(set(captured)) == len(captured) == 5
 
 
 def test_the_losses_are_those_of_the_presets() -> None:
@@ -94,7 +108,25 @@ def test_digests_do_not_depend_on_the_folder_but_on_what_is_trained(plan: Plan, 
 def test_blocks_of_the_pocket_model_are_covered_by_thirds() -> None:
     blocks = {arm.meaning: arm.settings["loss.capture_blocks"] for arm in factor_arms(30, 2, 5) if arm.factor == "captured blocks"}
     assert blocks["single"] == [2, 3, 4, 5, 6]
-    assert [*blocks["first third"], *blocks["middle third"], *blocks["last third"]] == list(range(7))
+    assert [*blocks["middle third"], *blocks["last third"]] == [2, 3, 4, 5, 6]  # the first third is "double"
+
+
+def test_parts_are_computed_one_after_the_other(plan: Plan) -> None:
+    """An interrupted ablation has the losses at all seeds before variants."""
+    first = [run.parts[0] for run in plan.runs]
+    assert first == sorted(first, key=PARTS.index)
+    assert [run.seed for run in plan.runs if run.parts[0] == "main"] == [0] * 6 + [1] * 5
+
+
+def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation_plan, "world_digest", lambda: "f" * 64)
+    other = make_plan(SIZE, tmp_path)
+    assert not {run.digest for run in other.runs} & {run.digest for run in plan.runs}
+    assert other.data.name != plan.data.name
+
+
+def test_warm_ups_are_shares_of_a_run() -> None:
+    assert round(3000 * WARMUP) == load_config("configs/pocket.json").optimizer.warmup_steps
 
 
 def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from scripts import ablation
 from scripts.pocket.ablation_chains import train_job, training_state
 from scripts.pocket.ablation_jobs import Job, child_environment, last_line, remaining_cost, run_chains
 from scripts.pocket.ablation_plan import SIZES, Plan, Run, make_plan
-from scripts.pocket.ablation_tasks import Task, read_tasks, run_tasks, write_tasks
+from scripts.pocket.ablation_tasks import Task, features_file, read_tasks, run_tasks, write_tasks
 
 ENVIRONMENT = child_environment(1, sys.executable)
 
@@ -131,6 +131,12 @@ def test_a_stopped_ablation_goes_on_and_then_does_nothing(
     assert order(tmp_path) == first
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert not results["complete"]  # stand-ins measure nothing
+    (tmp_path / "out/runs").mkdir(exist_ok=True)
+    others = [*results["runs"], {**results["runs"][0], "name": "factor_x", "status": "finished"}]
+    (tmp_path / "out/results.json").write_text(json.dumps({**results, "runs": others}))
+    assert ablation.main(arguments) == 2
+    assert "1 runs that are not of this command, such as factor_x" in capsys.readouterr().err
+    (tmp_path / "out/results.json").write_text(json.dumps(results))
     assert "Not finished" in (tmp_path / "out/report/report.md").read_text()
 
 
@@ -145,6 +151,7 @@ def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
     assert (training_state(scal)["status"], training_state(scal)["seconds"]) == ("finished", 3.0)
     train_job(plan, scal).ended(4.0)
     assert training_state(scal)["seconds"] == 7.0
+    assert training_state(scal)["versions"]["torch"] == torch.__version__
     ablation.export_arms(plan, tmp_path / "arms")
     assert [path.name for path in (tmp_path / "arms").iterdir()] == ["scal.safetensors"]
     assert (tmp_path / "arms/scal.safetensors").stat().st_size < 0.6 * scal.lora.stat().st_size
@@ -164,11 +171,23 @@ def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> 
     Path(task.lora).parent.mkdir(parents=True)
     Path(task.lora).write_bytes(b"weights")
     task.write({"found": 1})
+    assert task.result() is None  # the pictures' features come first
+    features_file(task).write_bytes(b"features")
     assert task.result() == {"found": 1}
     assert dataclasses.replace(task, cases=task.cases + 1).result() is None
     assert dataclasses.replace(task, num_references=3).result() is None
     Path(task.lora).write_bytes(b"others")
     assert task.result() is None
+
+
+def test_main_arms_are_measured_as_published_too(tmp_path: Path) -> None:
+    plan = make_plan(SIZES["short"], tmp_path, ("main", "factors"), ("base", "scal", "mdl_weight_0"))
+    found = {run.arm.name: run_tasks(plan, run) for run in plan.runs}
+    published = {name: [task.num_references for task in tasks if task.image_guidance == 1] for name, tasks in found.items()}
+    assert published == {"base": [], "scal": [2, 4], "mdl_weight_0": []}
+    usual, own = (next(task for task in found["scal"] if task.output.endswith(name)) for name in ("/k2.json", "published_k2.json"))
+    assert own.cost == usual.cost / 2
+    assert len({task.output for task in found["scal"]}) == len(found["scal"])
 
 
 def test_tasks_survive_their_file(tmp_path: Path) -> None:

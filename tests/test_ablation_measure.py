@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from scripts import ablation_measure
-from scripts.pocket.ablation_measures import measure, measuring_config, real_scenes
+from scripts.pocket.ablation_measures import measuring_config, real_scenes
 from scripts.pocket.ablation_plan import SIZES, make_plan
-from scripts.pocket.ablation_tasks import Task, read_tasks, run_tasks, write_tasks
+from scripts.pocket.ablation_results import pooled_frechet
+from scripts.pocket.ablation_tasks import Task, features_file, read_tasks, run_tasks, write_tasks
 from scripts.pocket.evaluation import held_out_scenes
 
 SIZE = dataclasses.replace(SIZES["short"], cases=2, ks=(2,), real_scenes=4, inference_steps=1)
@@ -19,7 +20,7 @@ LORA = "assets/pocket/lora.safetensors"
 def tasks(tmp_path: Path) -> dict[str, Task]:
     """A task of each kind, of the shipped adapter."""
     plan = make_plan(SIZE, tmp_path, ("main",), ("release",))
-    pictures, lines = run_tasks(plan, plan.runs[0])
+    pictures, _, lines = run_tasks(plan, plan.runs[0])
     real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, pictures.real, 4)
     pictures, lines = dataclasses.replace(pictures, lora=LORA), dataclasses.replace(lines, lora=LORA)
     return {
@@ -38,8 +39,15 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
     found = {task.kind: task.result() for task in read_tasks(file)}
     pictures, lines = found["pictures"], found["lines"]
     assert pictures["identification"]["count"] == 4
-    assert pictures["frechet"] > 0
-    assert found["real"]["frechet"] > 0
+    real = Path(tasks["pictures"].real)
+    assert min(pooled_frechet([(file, real)] * 2) for file in (features_file(tasks["pictures"]), real)) > 0
+    assert pooled_frechet([]) is None
+    scenes = {name: [float(value) for value in text.split()] for name, text in pictures["scenes"].items()}
+    assert {len(values) for values in scenes.values()} == {2}
+    for name in ("identification", "leakage", "presence"):
+        assert sum(scenes[name]) / 2 == pytest.approx(pictures[name]["share"])
+    for name, pooled in (("near", "attention"), ("exact", "attention"), ("entropy", "shape"), ("overlap", "shape")):
+        assert min(scenes[name]) <= pictures[pooled][name] <= max(scenes[name])
     assert pictures["attention"]["near"] > pictures["attention"]["near_chance"]
     assert 0 < pictures["shape"]["entropy"] < pictures["shape"]["entropy_chance"]
     assert 0 < pictures["shape"]["overlap"] < 1
@@ -54,12 +62,12 @@ def test_rows_are_read_from_the_same_blocks_in_every_arm(tasks: dict[str, Task])
     assert measuring_config(tasks["pictures"]).loss.capture_blocks == "all"  # the release's arm is trained on double-stream ones
 
 
+def test_image_guidance_of_a_task(tasks: dict[str, Task]) -> None:
+    assert measuring_config(tasks["pictures"]).inference.image_guidance_scale == 2.0
+    assert measuring_config(dataclasses.replace(tasks["pictures"], image_guidance=1.0)).inference.image_guidance_scale == 1.0
+
+
 def test_pictures_are_compared_with_renderings_of_other_scenes() -> None:
     seeds = {scene.seed for scene in real_scenes(2, 5)}
     assert len(seeds) == 5
     assert not seeds & {scene.seed for scene in held_out_scenes(2, 1000)}
-
-
-def test_a_measurement_without_its_real_renderings(tasks: dict[str, Task]) -> None:
-    with pytest.raises(OSError, match="real/k2.safetensors"):
-        measure(tasks["pictures"])

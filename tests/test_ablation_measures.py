@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from mosaic.correspondence import batch_points
 from mosaic.metrics import attention_shape, pool_shapes
 from scripts.pocket.frechet import distance_of_normals, frechet_distance, symmetric_root
 from scripts.pocket.judge import Judge, JudgeConfig
-from scripts.pocket.statistics import T_QUANTILES, over_seeds
+from scripts.pocket.statistics import T_QUANTILES, over_seeds, over_seeds_and_scenes
 
 
 def random_covariance(size: int, seed: int) -> torch.Tensor:
@@ -70,6 +71,39 @@ def test_interval_of_two_one_and_no_seeds() -> None:
     assert math.isnan(over_seeds([None]).mean)
     with pytest.raises(ValueError, match="at most 30 seeds"):
         over_seeds([0.0] * 31)
+
+
+def test_interval_over_seeds_and_scenes_by_hand() -> None:
+    """Seeds 1, 3 and scenes -1, 0, 1 added up, and a rest of +-0.5 at two scenes."""
+    table = [[0.5, 1.0, 1.5], [1.5, 3.0, 4.5]]  # = 2 +- 1 + scene + rest, by hand below
+    found = over_seeds_and_scenes(table)
+    seeds, scenes = [1.0, 3.0], [1.0, 2.0, 3.0]
+    ms_seed, ms_scene, ms_rest = 3 * 2.0, 2 * 1.0, 4 * 0.25 / 2
+    assert (sum(seeds) / 2, sum(scenes) / 3, found.mean, found.count) == (2, 2, pytest.approx(2), 2)
+    spread = ms_seed + ms_scene - ms_rest
+    freedom = int(spread**2 / ms_seed**2)
+    assert found.half == pytest.approx(T_QUANTILES[freedom - 1] * math.sqrt(spread / 6))
+
+
+def test_intervals_of_few_seeds_and_scenes() -> None:
+    one = over_seeds_and_scenes([[0.0, 1.0, 2.0, 3.0, math.nan]])  # s^2 = 5/3, 4 scenes
+    assert (one.mean, one.half) == (1.5, pytest.approx(3.1824 * math.sqrt(5 / 3 / 4)))
+    assert over_seeds_and_scenes([[1.0, 3.0], [1.0, 3.0]]).half == pytest.approx(2.0452 * math.sqrt(4 / 4))  # equal seeds: scenes only
+    assert math.isnan(over_seeds_and_scenes([[0.5]]).half)
+    assert math.isnan(over_seeds_and_scenes([[0.0, 0.0], [0.0, 0.0]]).half)
+    assert math.isnan(over_seeds_and_scenes([[math.nan], [1.0]]).mean)
+    assert math.isnan(over_seeds_and_scenes([]).mean)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """2,000 experiments of 4 seeds and 40 scenes with known spreads: about 95 % of the intervals hold 0."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        table = rng.normal(0, 0.05, (4, 1)) + rng.normal(0, 0.2, (1, 40)) + rng.normal(0, 0.4, (4, 40))
+        found = over_seeds_and_scenes(table)
+        held += abs(found.mean) <= found.half
+    assert 0.93 < held / 2000 < 0.99
 
 
 def test_quantiles_of_t() -> None:

@@ -15,7 +15,7 @@ from scripts.pocket import ablation_tables as tables
 from scripts.pocket.ablation_plots import mean_curve, peak_share, spread
 from scripts.pocket.ablation_readme import MARKER
 from scripts.pocket.ablation_results import CURVE_POINTS, curves_of
-from scripts.pocket.ablation_tables import FRECHET, IDENTIFICATION, LEAKAGE, NEAR, Value, apart, cell, value_of
+from scripts.pocket.ablation_tables import FRECHET, IDENTIFICATION, LEAKAGE, NEAR, Value, cell, contrast, value_of, verdict
 from scripts.pocket.charts import Point, Row, line_chart, nice_ticks, row_chart
 
 NOTHING = {"share": None, "low": None, "high": None, "count": 0}
@@ -26,9 +26,14 @@ def share(value: float) -> dict[str, Any]:
 
 
 def measures(identification: float, k: int, attention: bool = True) -> dict[str, Any]:
-    found = {"identification": share(identification), "leakage": share(0.1) if k > 1 else NOTHING, "presence": share(0.9), "frechet": 0.5}
-    rows = {"attention": {"exact": 0.2, "near": 0.4}, "shape": {"entropy": 2.5, "overlap": 0.3 if k > 1 else None}}
-    return found | (rows if attention else {"attention": None, "shape": None}) | {"seconds": 1.0}
+    """Four scenes around a mean."""
+    shares = [identification - 0.1, identification, identification, identification + 0.1]
+    scenes = {"identification": shares, "leakage": [0.1] * 4 if k > 1 else [math.nan] * 4, "presence": [0.9] * 4}
+    scenes["identification_if_present"] = shares
+    if attention:
+        scenes |= {"exact": [0.2] * 4, "near": [0.4] * 4, "attention_leakage": [0.3] * 4, "entropy": [2.5] * 4, "overlap": [0.3] * 4}
+    found = {"identification": share(identification), "leakage": share(0.1) if k > 1 else NOTHING, "presence": share(0.9)}
+    return found | {"scenes": {name: " ".join(f"{value:.4g}" for value in values) for name, values in scenes.items()}, "seconds": 1.0}
 
 
 def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("main",), factor: str = "") -> dict[str, Any]:
@@ -45,7 +50,9 @@ def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("m
         "name": f"{arm}_{seed}", "parts": list(parts), "arm": arm, "meaning": f"arm {arm}", "factor": factor, "seed": seed, "steps": 10 * trained,
         "folder": f"runs/{arm}_{seed}", "config": f"configs/{arm}_{seed}.json", "config_digest": "c" * 64,
         "adapter_digest": "a" * 64 if trained else None, "settings": {}, "status": "finished", "complete": True, "training_seconds": 5.0,
-        "measures": {str(k): measures(identification, k, trained) for k in (1, 2, 6)}, "lines": lines if trained else None,
+        "commit": "abd" if seed else "abc", "frechet": 1.5 + seed,
+        "measures": {str(k): measures(identification, k, trained) for k in (1, 2, 6)},
+        "published": {"2": measures(identification / 2, 2)} if trained else {}, "lines": lines if trained else None,
         "curves": {"loss/flow_matching": [[5, 1.0 + seed], [10, 0.5 + seed]]} if trained else {},
     }  # fmt: skip
 
@@ -53,6 +60,7 @@ def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("m
 @pytest.fixture
 def results() -> dict[str, Any]:
     runs = [run("base", 0, 0.1), *(run("stable", seed, value, ("main", "attention")) for seed, value in enumerate((0.2, 0.4, 0.9)))]
+    runs += [run("scal", seed, value) for seed, value in enumerate((0.6, 0.7, 0.9))]
     runs += [
         run("stable", 0, 0.5, ("factors",), "none"),
         run("weight", 0, 0.9, ("factors",), "MDL's weight"),
@@ -60,48 +68,83 @@ def results() -> dict[str, Any]:
     ]
     timing = {"reference_attention": "joint", "reference_cache": False, "num_references": 2, "seconds_per_image": 1.25, "seconds": 3.0}
     return {
-        "format": "mosaic-ablation", "version": 1, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
+        "format": "mosaic-ablation", "version": 2, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
         "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40,
-                 "seeds": 3},
+                 "seeds": 3, "factor_seeds": 1},
         "hardware": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "side_by_side": 2, "threads": 1}, "versions": {"torch": "2"},
         "data": {"folder": "data", "manifest_digest": "d" * 64}, "model": {"name": "m", "digest": "e" * 64}, "judge_digest": "f" * 64,
-        "seconds": {"training": 3600.0, "measuring": 36.0}, "real": {str(k): measures(0.75, k, False) for k in (1, 2, 6)}, "timings": [timing],
+        "seconds": {"training": 3600.0, "measuring": 36.0}, "real": {str(k): measures(0.75, k, False) for k in (1, 2, 6)}, "real_frechet": 0.25,
+        "timings": [timing],
     }  # fmt: skip
 
 
-def test_intervals_over_seeds_and_within_a_run(results: dict[str, Any]) -> None:
+def test_intervals_over_seeds_and_scenes(results: dict[str, Any]) -> None:
     arms = tables.by_arm(results, "main")
-    half = 100 * 4.3027 * math.sqrt(0.13 / 3)  # of 0.2, 0.4 and 0.9
-    assert value_of(IDENTIFICATION, arms["stable"], 2) == pytest.approx((50, 50 - half, 50 + half))
-    assert value_of(IDENTIFICATION, arms["base"], 2) == pytest.approx((10, 0, 30))  # Wilson's, as stored
+    # seeds 0.2, 0.4, 0.9 and scenes -0.1, 0, 0, 0.1, added up: MS_seed = 4 * 0.13, MS_scene = 3 * 0.02 / 3, no rest
+    half = 100 * math.sqrt((4 * 0.13 + 0.02) / 12) * 4.3027  # 2 degrees of freedom and a little
+    found = value_of(IDENTIFICATION, arms["stable"], 2)
+    assert found == pytest.approx((50, max(50 - half, 0), min(50 + half, 100)))
+    only = value_of(IDENTIFICATION, arms["base"], 2)  # one run: over scenes
+    assert only == pytest.approx((10, max(10 - 100 * 3.1824 * math.sqrt(0.02 / 3 / 4), 0), 10 + 100 * 3.1824 * math.sqrt(0.02 / 3 / 4)))
     assert math.isnan(value_of(LEAKAGE, arms["base"], 1).mean)
     assert math.isnan(value_of(NEAR, arms["base"], 2).mean)
-    found = value_of(FRECHET, arms["base"], 2)
-    assert found.mean == 0.5
-    assert math.isnan(found.low)
+    assert value_of(FRECHET, arms["base"], 2).mean == 1.5
+    assert value_of(FRECHET, arms["stable"], 6).mean == 2.5
     assert math.isnan(value_of(IDENTIFICATION, arms["base"], 5).mean)
 
 
-def test_cells_and_intervals_apart() -> None:
+def test_arms_are_compared_at_the_same_seeds_and_scenes(results: dict[str, Any]) -> None:
+    """Differences 0.4, 0.3, 0.0 of the seeds; scenes fall out."""
+    arms = tables.by_arm(results, "main")
+    found = contrast(IDENTIFICATION, arms["scal"], arms["stable"], [2])
+    half = 100 * 4.3027 * math.sqrt((0.4**2 + 0.3**2 - 3 * (0.7 / 3) ** 2) / 2 / 3)
+    assert found == pytest.approx((70 / 3, 70 / 3 - half, 70 / 3 + half))
+    assert contrast(IDENTIFICATION, arms["scal"], arms["stable"][1:], [1, 2]).mean == pytest.approx(15)
+    assert math.isnan(contrast(IDENTIFICATION, arms["scal"], arms["stable"], [5]).mean)
+    table = tables.contrast_table(results)
+    assert "| arm stable - arm scal | 2 | -23.3 [" in table
+    assert "| arm joint - arm stable | 2 | 10.0" in table  # at seed 0: 0.3 - 0.2, at every scene
+
+
+def test_what_an_interval_says() -> None:
+    assert [verdict(Value(m, m - 5, m + 5)) for m in (7, -7, 4)] == ["higher", "lower", "not resolved"]
+    assert verdict(Value(9, math.nan, math.nan)) == "not resolved"
     assert cell(Value(41.25, 35, 47.5), 1) == "41.2 [35.0, 47.5]"
     assert cell(Value(0.5, math.nan, math.nan), 3) == "0.500"
     assert cell(Value(math.nan, math.nan, math.nan), 1) == "-"
-    base = Value(50, 40, 60)
-    assert [apart(Value(m, m - 5, m + 5), base) for m in (70, 30, 64)] == ["higher", "lower", "not apart"]
-    assert apart(Value(90, math.nan, math.nan), base) == "not apart"
+
+
+def test_variants_need_their_baseline(results: dict[str, Any]) -> None:
+    results["runs"] = [entry for entry in results["runs"] if entry["factor"] != "none"]
+    with pytest.raises(ValueError, match="variants without their baseline"):
+        tables.factor_table(results, 2)
+
+
+def test_seeds_of_the_main_arms_say_what_another_seed_does(results: dict[str, Any]) -> None:
+    expected = 100 * math.sqrt((0.13 + (0.36 + 0.49 + 0.81 - 3 * (2.2 / 3) ** 2) / 2) / 2)
+    assert tables.seed_deviation(results, IDENTIFICATION, 2) == pytest.approx(expected)
+    assert f"varies by {expected:.1f} points" in ablation_figures.seed_note(results, 2)
+
+
+def test_the_method_as_published_has_a_table(results: dict[str, Any]) -> None:
+    header, _, stable, scal = tables.published_table(results).splitlines()
+    assert header.count("K = 2") == 2
+    assert stable.startswith("| arm stable | 25.0 [")
+    assert scal.startswith("| arm scal | 36.7 [")
 
 
 def test_rows_of_the_tables(results: dict[str, Any]) -> None:
     table = tables.summary_table(results, 2).splitlines()
-    assert len(table) == 2 + 2 + 1
+    assert len(table) == 2 + 3 + 1
     assert len({line.count("|") for line in table}) == 1
     assert "75.0 [65.0, 95.0]" in table[-1]  # the judge on real renderings
-    header, _, _, stable, real = tables.k_table(results, LEAKAGE).splitlines()
+    assert table[-1].endswith("| 0.25 |")
+    header, _, _, stable, _, real = tables.k_table(results, LEAKAGE).splitlines()
     assert "K = 6 (unseen)" in header
     assert stable.split("|")[2].strip() == real.split("|")[2].strip() == "-"  # nothing leaks at K = 1
     factors = tables.factor_table(results, 2).splitlines()
     assert factors[2].startswith("| baseline | arm stable")
-    assert factors[3].endswith("| higher |")
+    assert factors[3].endswith("| not resolved | not resolved |")  # 40 points at every scene: of the spread nothing is known
     attention = tables.attention_table(results)
     assert "| seconds per picture | joint | - | 1.25 | - |" in attention
 
@@ -116,6 +159,7 @@ def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_pa
     assert sorted(links) == sorted(path.name for path in folder.iterdir() if path.name != "report.md")
     assert len(links) == 4 + 6 + 3 + 1
     assert "training 1.00 h, measuring 0.01 h" in text
+    assert "commit abc and abd" in text
     assert "Not finished" not in text
     with Image.open(folder / "lines.png") as figure:
         assert figure.width > 600

@@ -13,7 +13,7 @@ from torch import Tensor
 from mosaic.config import from_dict
 from scripts import evaluate
 from scripts.pocket import world
-from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, proportion, scene_batch
+from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, judge_scenes, proportion, scene_batch
 from scripts.pocket.judge import NUM_CANDIDATES
 from tests import tiny
 
@@ -66,6 +66,13 @@ class FakeJudge:
     def presence_probability(self, pictures: Tensor) -> Tensor:
         return torch.full((len(pictures), len(world.CLASSES)), self.present)
 
+    def counts(self, pictures: Tensor) -> Tensor:
+        """Two of the first class of the scene, one of every other."""
+        return torch.ones(len(pictures), len(world.CLASSES)).index_fill(1, torch.tensor([world.CLASSES.index(next(iter(self.seen)))]), 2)
+
+    def backgrounds(self, pictures: Tensor) -> Tensor:
+        return torch.full((len(pictures),), 3)
+
 
 def scene_of_different_looks(k: int, min_visible: float = 0.0) -> world.Scene:
     """A held-out scene whose subjects differ in palette."""
@@ -88,6 +95,15 @@ def test_a_judge_that_knows_the_truth() -> None:
     assert found.leakage == proportion([False] * 3)
     classes = [identity.class_name for identity in identities_of(scene)]
     assert judge.asked == [call for name in classes for call in ((name, NUM_CANDIDATES), (name, 3))]
+
+
+def test_counts_and_backgrounds_are_those_of_the_caption() -> None:
+    scene = scene_of_different_looks(3)
+    judge = FakeJudge({identity.class_name: identity for identity in identities_of(scene)})
+    for background, right in ((world.BACKGROUNDS[3], True), (world.BACKGROUNDS[2], False)):
+        (outcome,) = judge_scenes(judge, [Image.new("RGB", (96, 96))], [replace(scene, background=background)])
+        assert outcome.count == (False, True, True)
+        assert outcome.background == (right,)
 
 
 def test_a_picture_whose_subjects_swapped_looks_leaks() -> None:
@@ -140,7 +156,7 @@ def test_scene_batch_is_what_training_sees() -> None:
 def fake_entry(k: int) -> dict:
     share = asdict(Proportion(0.5, 0.4, 0.6, 200))
     nothing = asdict(Proportion(math.nan, math.nan, math.nan, 0))
-    arm = {"identification": share, "leakage": share if k > 1 else nothing, "presence": share}
+    arm = {"identification": share, "leakage": share if k > 1 else nothing, "presence": share, "count": share, "background": share}
     attention = {"exact": 0.25, "near": 0.5, "exact_chance": 1 / 64, "near_chance": 0.12, "num_points": 9}
     return {"num_references": k, "num_cases": 100, "adapter": arm, "without_references": arm, "attention": attention, "judge_on_real": arm}
 
@@ -152,6 +168,14 @@ def test_the_table_has_a_cell_for_every_column() -> None:
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells[:6] == ["1", "100", "50.0 [40.0, 60.0]", "50.0 [40.0, 60.0]", "-", "-"]
     assert cells[-3:] == ["25.0 (1.6)", "50.0 (12.0)", "50.0 [40.0, 60.0]"]
+
+
+def test_what_the_base_draws_has_a_table_of_its_own() -> None:
+    entry = fake_entry(2)
+    entry["judge_on_real"] = {**entry["judge_on_real"], "background": asdict(Proportion(1.0, 0.98, 1.0, 100))}
+    header, _, row = evaluate.caption_table([entry]).splitlines()
+    assert header.count("|") == row.count("|") == 8
+    assert row == "| 2 |" + " 50.0 [40.0, 60.0] |" * 5 + " 100.0 [98.0, 100.0] |"
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from mosaic.sections import LOSS_PRESETS
+
 BASELINE = "stable"  # the arm from which factors and modes differ by one setting, as configs/pocket.json has it
-PARTS = ("main", "factors", "attention")
+PARTS = ("main", "attention", "factors")  # in the order in which they are computed
 # The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps. pocket.json: 200 + 200 of 3,000.
 RELEASE_START, RELEASE_WARMUP, STABLE_START, STABLE_WARMUP = 1 / 10, 1 / 100, 1 / 15, 1 / 15
 
@@ -82,6 +84,8 @@ def factor_arms(steps: int, num_double: int, num_single: int) -> tuple[Arm, ...]
     """
     blocks = list(range(num_double + num_single))
     third = max(1, len(blocks) // 3)
+    paper, bare = LOSS_PRESETS["paper"], bare_settings()
+    doubled = {f"loss.{name}": 2 * paper[name] for name in ("correspondence_weight", "disentanglement_weight")}
     variants: Sequence[tuple[str, str, dict[str, Any]]] = (
         ("MDL's weight", "0", {"loss.disentanglement_weight": 0.0}),
         ("MDL's weight", "0.1", {"loss.disentanglement_weight": 0.1}),
@@ -97,15 +101,20 @@ def factor_arms(steps: int, num_double: int, num_single: int) -> tuple[Arm, ...]
         ("SCAL's weight", "1", {"loss.correspondence_weight": 1.0}),
         ("captured blocks", "double", {"loss.capture_blocks": "double"}),
         ("captured blocks", "single", {"loss.capture_blocks": blocks[num_double:]}),
-        ("captured blocks", "first third", {"loss.capture_blocks": blocks[:third]}),
         ("captured blocks", "middle third", {"loss.capture_blocks": blocks[third:-third]}),
         ("captured blocks", "last third", {"loss.capture_blocks": blocks[-third:]}),
         ("points per sample", "2", {"loss.max_points": 2}),
         ("points per sample", "8", {"loss.max_points": 8}),
-        ("supervised noise levels", "t <= 0.6", {"loss.supervised_timesteps": [0.0, 0.6]}),
-        ("supervised noise levels", "t >= 0.6", {"loss.supervised_timesteps": [0.6, 1.0]}),
+        # About half of the samples lie on either side; doubled weights keep the losses' share of the gradient.
+        ("supervised noise levels, weights doubled", "t <= 0.6", {"loss.supervised_timesteps": [0.0, 0.6], **doubled}),
+        ("supervised noise levels, weights doubled", "t >= 0.6", {"loss.supervised_timesteps": [0.6, 1.0], **doubled}),
         ("divergence", "Jensen-Shannon", {"loss.divergence": "jensen_shannon"}),
         ("rows of MDL", "all tokens", {"loss.disentanglement_rows": "all"}),
+        ("learning rate", "3e-4", {"optimizer.learning_rate": 3e-4}),
+        ("preset paper, no cap and warm-up", "learning rate 1e-3", bare),
+        ("preset paper, no cap and warm-up", "learning rate 3e-4", {**bare, "optimizer.learning_rate": 3e-4}),
+        ("preset paper, no cap and warm-up", "learning rate 1e-4", {**bare, "optimizer.learning_rate": 1e-4}),
+        ("preset paper, no cap and warm-up", "MDL's weight 0.1", {**bare, "loss.disentanglement_weight": 0.1}),
     )
     stable = stable_settings(steps)
     arms = [Arm(BASELINE, "configs/pocket.json", stable, "none")]

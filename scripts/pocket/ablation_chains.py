@@ -13,6 +13,7 @@ from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_jobs import Job
 from scripts.pocket.ablation_plan import ROOT, Plan, Run
 from scripts.pocket.ablation_tasks import SCENE_COST, TOKENS_OF_REFERENCE, TOKENS_OF_TEXT_AND_TARGET, Task, are_done, write_tasks
+from scripts.pocket.provenance import commit, versions
 
 STATE = "ablation.json"  # in a run's folder: digest of what was trained, and how that ended
 MEAN_REFERENCES = 2.5  # of the training data, 1 to 4 evenly mixed
@@ -91,4 +92,5 @@ def _write_state(run: Run, seconds: float) -> None:
     before = training_state(run).get("seconds", 0.0)
     status = "finished" if run.lora is not None and run.lora.is_file() else "stopped"
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / STATE, json.dumps({"digest": run.digest, "status": status, "seconds": before + seconds}, indent=1) + "\n")
+    state = {"digest": run.digest, "status": status, "seconds": before + seconds, "commit": commit(), "versions": versions()}
+    write_text(run.folder / STATE, json.dumps(state, indent=1) + "\n")

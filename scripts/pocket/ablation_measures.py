@@ -1,6 +1,7 @@
 """What a task of the ablation measures, with the models that several tasks share."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mosaic.config import Config, load_config
@@ -19,18 +20,20 @@ from mosaic.objective import run_grids
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.training.validation import batch_attention_rows
 from scripts.pocket import world
-from scripts.pocket.ablation_tasks import NOISE_SEED, Task
+from scripts.pocket.ablation_tasks import NOISE_SEED, Task, features_file
 from scripts.pocket.evaluation import (
     FIRST_SEED,
+    MEASURES,
     MIN_VISIBLE,
+    Outcome,
     call_arguments,
     generate,
     held_out_scenes,
-    judge_pictures,
+    judge_scenes,
+    pool_outcomes,
     render_references,
     scene_batch,
 )
-from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.judge import JUDGE_SIZE, Judge, load_judge
 
 BATCH_SIZE = 20
@@ -50,8 +53,9 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def measuring_config(task: Task) -> Config:
-    """The run's config, with rows read out of the same blocks in every arm."""
-    return load_config(task.config, [f"loss.capture_blocks={CAPTURED}"])
+    """The run's config, with rows read out of the same blocks in every arm, and the task's guidance."""
+    guidance = [] if task.image_guidance is None else [f"inference.image_guidance_scale={task.image_guidance}"]
+    return load_config(task.config, [f"loss.capture_blocks={CAPTURED}", *guidance])
 
 
 @functools.cache
@@ -81,35 +85,55 @@ def picture_features(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def measure_real(task: Task, config: Config) -> dict[str, Any]:
-    """The judge on real renderings of the scenes, and their own distance to other real renderings: what a perfect arm would reach."""
+    """The judge on real renderings of the scenes; keeps their features, and those of other real renderings to compare pictures with."""
     height = config.data.image_size[0]
     others = picture_features([world.render_scene(scene, height).image for scene in real_scenes(task.num_references, task.real_scenes)])
-    path = Path(task.real)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"features": others}, partial)
-    partial.replace(path)
     scenes = held_out_scenes(task.num_references, task.cases)
     pictures = [world.render_scene(scene, height).image for scene in scenes]
-    judged = judge_pictures(_judge(), pictures, scenes, MIN_VISIBLE).to_dict()
-    return {**judged, "frechet": frechet_distance(picture_features(pictures), others)}
+    _write_features(Path(task.real), others=others, own=picture_features(pictures))
+    return pool_outcomes(judge_scenes(_judge(), pictures, scenes, MIN_VISIBLE)).to_dict()
 
 
 def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
-    """Pictures of held-out identities, judged; and attention rows on real renderings of the same scenes at noise as in training."""
+    """Pictures of held-out identities, judged; and attention rows on real renderings of the same scenes at noise as in training.
+
+    Beside the pooled measures stand those of each scene, for what is compared scene by scene; the pictures' features go to a file.
+    """
     pipeline = _pipeline(config.model.pretrained, task.lora)
     scenes = held_out_scenes(task.num_references, task.cases)
     pictures = generate(pipeline, scenes, config, task.lora is not None, BATCH_SIZE, NOISE_SEED)
-    result = {**judge_pictures(_judge(), pictures, scenes).to_dict(), "attention": None, "shape": None}
-    result["frechet"] = frechet_distance(picture_features(pictures), load_file(task.real)["features"])
+    outcomes = judge_scenes(_judge(), pictures, scenes)
+    by_scene = {name: scene_shares([getattr(outcome, name) for outcome in outcomes]) for name in MEASURES}
+    by_scene["identification_if_present"] = scene_shares([identified_if_present(outcome) for outcome in outcomes])
+    result = {**pool_outcomes(outcomes).to_dict(), "attention": None, "shape": None}
+    _write_features(features_file(task), own=picture_features(pictures))
     if task.lora is not None:
         generator = torch.Generator().manual_seed(NOISE_SEED)
-        parts = [scenes[start : start + BATCH_SIZE] for start in range(0, len(scenes), BATCH_SIZE)]
-        found = [batch_attention_rows(pipeline, scene_batch(part, pipeline, config), config, generator) for part in parts]
-        accuracy = pool_accuracies([attention_accuracy(*rows) for rows in found])
-        shape = pool_shapes([attention_shape(rows, points) for rows, points, _ in found])
-        result |= {"attention": _without_nan(accuracy._asdict()), "shape": _without_nan(shape._asdict())}
-    return result
+        found = [batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator) for scene in scenes]
+        accuracies = [attention_accuracy(*rows) for rows in found]
+        shapes = [attention_shape(rows, points) for rows, points, _ in found]
+        result |= {"attention": _without_nan(pool_accuracies(accuracies)._asdict()), "shape": _without_nan(pool_shapes(shapes)._asdict())}
+        by_scene |= {name: [getattr(accuracy, name) for accuracy in accuracies] for name in ("exact", "near")}
+        by_scene |= {"attention_leakage": [accuracy.leakage for accuracy in accuracies]}
+        by_scene |= {name: [getattr(shape, name) for shape in shapes] for name in ("entropy", "overlap")}
+    return {**result, "scenes": {name: " ".join(f"{value:.4g}" for value in values) for name, values in by_scene.items()}}
+
+
+def scene_shares(hits: Sequence[Sequence[bool]]) -> list[float]:
+    """Share of each scene's subjects; not a number where there is none to speak of."""
+    return [statistics.fmean(of_scene) if of_scene else math.nan for of_scene in hits]
+
+
+def identified_if_present(outcome: Outcome) -> list[bool]:
+    """Identification of those subjects of a picture whose class the judge finds in it."""
+    return [hit for hit, present in zip(outcome.identification, outcome.presence, strict=True) if present]
+
+
+def _write_features(path: Path, **features: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(features, partial)
+    partial.replace(path)
 
 
 def measure_lines(task: Task, config: Config) -> dict[str, Any]:

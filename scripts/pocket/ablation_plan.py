@@ -18,6 +18,9 @@ from scripts.pocket.judge import WEIGHTS as JUDGE
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CONFIG = ROOT / "configs/pocket.json"
+WARMUP = 1 / 60  # of the learning rate, as share of a run: that of configs/pocket.json
+#: Code that decides what a scene of a seed looks like, what it is called, and how pictures of it are judged.
+WORLD = ("art", "backgrounds", "creatures", "drawing", "evaluation", "judge", "scenes")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Size:
 
 SIZES = {
     "short": Size("short", 600, 60, 80, 8, 1, 8, (1, 2, 3, 4, 5, 6), 30, 1, (2,), 200, 10, timing_repeats=3),
-    "long": Size("long", 10000, 200, 1200, 8, 3, 40, (1, 2, 3, 4, 5, 6), 400, 1, (2, 4), 500, 20),
+    "long": Size("long", 10000, 200, 1000, 8, 4, 40, (1, 2, 3, 4, 5, 6), 400, 1, (2, 4), 500, 20),
 }
 
 
@@ -108,7 +111,7 @@ class Plan:
         size: How much.
         output: Its folder.
         data: The data set's folder.
-        runs: Seed by seed, so that an interrupted ablation has complete tables of fewer seeds.
+        runs: Part by part, in a part seed by seed, so that an interrupted ablation has complete tables of fewer parts or seeds.
     """
 
     size: Size
@@ -135,7 +138,7 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
         ValueError: There is no arm of a name in `only`, or the base config does not fit.
     """
     recipe = {"samples": size.train_samples, "heldout": size.heldout_samples}
-    data = output / "data" / f"pocket_{size.train_samples}_{size.heldout_samples}"
+    data = output / "data" / f"pocket_{size.train_samples}_{size.heldout_samples}_{world_digest()[:8]}"
     model = load_config(base).model.pretrained
     transformer = read_json(Path(model) / "transformer/config.json")
     arms = {
@@ -147,13 +150,11 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
     if unknown:
         known = ", ".join(dict.fromkeys(arm.name for part in parts for arm in arms[part]))
         raise ValueError(f"--arms: {', '.join(sorted(unknown))} unknown; there are {known}.")
-    identity = {"data": recipe, "model": base_digest(model)}
+    identity = {"data": recipe, "world": world_digest(), "model": base_digest(model)}
     found: dict[Path, Run] = {}
-    for seed in range(max(size.seeds, size.factor_seeds)):
-        for part in parts:
-            is_factor = part == "factors"
-            if seed >= (size.factor_seeds if is_factor else size.seeds):
-                continue
+    for part in sorted(parts, key=PARTS.index):
+        is_factor = part == "factors"
+        for seed in range(size.factor_seeds if is_factor else size.seeds):
             common = _common_config(size, is_factor, output, data, base)
             for arm in arms[part]:
                 if (only and arm.name not in only) or (seed and not arm.trained):
@@ -175,7 +176,8 @@ def _common_config(size: Size, is_factor: bool, output: Path, data: Path, base: 
         "data.root": str(data),
         "training.max_steps": steps,
         "training.batch_size": size.batch_size,
-        "training.log_every": max(1, min(10, steps // 10)),
+        "training.log_every": 1,  # a point of a curve is the mean of many batches
+        "optimizer.warmup_steps": round(steps * WARMUP),
         "training.checkpoint_every": max(1, steps // 10),
         "training.keep_checkpoints": 1,
         "training.best_metric": None,
@@ -234,6 +236,13 @@ def digest_of(value: Any) -> str:
 def judge_digest() -> str:
     """SHA-256 of the judge's weights."""
     return file_digest(JUDGE)
+
+
+@functools.cache
+def world_digest() -> str:
+    """SHA-256 of the code of the pocket world: other scenes are other data, and other measurements."""
+    files = [*(ROOT / f"scripts/pocket/{name}.py" for name in WORLD), ROOT / "scripts/make_pocket_world.py"]
+    return digest_of([file_digest(file) for file in files])
 
 
 base_digest = functools.cache(model_digest)

@@ -10,7 +10,21 @@ from mosaic.figures import CAPTION, INK, LINE_COLOURS, MARGIN, TILE, draw_line, 
 from mosaic.images import prepare_reference
 from mosaic.tokens import Grid
 from scripts.pocket import world
-from scripts.pocket.ablation_tables import EXACT, FRECHET, IDENTIFICATION, LEAKAGE, NEAR, OVERLAP, Measure, Runs, by_arm, ks_of, value_of
+from scripts.pocket.ablation_tables import (
+    ATTENTION_LEAKAGE,
+    EXACT,
+    IDENTIFICATION,
+    LEAKAGE,
+    NEAR,
+    OVERLAP,
+    Measure,
+    Runs,
+    by_arm,
+    is_baseline,
+    ks_of,
+    value_of,
+)
+from scripts.pocket.ablation_tasks import LINES_K
 from scripts.pocket.charts import Point, Row, line_chart, row_chart
 from scripts.pocket.evaluation import held_out_scenes, render_references
 
@@ -23,11 +37,12 @@ CURVES = {
 K_MEASURES: dict[str, Measure] = {
     "identification": IDENTIFICATION,
     "leakage": LEAKAGE,
-    "frechet": FRECHET,
     "attention_near": NEAR,
     "attention_exact": EXACT,
+    "attention_leakage": ATTENTION_LEAKAGE,
     "overlap": OVERLAP,
 }
+OTHER_DEFINITIONS = ("release",)  # arms whose losses are of other blocks, and defined otherwise
 LINES_PER_REFERENCE = 5
 SCENE_SIZE = 64  # px
 
@@ -38,7 +53,10 @@ def charts(results: dict[str, Any]) -> dict[str, str]:
     trained = {runs[0]["meaning"]: runs for runs in arms.values() if runs[0]["steps"]}
     found = {}
     for name, label in CURVES.items():
-        series = {meaning: mean_curve(runs, name) for meaning, runs in trained.items()}
+        shown = {
+            meaning: runs for meaning, runs in trained.items() if name == "loss/flow_matching" or runs[0]["arm"] not in OTHER_DEFINITIONS
+        }
+        series = {meaning: mean_curve(runs, name) for meaning, runs in shown.items()}
         found[f"learning_{name.partition('/')[2]}.svg"] = line_chart(series, f"{label} during training", "step", "")
     ks = ks_of(list(arms.values()))
     for name, measure in K_MEASURES.items():
@@ -55,8 +73,8 @@ def factor_charts(results: dict[str, Any]) -> dict[str, str]:
     for k in ks_of(list(arms.values())):
         rows = []
         for runs in arms.values():
-            value, is_baseline = value_of(IDENTIFICATION, runs, k), runs[0]["factor"] in ("", "none")
-            name = "baseline" if is_baseline else f"{runs[0]['factor']}: {runs[0]['meaning']}"
+            value = value_of(IDENTIFICATION, runs, k)
+            name = "baseline" if is_baseline(runs) else f"{runs[0]['factor']}: {runs[0]['meaning']}"
             rows.append(Row(runs[0]["factor"], name, Point(value.mean, 0.0, value.low, value.high)))
         found[f"factors_k{k}.svg"] = row_chart(rows, f"One factor at a time, K = {k}", IDENTIFICATION.title)
     return found
@@ -102,7 +120,7 @@ def peak_share(lines: dict[str, Any]) -> str:
 
 def lines_panel(lines: dict[str, Any], caption: str) -> Image.Image:
     """References at the left, the scene at the right; a line from a point to its peak, and a cross where it should end."""
-    num_references = max(lines["k"]) + 1
+    num_references = LINES_K
     scene = held_out_scenes(num_references, 1)[0]
     side = TILE // 2
     target = world.render_scene(scene, SCENE_SIZE).image

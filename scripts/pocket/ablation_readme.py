@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic.training.durable import write_text
-from scripts.pocket.ablation_tables import EXACT, FRECHET, IDENTIFICATION, LEAKAGE, NEAR, OVERLAP, k_table, summary_table
+from scripts.pocket.ablation_tables import EXACT, FRECHET, IDENTIFICATION, LEAKAGE, NEAR, OVERLAP, contrast_table, k_table, summary_table
 
 MARKER = "<!-- ablation -->"
 FIGURES = {
@@ -29,11 +29,12 @@ def block(results: dict[str, Any], folder: str) -> str:
     hours = {name: f"{value / 3600:.1f} h" for name, value in seconds.items()}
     made = (
         f"{results['date'][:10]}, {size['seeds']} training seeds, {size['steps']:,} steps of batch {size['batch_size']} "
-        f"({size['factor_steps']:,} for one-factor variants), {size['cases']} held-out scenes per K; {hardware['processor']}, "
+        f"(one-factor variants: {size['factor_seeds']} of {size['factor_steps']:,}), {size['cases']} held-out scenes per K, in brackets "
+        f"95 % intervals for other seeds and scenes; {hardware['processor']}, "
         f"{hardware['cores']} cores, {hardware['side_by_side']} runs side by side: training {hours['training']}, measuring "
         f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
     )
-    parts = [made, summary_table(results, SUMMARY_K, MEASURES), k_table(results, IDENTIFICATION)]
+    parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results), k_table(results, IDENTIFICATION)]
     parts += [f"![{text}]({folder}/{name})" for name, text in FIGURES.items()]
     return "\n\n".join(parts)
 

@@ -3,34 +3,52 @@
 import dataclasses
 import datetime
 import json
-import os
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from mosaic.config import load_config
 from mosaic.digests import file_digest
 from mosaic.schema import read_json
 from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
-from mosaic.training.run_state import PACKAGES
 from scripts.pocket.ablation_chains import is_trained, training_state
-from scripts.pocket.ablation_plan import ROOT, Plan, Run, base_digest, judge_digest
-from scripts.pocket.ablation_tasks import Task, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest, world_digest
+from scripts.pocket.ablation_tasks import Task, are_done, features_file, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.frechet import frechet_distance
+from scripts.pocket.provenance import commit, hardware, versions
 
 RESULTS = "results.json"
 FORMAT = "mosaic-ablation"
-VERSION = 1
+VERSION = 2
 CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
 CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
+
+
+def refuse_other_runs(plan: Plan) -> None:
+    """Refuse a folder whose results hold runs that are not of this plan, for they would be lost from it.
+
+    Raises:
+        ValueError: It has some.
+    """
+    path = plan.output / RESULTS
+    if not path.is_file():
+        return
+    others = sorted({run["name"] for run in read_results(path)["runs"] if run["status"] != "not started"} - {run.name for run in plan.runs})
+    if others:
+        raise ValueError(
+            f"{path}: has {len(others)} runs that are not of this command, such as {others[0]}: of other flags, another base or another "
+            "world. Give the same flags, or another --output."
+        )
 
 
 def write_results(plan: Plan, parallel: int, threads: int) -> Path:
     """Write what is there of an ablation, finished or not; runs in the folder that are not of this plan are left out."""
     timings = [entry for task in timing_tasks(plan) if (entry := _timing(plan, task))]
     real = {str(task.num_references): result for task in real_tasks(plan) if (result := task.result())}
+    renderings = [(Path(task.real), Path(task.real)) for task in real_tasks(plan) if task.result()]
     runs = [_run_entry(plan, run) for run in plan.runs]
     manifest = plan.data / "manifest.parquet"
     config = load_config(plan.runs[0].config)
@@ -38,16 +56,18 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "format": FORMAT,
         "version": VERSION,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "size": dataclasses.asdict(plan.size),
-        "hardware": _hardware() | {"side_by_side": parallel, "threads": threads},
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "hardware": hardware() | {"side_by_side": parallel, "threads": threads},
+        "versions": versions(),
         "data": {"folder": _relative(plan, plan.data), "manifest_digest": file_digest(manifest) if manifest.is_file() else None},
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "judge_digest": judge_digest(),
+        "world_digest": world_digest(),
         "seconds": _seconds(runs, real, timings),
-        "complete": all(entry["complete"] for entry in runs),
+        "complete": all(entry["complete"] for entry in runs) and are_done(real_tasks(plan)) and are_done(timing_tasks(plan)),
         "real": real,
+        "real_frechet": pooled_frechet(renderings),
         "runs": runs,
         "timings": timings,
     }
@@ -72,6 +92,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
     tasks = run_tasks(plan, run)
     found = {Path(task.output).stem: result for task in tasks if (result := task.result())}
+    pictures = [task for task in tasks if task.kind == "pictures"]
+    usual, published = ([task for task in pictures if (task.image_guidance is None) is given] for given in (True, False))
     state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
     trained = run.lora is None or is_trained(run)
     return {
@@ -90,10 +112,26 @@ def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
         "status": state.get("status", "not started"),
         "complete": trained and len(found) == len(tasks),
         "training_seconds": state.get("seconds", 0.0),
-        "measures": {str(task.num_references): result for task in tasks if task.kind == "pictures" and (result := task.result())},
+        "commit": state.get("commit"),
+        "versions": state.get("versions"),
+        "measures": {str(task.num_references): result for task in usual if (result := task.result())},
+        "published": {str(task.num_references): result for task in published if (result := task.result())},
+        "frechet": pooled_frechet([(features_file(task), Path(task.real)) for task in usual if task.result()]),
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
+
+
+def pooled_frechet(files: list[tuple[Path, Path]]) -> float | None:
+    """Frechet distance between the pictures of all K together and as many K of real renderings; of one K alone it would be mostly bias.
+
+    Args:
+        files: Per K the file with the pictures' features ("own"), and that with the renderings' ("others").
+    """
+    if not files:
+        return None
+    own, others = (torch.cat([load_file(pair[side])[name] for pair in files]) for side, name in ((0, "own"), (1, "others")))
+    return frechet_distance(own, others)
 
 
 def _timing(plan: Plan, task: Task) -> dict[str, Any] | None:
@@ -126,34 +164,11 @@ def curves_of(file: Path) -> dict[str, list[list[float]]]:
 
 def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, float]:
     """Time that trainings and measurements took, added up over all, also those that ran side by side."""
-    measured = [result["seconds"] for run in runs for result in (*run["measures"].values(), *([run["lines"]] if run["lines"] else []))]
+    pictures = [result for run in runs for part in ("measures", "published") for result in run[part].values()]
+    measured = [result["seconds"] for result in (*pictures, *(run["lines"] for run in runs if run["lines"]))]
     measured += [result["seconds"] for result in (*real.values(), *timings)]
     return {"training": sum(run["training_seconds"] for run in runs), "measuring": sum(measured)}
 
 
 def _relative(plan: Plan, path: Path) -> str:
     return path.relative_to(plan.output).as_posix()
-
-
-def _hardware() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the code, with a "+" where files differ from it; None outside of a git checkout."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.stdout.strip() else "")

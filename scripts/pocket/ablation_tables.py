@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, variance
 from typing import Any, NamedTuple
 
-from scripts.pocket.statistics import over_seeds
+from scripts.pocket.statistics import Estimate, over_seeds, over_seeds_and_scenes
 
 Runs = Sequence[dict[str, Any]]
 MAX_TRAINED_K = 4
@@ -15,28 +16,35 @@ class Measure(NamedTuple):
 
     Attributes:
         title: For tables.
-        path: Where it stands in a run's measures.
+        name: Under which a run's measures have it scene by scene; "": one number of all K together.
         factor: What it is multiplied with.
         digits: After the point.
         real: Whether real renderings have it.
     """
 
     title: str
-    path: tuple[str, ...]
+    name: str
     factor: float = 100.0
     digits: int = 1
     real: bool = False
 
 
-IDENTIFICATION = Measure("identification, % (chance 12.5)", ("identification",), real=True)
-LEAKAGE = Measure("leakage, %", ("leakage",), real=True)
-PRESENCE = Measure("class present, %", ("presence",), real=True)
-FRECHET = Measure("Frechet distance to real renderings", ("frechet",), 1.0, 3, real=True)
-EXACT = Measure("attention exact, %", ("attention", "exact"))
-NEAR = Measure("attention within one token, %", ("attention", "near"))
-ENTROPY = Measure("attention entropy, nats", ("shape", "entropy"), 1.0, 2)
-OVERLAP = Measure("overlap between references, %", ("shape", "overlap"))
-MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, FRECHET, EXACT, NEAR, ENTROPY, OVERLAP)
+IDENTIFICATION = Measure("identification, % (chance 12.5)", "identification", real=True)
+IF_PRESENT = Measure("identification of present subjects, %", "identification_if_present")
+LEAKAGE = Measure("leakage, %", "leakage", real=True)
+PRESENCE = Measure("class present, %", "presence", real=True)
+EXACT = Measure("attention exact, %", "exact")
+NEAR = Measure("attention within one token, %", "near")
+ATTENTION_LEAKAGE = Measure("attention leakage, %", "attention_leakage")
+ENTROPY = Measure("attention entropy, nats", "entropy", 1.0, 2)
+OVERLAP = Measure("overlap between references, %", "overlap")
+FRECHET = Measure("Frechet distance to real renderings, all K", "", 1.0, 2, real=True)
+MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, IF_PRESENT, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
+PRIMARY_KS = (2, 3, 4)  # over which contrasts are taken
+CONTRASTS = {
+    "main": (("scal", "flow_matching"), ("paper", "scal"), ("stable", "scal"), ("stable", "paper"), ("release", "paper")),
+    "attention": (("isolated", "stable"), ("joint", "stable")),
+}
 
 
 class Value(NamedTuple):
@@ -48,22 +56,32 @@ class Value(NamedTuple):
 
 
 def value_of(measure: Measure, runs: Runs, k: int) -> Value:
-    """Mean and interval of one arm at one K: Student's t over seeds; of a single seed the Wilson interval, if it is a share."""
-    found = [_look_up(measure, run["measures"].get(str(k))) for run in runs]
-    found = [entry for entry in found if entry is not None]
-    shares = [entry["share"] if isinstance(entry, dict) else entry for entry in found]
-    if len(found) == 1 and isinstance(found[0], dict):
-        only = found[0]
-        return Value(*(math.nan if only[name] is None else measure.factor * only[name] for name in ("share", "low", "high")))
-    estimate = over_seeds(shares)
-    return Value(*(measure.factor * x for x in (estimate.mean, estimate.mean - estimate.half, estimate.mean + estimate.half)))
+    """Mean and interval of one arm at one K, over seeds and scenes."""
+    if not measure.name:
+        return _value(over_seeds([run.get("frechet") for run in runs]), measure.factor)
+    value = _value(over_seeds_and_scenes(list(by_scene(measure, runs, [k]).values())), measure.factor)
+    return Value(value.mean, max(value.low, 0.0), min(value.high, 100.0)) if measure.factor == 100.0 else value
 
 
-def _look_up(measure: Measure, measures: dict[str, Any] | None) -> Any:
-    found: Any = measures
-    for name in measure.path:
-        found = found.get(name) if found is not None else None
+def by_scene(measure: Measure, runs: Runs, ks: Sequence[int]) -> dict[int, list[float]]:
+    """The numbers of all scenes of some K, by seed; runs that lack one of the K are left out."""
+    found = {}
+    for run in runs:
+        texts = [(run["measures"].get(str(k)) or {}).get("scenes", {}).get(measure.name) for k in ks]
+        if all(text is not None for text in texts):
+            found[run["seed"]] = [float(number) for text in texts for number in text.split()]
     return found
+
+
+def contrast(measure: Measure, first: Runs, second: Runs, ks: Sequence[int]) -> Value:
+    """How much the first arm has more than the second: mean and interval of the differences at the same seeds and scenes."""
+    one, other = by_scene(measure, first, ks), by_scene(measure, second, ks)
+    differences = [[a - b for a, b in zip(one[seed], other[seed], strict=True)] for seed in one if seed in other]
+    return _value(over_seeds_and_scenes(differences), measure.factor)
+
+
+def _value(estimate: Estimate, factor: float) -> Value:
+    return Value(*(factor * x for x in (estimate.mean, estimate.mean - estimate.half, estimate.mean + estimate.half)))
 
 
 def cell(value: Value, digits: int) -> str:
@@ -94,11 +112,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def summary_table(results: dict[str, Any], k: int, measures: Sequence[Measure] = MEASURES) -> str:
+def summary_table(results: dict[str, Any], k: int, measures: Sequence[Measure] = (*MEASURES, FRECHET)) -> str:
     """Measures of the main arms at one K (the analogue of Table 3)."""
     rows = []
     for runs in by_arm(results, "main").values():
-        rows.append([runs[0]["meaning"], str(len(runs)), *(cell(value_of(m, runs, k), m.digits) for m in measures)])
+        seeds = len(by_scene(IDENTIFICATION, runs, [k]))
+        rows.append([runs[0]["meaning"], str(seeds), *(cell(value_of(m, runs, k), m.digits) for m in measures)])
     rows.append(["*real renderings*", "", *(_real_cell(results, m, k) for m in measures)])
     return markdown([f"arm, K = {k}", "seeds", *(m.title for m in measures)], rows)
 
@@ -114,29 +133,81 @@ def k_table(results: dict[str, Any], measure: Measure) -> str:
     return markdown([measure.title, *header], rows)
 
 
-def factor_table(results: dict[str, Any], k: int) -> str:
-    """One-factor variants at one K, and whether their interval of identification lies apart from the baseline's."""
-    arms = by_arm(results, "factors")
-    measures = (IDENTIFICATION, LEAKAGE, NEAR, ENTROPY, OVERLAP, FRECHET)
-    baseline = value_of(IDENTIFICATION, next(iter(arms.values())), k)
+def published_table(results: dict[str, Any]) -> str:
+    """Identification and leakage of the main arms without image guidance, as the method was published."""
+    trained = {name: runs for name, runs in by_arm(results, "main").items() if runs[0]["steps"]}
+    arms = {name: [{**run, "measures": run["published"]} for run in runs] for name, runs in trained.items()}
+    ks = ks_of(list(arms.values()))
     rows = []
     for runs in arms.values():
-        own = value_of(IDENTIFICATION, runs, k)
-        place = (
-            ["baseline", runs[0]["meaning"]]
-            if not runs[0]["factor"] or runs[0]["factor"] == "none"
-            else [runs[0]["factor"], runs[0]["meaning"]]
-        )
-        rows.append([*place, str(len(runs)), *(cell(value_of(m, runs, k), m.digits) for m in measures), apart(own, baseline)])
-    rows.append(["*real renderings*", "", "", *(_real_cell(results, m, k) for m in measures), ""])
-    return markdown(["factor", f"value, K = {k}", "seeds", *(m.title for m in measures), "identification against the baseline"], rows)
+        values = [value_of(measure, runs, k) for measure in (IDENTIFICATION, LEAKAGE) for k in ks]
+        rows.append([runs[0]["meaning"], *(cell(value, 1) for value in values)])
+    return markdown(["image guidance 1", *(f"{measure.title}, K = {k}" for measure in (IDENTIFICATION, LEAKAGE) for k in ks)], rows)
 
 
-def apart(own: Value, baseline: Value) -> str:
-    """Where an interval lies beside another."""
-    if own.low > baseline.high:
+def contrast_table(results: dict[str, Any]) -> str:
+    """The arms against each other, at the same seeds and scenes."""
+    rows = []
+    for part, pairs in CONTRASTS.items():
+        arms = by_arm(results, part)
+        for first, second in pairs:
+            if first in arms and second in arms:
+                ks = [k for k in PRIMARY_KS if k in ks_of([arms[first]]) and k in ks_of([arms[second]])]
+                differences = [contrast(measure, arms[first], arms[second], ks) for measure in (IDENTIFICATION, LEAKAGE, NEAR)]
+                cells = [f"{cell(value, 1)}: {verdict(value)}" for value in differences]
+                rows.append([f"{arms[first][0]['meaning']} - {arms[second][0]['meaning']}", ", ".join(map(str, ks)), *cells])
+    titles = (measure.title.split(" (")[0] for measure in (IDENTIFICATION, LEAKAGE, NEAR))
+    return markdown(["difference, percentage points", "K", *titles], rows)
+
+
+def factor_table(results: dict[str, Any], k: int) -> str:
+    """One-factor variants at one K, and whether they differ from the baseline at the same scenes.
+
+    Raises:
+        ValueError: The results have no baseline.
+    """
+    arms = by_arm(results, "factors")
+    measures = (IDENTIFICATION, LEAKAGE, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
+    baseline = baseline_of(results)
+    rows = []
+    for runs in arms.values():
+        place = ["baseline" if is_baseline(runs) else runs[0]["factor"], runs[0]["meaning"]]
+        against = ["", ""] if is_baseline(runs) else [verdict(contrast(measure, runs, baseline, [k])) for measure in (IDENTIFICATION, NEAR)]
+        rows.append([*place, str(len(runs)), *(cell(value_of(m, runs, k), m.digits) for m in measures), *against])
+    rows.append(["*real renderings*", "", "", *(_real_cell(results, m, k) for m in measures), "", ""])
+    against = ["identification against the baseline", "attention within one token against it"]
+    return markdown(["factor", f"value, K = {k}", "seeds", *(m.title for m in measures), *against], rows)
+
+
+def baseline_of(results: dict[str, Any]) -> Runs:
+    """The runs that one-factor variants are compared with.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = [runs for runs in by_arm(results, "factors").values() if is_baseline(runs)]
+    if not found:
+        raise ValueError('the results have variants without their baseline: run the ablation with --arms that name "stable", too.')
+    return found[0]
+
+
+def is_baseline(runs: Runs) -> bool:
+    """Whether these are the runs without a changed factor."""
+    return runs[0]["factor"] in ("", "none")
+
+
+def seed_deviation(results: dict[str, Any], measure: Measure, k: int) -> float:
+    """Standard deviation of an arm's mean from seed to seed, pooled over the main arms; not a number where none has two seeds."""
+    means = [[fmean(row) for row in by_scene(measure, runs, [k]).values()] for runs in by_arm(results, "main").values()]
+    variances = [variance(values) for values in means if len(values) > 1]
+    return measure.factor * math.sqrt(fmean(variances)) if variances else math.nan
+
+
+def verdict(difference: Value) -> str:
+    """What an interval of a difference says."""
+    if difference.low > 0:
         return "higher"
-    return "lower" if own.high < baseline.low else "not apart"
+    return "lower" if difference.high < 0 else "not resolved"
 
 
 def attention_table(results: dict[str, Any]) -> str:
@@ -144,7 +215,7 @@ def attention_table(results: dict[str, Any]) -> str:
     arms = by_arm(results, "attention")
     ks = ks_of(list(arms.values()))
     rows = []
-    for measure in (IDENTIFICATION, LEAKAGE, FRECHET):
+    for measure in (IDENTIFICATION, LEAKAGE):
         for runs in arms.values():
             rows.append([measure.title, runs[0]["meaning"], *(cell(value_of(measure, runs, k), measure.digits) for k in ks)])
         rows.append([measure.title, "*real renderings*", *(_real_cell(results, measure, k) for k in ks)])
@@ -170,7 +241,12 @@ def run_table(results: dict[str, Any]) -> str:
 
 
 def _real_cell(results: dict[str, Any], measure: Measure, k: int) -> str:
-    entry = results["real"].get(str(k))
-    if entry is None or not measure.real:
+    if not measure.real:
         return "-"
-    return cell(value_of(measure, [{"measures": {str(k): entry}}], k), measure.digits)
+    if not measure.name:
+        found = results["real_frechet"]
+        return "-" if found is None else f"{found:.{measure.digits}f}"
+    share = results["real"].get(str(k), {}).get(measure.name)
+    if share is None or share["share"] is None:
+        return "-"
+    return cell(Value(*(measure.factor * share[name] for name in ("share", "low", "high"))), measure.digits)

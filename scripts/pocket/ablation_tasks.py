@@ -1,5 +1,6 @@
 """The measurements of an ablation, each a small JSON file that is done when its digest is the wanted one."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +11,12 @@ from mosaic.config import load_config, resolved_dict
 from mosaic.digests import file_digest
 from mosaic.schema import read_json
 from mosaic.training.durable import write_text
-from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest
+from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
 
-VERSION = 1  # of the measurements; raise it where one changes its meaning
+VERSION = 2  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
 NOISE_SEED = 42
+PUBLISHED_GUIDANCE, PUBLISHED_KS = 1.0, (2, 4)  # the method as published has no image guidance; where the main arms are measured so, too
 SCENE_COST = 80.0  # of drawing a scene, in the unit of `Task.cost`
 TOKENS_OF_TEXT_AND_TARGET, TOKENS_OF_REFERENCE = 88, 16  # of the pocket model, for the estimate of work
 
@@ -34,6 +36,7 @@ class Task:
         real: "pictures": the file of features that "real" has written; "real": the number of scenes of it stands in `real_scenes`.
         real_scenes: Real renderings that pictures are compared with.
         reference_cache: "timing": whether references are computed once.
+        image_guidance: `inference.image_guidance_scale` where it is not that of the config.
     """
 
     kind: Literal["real", "pictures", "lines", "timing"]
@@ -45,6 +48,7 @@ class Task:
     real: str = ""
     real_scenes: int = 0
     reference_cache: bool = False
+    image_guidance: float | None = None
 
     @property
     def cost(self) -> float:
@@ -52,7 +56,8 @@ class Task:
         if self.kind == "real":
             return SCENE_COST * (self.real_scenes + self.cases)
         tokens = TOKENS_OF_TEXT_AND_TARGET + TOKENS_OF_REFERENCE * (self.num_references if self.lora else 0)
-        steps = 1 if self.kind == "lines" else 2 * load_config(self.config).inference.num_inference_steps
+        passes = 1 if self.image_guidance == 1 else 2
+        steps = 1 if self.kind == "lines" else passes * load_config(self.config).inference.num_inference_steps
         return float(steps * tokens * self.cases)
 
     def digest(self) -> str:
@@ -64,14 +69,21 @@ class Task:
         what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora", "real")}
         attention = settings["model"]["reference_attention"] if self.lora else None
         weights = file_digest(Path(self.lora)) if self.lora else None
-        fixed = {"version": VERSION, "judge": judge_digest(), "model": base_digest(config.model.pretrained), "noise": NOISE_SEED}
+        fixed = {"version": VERSION, "judge": judge_digest(), "world": world_digest(), "noise": NOISE_SEED}
+        fixed["model"] = base_digest(config.model.pretrained)
         text = settings["model"]["text_length"]
         return digest_of({**what, **fixed, "rendering": rendering, "sizes": sizes, "attention": attention, "lora": weights, "text": text})
 
     def result(self) -> dict[str, Any] | None:
         """The finished measurement, or None."""
-        path = Path(self.output)
-        if not path.is_file() or (self.lora and not Path(self.lora).is_file()) or (self.kind == "real" and not Path(self.real).is_file()):
+        path, needed = Path(self.output), []
+        if self.lora:
+            needed.append(Path(self.lora))
+        if self.kind == "real":
+            needed.append(Path(self.real))
+        if self.kind == "pictures":
+            needed.append(features_file(self))
+        if not all(file.is_file() for file in (path, *needed)):
             return None
         found = read_json(path)
         return found["result"] if found.get("digest") == self.digest() else None
@@ -81,6 +93,11 @@ class Task:
         path = Path(self.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"digest": self.digest(), "result": result}, indent=1) + "\n")
+
+
+def features_file(task: Task) -> Path:
+    """Where the features of a task's pictures are, "own" [cases, d]."""
+    return Path(task.output).with_suffix(".safetensors")
 
 
 def real_tasks(plan: Plan) -> list[Task]:
@@ -101,7 +118,15 @@ def run_tasks(plan: Plan, run: Run) -> list[Task]:
         )
         for k in run.ks
     ]  # fmt: skip
-    return [*tasks, Task("lines", str(folder / "lines.json"), str(run.config), lora, LINES_K, 1)] if lora else tasks
+    if not lora:
+        return tasks
+    if "main" in run.parts:
+        tasks += [
+            dataclasses.replace(task, output=str(folder / f"published_k{task.num_references}.json"), image_guidance=PUBLISHED_GUIDANCE)
+            for task in tasks
+            if task.num_references in PUBLISHED_KS
+        ]
+    return [*tasks, Task("lines", str(folder / "lines.json"), str(run.config), lora, LINES_K, 1)]
 
 
 def timing_tasks(plan: Plan) -> list[Task]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,15 @@ class Result:
         identification: Subjects recognised as their reference among 8 candidates (chance 12.5 %).
         leakage: Subjects nearer to another reference's looks than to their own; none at K = 1.
         presence: Subjects whose class the judge finds in the picture.
+        count: Subjects of whose class it finds as many as the caption says.
+        background: Pictures whose background it finds to be the caption's.
     """
 
     identification: Proportion
     leakage: Proportion
     presence: Proportion
+    count: Proportion
+    background: Proportion
 
     def to_dict(self) -> dict:
         """JSON-able; shares of nothing are null."""
@@ -115,7 +119,29 @@ def generate(
     return pictures
 
 
-def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
+@dataclass(frozen=True)
+class Outcome:
+    """What the judge says of the subjects of one picture, in order.
+
+    Attributes:
+        identification: Whether each is recognised as its reference.
+        leakage: Whether each is nearer to another reference's looks; empty at K = 1.
+        presence: Whether each one's class is found.
+        count: Whether as many of its class are found as the caption says.
+        background: Whether the picture's background is that of the caption; one value.
+    """
+
+    identification: tuple[bool, ...]
+    leakage: tuple[bool, ...]
+    presence: tuple[bool, ...]
+    count: tuple[bool, ...]
+    background: tuple[bool]
+
+
+MEASURES = tuple(field.name for field in fields(Outcome))
+
+
+def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> list[Outcome]:
     """Ask the judge about every subject; it sees the whole picture and the class, never the layout.
 
     Args:
@@ -124,23 +150,38 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequen
         scenes: Whose identities are the truth.
         min_visible: Leave out subjects of which less is visible in the scene as drawn (for real renderings).
     """
-    hits, leaks, present = [], [], []
+    outcomes = []
     tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
     for index, scene in enumerate(scenes):
+        hits, leaks, present, counted = [], [], [], []
         identities = [placement.identity for placement in scene.placements]
         visible = world.visible_fractions(scene, JUDGE_SIZE) if min_visible else [1.0] * len(identities)
         picture, rng = tensors[index : index + 1], np.random.default_rng([17, scene.seed])
-        probabilities = judge.presence_probability(picture)[0]
+        probabilities, counts = judge.presence_probability(picture)[0], judge.counts(picture)[0]
+        names = [identity.class_name for identity in identities]
         for k, identity in enumerate(identities):
             candidates = make_candidates(identity, rng)
             if visible[k] < min_visible:
                 continue
             hits.append(candidates[int(judge.identify(picture, identity.class_name, candidates))] == identity)
             present.append(bool(probabilities[world.CLASSES.index(identity.class_name)] > 0.5))
+            counted.append(int(counts[world.CLASSES.index(identity.class_name)]) == names.count(identity.class_name))
             if len(identities) > 1:
                 looks = judge.score(picture, identity.class_name, identities)[0]
                 leaks.append(bool(max(looks[j] for j in range(len(identities)) if j != k) > looks[k]))
-    return Result(proportion(hits), proportion(leaks), proportion(present))
+        background = int(judge.backgrounds(picture)[0]) == world.BACKGROUNDS.index(scene.background)
+        outcomes.append(Outcome(tuple(hits), tuple(leaks), tuple(present), tuple(counted), (background,)))
+    return outcomes
+
+
+def pool_outcomes(outcomes: Sequence[Outcome]) -> Result:
+    """Shares over all subjects."""
+    return Result(*(proportion([hit for outcome in outcomes for hit in getattr(outcome, name)]) for name in MEASURES))
+
+
+def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
+    """The same over all scenes; see `judge_scenes`."""
+    return pool_outcomes(judge_scenes(judge, pictures, scenes, min_visible))
 
 
 def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, config: Config) -> MosaicBatch:

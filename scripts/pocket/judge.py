@@ -146,6 +146,16 @@ class Judge(nn.Module):
         return self._look(pictures).presence.sigmoid().cpu()
 
     @torch.no_grad()
+    def counts(self, pictures: Tensor) -> Tensor:
+        """Likeliest number of subjects of each class, int64 `[B, C]`, at most `MAX_COUNT`."""
+        return self._look(pictures).count.argmax(dim=-1).cpu()
+
+    @torch.no_grad()
+    def backgrounds(self, pictures: Tensor) -> Tensor:
+        """Index of the likeliest background, int64 `[B]`."""
+        return self._look(pictures).background.argmax(dim=-1).cpu()
+
+    @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         """What the last layer of the picture's own head (background) reads: the trunk's mean over places, float32 `[B, coarse]`."""
         return self._evaluate(lambda x: self.trunk(x).mean(dim=(2, 3)), pictures).float().cpu()

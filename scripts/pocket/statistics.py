@@ -1,8 +1,10 @@
-"""Mean and 95 % interval over training seeds, by Student's t distribution."""
+"""Means with 95 % intervals: over training seeds, and over training seeds crossed with scenes."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom (any table of the distribution).
 T_QUANTILES = (
@@ -45,3 +47,43 @@ def over_seeds(values: Sequence[float | None]) -> Estimate:
         return Estimate(mean, math.nan, 1)
     variance = math.fsum((value - mean) ** 2 for value in found) / (len(found) - 1)
     return Estimate(mean, T_QUANTILES[len(found) - 2] * math.sqrt(variance / len(found)), len(found))
+
+
+def over_seeds_and_scenes(values: Sequence[Sequence[float]]) -> Estimate:
+    """Mean and 95 % interval of one number per seed and scene, where other seeds and other scenes could have been taken.
+
+    Two crossed random factors without repetition, as readers and cases in medicine (Dorfman, Berbaum and Metz 1992; Hillis 2007):
+    Var(mean) = (MS_seed + max(MS_scene - MS_rest, 0)) / (S N), with Satterthwaite's degrees of freedom, Var's numerator squared over
+    MS_seed^2 / (S - 1). Of a single seed only the choice of scenes is in the interval.
+
+    Args:
+        values: S rows of N numbers; scenes that are not a number in any row are left out.
+
+    Returns:
+        `count` is S; `half` is not a number for fewer than two scenes, nor where all numbers are equal, which says nothing of their spread.
+    """
+    if not len(values):
+        return Estimate(math.nan, math.nan, 0)
+    table = np.array(values, dtype=np.float64)
+    table = table[:, ~np.isnan(table).any(axis=0)]
+    seeds, scenes = table.shape
+    if not scenes:
+        return Estimate(math.nan, math.nan, 0)
+    mean, by_seed, by_scene = table.mean(), table.mean(axis=1), table.mean(axis=0)
+    if scenes < 2:
+        return Estimate(float(mean), math.nan, seeds)
+    if np.ptp(table) < 1e-12:
+        return Estimate(float(mean), math.nan, seeds)
+    if seeds == 1:
+        return Estimate(float(mean), _quantile(scenes - 1) * math.sqrt(by_scene.var(ddof=1) / scenes), 1)
+    ms_seed, ms_scene = scenes * by_seed.var(ddof=1), seeds * by_scene.var(ddof=1)
+    rest = table - by_seed[:, None] - by_scene[None] + mean
+    ms_rest = (rest**2).sum() / ((seeds - 1) * (scenes - 1))
+    spread = ms_seed + max(ms_scene - ms_rest, 0.0)
+    freedom = math.inf if ms_seed == 0 else spread**2 / (ms_seed**2 / (seeds - 1))
+    return Estimate(float(mean), _quantile(freedom) * math.sqrt(spread / (seeds * scenes)), seeds)
+
+
+def _quantile(freedom: float) -> float:
+    """97.5 % quantile of Student's t; degrees of freedom are rounded down, and from 29 on count as 29, which widens intervals a little."""
+    return T_QUANTILES[int(min(max(freedom, 1), len(T_QUANTILES))) - 1]
