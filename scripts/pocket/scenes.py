@@ -28,11 +28,11 @@ SCENE_LATTICE = 16  # steps of 4 px along one side of a scene of 64 px
 # Where the centres of subjects lie on it: in the order of the caption, row by row from the left, on few places each. So a caption says
 # what stands where, as a small model needs it, and neighbours overlap in part.
 _LEFT, _MIDDLE, _RIGHT, _UP, _DOWN = (4, 6), (6, 8, 10), (10, 12), (4, 6), (10, 12)
-_ANY, _THREE = (4, 6, 8, 10, 12), ((3,), (8,), (13,))
+_ANY, _THREE = (6, 8, 10, 12), ((3,), (8,), (13,))
 Slot = tuple[tuple[int, ...], tuple[int, ...]]
 SLOTS: dict[int, tuple[Slot, ...]] = {
-    1: ((_ANY, _ANY),),
-    2: ((_LEFT, _ANY[1:]), (_RIGHT, _ANY[1:])),
+    1: ((_MIDDLE, _MIDDLE),),
+    2: ((_LEFT, _ANY), (_RIGHT, _ANY)),
     3: ((_LEFT, _UP), (_RIGHT, _UP), (_MIDDLE, _DOWN)),
     4: ((_LEFT, _UP), (_RIGHT, _UP), (_LEFT, _DOWN), (_RIGHT, _DOWN)),
     5: (*((x, _UP) for x in _THREE), (_LEFT, _DOWN), (_RIGHT, _DOWN)),
