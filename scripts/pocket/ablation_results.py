@@ -94,7 +94,7 @@ def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, A
     found = {Path(task.output).stem: result for task in tasks if (result := task.result())}
     pictures = [task for task in tasks if task.kind == "pictures"]
     usual, published = ([task for task in pictures if (task.image_guidance is None) is given] for given in (True, False))
-    compared = [(features_file(task), renderings[task.num_references]) for task in usual if task.result() and task.num_references in renderings]
+    measured = [task for task in usual if task.result() and task.num_references in renderings]
     state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
     trained = run.lora is None or is_trained(run)
     return {
@@ -117,7 +117,7 @@ def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, A
         "versions": state.get("versions"),
         "measures": {str(task.num_references): result for task in usual if (result := task.result())},
         "published": {str(task.num_references): result for task in published if (result := task.result())},
-        "frechet": pooled_frechet(compared),
+        "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in measured]),
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
