@@ -41,7 +41,7 @@ def require_same_world(results: dict[str, Any]) -> None:
 
 
 def check_tasks(results: dict[str, Any], arms: Path, output: Path, ks: list[int]) -> dict[str, list[Task]]:
-    """What is measured again, by arm; real renderings first, under the name "real".
+    """What is measured again, by arm.
 
     Raises:
         FileNotFoundError: There are no adapters, or the folder lacks one of an arm of the results.
@@ -49,22 +49,15 @@ def check_tasks(results: dict[str, Any], arms: Path, output: Path, ks: list[int]
     """
     size = results["size"]
     names = [run["arm"] for run in results["runs"] if "main" in run["parts"] and run["seed"] == 0 and run["adapter_digest"]]
-    tasks: dict[str, list[Task]] = {"real": []}
+    tasks: dict[str, list[Task]] = {}
     for name in names:
         file = LoraFile(arms / f"{name}.safetensors", "adapter of the ablation")
         config = output / "configs" / f"{name}.json"
         config.parent.mkdir(parents=True, exist_ok=True)
         write_text(config, config_to_json(from_dict(reference_metadata(file.metadata, str(file.path)).get("config", {}), str(file.path))))
         for k in ks:
-            real = str(output / f"real_k{k}.safetensors")
-            if len(tasks["real"]) < len(ks):
-                tasks["real"].append(
-                    Task("real", str(output / f"real_k{k}.json"), str(config), None, k, size["cases"], real, size["real_scenes"])
-                )
             place = str(output / f"{name}_k{k}.json")
-            tasks.setdefault(name, []).append(
-                Task("pictures", place, str(config), str(file.path), k, size["cases"], real, size["real_scenes"])
-            )
+            tasks.setdefault(name, []).append(Task("pictures", place, str(config), str(file.path), k, size["cases"]))
     return tasks
 
 
@@ -73,7 +66,7 @@ def compare(results: dict[str, Any], tasks: dict[str, list[Task]]) -> tuple[list
     rows, all_within = [], True
     stored = {run["arm"]: run["measures"] for run in results["runs"] if "main" in run["parts"] and run["seed"] == 0}
     for name, measured in tasks.items():
-        for task in measured if name != "real" else ():
+        for task in measured:
             cells = []
             for share in SHARES:
                 now, row = task.result()[share]["share"], stored[name][str(task.num_references)][share]

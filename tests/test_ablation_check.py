@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     found = {
         "format": "mosaic-ablation",
         "version": 2,
-        "size": {"cases": 2, "real_scenes": 4},
+        "size": {"cases": 2},
         "commit": "abc",
         "model": {"name": "assets/pocket/flux", "digest": base_digest("assets/pocket/flux")},
         "judge_digest": judge_digest(),
@@ -58,14 +58,12 @@ def test_shares_must_lie_within_the_intervals_of_seed_0(
 
     def measure(task: Task) -> dict[str, Any]:
         seen.append(task)
-        if task.kind == "real":
-            Path(task.real).write_bytes(b"")
         features_file(task).write_bytes(b"")
         return measures(0.3 if task.lora and "paper" in task.lora else identification)
 
     monkeypatch.setattr(ablation_check, "measure", measure)
     assert check(folder, "--ks", "2", "1") == code
-    assert [(task.kind, task.num_references) for task in seen] == [("real", 1), ("real", 2)] + 2 * [("pictures", 1), ("pictures", 2)]
+    assert [(task.kind, task.num_references) for task in seen] == 2 * [("pictures", 1), ("pictures", 2)]
     assert {task.cases for task in seen} == {2}
     assert load_config(seen[-1].config).model.reference_attention == "isolated"
     table = capsys.readouterr().out

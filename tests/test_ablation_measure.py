@@ -21,7 +21,7 @@ def tasks(tmp_path: Path) -> dict[str, Task]:
     """A task of each kind, of the shipped adapter."""
     plan = make_plan(SIZE, tmp_path, ("main",), ("release",))
     pictures, _, lines = run_tasks(plan, plan.runs[0])
-    real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, pictures.real, 4)
+    real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, 4)
     pictures, lines = dataclasses.replace(pictures, lora=LORA), dataclasses.replace(lines, lora=LORA)
     return {
         "real": real,
@@ -39,7 +39,7 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
     found = {task.kind: task.result() for task in read_tasks(file)}
     pictures, lines = found["pictures"], found["lines"]
     assert pictures["identification"]["count"] == 4
-    real = Path(tasks["pictures"].real)
+    real = features_file(tasks["real"])
     assert min(pooled_frechet([(file, real)] * 2) for file in (features_file(tasks["pictures"]), real)) > 0
     assert pooled_frechet([]) is None
     scenes = {name: [float(value) for value in text.split()] for name, text in pictures["scenes"].items()}

@@ -90,7 +90,7 @@ def measure_real(task: Task, config: Config) -> dict[str, Any]:
     others = picture_features([world.render_scene(scene, height).image for scene in real_scenes(task.num_references, task.real_scenes)])
     scenes = held_out_scenes(task.num_references, task.cases)
     pictures = [world.render_scene(scene, height).image for scene in scenes]
-    _write_features(Path(task.real), others=others, own=picture_features(pictures))
+    _write_features(features_file(task), others=others, own=picture_features(pictures))
     return pool_outcomes(judge_scenes(_judge(), pictures, scenes, MIN_VISIBLE)).to_dict()
 
 

@@ -48,8 +48,8 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
     """Write what is there of an ablation, finished or not; runs in the folder that are not of this plan are left out."""
     timings = [entry for task in timing_tasks(plan) if (entry := _timing(plan, task))]
     real = {str(task.num_references): result for task in real_tasks(plan) if (result := task.result())}
-    renderings = [(Path(task.real), Path(task.real)) for task in real_tasks(plan) if task.result()]
-    runs = [_run_entry(plan, run) for run in plan.runs]
+    renderings = {task.num_references: features_file(task) for task in real_tasks(plan) if task.result()}
+    runs = [_run_entry(plan, run, renderings) for run in plan.runs]
     manifest = plan.data / "manifest.parquet"
     config = load_config(plan.runs[0].config)
     results = {
@@ -67,7 +67,7 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "seconds": _seconds(runs, real, timings),
         "complete": all(entry["complete"] for entry in runs) and are_done(real_tasks(plan)) and are_done(timing_tasks(plan)),
         "real": real,
-        "real_frechet": pooled_frechet(renderings),
+        "real_frechet": pooled_frechet([(file, file) for file in renderings.values()]),
         "runs": runs,
         "timings": timings,
     }
@@ -89,11 +89,12 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
+def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, Any]:
     tasks = run_tasks(plan, run)
     found = {Path(task.output).stem: result for task in tasks if (result := task.result())}
     pictures = [task for task in tasks if task.kind == "pictures"]
     usual, published = ([task for task in pictures if (task.image_guidance is None) is given] for given in (True, False))
+    measured = [task for task in usual if task.result() and task.num_references in renderings]
     state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
     trained = run.lora is None or is_trained(run)
     return {
@@ -116,7 +117,7 @@ def _run_entry(plan: Plan, run: Run) -> dict[str, Any]:
         "versions": state.get("versions"),
         "measures": {str(task.num_references): result for task in usual if (result := task.result())},
         "published": {str(task.num_references): result for task in published if (result := task.result())},
-        "frechet": pooled_frechet([(features_file(task), Path(task.real)) for task in usual if task.result()]),
+        "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in measured]),
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }

@@ -33,8 +33,7 @@ class Task:
         lora: The adapter; None: without references.
         num_references: K.
         cases: Scenes; "timing": pictures.
-        real: "pictures": the file of features that "real" has written; "real": the number of scenes of it stands in `real_scenes`.
-        real_scenes: Real renderings that pictures are compared with.
+        real_scenes: "real": renderings of other scenes, that pictures are compared with.
         reference_cache: "timing": whether references are computed once.
         image_guidance: `inference.image_guidance_scale` where it is not that of the config.
     """
@@ -45,7 +44,6 @@ class Task:
     lora: str | None
     num_references: int
     cases: int
-    real: str = ""
     real_scenes: int = 0
     reference_cache: bool = False
     image_guidance: float | None = None
@@ -66,7 +64,7 @@ class Task:
         settings = resolved_dict(config)
         rendering = {name: value for name, value in settings["inference"].items() if name not in ("cases", "output_dir", "lora")}
         sizes = {name: settings["data"][name] for name in ("image_size", "reference_size")}
-        what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora", "real")}
+        what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora")}
         attention = settings["model"]["reference_attention"] if self.lora else None
         weights = file_digest(Path(self.lora)) if self.lora else None
         fixed = {"version": VERSION, "judge": judge_digest(), "world": world_digest(), "noise": NOISE_SEED}
@@ -79,9 +77,7 @@ class Task:
         path, needed = Path(self.output), []
         if self.lora:
             needed.append(Path(self.lora))
-        if self.kind == "real":
-            needed.append(Path(self.real))
-        if self.kind == "pictures":
+        if self.kind in ("real", "pictures"):
             needed.append(features_file(self))
         if not all(file.is_file() for file in (path, *needed)):
             return None
@@ -96,7 +92,7 @@ class Task:
 
 
 def features_file(task: Task) -> Path:
-    """Where the features of a task's pictures are, "own" [cases, d]."""
+    """Where the features of a task's pictures are, "own" [cases, d]; "real": also "others" [real_scenes, d], of other scenes."""
     return Path(task.output).with_suffix(".safetensors")
 
 
@@ -105,19 +101,13 @@ def real_tasks(plan: Plan) -> list[Task]:
     common = str(plan.runs[0].config)
     folder, scenes = plan.output / "real", plan.size.real_scenes
     ks, cases = sorted({k for run in plan.runs for k in run.ks}), plan.size.cases
-    return [Task("real", str(folder / f"k{k}.json"), common, None, k, cases, str(folder / f"k{k}.safetensors"), scenes) for k in ks]
+    return [Task("real", str(folder / f"k{k}.json"), common, None, k, cases, scenes) for k in ks]
 
 
 def run_tasks(plan: Plan, run: Run) -> list[Task]:
     """The measurements of one run at every K, and its points and peaks."""
     folder, lora = run.folder / "evaluation", str(run.lora) if run.lora else None
-    tasks = [
-        Task(
-            "pictures", str(folder / f"k{k}.json"), str(run.config), lora, k, plan.size.cases,
-            str(plan.output / "real" / f"k{k}.safetensors"), plan.size.real_scenes,
-        )
-        for k in run.ks
-    ]  # fmt: skip
+    tasks = [Task("pictures", str(folder / f"k{k}.json"), str(run.config), lora, k, plan.size.cases) for k in run.ks]
     if not lora:
         return tasks
     if "main" in run.parts:
