@@ -38,7 +38,6 @@ echo "environment: installing requirements.txt and requirements-dev.txt into .ve
 if ! command -v nvidia-smi >/dev/null 2>&1 && [ -z "${PIP_EXTRA_INDEX_URL:-}" ]; then
     echo "environment: no GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu would choose a smaller PyTorch without CUDA"
 fi
-# Python compiles what it imports, a small part of what is installed.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 echo "$wanted" >"$stamp"
 echo "environment: ready"
