@@ -190,7 +190,7 @@ def test_soft_argmax_stays_in_its_window(rows: int, columns: int, window: int, s
     hard = torch.stack([index // columns, index % columns], dim=1)
     assert ((positions - hard).abs() <= window + 1e-9).all()
     assert (positions >= -1e-9).all()
-    assert (positions <= torch.tensor([rows - 1, columns - 1]) + 1e-9).all()
+    assert (positions - torch.tensor([rows - 1, columns - 1]) <= 1e-9).all()
 
 
 # --- filters

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +260,13 @@ def test_a_start_reads_captions_as_before_when_words_are_added(components: dict,
     assert not torch.equal(embedding[old], fresh[old])
 
 
-def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Path) -> None:
+def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student starts as its teacher at every guidance and is saved with its embedding."""
+    monkeypatch.setattr(train_pocket_base, "sample_pictures", partial(sampling.sample_pictures, steps=1))
     save_pocket_flux(components, tmp_path / "teacher")
     layout, generator = SCENE, torch.Generator().manual_seed(0)
     training = distill_pocket_base.GuidanceDistillation(
-        distill_pocket_base.parse_arguments(["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1"])
+        distill_pocket_base.parse_arguments(["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1", "--batch-size", "4"])
     )
     teacher = training.teacher
     torch.nn.init.normal_(teacher["transformer"].proj_out.weight, generator=generator)

@@ -220,24 +220,6 @@ def test_position_ids_stay_float32_in_a_bfloat16_model(transformer: MosaicFluxTr
     assert seen == [torch.float32]
 
 
-# Dynamo itself looks at `.grad` of the block's inputs, and makes an instance of every autograd function.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-def test_blocks_compile_without_graph_breaks(batch: tiny.Batch) -> None:
-    transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)
-    parameters = tiny.attach_random_lora(transformer)
-    velocity, rows, total, gradients = our_step(transformer, parameters, batch)
-    torch._dynamo.reset()
-    transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-    compiled = our_step(transformer, parameters, batch)
-    torch._dynamo.reset()
-    torch.testing.assert_close(compiled[0], velocity, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(compiled[1], rows, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(compiled[2], total, atol=1e-5, rtol=1e-5)
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(compiled[3][key], gradient, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_sampling_compiles_without_graph_breaks(batch: tiny.Batch, mode: str) -> None:
