@@ -10,7 +10,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,15 +18,13 @@ from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
 from scripts.pocket import world
 
 REFERENCE_GRID = 32
+FIRST_SEED = 200_000_000  # far from the scenes on which the base was trained, and from those of the judge, the evaluation and the examples
 
 
 def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int) -> SampleRecord:
-    """Draw one sample; points are found on the pixels of the scene and on a 32 x 32 grid of each reference.
-
-    References come in any order, not in that of the caption, so that an adapter cannot tell by their order which subject is which.
-    """
+    """Draw one sample; points are found on the pixels of the scene and on a 32 x 32 grid of each reference."""
     scene = world.sample_scene(seed, split, num_subjects)
-    rendered = world.render_scene(scene, scene_size)
+    rendered, order = world.render_scene(scene, scene_size), world.reference_order(scene)
     references = [
         ReferenceRecord(
             image=world.render_reference(scene.placements[k].identity, reference_size),
@@ -35,12 +32,12 @@ def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, refer
             points=world.correspondences(scene, k, REFERENCE_GRID, scene_size, reference_size),
             mask=rendered.masks[k],
         )
-        for k in np.random.default_rng([seed, num_subjects]).permutation(num_subjects).tolist()
+        for k in order
     ]
     return SampleRecord(
         id=f"{split}-{seed:08d}", split=split, prompt=world.caption(scene), target=rendered.image,
         references=references, reference_grid=(REFERENCE_GRID, REFERENCE_GRID), target_grid=(scene_size, scene_size),
-        metadata={"world": "pocket", "scene": asdict(scene)},
+        metadata={"world": "pocket", "scene": asdict(scene), "subjects": order},
     )
 
 
@@ -94,7 +91,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=1000, help="training scenes")
     parser.add_argument("--num-heldout", type=int, default=0, help="scenes of identities that training never sees")
     parser.add_argument("--max-subjects", type=int, default=4, help="scenes hold 1 to this many subjects (at most 6)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first scene; scene i has seed + i")
+    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first scene; scene i has seed + i")
     parser.add_argument("--scene-size", type=int, default=64, help="px")
     parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")
     parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for preprocess/")

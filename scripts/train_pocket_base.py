@@ -147,9 +147,9 @@ def load_start(components: dict[str, Any], folder: Path) -> None:
     for name in TRAINED:
         state, fresh = start.components[name].state_dict(), components[name].state_dict()
         for key, weights in state.items():
-            if weights.shape != fresh[key].shape:  # an embedding by token
-                tokenizer = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}[name]
-                known, wanted = (parts[tokenizer].get_vocab() for parts in (start.components, components))
+            tokenizer = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}.get(name)
+            known, wanted = (parts[tokenizer].get_vocab() if tokenizer else {} for parts in (start.components, components))
+            if known and key in fresh and (len(weights), len(fresh[key])) == (len(known), len(wanted)):  # an embedding by token
                 state[key] = fresh[key].clone()
                 state[key][[wanted[token] for token in known]] = weights[list(known.values())]
         components[name].load_state_dict(state)

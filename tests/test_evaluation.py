@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config import from_dict
+from mosaic.latents import images_to_tensor
 from scripts import evaluate
 from scripts.pocket import world
 from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, judge_scenes, proportion, scene_batch
@@ -34,7 +35,7 @@ def test_a_share_of_nothing_is_not_a_number() -> None:
     assert all(math.isnan(value) for value in (found.share, found.low, found.high))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6])
 def test_scenes_are_held_out_with_distinct_classes(k: int) -> None:
     scenes = held_out_scenes(k, 30)
     assert len({scene.seed for scene in scenes}) == 30
@@ -129,8 +130,8 @@ def test_one_subject_cannot_leak() -> None:
 
 
 def test_hidden_subjects_are_left_out_on_request() -> None:
-    scene = next(scene for scene in held_out_scenes(4, 200) if min(world.visible_fractions(scene, 64)) < 0.6)
-    limit = 0.6
+    limit = 0.9
+    scene = next(scene for scene in held_out_scenes(4, 200) if min(world.visible_fractions(scene, 64)) < limit)
     visible = sum(share >= limit for share in world.visible_fractions(scene, 64))
     judge = FakeJudge({identity.class_name: identity for identity in identities_of(scene)})
     assert judge_pictures(judge, [Image.new("RGB", (64, 64))], [scene], limit).identification.count == visible < 4
@@ -139,12 +140,24 @@ def test_hidden_subjects_are_left_out_on_request() -> None:
 
 def test_scene_batch_is_what_training_sees() -> None:
     config = from_dict({"data": {"image_size": [64, 64], "reference_size": 32}})
-    scenes = held_out_scenes(2, 3)
+    scenes = held_out_scenes(2, 8)
     pipeline = tiny.build_pipeline()  # tokens of 4 px
     batch = scene_batch(scenes, pipeline, config)
-    assert batch.targets.shape == (3, 3, 64, 64)
-    assert batch.references.shape == (3, 2, 3, 32, 32)
+    assert batch.targets.shape == (8, 3, 64, 64)
+    assert batch.references.shape == (8, 2, 3, 32, 32)
     assert batch.prompts == [world.caption(scene) for scene in scenes]
+    orders = [world.reference_order(scene) for scene in scenes]
+    assert [0, 1] in orders
+    assert [1, 0] in orders
+    for scene, order, found in zip(scenes, orders, batch.references, strict=True):  # picture and points are of one subject
+        for subject, reference in zip(order, found, strict=True):
+            picture = world.render_reference(scene.placements[subject].identity, 32)
+            assert torch.equal(reference, images_to_tensor([picture])[0])
+    for scene, order, sample in zip(scenes, orders, batch.points, strict=True):
+        masks = world.render_scene(scene, 64).masks.reshape(2, 16, 4, 16, 4).any(axis=(2, 4)).reshape(2, -1)  # tokens of 4 px
+        for subject, pairs in zip(order, sample, strict=True):
+            assert masks[subject][pairs[:, 1]].all()
+            assert not masks[1 - subject][pairs[:, 1]].all()
     for sample in batch.points:
         owners = [set(pairs[:, 1].tolist()) for pairs in sample]
         assert all(owners)

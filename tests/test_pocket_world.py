@@ -16,6 +16,7 @@ from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, S
 from mosaic.images import prepare_reference
 from scripts.make_pocket_world import write_dataset
 from scripts.pocket import creatures, world
+from scripts.pocket.base_data import LAYOUTS, draw
 
 ALL_LOOKS = list(itertools.product(world.PALETTES, world.PATTERNS))
 
@@ -213,6 +214,12 @@ def test_visible_fraction_and_layout() -> None:
         border = np.ones((64, 64), bool)
         border[1:-1, 1:-1] = False
         assert rendered.masks[:, border].sum() < 40  # subjects stay on the canvas
+        for placement in scene.placements:
+            half = np.array(creatures.half_extents(placement.identity.class_name, placement.identity.marking)) * placement.scale / 2
+            c, s = abs(cos(radians(placement.angle))), abs(sin(radians(placement.angle)))
+            centre, turned = np.array([placement.x, placement.y]), np.array([[c, s], [s, c]]) @ half
+            assert (centre - turned).min() >= -1e-9
+            assert (centre + turned).max() <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -247,6 +254,10 @@ def test_sheet_layout() -> None:
     for k in range(3):  # column 0 is next to the scene
         panel = picture.crop((64 - 32 * k, 0, 96 - 32 * k, 32))
         assert panel.tobytes() == world.render_reference(sheet.scene.placements[sheet.subjects[k]].identity, 32).tobytes()
+    for column, (subject, pose) in enumerate(zip(sheet.subjects, sheet.poses, strict=True)):
+        if pose is not None:
+            assert pose.identity == sheet.scene.placements[subject].identity, column
+    assert any(pose is not None for pose in sheet.poses)
     first = {world.sample_sheet(seed, 3).subjects[0] for seed in range(40)}
     assert first == {0, 1, 2, 3}  # any subject may be in any column
     blanks = [pose is None for seed in range(60) for pose in world.sample_sheet(seed, 2).poses]
@@ -265,10 +276,29 @@ def test_strips_repeat_identities() -> None:
     assert world.render_strip(world.sample_strip(0), 64).size == (128, 32)
 
 
+def sample_row(root: Path, sample_id: str) -> dict:
+    """A sample's row of the manifest."""
+    (row,) = [row for row in pq.read_table(root / "manifest.parquet").to_pylist() if row["id"] == sample_id]
+    return row
+
+
 def phrases(root: Path, sample_id: str) -> list[str]:
     """The phrases of a sample's references, in order."""
-    (row,) = [row for row in pq.read_table(root / "manifest.parquet").to_pylist() if row["id"] == sample_id]
-    return [reference["phrase"] for reference in row["references"]]
+    return [reference["phrase"] for reference in sample_row(root, sample_id)["references"]]
+
+
+def test_the_base_sees_one_to_six_subjects() -> None:
+    (layout,) = [layout for layout in LAYOUTS if layout.scene and not layout.columns]
+    captions = [draw(layout, seed)[1] for seed in range(40)]
+    assert {sum(_count(caption).values()) for caption in captions} == set(range(1, 7))
+
+
+def _count(caption: str) -> dict[str, int]:
+    """Subjects of each class that a caption names."""
+    words = ("a", "two", "three", "four", "five", "six")
+    names = {name: name for name in world.CLASSES} | {creatures.DRAWINGS[name].plural: name for name in world.CLASSES}
+    pairs = itertools.pairwise(caption.replace(",", "").split())
+    return {names[noun]: 1 + words.index(number) for number, noun in pairs if number in words and noun in names}
 
 
 def test_references_come_in_any_order(tmp_path: Path) -> None:
@@ -305,8 +335,11 @@ def test_written_dataset_reads_back(tmp_path: Path) -> None:
     assert np.abs((sample.target.permute(1, 2, 0).numpy() + 1) * 127.5 - drawn).max() < 1
     stored = load_file(root / "points" / f"{sample.id}.safetensors")
     order = [[p.identity.class_name for p in scene.placements].index(name) for name in phrases(root, sample.id)]
-    assert sorted(order) == [0, 1, 2]
+    assert sorted(order) == [0, 1, 2] != order
+    assert json.loads(sample_row(root, sample.id)["metadata"])["subjects"] == order
     for k, subject in enumerate(order):
+        picture = Image.open(root / "images" / f"{sample.id}_ref{k}.png")
+        assert picture.tobytes() == world.render_reference(scene.placements[subject].identity, world.REFERENCE_SIZE).tobytes()
         assert stored[str(k)].dtype == np.int32
         assert (stored[str(k)] == world.correspondences(scene, subject, 32, 64)).all()
         mask = np.asarray(Image.open(root / "images" / f"{sample.id}_mask{k}.png"))

@@ -81,9 +81,9 @@ def held_out_scenes(num_references: int, count: int) -> list[world.Scene]:
     return [world.sample_scene(first + i, "heldout", num_references, True) for i in range(count)]
 
 
-def render_references(scene: world.Scene) -> list[Image.Image]:
-    """The reference pictures of a scene's subjects."""
-    return [world.render_reference(placement.identity, world.REFERENCE_SIZE) for placement in scene.placements]
+def render_references(scene: world.Scene, size: int = world.REFERENCE_SIZE) -> list[Image.Image]:
+    """The reference pictures of a scene's subjects, in `world.reference_order`."""
+    return [world.render_reference(scene.placements[k].identity, size) for k in world.reference_order(scene)]
 
 
 def call_arguments(config: Config) -> dict[str, Any]:
@@ -189,19 +189,18 @@ def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, con
     height, size = config.data.image_size[0], config.data.reference_size
     grids = run_grids(pipeline, config)
     images = [world.render_scene(scene, height).image for scene in scenes]
-    references = [[world.render_reference(p.identity, size) for p in scene.placements] for scene in scenes]
     return MosaicBatch(
         ids=[str(scene.seed) for scene in scenes],
         prompts=[world.caption(scene) for scene in scenes],
         targets=images_to_tensor(images),
-        references=torch.stack([images_to_tensor(pictures) for pictures in references]),
+        references=torch.stack([images_to_tensor(render_references(scene, size)) for scene in scenes]),
         points=[_token_points(scene, height, size, grids.reference, grids.target) for scene in scenes],
     )
 
 
 def _token_points(scene: world.Scene, height: int, size: int, reference_grid: Grid, target_grid: Grid) -> list[Tensor]:
     fine_reference, fine_target = Grid(REFERENCE_GRID, REFERENCE_GRID), Grid(height, height)
-    fine = [torch.as_tensor(world.correspondences(scene, k, REFERENCE_GRID, height, size)) for k in range(len(scene.placements))]
+    fine = [torch.as_tensor(world.correspondences(scene, k, REFERENCE_GRID, height, size)) for k in world.reference_order(scene)]
     return make_disjoint([reduce_points(pairs, fine_reference, fine_target, reference_grid, target_grid) for pairs in fine])
 
 

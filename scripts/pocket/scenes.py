@@ -26,7 +26,8 @@ MIN_VISIBLE = 0.45
 TILT = 15.0  # degrees
 SCENE_LATTICE = 16  # steps of 4 px along one side of a scene of 64 px
 # Where the centres of subjects lie on it: in the order of the caption, row by row from the left, on few places each. So a caption says
-# what stands where, as a small model needs it, and neighbours overlap in part.
+# what stands where, as a small model needs it, and neighbours overlap in part: the later one, at the right or lower, stands in front.
+# (_ANY is not symmetric: two subjects stand 4 px low on average, as the weights have learnt it.)
 _LEFT, _MIDDLE, _RIGHT, _UP, _DOWN = (4, 6), (6, 8, 10), (10, 12), (4, 6), (10, 12)
 _ANY, _THREE = (6, 8, 10, 12), ((3,), (8,), (13,))
 Slot = tuple[tuple[int, ...], tuple[int, ...]]
@@ -190,6 +191,14 @@ def count_phrase(identities: list[Identity]) -> str:
     for name, count in Counter(identity.class_name for identity in identities).items():
         parts.append(f"a {name}" if count == 1 else f"{_NUMBERS[count]} {creatures.DRAWINGS[name].plural}")
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def reference_order(scene: Scene) -> list[int]:
+    """The subject that each reference of a scene shows.
+
+    References come in any order, not in that of the caption, so that an adapter cannot tell by their order which subject is which.
+    """
+    return np.random.default_rng([scene.seed, len(scene.placements)]).permutation(len(scene.placements)).tolist()
 
 
 def cell_centres(grid: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from scripts.pocket.scenes import (
     caption,
     covers,
     is_held_out,
+    reference_order,
     sample_identity,
     sample_scene,
     visible_fractions,
@@ -33,6 +34,6 @@ from scripts.pocket.sheets import (
 __all__ = [
     "BACKGROUNDS", "CLASSES", "MARKINGS", "MAX_SUBJECTS", "PALETTES", "PATTERNS", "REFERENCE_SIZE", "SPLITS",
     "Identity", "Placement", "RenderedScene", "Scene", "Sheet", "Strip", "caption", "correspondences", "covers",
-    "is_held_out", "render_reference", "render_scene", "render_sheet", "render_strip", "sample_identity",
+    "is_held_out", "reference_order", "render_reference", "render_scene", "render_sheet", "render_strip", "sample_identity",
     "sample_scene", "sample_sheet", "sample_strip", "sheet_caption", "strip_caption", "visible_fractions",
 ]
