@@ -38,6 +38,8 @@ echo "environment: installing requirements.txt and requirements-dev.txt into .ve
 if ! command -v nvidia-smi >/dev/null 2>&1 && [ -z "${PIP_EXTRA_INDEX_URL:-}" ]; then
     echo "environment: no GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu would choose a smaller PyTorch without CUDA"
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+# pip would compile on one core; what cannot be compiled says so when it is imported.
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 echo "$wanted" >"$stamp"
 echo "environment: ready"

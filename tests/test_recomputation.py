@@ -233,7 +233,7 @@ def test_rows_of_many_blocks_hold_one_sum(monkeypatch: pytest.MonkeyPatch) -> No
 # Dynamo itself looks at `.grad` of the block's inputs, and makes an instance of every autograd function.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES[1:])  # what "none" compiles is in each
 def test_compiled_blocks_in_every_mode(mode: str, batch: tiny.Batch) -> None:
     transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)
     parameters = tiny.attach_random_lora(transformer)

@@ -14,7 +14,8 @@ import sys; sys.path.insert(0, {root!r})
 from scripts.processes import end_on_signals
 end_on_signals()
 print("ready", flush=True)
-import time; time.sleep(60)
+import time
+for _ in range(300): time.sleep(0.1)  # a signal that comes just before one long sleep would wait for its end
 """
 
 
