@@ -30,9 +30,15 @@ from scripts.pocket.ablation_tables import (
     run_table,
     seed_deviation,
     summary_table,
+    target_rows_table,
 )
 
 SUMMARY_KS = (2, 4)
+TARGET_ROWS = """### Where target tokens look
+
+Looks travel from a reference to the target by the target's queries, whose rows no loss supervises: SCAL and MDL supervise those of the
+references' queries. Of the target tokens of points, on real renderings at noise as in training: how much of their attention falls on
+references, how much of that on the reference of their point, and whether its peak among all reference tokens is at the point's."""
 LINES = """## Where reference points look
 
 Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the
@@ -107,6 +113,7 @@ def main_section(results: dict[str, Any]) -> str:
     chosen = [k for k in SUMMARY_KS if k in ks] or ks[:1]
     parts = ["## Losses", *(summary_table(results, k) for k in chosen)]
     parts += [f"### Arm against arm\n\n{contrast_table(results)}", published_table(results)]
+    parts.append(f"{TARGET_ROWS}\n\n{target_rows_table(results)}")
     parts += [k_table(results, measure) for measure in MEASURES]
     parts += [f"![{name}](k_{name}.svg)" for name in K_MEASURES]
     parts += [f"![{label}](learning_{name.partition('/')[2]}.svg)" for name, label in CURVES.items()]

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     entries = [("base", 0, 0.1), ("scal", 0, 0.5), ("scal", 1, 0.9), ("paper", 0, 0.3)]
     found = {
         "format": "mosaic-ablation",
-        "version": 2,
+        "version": 3,
         "size": {"cases": 2},
         "commit": "abc",
         "model": {"name": "assets/pocket/flux", "digest": base_digest("assets/pocket/flux")},

@@ -20,13 +20,14 @@ LORA = "assets/pocket/lora.safetensors"
 def tasks(tmp_path: Path) -> dict[str, Task]:
     """A task of each kind, of the shipped adapter."""
     plan = make_plan(SIZE, tmp_path, ("main",), ("release",))
-    pictures, _, lines = run_tasks(plan, plan.runs[0])
+    pictures, _, target_rows, lines = run_tasks(plan, plan.runs[0])
     real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, 4)
-    pictures, lines = dataclasses.replace(pictures, lora=LORA), dataclasses.replace(lines, lora=LORA)
+    pictures, target_rows, lines = (dataclasses.replace(task, lora=LORA) for task in (pictures, target_rows, lines))
     return {
         "real": real,
         "pictures": pictures,
         "lines": lines,
+        "target_rows": target_rows,
         "timing": dataclasses.replace(lines, kind="timing", output=str(tmp_path / "t.json")),
     }
 
@@ -55,6 +56,10 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
     assert set(lines["k"]) == {0, 1, 2}
     assert max(lines["u"]) < lines["reference_tokens"] == 16
     assert sum(v == peak for v, peak in zip(lines["v"], lines["peak"], strict=True)) > len(lines["v"]) / 10
+    looks = found["target_rows"]
+    assert 0 < looks["on_references"] < 0.5 < looks["own_reference"] < 1
+    assert 1 / 32 < looks["peak_exact"] < looks["peak_near"] < 1
+    assert {len(text.split()) for text in looks["scenes"].values()} == {2}
     assert found["timing"]["seconds_per_image"] > 0
 
 

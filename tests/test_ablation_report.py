@@ -53,6 +53,8 @@ def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("m
         "commit": "abd" if seed else "abc", "frechet": 1.5 + seed,
         "measures": {str(k): measures(identification, k, trained) for k in (1, 2, 6)},
         "published": {"2": measures(identification / 2, 2)} if trained else {}, "lines": lines if trained else None,
+        "target_rows": {"2": {"scenes": {"on_references": "0.1 0.2", "own_reference": "0.6 0.7", "peak_exact": "0.3 0.5", "peak_near": "0.5 0.5"},
+                              "seconds": 1.0}} if trained else {},
         "curves": {"loss/flow_matching": [[5, 1.0 + seed], [10, 0.5 + seed]]} if trained else {},
     }  # fmt: skip
 
@@ -68,7 +70,7 @@ def results() -> dict[str, Any]:
     ]
     timing = {"reference_attention": "joint", "reference_cache": False, "num_references": 2, "seconds_per_image": 1.25, "seconds": 3.0}
     return {
-        "format": "mosaic-ablation", "version": 2, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
+        "format": "mosaic-ablation", "version": 3, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
         "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40,
                  "seeds": 3, "factor_seeds": 1},
         "hardware": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "side_by_side": 2, "threads": 1}, "versions": {"torch": "2"},
@@ -131,6 +133,14 @@ def test_the_method_as_published_has_a_table(results: dict[str, Any]) -> None:
     assert header.count("K = 2") == 2
     assert stable.startswith("| arm stable | 25.0 [")
     assert scal.startswith("| arm scal | 36.7 [")
+
+
+def test_where_target_tokens_look_has_a_table(results: dict[str, Any]) -> None:
+    header, _, stable, scal = tables.target_rows_table(results).splitlines()
+    titles = ("attention on references", "of it on the own one", "peak exact", "peak within one token")
+    assert [cell.strip().split(",")[0] for cell in header.split("|")[2:-1]] == list(titles)
+    for row in (stable, scal):
+        assert [cell.strip().split(" ")[0] for cell in row.split("|")[2:-1]] == ["15.0", "65.0", "40.0", "50.0"]
 
 
 def test_rows_of_the_tables(results: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from scripts.pocket.evaluation import (
     scene_batch,
 )
 from scripts.pocket.judge import JUDGE_SIZE, Judge, load_judge
+from scripts.pocket.target_rows import TargetLooks, reading_target_rows, target_looks
 
 BATCH_SIZE = 20
 REAL_OFFSET = 500_000  # from the seeds of the scenes that are drawn to those of the renderings they are compared with
@@ -46,9 +47,15 @@ def measure(task: Task) -> dict[str, Any]:
     """The result of a task, JSON-able; numbers of nothing are null."""
     config = measuring_config(task)
     torch.set_num_threads(config.inference.num_threads)
-    function = {"real": measure_real, "pictures": measure_pictures, "lines": measure_lines, "timing": measure_timing}[task.kind]
+    functions = {
+        "real": measure_real,
+        "pictures": measure_pictures,
+        "lines": measure_lines,
+        "target_rows": measure_target_rows,
+        "timing": measure_timing,
+    }
     start = time.monotonic()
-    result = function(task, config)
+    result = functions[task.kind](task, config)
     return {**result, "seconds": time.monotonic() - start}
 
 
@@ -116,7 +123,12 @@ def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
         by_scene |= {name: [getattr(accuracy, name) for accuracy in accuracies] for name in ("exact", "near")}
         by_scene |= {"attention_leakage": [accuracy.leakage for accuracy in accuracies]}
         by_scene |= {name: [getattr(shape, name) for shape in shapes] for name in ("entropy", "overlap")}
-    return {**result, "scenes": {name: " ".join(f"{value:.4g}" for value in values) for name, values in by_scene.items()}}
+    return {**result, "scenes": scene_texts(by_scene)}
+
+
+def scene_texts(by_scene: dict[str, list[float]]) -> dict[str, str]:
+    """The numbers of all scenes of each measure as one text, which is short in a file."""
+    return {name: " ".join(f"{value:.4g}" for value in values) for name, values in by_scene.items()}
 
 
 def scene_shares(hits: Sequence[Sequence[bool]]) -> list[float]:
@@ -148,6 +160,18 @@ def measure_lines(task: Task, config: Config) -> dict[str, Any]:
     per_reference = run_grids(pipeline, config).reference.num_tokens
     columns = {"k": reference, "u": tokens - reference * per_reference, "v": points.target_index[0][points.mask[0]], "peak": peaks}
     return {"target_columns": grid.columns, "reference_tokens": per_reference, **{name: value.tolist() for name, value in columns.items()}}
+
+
+def measure_target_rows(task: Task, config: Config) -> dict[str, Any]:
+    """Where the target tokens of points look, on real renderings at noise as in training."""
+    pipeline = _pipeline(config.model.pretrained, task.lora)
+    generator, found = torch.Generator().manual_seed(NOISE_SEED), []
+    for scene in held_out_scenes(task.num_references, task.cases):
+        with reading_target_rows() as rows:
+            _, points, _ = batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator)
+        found.append(target_looks(torch.stack(rows).mean(dim=0), points, run_grids(pipeline, config).reference))
+    by_scene = {name: [getattr(looks, name) for looks in found] for name in TargetLooks._fields}
+    return {**{name: statistics.fmean(values) for name, values in by_scene.items()}, "scenes": scene_texts(by_scene)}
 
 
 def measure_timing(task: Task, config: Config) -> dict[str, Any]:

@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from mosaic.training.durable import write_text
-from scripts.pocket.ablation_tables import EXACT, FRECHET, IDENTIFICATION, LEAKAGE, NEAR, OVERLAP, contrast_table, k_table, summary_table
+from scripts.pocket.ablation_tables import (
+    EXACT,
+    FRECHET,
+    IDENTIFICATION,
+    LEAKAGE,
+    NEAR,
+    OVERLAP,
+    contrast_table,
+    k_table,
+    summary_table,
+    target_rows_table,
+)
 
 MARKER = "<!-- ablation -->"
 FIGURES = {
@@ -35,6 +46,7 @@ def block(results: dict[str, Any], folder: str) -> str:
         f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
     )
     parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results), k_table(results, IDENTIFICATION)]
+    parts.append(target_rows_table(results))
     parts += [f"![{text}]({folder}/{name})" for name, text in FIGURES.items()]
     return "\n\n".join(parts)
 

@@ -22,7 +22,7 @@ from scripts.pocket.provenance import commit, hardware, versions
 
 RESULTS = "results.json"
 FORMAT = "mosaic-ablation"
-VERSION = 2
+VERSION = 3
 CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
 CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
 
@@ -118,6 +118,7 @@ def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, A
         "measures": {str(task.num_references): result for task in usual if (result := task.result())},
         "published": {str(task.num_references): result for task in published if (result := task.result())},
         "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in measured]),
+        "target_rows": {str(task.num_references): result for task in tasks if task.kind == "target_rows" and (result := task.result())},
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
@@ -165,8 +166,8 @@ def curves_of(file: Path) -> dict[str, list[list[float]]]:
 
 def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, float]:
     """Time that trainings and measurements took, added up over all, also those that ran side by side."""
-    pictures = [result for run in runs for part in ("measures", "published") for result in run[part].values()]
-    measured = [result["seconds"] for result in (*pictures, *(run["lines"] for run in runs if run["lines"]))]
+    by_k = [result for run in runs for part in ("measures", "published", "target_rows") for result in run[part].values()]
+    measured = [result["seconds"] for result in (*by_k, *(run["lines"] for run in runs if run["lines"]))]
     measured += [result["seconds"] for result in (*real.values(), *timings)]
     return {"training": sum(run["training_seconds"] for run in runs), "measuring": sum(measured)}
 

@@ -39,6 +39,11 @@ ATTENTION_LEAKAGE = Measure("attention leakage, %", "attention_leakage")
 ENTROPY = Measure("attention entropy, nats", "entropy", 1.0, 2)
 OVERLAP = Measure("overlap between references, %", "overlap")
 FRECHET = Measure("Frechet distance to real renderings, all K", "", 1.0, 2, real=True)
+ON_REFERENCES = Measure("attention on references, %", "on_references")
+OWN_REFERENCE = Measure("of it on the own one, %", "own_reference")
+PEAK_EXACT = Measure("peak exact, %", "peak_exact")
+PEAK_NEAR = Measure("peak within one token, %", "peak_near")
+TARGET_ROWS = (ON_REFERENCES, OWN_REFERENCE, PEAK_EXACT, PEAK_NEAR)
 MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, IF_PRESENT, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
 PRIMARY_KS = (2, 3, 4)  # over which contrasts are taken
 CONTRASTS = {
@@ -135,14 +140,24 @@ def k_table(results: dict[str, Any], measure: Measure) -> str:
 
 def published_table(results: dict[str, Any]) -> str:
     """Identification and leakage of the main arms without image guidance, as the method was published."""
+    return _table_of(results, "published", "image guidance 1", (IDENTIFICATION, LEAKAGE))
+
+
+def target_rows_table(results: dict[str, Any]) -> str:
+    """Where the target tokens of points look in the main arms."""
+    return _table_of(results, "target_rows", "target tokens of points", TARGET_ROWS)
+
+
+def _table_of(results: dict[str, Any], part: str, title: str, measures: Sequence[Measure]) -> str:
+    """Measures of the trained main arms over K, from another part of a run than its usual measures."""
     trained = {name: runs for name, runs in by_arm(results, "main").items() if runs[0]["steps"]}
-    arms = {name: [{**run, "measures": run["published"]} for run in runs] for name, runs in trained.items()}
+    arms = {name: [{**run, "measures": run[part]} for run in runs] for name, runs in trained.items()}
     ks = ks_of(list(arms.values()))
     rows = []
     for runs in arms.values():
-        values = [value_of(measure, runs, k) for measure in (IDENTIFICATION, LEAKAGE) for k in ks]
+        values = [value_of(measure, runs, k) for measure in measures for k in ks]
         rows.append([runs[0]["meaning"], *(cell(value, 1) for value in values)])
-    return markdown(["image guidance 1", *(f"{measure.title}, K = {k}" for measure in (IDENTIFICATION, LEAKAGE) for k in ks)], rows)
+    return markdown([title, *(f"{measure.title}, K = {k}" for measure in measures for k in ks)], rows)
 
 
 def contrast_table(results: dict[str, Any]) -> str:
