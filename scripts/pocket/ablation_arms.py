@@ -85,8 +85,15 @@ def factor_arms(steps: int, num_double: int, num_single: int) -> tuple[Arm, ...]
     blocks = list(range(num_double + num_single))
     third = max(1, len(blocks) // 3)
     paper, bare = LOSS_PRESETS["paper"], bare_settings()
-    doubled = {f"loss.{name}": 2 * paper[name] for name in ("correspondence_weight", "disentanglement_weight")}
+
+    def both_weights(times: float) -> dict[str, Any]:
+        return {f"loss.{name}": times * paper[name] for name in ("correspondence_weight", "disentanglement_weight")}
+
+    doubled = both_weights(2.0)
     variants: Sequence[tuple[str, str, dict[str, Any]]] = (
+        ("weights of both losses", "0: flow matching only", both_weights(0.0)),
+        ("weights of both losses", "a tenth of the paper's", both_weights(0.1)),
+        ("weights of both losses", "a quarter of the paper's", both_weights(0.25)),
         ("MDL's weight", "0", {"loss.disentanglement_weight": 0.0}),
         ("MDL's weight", "0.1", {"loss.disentanglement_weight": 0.1}),
         ("MDL's weight", "0.3", {"loss.disentanglement_weight": 0.3}),
