@@ -73,12 +73,13 @@ def test_no_two_variants_capture_the_same_blocks(plan: Plan) -> None:
 
 
 def test_the_losses_are_those_of_the_presets() -> None:
-    paper, stable, release = (resolved_loss(arm) for arm in main_arms(3000)[3:])
+    paper, stable, light, release = (resolved_loss(arm) for arm in main_arms(3000)[3:])
     assert paper == LossConfig(preset="paper")
     assert stable == load_config("configs/pocket.json").loss
     assert dataclasses.replace(release, disentanglement_start_step=10_000, disentanglement_warmup_steps=1_000) == LossConfig(
         preset="release"
     )
+    assert light == dataclasses.replace(paper, correspondence_weight=0.04, disentanglement_weight=0.06, disentanglement_cap=1.0)
     flow, scal = (resolved_loss(arm) for arm in main_arms(3000)[1:3])
     assert (flow.correspondence_weight, flow.disentanglement_weight) == (0, 0)
     assert (scal.correspondence_weight, scal.disentanglement_weight) == (0.4, 0)
@@ -116,7 +117,7 @@ def test_parts_are_computed_one_after_the_other(plan: Plan) -> None:
     """An interrupted ablation has the losses at all seeds before variants."""
     first = [run.parts[0] for run in plan.runs]
     assert first == sorted(first, key=PARTS.index)
-    assert [run.seed for run in plan.runs if run.parts[0] == "main"] == [0] * 6 + [1] * 5
+    assert [run.seed for run in plan.runs if run.parts[0] == "main"] == [0] * 7 + [1] * 6
 
 
 def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_warm_ups_are_shares_of_a_run() -> None:
 
 def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--arms", "papper"], "--arms: papper unknown; there are base, flow_matching, scal, paper, stable, release"),
+        (["--arms", "papper"], "--arms: papper unknown; there are base, flow_matching, scal, paper, stable, light, release"),
         (["--cases", "1"], "--cases must be at least 2, got 1."),
         (["--ks", "7"], "--ks must be of 1..6, got [7]."),
         (["--parallel", "0"], "--parallel at least 1"),

@@ -13,6 +13,7 @@ from mosaic.sections import LOSS_PRESETS
 BASELINE = "stable"  # the arm from which factors and modes differ by one setting, as configs/pocket.json has it
 PARTS = ("main", "attention", "factors")  # in the order in which they are computed
 # The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps. pocket.json: 200 + 200 of 3,000.
+LIGHT = 0.1  # of the paper's weights: chosen by the one-factor variants, at seed 0
 RELEASE_START, RELEASE_WARMUP, STABLE_START, STABLE_WARMUP = 1 / 10, 1 / 100, 1 / 15, 1 / 15
 
 
@@ -55,9 +56,15 @@ def bare_settings() -> dict[str, Any]:
     }
 
 
+def both_weights(times: float) -> dict[str, Any]:
+    """The weights of both losses, as a multiple of the paper's."""
+    return {f"loss.{name}": round(times * LOSS_PRESETS["paper"][name], 6) for name in ("correspondence_weight", "disentanglement_weight")}
+
+
 def main_arms(steps: int) -> tuple[Arm, ...]:
-    """The arms of Table 3, the stable form of the last one, and the release's losses."""
+    """The arms of Table 3, two gentler forms of the last one, and the release's losses."""
     bare = bare_settings()
+    light = {**bare, **both_weights(LIGHT), "loss.disentanglement_cap": 1.0}
     release = {
         "loss.preset": "release",
         "loss.disentanglement_cap": None,
@@ -66,10 +73,11 @@ def main_arms(steps: int) -> tuple[Arm, ...]:
     }
     return (
         Arm("base", "base, without references", trained=False),
-        Arm("flow_matching", "flow matching only", {**bare, "loss.correspondence_weight": 0.0, "loss.disentanglement_weight": 0.0}),
+        Arm("flow_matching", "flow matching only", {**bare, **both_weights(0.0)}),
         Arm("scal", "+ SCAL", {**bare, "loss.disentanglement_weight": 0.0}),
         Arm("paper", "+ SCAL + MDL (preset paper)", bare),
         Arm(BASELINE, "+ SCAL + MDL, with cap and warm-up (configs/pocket.json)", stable_settings(steps)),
+        Arm("light", "+ SCAL + MDL at a tenth of their weights, with cap", light),
         Arm("release", "preset release, MDL's start in the same share of the run", release),
     )
 
@@ -84,15 +92,10 @@ def factor_arms(steps: int, num_double: int, num_single: int) -> tuple[Arm, ...]
     """
     blocks = list(range(num_double + num_single))
     third = max(1, len(blocks) // 3)
-    paper, bare = LOSS_PRESETS["paper"], bare_settings()
-
-    def both_weights(times: float) -> dict[str, Any]:
-        return {f"loss.{name}": times * paper[name] for name in ("correspondence_weight", "disentanglement_weight")}
-
-    doubled = both_weights(2.0)
+    bare, doubled = bare_settings(), both_weights(2.0)
     variants: Sequence[tuple[str, str, dict[str, Any]]] = (
         ("weights of both losses", "0: flow matching only", both_weights(0.0)),
-        ("weights of both losses", "a tenth of the paper's", both_weights(0.1)),
+        ("weights of both losses", "a tenth of the paper's", both_weights(LIGHT)),
         ("weights of both losses", "a quarter of the paper's", both_weights(0.25)),
         ("MDL's weight", "0", {"loss.disentanglement_weight": 0.0}),
         ("MDL's weight", "0.1", {"loss.disentanglement_weight": 0.1}),

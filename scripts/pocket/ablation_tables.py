@@ -47,7 +47,15 @@ TARGET_ROWS = (ON_REFERENCES, OWN_REFERENCE, PEAK_EXACT, PEAK_NEAR)
 MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, IF_PRESENT, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
 PRIMARY_KS = (2, 3, 4)  # over which contrasts are taken
 CONTRASTS = {
-    "main": (("scal", "flow_matching"), ("paper", "scal"), ("stable", "scal"), ("stable", "paper"), ("release", "paper")),
+    "main": (
+        ("scal", "flow_matching"),
+        ("paper", "scal"),
+        ("stable", "scal"),
+        ("stable", "paper"),
+        ("release", "paper"),
+        ("light", "paper"),
+        ("light", "flow_matching"),
+    ),
     "attention": (("isolated", "stable"), ("joint", "stable")),
 }
 
