@@ -38,7 +38,8 @@ TARGET_ROWS = """### Where target tokens look
 
 Looks travel from a reference to the target by the target's queries, whose rows no loss supervises: SCAL and MDL supervise those of the
 references' queries. Of the target tokens of points, on real renderings at noise as in training: how much of their attention falls on
-references, how much of that on the reference of their point, and whether its peak among all reference tokens is at the point's."""
+references, how much of that on the reference of their point (chance 1/K), and whether its peak among all reference tokens is at the
+point's."""
 LINES = """## Where reference points look
 
 Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the

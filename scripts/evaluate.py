@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/pocket.json", help="model, adapter and sampling; from the repository's root")
     parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of references")
     parser.add_argument("--batch-size", type=int, default=25, help="pictures per call")
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
         if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
             raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
-        config = load_config(arguments.config, [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else [])
+        lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
+        config = load_config(arguments.config, [*arguments.set, *lora])
         if config.inference.lora is None:
             raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
         entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))

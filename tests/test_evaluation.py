@@ -191,6 +191,16 @@ def test_what_the_base_draws_has_a_table_of_its_own() -> None:
     assert row == "| 2 |" + " 50.0 [40.0, 60.0] |" * 5 + " 100.0 [98.0, 100.0] |"
 
 
+def test_settings_of_the_config_can_be_overridden(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, *_: seen.append(config.inference) or [fake_entry(1), fake_entry(2)])
+    assert evaluate.main(["--set", "inference.image_guidance_scale=1.0", "--lora", "other.safetensors"]) == 0
+    assert (seen[0].image_guidance_scale, seen[0].lora) == (1.0, "other.safetensors")
+    assert evaluate.main([]) == 0
+    assert seen[1].image_guidance_scale == 2.0
+    assert "| K |" in capsys.readouterr().out
+
+
 def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("nothing may be computed"))
     (tmp_path / "config.json").write_text("{}")
