@@ -24,6 +24,7 @@ from scripts.pocket.ablation_tables import (
     by_arm,
     contrast_table,
     factor_table,
+    gradient_table,
     k_table,
     ks_of,
     published_table,
@@ -40,6 +41,11 @@ Looks travel from a reference to the target by the target's queries, whose rows 
 references' queries. Of the target tokens of points, on real renderings at noise as in training: how much of their attention falls on
 references, how much of that on the reference of their point (chance 1/K), and whether its peak among all reference tokens is at the
 point's."""
+GRADIENTS = """### How the losses pull
+
+Gradients by all weights of the adapter on batches of 8 real renderings, at noise as in training: how much longer than that of flow
+matching those of SCAL and MDL are at the paper's weights, and the cosine of the angle between each and that of flow matching. Where
+training has come to rest between two losses they point against each other. L_diff is that of the same batches."""
 LINES = """## Where reference points look
 
 Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the
@@ -114,6 +120,7 @@ def main_section(results: dict[str, Any]) -> str:
     chosen = [k for k in SUMMARY_KS if k in ks] or ks[:1]
     parts = ["## Losses", *(summary_table(results, k) for k in chosen)]
     parts += [f"### Arm against arm\n\n{contrast_table(results)}", published_table(results)]
+    parts.append(f"{GRADIENTS}\n\n{gradient_table(results)}")
     parts.append(f"{TARGET_ROWS}\n\n{target_rows_table(results)}")
     parts += [k_table(results, measure) for measure in MEASURES]
     parts += [f"![{name}](k_{name}.svg)" for name in K_MEASURES]

@@ -20,14 +20,15 @@ LORA = "assets/pocket/lora.safetensors"
 def tasks(tmp_path: Path) -> dict[str, Task]:
     """A task of each kind, of the shipped adapter."""
     plan = make_plan(SIZE, tmp_path, ("main",), ("release",))
-    pictures, _, target_rows, lines = run_tasks(plan, plan.runs[0])
+    pictures, _, target_rows, gradients, lines = run_tasks(plan, plan.runs[0])
     real = Task("real", str(tmp_path / "real/k2.json"), pictures.config, None, 2, 2, 4)
-    pictures, target_rows, lines = (dataclasses.replace(task, lora=LORA) for task in (pictures, target_rows, lines))
+    pictures, target_rows, gradients, lines = (dataclasses.replace(task, lora=LORA) for task in (pictures, target_rows, gradients, lines))
     return {
         "real": real,
         "pictures": pictures,
         "lines": lines,
         "target_rows": target_rows,
+        "gradients": gradients,
         "timing": dataclasses.replace(lines, kind="timing", output=str(tmp_path / "t.json")),
     }
 
@@ -60,6 +61,10 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
     assert 0 < looks["on_references"] < 0.5 < looks["own_reference"] < 1
     assert 1 / 32 < looks["peak_exact"] < looks["peak_near"] < 1
     assert {len(text.split()) for text in looks["scenes"].values()} == {2}
+    pulls = found["gradients"]
+    assert 0 < pulls["flow_matching"] < 1
+    assert min(pulls["correspondence_pull"], pulls["disentanglement_pull"]) > 0
+    assert pulls["scenes"]["correspondence_cosine"].split() == [f"{pulls['correspondence_cosine']:.4g}"]  # of one batch
     assert found["timing"]["seconds_per_image"] > 0
 
 

@@ -55,6 +55,8 @@ def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("m
         "published": {"2": measures(identification / 2, 2)} if trained else {}, "lines": lines if trained else None,
         "target_rows": {"2": {"scenes": {"on_references": "0.1 0.2", "own_reference": "0.6 0.7", "peak_exact": "0.3 0.5", "peak_near": "0.5 0.5"},
                               "seconds": 1.0}} if trained else {},
+        "gradients": {"2": {"scenes": {"flow_matching": "0.1 0.2", "correspondence_pull": "2 4", "correspondence_cosine": "-0.5 -0.4",
+                                       "disentanglement_pull": "1 0", "disentanglement_cosine": "0.25 0.35"}, "seconds": 1.0}} if trained else {},
         "curves": {"loss/flow_matching": [[5, 1.0 + seed], [10, 0.5 + seed]]} if trained else {},
     }  # fmt: skip
 
@@ -70,7 +72,7 @@ def results() -> dict[str, Any]:
     ]
     timing = {"reference_attention": "joint", "reference_cache": False, "num_references": 2, "seconds_per_image": 1.25, "seconds": 3.0}
     return {
-        "format": "mosaic-ablation", "version": 3, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
+        "format": "mosaic-ablation", "version": 4, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
         "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40,
                  "seeds": 3, "factor_seeds": 1},
         "hardware": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "side_by_side": 2, "threads": 1}, "versions": {"torch": "2"},
@@ -141,6 +143,12 @@ def test_where_target_tokens_look_has_a_table(results: dict[str, Any]) -> None:
     assert [cell.strip().split(",")[0] for cell in header.split("|")[2:-1]] == list(titles)
     for row in (stable, scal):
         assert [cell.strip().split(" ")[0] for cell in row.split("|")[2:-1]] == ["15.0", "65.0", "40.0", "50.0"]
+
+
+def test_how_the_losses_pull_has_a_table(results: dict[str, Any]) -> None:
+    _, _, stable, scal = tables.gradient_table(results).splitlines()
+    for row in (stable, scal):
+        assert [cell.strip().split(" ")[0] for cell in row.split("|")[2:-1]] == ["0.150", "3.0", "-0.45", "0.5", "0.30"]
 
 
 def test_rows_of_the_tables(results: dict[str, Any]) -> None:

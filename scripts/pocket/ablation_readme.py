@@ -13,6 +13,7 @@ from scripts.pocket.ablation_tables import (
     NEAR,
     OVERLAP,
     contrast_table,
+    gradient_table,
     k_table,
     summary_table,
     target_rows_table,
@@ -46,7 +47,7 @@ def block(results: dict[str, Any], folder: str) -> str:
         f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
     )
     parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results), k_table(results, IDENTIFICATION)]
-    parts.append(target_rows_table(results))
+    parts += [gradient_table(results), target_rows_table(results)]
     parts += [f"![{text}]({folder}/{name})" for name, text in FIGURES.items()]
     return "\n\n".join(parts)
 

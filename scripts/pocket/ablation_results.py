@@ -16,13 +16,13 @@ from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_chains import is_trained, training_state
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest, world_digest
-from scripts.pocket.ablation_tasks import Task, are_done, features_file, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.ablation_tasks import DIAGNOSES, Task, are_done, features_file, real_tasks, run_tasks, timing_tasks
 from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.provenance import commit, hardware, versions
 
 RESULTS = "results.json"
 FORMAT = "mosaic-ablation"
-VERSION = 3
+VERSION = 4
 CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
 CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
 
@@ -118,7 +118,10 @@ def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, A
         "measures": {str(task.num_references): result for task in usual if (result := task.result())},
         "published": {str(task.num_references): result for task in published if (result := task.result())},
         "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in measured]),
-        "target_rows": {str(task.num_references): result for task in tasks if task.kind == "target_rows" and (result := task.result())},
+        **{
+            kind: {str(task.num_references): result for task in tasks if task.kind == kind and (result := task.result())}
+            for kind in DIAGNOSES
+        },
         "lines": found.get("lines"),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
@@ -166,7 +169,7 @@ def curves_of(file: Path) -> dict[str, list[list[float]]]:
 
 def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, float]:
     """Time that trainings and measurements took, added up over all, also those that ran side by side."""
-    by_k = [result for run in runs for part in ("measures", "published", "target_rows") for result in run[part].values()]
+    by_k = [result for run in runs for part in ("measures", "published", *DIAGNOSES) for result in run[part].values()]
     measured = [result["seconds"] for result in (*by_k, *(run["lines"] for run in runs if run["lines"]))]
     measured += [result["seconds"] for result in (*real.values(), *timings)]
     return {"training": sum(run["training_seconds"] for run in runs), "measuring": sum(measured)}

@@ -43,6 +43,13 @@ ON_REFERENCES = Measure("attention on references, %", "on_references")
 OWN_REFERENCE = Measure("of it on the own one, %", "own_reference")
 PEAK_EXACT = Measure("peak exact, %", "peak_exact")
 PEAK_NEAR = Measure("peak within one token, %", "peak_near")
+PULLS = (
+    Measure("L_diff", "flow_matching", 1.0, 3),
+    Measure("SCAL's pull", "correspondence_pull", 1.0, 1),
+    Measure("its cosine", "correspondence_cosine", 1.0, 2),
+    Measure("MDL's pull", "disentanglement_pull", 1.0, 1),
+    Measure("its cosine", "disentanglement_cosine", 1.0, 2),
+)
 TARGET_ROWS = (ON_REFERENCES, OWN_REFERENCE, PEAK_EXACT, PEAK_NEAR)
 MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, IF_PRESENT, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
 PRIMARY_KS = (2, 3, 4)  # over which contrasts are taken
@@ -156,6 +163,11 @@ def target_rows_table(results: dict[str, Any]) -> str:
     return _table_of(results, "target_rows", "target tokens of points", TARGET_ROWS)
 
 
+def gradient_table(results: dict[str, Any]) -> str:
+    """How the losses pull at the adapters of the main arms."""
+    return _table_of(results, "gradients", "at the end of training", PULLS)
+
+
 def _table_of(results: dict[str, Any], part: str, title: str, measures: Sequence[Measure]) -> str:
     """Measures of the trained main arms over K, from another part of a run than its usual measures."""
     trained = {name: runs for name, runs in by_arm(results, "main").items() if runs[0]["steps"]}
@@ -163,8 +175,7 @@ def _table_of(results: dict[str, Any], part: str, title: str, measures: Sequence
     ks = ks_of(list(arms.values()))
     rows = []
     for runs in arms.values():
-        values = [value_of(measure, runs, k) for measure in measures for k in ks]
-        rows.append([runs[0]["meaning"], *(cell(value, 1) for value in values)])
+        rows.append([runs[0]["meaning"], *(cell(value_of(m, runs, k), m.digits) for m in measures for k in ks)])
     return markdown([title, *(f"{measure.title}, K = {k}" for measure in measures for k in ks)], rows)
 
 

@@ -17,8 +17,9 @@ VERSION = 2  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
 NOISE_SEED = 42
 PUBLISHED_GUIDANCE, PUBLISHED_KS = 1.0, (2, 4)  # the method as published has no image guidance; where the main arms are measured so, too
-TARGET_ROWS_KS = (2, 4)  # where it is measured which reference the target's tokens look at, for the main arms
+DIAGNOSES, DIAGNOSED_KS = ("target_rows", "gradients"), (2, 4)  # what says why the main arms differ, and where it is measured
 SCENE_COST = 80.0  # of drawing a scene, in the unit of `Task.cost`
+GRADIENT_PASSES = 9  # forward passes that the gradients of three terms cost
 TOKENS_OF_TEXT_AND_TARGET, TOKENS_OF_REFERENCE = 88, 16  # of the pocket model, for the estimate of work
 
 
@@ -28,7 +29,8 @@ class Task:
 
     Attributes:
         kind: "real": the judge on real renderings, and features to compare pictures with; "pictures": all measures of an adapter at one K;
-            "lines": points and peaks on one scene; "target_rows": where target tokens look; "timing": seconds per picture.
+            "lines": points and peaks on one scene; "target_rows": where target tokens look; "gradients": how the losses pull at the adapter;
+            "timing": seconds per picture.
         output: The JSON file.
         config: Config file of the run.
         lora: The adapter; None: without references.
@@ -39,7 +41,7 @@ class Task:
         image_guidance: `inference.image_guidance_scale` where it is not that of the config.
     """
 
-    kind: Literal["real", "pictures", "lines", "target_rows", "timing"]
+    kind: Literal["real", "pictures", "lines", "target_rows", "gradients", "timing"]
     output: str
     config: str
     lora: str | None
@@ -56,7 +58,9 @@ class Task:
             return SCENE_COST * (self.real_scenes + self.cases)
         tokens = TOKENS_OF_TEXT_AND_TARGET + TOKENS_OF_REFERENCE * (self.num_references if self.lora else 0)
         passes = 1 if self.image_guidance == 1 else 2
-        steps = 1 if self.kind in ("lines", "target_rows") else passes * load_config(self.config).inference.num_inference_steps
+        if self.kind in ("lines", *DIAGNOSES):
+            return float(tokens * self.cases * (GRADIENT_PASSES if self.kind == "gradients" else 1))
+        steps = passes * load_config(self.config).inference.num_inference_steps
         return float(steps * tokens * self.cases)
 
     def digest(self) -> str:
@@ -117,8 +121,12 @@ def run_tasks(plan: Plan, run: Run) -> list[Task]:
             for task in tasks
             if task.num_references in PUBLISHED_KS
         ]
-        ks = [k for k in run.ks if k in TARGET_ROWS_KS]
-        tasks += [Task("target_rows", str(folder / f"target_rows_k{k}.json"), str(run.config), lora, k, plan.size.cases) for k in ks]
+        tasks += [
+            Task(kind, str(folder / f"{kind}_k{k}.json"), str(run.config), lora, k, plan.size.cases)
+            for kind in DIAGNOSES
+            for k in run.ks
+            if k in DIAGNOSED_KS
+        ]
     return [*tasks, Task("lines", str(folder / "lines.json"), str(run.config), lora, LINES_K, 1)]
 
 
