@@ -60,7 +60,8 @@ class LoraConfig(Section):
     pretrained: Text | None = None
     """Adapter to start training from: a safetensors file, a folder or a hub id. None: a fresh adapter (A gaussian, B zero)."""
     weight_name: Text | None = None
-    """Name of the file inside `pretrained`, needed where that is a folder or a hub id with several files."""
+    """Name of the file inside `pretrained` where that is a folder or a hub id. None: lora.safetensors, or the released file of
+    ByteDance-FanQie/MOSAIC."""
     resize: bool = False
     """Change the rank of `pretrained` to `rank`: a lower one by truncated SVD, a higher one exactly; false: another rank is refused."""
 
@@ -330,7 +331,8 @@ class InferenceConfig(Section):
     lora: Text | None = None
     """Reference adapter: a safetensors file, a folder or a hub id. None: the bare base model, which sees no references."""
     lora_weight_name: Text | None = None
-    """Name of the file inside `lora`, needed where that is a folder or a hub id with several files."""
+    """Name of the file inside `lora` where that is a folder or a hub id. None: lora.safetensors, or the released file of
+    ByteDance-FanQie/MOSAIC."""
     style_lora: Text | None = None
     """LoRA that acts on text and target, never on references: a safetensors file (keys of diffusers, kohya or ComfyUI), a folder or a hub
     id. None: no such LoRA."""

@@ -1,4 +1,4 @@
-"""Reference strength (METHOD section 6): a number added to the logits of some keys, without a mask.
+"""Reference strength: a number added to the logits of some keys, without a mask.
 
 Attention back ends take no mask or become slow with one. So the number travels as channels of the keys that meet ones in the queries.
 """

@@ -103,7 +103,7 @@ def draw_batch(
 
 
 class NoisyBatch(NamedTuple):
-    """The share of a process in a batch (METHOD.md section 5): x_t = (1 - t) x_0 + t eps.
+    """The share of a process in a batch of the objective: x_t = (1 - t) x_0 + t eps.
 
     Attributes:
         tokens: x_t, [batch, tokens, 32].

@@ -12,8 +12,8 @@ from mosaic.sections import LOSS_PRESETS
 
 BASELINE = "stable"  # the arm from which factors and modes differ by one setting, as configs/pocket.json has it
 PARTS = ("main", "attention", "factors")  # in the order in which they are computed
-# The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps. pocket.json: 200 + 200 of 3,000.
 LIGHT = 0.1  # of the paper's weights: chosen by the one-factor variants, at seed 0
+# The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps. pocket.json: 200 + 200 of 3,000.
 RELEASE_START, RELEASE_WARMUP, STABLE_START, STABLE_WARMUP = 1 / 10, 1 / 100, 1 / 15, 1 / 15
 
 
