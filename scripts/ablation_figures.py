@@ -43,9 +43,10 @@ references, how much of that on the reference of their point (chance 1/K), and w
 point's."""
 GRADIENTS = """### How the losses pull
 
-Gradients by all weights of the adapter on batches of 8 real renderings, at noise as in training: how much longer than that of flow
+Gradients by all weights of the adapter, averaged over the scenes, at noise as in training: how many times as long as that of flow
 matching those of SCAL and MDL are at the paper's weights, and the cosine of the angle between each and that of flow matching. Where
-training has come to rest between two losses they point against each other. L_diff is that of the same batches."""
+training has come to rest between two losses they point against each other. Where flow matching is at rest by itself its mean gradient is
+little more than the rest of its noise: pulls are long there, and cosines near 0. L_diff is of the same samples."""
 LINES = """## Where reference points look
 
 Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the
@@ -89,7 +90,8 @@ def provenance(results: dict[str, Any]) -> str:
     lines = [
         f"- {results['date']}, commit {' and '.join(commits) or 'unknown'}",
         f"- {hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB; "
-        f"{hardware['side_by_side']} run(s) side by side, {hardware['threads']} thread(s) each",
+        f"{hardware['side_by_side']} run(s) side by side, trainings with {hardware['threads']} thread(s) each, "
+        "pictures and timings with one",
         f"- {', '.join(f'{name} {version}' for name, version in results['versions'].items())}",
         f"- Added up over all runs: training {hours['training']}, measuring {hours['measuring']}",
         f'- Size "{size["name"]}": {size["train_samples"]} training scenes, {size["steps"]} steps of batch {size["batch_size"]} '
@@ -104,14 +106,20 @@ def statistics_note(results: dict[str, Any]) -> str:
     """How to read the numbers."""
     return f"""All numbers are of {results["size"]["cases"]} scenes per K of identities that training never saw, as means over scenes. In
 brackets 95 % intervals for other training seeds and other scenes (two crossed random factors, `scripts/pocket/statistics.py`); of a run
-with one seed they are for other scenes only. Arms are compared by the differences at the same seeds and scenes, of which all start from
-the same noise; nothing is corrected for the number of comparisons: of twenty without a difference one would be called resolved. The
-judge's own accuracy on real renderings of the same scenes, with the Wilson interval over subjects, is the last row of each table. The
-Frechet distance is of the pictures of all K together, for with few pictures it is mostly bias: compare it with that of real renderings.
+with one seed they are for other scenes only, and those of the Frechet distance and of the losses' pulls for other seeds only. The arm
+"light" was chosen among the one-factor variants at seed 0, on the same scenes.
+
+Arms are compared by the differences at the same seeds and scenes, of which all start from the same noise; nothing is corrected for the
+number of comparisons: of twenty without a difference one would be called resolved. The judge's own accuracy on real renderings of the
+same scenes, with the Wilson interval over subjects of which at least half is visible, is the last row of each table; generated subjects
+count, however little of them can be seen. Chance is that of uniform attention. The Frechet distance is of the pictures of all K
+together, for with few pictures it is mostly bias: compare it with that of real renderings.
+
 Attention is read from all blocks in every arm, on real renderings at noise drawn as in training. Pictures are sampled with
-`inference.image_guidance_scale` 2.0 as in `configs/pocket.json`; one table is of 1.0, as the method was published. Learning curves are
-of the batches of training and of the blocks that an arm captures, so that those of attention leave the preset release out, which
-captures others."""
+`inference.image_guidance_scale` 2.0 as in `configs/pocket.json`, which takes two passes per step; one table is of 1.0, as the method was
+published. Learning curves are of the batches of training, MDL's of those with two and more references; that of attention is of held-out
+samples and of the averaged adapter. They are of the blocks that an arm captures, so that those of attention leave the preset release
+out, which captures others."""
 
 
 def main_section(results: dict[str, Any]) -> str:

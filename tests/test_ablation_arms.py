@@ -134,6 +134,7 @@ def test_warm_ups_are_shares_of_a_run() -> None:
 def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--arms", "papper"], "--arms: papper unknown; there are base, flow_matching, scal, paper, stable, light, release"),
+        (["--arms", "scal", "mdl_weight_0"], 'variants are compared with the arm "stable", which must be named beside them.'),
         (["--cases", "1"], "--cases must be at least 2, got 1."),
         (["--ks", "7"], "--ks must be of 1..6, got [7]."),
         (["--parallel", "0"], "--parallel at least 1"),

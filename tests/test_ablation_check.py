@@ -10,6 +10,7 @@ from mosaic.config import load_config, resolved_dict
 from mosaic.lora import write_reference_lora
 from scripts import ablation_check
 from scripts.pocket.ablation_plan import base_digest, judge_digest, world_digest
+from scripts.pocket.ablation_results import FORMAT, VERSION
 from scripts.pocket.ablation_tasks import Task, features_file
 from tests import runs
 
@@ -27,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
         write_reference_lora(runs.lora_tensors(), tmp_path / f"arms/{name}.safetensors", config)
     entries = [("base", 0, 0.1), ("scal", 0, 0.5), ("scal", 1, 0.9), ("paper", 0, 0.3)]
     found = {
-        "format": "mosaic-ablation",
-        "version": 3,
+        "format": FORMAT,
+        "version": VERSION,
         "size": {"cases": 2},
         "commit": "abc",
         "model": {"name": "assets/pocket/flux", "digest": base_digest("assets/pocket/flux")},

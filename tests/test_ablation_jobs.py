@@ -16,6 +16,7 @@ from scripts.pocket.ablation_chains import train_job, training_state
 from scripts.pocket.ablation_jobs import Job, child_environment, last_line, remaining_cost, run_chains
 from scripts.pocket.ablation_plan import SIZES, Plan, Run, make_plan
 from scripts.pocket.ablation_tasks import Task, features_file, read_tasks, run_tasks, write_tasks
+from scripts.pocket.provenance import commit, hardware
 
 ENVIRONMENT = child_environment(1, sys.executable)
 
@@ -173,7 +174,7 @@ def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> 
     task.write({"found": 1})
     assert task.result() is None  # the pictures' features come first
     features_file(task).write_bytes(b"features")
-    assert task.result() == {"found": 1}
+    assert task.result() == {"found": 1, "commit": commit(), "processor": hardware()["processor"]}
     assert dataclasses.replace(task, cases=task.cases + 1).result() is None
     assert dataclasses.replace(task, num_references=3).result() is None
     Path(task.lora).write_bytes(b"others")
@@ -181,8 +182,8 @@ def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> 
 
 
 def test_main_arms_are_measured_as_published_too(tmp_path: Path) -> None:
-    plan = make_plan(SIZES["short"], tmp_path, ("main", "factors"), ("base", "scal", "mdl_weight_0"))
-    found = {run.arm.name: run_tasks(plan, run) for run in plan.runs}
+    plan = make_plan(SIZES["short"], tmp_path, ("main", "factors"), ("base", "scal", "stable", "mdl_weight_0"))
+    found = {run.arm.name: run_tasks(plan, run) for run in plan.runs if run.arm.name != "stable"}
     published = {name: [task.num_references for task in tasks if task.image_guidance == 1] for name, tasks in found.items()}
     assert published == {"base": [], "scal": [2, 4], "mdl_weight_0": []}
     usual, own = (next(task for task in found["scal"] if task.output.endswith(name)) for name in ("/k2.json", "published_k2.json"))

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from scripts import ablation_measure
+from scripts.pocket import ablation_measures
 from scripts.pocket.ablation_measures import measuring_config, real_scenes
 from scripts.pocket.ablation_plan import SIZES, make_plan
 from scripts.pocket.ablation_results import pooled_frechet
 from scripts.pocket.ablation_tasks import Task, features_file, read_tasks, run_tasks, write_tasks
 from scripts.pocket.evaluation import held_out_scenes
+from scripts.pocket.gradients import Pulls
+from scripts.pocket.provenance import commit
 
 SIZE = dataclasses.replace(SIZES["short"], cases=2, ks=(2,), real_scenes=4, inference_steps=1)
 LORA = "assets/pocket/lora.safetensors"
@@ -64,7 +67,10 @@ def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, mon
     pulls = found["gradients"]
     assert 0 < pulls["flow_matching"] < 1
     assert min(pulls["correspondence_pull"], pulls["disentanglement_pull"]) > 0
-    assert pulls["scenes"]["correspondence_cosine"].split() == [f"{pulls['correspondence_cosine']:.4g}"]  # of one batch
+    monkeypatch.setattr(ablation_measures, "GRADIENT_BATCH_SIZE", 1)
+    of_single = ablation_measures.measure(tasks["gradients"])
+    assert {name: of_single[name] for name in Pulls._fields} == pytest.approx({name: pulls[name] for name in Pulls._fields}, rel=1e-3)
+    assert pictures["commit"] == pulls["commit"] == commit()
     assert found["timing"]["seconds_per_image"] > 0
 
 

@@ -14,9 +14,9 @@ from scripts.pocket import ablation_readme
 from scripts.pocket import ablation_tables as tables
 from scripts.pocket.ablation_plots import mean_curve, peak_share, spread
 from scripts.pocket.ablation_readme import MARKER
-from scripts.pocket.ablation_results import CURVE_POINTS, curves_of
+from scripts.pocket.ablation_results import CURVE_POINTS, FORMAT, VERSION, curves_of
 from scripts.pocket.ablation_tables import FRECHET, IDENTIFICATION, LEAKAGE, NEAR, Value, cell, contrast, value_of, verdict
-from scripts.pocket.charts import Point, Row, line_chart, nice_ticks, row_chart
+from scripts.pocket.charts import COLOURS, Point, Row, line_chart, nice_ticks, row_chart
 
 NOTHING = {"share": None, "low": None, "high": None, "count": 0}
 
@@ -33,6 +33,7 @@ def measures(identification: float, k: int, attention: bool = True) -> dict[str,
     if attention:
         scenes |= {"exact": [0.2] * 4, "near": [0.4] * 4, "attention_leakage": [0.3] * 4, "entropy": [2.5] * 4, "overlap": [0.3] * 4}
     found = {"identification": share(identification), "leakage": share(0.1) if k > 1 else NOTHING, "presence": share(0.9)}
+    found["attention"] = {"exact_chance": 0.01, "near_chance": 0.2 / k, "leakage_chance": 0.3} if attention else None
     return found | {"scenes": {name: " ".join(f"{value:.4g}" for value in values) for name, values in scenes.items()}, "seconds": 1.0}
 
 
@@ -55,8 +56,8 @@ def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("m
         "published": {"2": measures(identification / 2, 2)} if trained else {}, "lines": lines if trained else None,
         "target_rows": {"2": {"scenes": {"on_references": "0.1 0.2", "own_reference": "0.6 0.7", "peak_exact": "0.3 0.5", "peak_near": "0.5 0.5"},
                               "seconds": 1.0}} if trained else {},
-        "gradients": {"2": {"scenes": {"flow_matching": "0.1 0.2", "correspondence_pull": "2 4", "correspondence_cosine": "-0.5 -0.4",
-                                       "disentanglement_pull": "1 0", "disentanglement_cosine": "0.25 0.35"}, "seconds": 1.0}} if trained else {},
+        "gradients": {"2": {"flow_matching": 0.15, "correspondence_pull": 3.0 + seed, "correspondence_cosine": -0.45, "disentanglement_pull": 0.5,
+                            "disentanglement_cosine": 0.3, "seconds": 1.0}} if trained else {},
         "curves": {"loss/flow_matching": [[5, 1.0 + seed], [10, 0.5 + seed]]} if trained else {},
     }  # fmt: skip
 
@@ -72,7 +73,7 @@ def results() -> dict[str, Any]:
     ]
     timing = {"reference_attention": "joint", "reference_cache": False, "num_references": 2, "seconds_per_image": 1.25, "seconds": 3.0}
     return {
-        "format": "mosaic-ablation", "version": 4, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
+        "format": FORMAT, "version": VERSION, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "complete": True, "runs": runs,
         "size": {"name": "short", "cases": 8, "steps": 10, "factor_steps": 5, "batch_size": 4, "train_samples": 40,
                  "seeds": 3, "factor_seeds": 1},
         "hardware": {"processor": "a processor", "cores": 2, "memory_gib": 4.0, "side_by_side": 2, "threads": 1}, "versions": {"torch": "2"},
@@ -108,6 +109,14 @@ def test_arms_are_compared_at_the_same_seeds_and_scenes(results: dict[str, Any])
     table = tables.contrast_table(results)
     assert "| arm stable - arm scal | 2 | -23.3 [" in table
     assert "| arm joint - arm stable | 2 | 10.0" in table  # at seed 0: 0.3 - 0.2, at every scene
+
+
+def test_contrasts_are_averaged_over_k_2_3_and_4(results: dict[str, Any]) -> None:
+    """Ten points at K = 2, twenty at 3, sixty at 4; what K = 1 and 6 say does not count."""
+    for entry in results["runs"]:
+        more = {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.6, 6: 0.5} if entry["arm"] == "scal" else {}
+        entry["measures"] = {str(k): measures(0.3 + more.get(k, 0), k) for k in (1, 2, 3, 4, 6)}
+    assert "| arm stable - arm scal | 2, 3, 4 | -30.0" in tables.contrast_table(results)
 
 
 def test_what_an_interval_says() -> None:
@@ -148,12 +157,17 @@ def test_where_target_tokens_look_has_a_table(results: dict[str, Any]) -> None:
 def test_how_the_losses_pull_has_a_table(results: dict[str, Any]) -> None:
     _, _, stable, scal = tables.gradient_table(results).splitlines()
     for row in (stable, scal):
-        assert [cell.strip().split(" ")[0] for cell in row.split("|")[2:-1]] == ["0.150", "3.0", "-0.45", "0.5", "0.30"]
+        assert [cell.strip().split(" ")[0] for cell in row.split("|")[2:-1]] == ["0.150", "4.0", "-0.45", "0.5", "0.30"]
+        assert f" 4.0 [{4 - 4.3027 / math.sqrt(3):.1f}, " in row  # seeds 3, 4, 5: s = 1
 
 
 def test_rows_of_the_tables(results: dict[str, Any]) -> None:
     table = tables.summary_table(results, 2).splitlines()
-    assert len(table) == 2 + 3 + 1
+    assert len(table) == 2 + 3 + 2
+    chance = [cell.strip() for cell in table[-2].split("|")[1:-1]]
+    assert (chance[0], chance[6:9]) == ("*chance*", ["1.0", "10.0", "30.0"])
+    assert {*chance[2:6], *chance[9:]} == {"-"}
+    assert tables.k_table(results, NEAR).splitlines()[-1] == "| *chance* | 20.0 | 10.0 | 3.3 |"
     assert len({line.count("|") for line in table}) == 1
     assert "75.0 [65.0, 95.0]" in table[-1]  # the judge on real renderings
     assert table[-1].endswith("| 0.25 |")
@@ -201,6 +215,12 @@ def test_the_main_ones_go_into_a_page(results: dict[str, Any], tmp_path: Path, c
     assert len(links) == 1 + 4
     assert all((tmp_path / link).is_file() for link in links)
     assert "2026-01-02, 3 training seeds, 10 steps of batch 4" in inside
+    (tmp_path / "results.json").write_text(json.dumps(results | {"complete": False}))
+    before = page.read_text()
+    assert ablation_figures.main([str(tmp_path / "results.json"), "--readme", str(page)]) == 2
+    assert "only a finished ablation goes into a page" in capsys.readouterr().err
+    assert page.read_text() == before
+    (tmp_path / "results.json").write_text(json.dumps(results))
     for text in ("no marker\n", f"{MARKER}\none\n"):
         page.write_text(text)
         assert ablation_figures.main([str(tmp_path / "results.json"), "--readme", str(page)]) == 2
@@ -236,13 +256,15 @@ def test_peaks_within_one_token(results: dict[str, Any]) -> None:
 
 def test_curves_of_a_run_and_their_mean(tmp_path: Path, results: dict[str, Any]) -> None:
     entries = [
-        {"step": step, "loss/flow_matching": float(step), "loss/correspondence": math.nan} for step in range(1, 2 * CURVE_POINTS + 1)
+        {"step": step, "loss/flow_matching": float(step), "loss/correspondence": math.nan, "loss/disentanglement": -1.0 * (step % 4 == 0)}
+        for step in range(1, 2 * CURVE_POINTS + 1)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     curves = curves_of(tmp_path / "metrics.jsonl")
     assert curves["loss/flow_matching"][:2] == [[1.5, 1.5], [3.5, 3.5]]
     assert len(curves["loss/flow_matching"]) == CURVE_POINTS
     assert curves["loss/correspondence"] == []
+    assert curves["loss/disentanglement"] == [[step, -1.0] for step in range(4, 2 * CURVE_POINTS + 1, 4)]  # 0: of one reference
     assert curves_of(tmp_path / "none.jsonl")["attention/near"] == []
     assert mean_curve(tables.by_arm(results, "main")["stable"], "loss/flow_matching") == [Point(5, 2.0), Point(10, 1.5)]
 
@@ -256,6 +278,14 @@ def test_a_chart_puts_larger_values_higher() -> None:
     assert "a &amp; b" in svg
     assert "nan" not in svg
     assert "nothing measured yet" in line_chart({"a": []}, "t", "x", "y")
+
+
+def test_a_series_keeps_its_colour_beside_one_without_points() -> None:
+    alone, both = (line_chart({"base": points, "b": [Point(1, 2), Point(2, 3)]}, "t", "x", "y") for points in ([], [Point(1, 1)]))
+    assert COLOURS[1] in alone
+    assert COLOURS[0] in both
+    assert COLOURS[0] not in alone
+    assert "base" not in alone
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-8.2, 0), (0.003, 0.0031), (5, 5), (12, 97)])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.config import from_dict
+from mosaic.config import from_dict, load_config
 from mosaic.latents import images_to_tensor
 from scripts import evaluate
 from scripts.pocket import world
@@ -166,29 +166,45 @@ def test_scene_batch_is_what_training_sees() -> None:
         assert all(int(pairs[:, 1].max()) < 256 for pairs in sample)
 
 
+MEASURED = ("identification", "leakage", "presence", "count", "background")
+
+
+def fake_arm(first: float, k: int) -> dict:
+    """Shares that tell measures apart: first, first + 0.01, ..."""
+    shares = {name: asdict(Proportion(first + 0.01 * number, 0.0, 1.0, 200)) for number, name in enumerate(MEASURED)}
+    return shares if k > 1 else {**shares, "leakage": asdict(Proportion(math.nan, math.nan, math.nan, 0))}
+
+
 def fake_entry(k: int) -> dict:
-    share = asdict(Proportion(0.5, 0.4, 0.6, 200))
-    nothing = asdict(Proportion(math.nan, math.nan, math.nan, 0))
-    arm = {"identification": share, "leakage": share if k > 1 else nothing, "presence": share, "count": share, "background": share}
+    arms = {name: fake_arm(first, k) for name, first in (("adapter", 0.5), ("without_references", 0.2), ("judge_on_real", 0.9))}
     attention = {"exact": 0.25, "near": 0.5, "exact_chance": 1 / 64, "near_chance": 0.12, "num_points": 9}
-    return {"num_references": k, "num_cases": 100, "adapter": arm, "without_references": arm, "attention": attention, "judge_on_real": arm}
+    return {"num_references": k, "num_cases": 100, **arms, "attention": attention}
 
 
 def test_the_table_has_a_cell_for_every_column() -> None:
     lines = evaluate.table([fake_entry(1), fake_entry(2)]).splitlines()
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1
-    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells[:6] == ["1", "100", "50.0 [40.0, 60.0]", "50.0 [40.0, 60.0]", "-", "-"]
-    assert cells[-3:] == ["25.0 (1.6)", "50.0 (12.0)", "50.0 [40.0, 60.0]"]
+    first, second = ([cell.strip().removesuffix(" [0.0, 100.0]") for cell in line.split("|")[1:-1]] for line in lines[2:])
+    assert first == ["1", "100", "50.0", "20.0", "-", "-", "52.0", "22.0", "25.0 (1.6)", "50.0 (12.0)", "90.0"]
+    assert second[4:6] == ["51.0", "21.0"]
 
 
 def test_what_the_base_draws_has_a_table_of_its_own() -> None:
-    entry = fake_entry(2)
-    entry["judge_on_real"] = {**entry["judge_on_real"], "background": asdict(Proportion(1.0, 0.98, 1.0, 100))}
-    header, _, row = evaluate.caption_table([entry]).splitlines()
+    header, _, row = evaluate.caption_table([fake_entry(2)]).splitlines()
     assert header.count("|") == row.count("|") == 8
-    assert row == "| 2 |" + " 50.0 [40.0, 60.0] |" * 5 + " 100.0 [98.0, 100.0] |"
+    assert row.replace(" [0.0, 100.0]", "") == "| 2 | 22.0 | 92.0 | 23.0 | 93.0 | 24.0 | 94.0 |"
+
+
+def test_both_arms_and_the_judge_are_measured() -> None:
+    config = load_config("configs/pocket.json", ["inference.num_inference_steps=2", "inference.image_guidance_scale=1.0"])
+    (entry,) = evaluate.evaluate(config, [2], num_cases=8, batch_size=5, seed=1, attention_cases=3)
+    assert (entry["num_references"], entry["num_cases"]) == (2, 8)
+    for name in ("adapter", "without_references"):
+        assert entry[name]["identification"]["count"] == 16
+    assert entry["adapter"] != entry["without_references"]
+    assert entry["judge_on_real"]["identification"]["share"] > 0.9
+    assert entry["attention"]["near"] > 2 * entry["attention"]["near_chance"]
 
 
 def test_settings_of_the_config_can_be_overridden(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

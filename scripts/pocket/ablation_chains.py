@@ -76,7 +76,7 @@ def measure_job(plan: Plan, name: str, tasks: Sequence[Task]) -> Job:
 
 
 def training_state(run: Run) -> dict[str, Any]:
-    """How a training stands: "digest", "status" ("finished", "stopped" or "failed") and "seconds"; empty before its first start."""
+    """How a training stands: "digest", "status" ("finished" or "stopped") and "seconds"; empty before its first start."""
     path = run.folder / STATE
     return read_json(path) if path.is_file() else {}
 

@@ -34,12 +34,12 @@ from scripts.pocket.evaluation import (
     render_references,
     scene_batch,
 )
-from scripts.pocket.gradients import Pulls, loss_pulls, paper_objective
+from scripts.pocket.gradients import batch_gradients, mean_pulls, paper_objective
 from scripts.pocket.judge import JUDGE_SIZE, Judge, load_judge
 from scripts.pocket.target_rows import TargetLooks, reading_target_rows, target_looks
 
 BATCH_SIZE = 20
-GRADIENT_BATCH_SIZE = 8  # that of the arms' training
+GRADIENT_BATCH_SIZE = 8
 REAL_OFFSET = 500_000  # from the seeds of the scenes that are drawn to those of the renderings they are compared with
 CAPTURED = "all"  # blocks whose rows are measured, in every arm, whatever it was trained on
 LINES_TIMESTEP = 0.5
@@ -173,17 +173,18 @@ def measure_target_rows(task: Task, config: Config) -> dict[str, Any]:
         with reading_target_rows() as rows:
             _, points, _ = batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator)
         found.append(target_looks(torch.stack(rows).mean(dim=0), points, run_grids(pipeline, config).reference))
-    return _means_and_scenes(found, TargetLooks._fields)
+    by_scene = {name: [getattr(looks, name) for looks in found] for name in TargetLooks._fields}
+    return {**{name: statistics.fmean(values) for name, values in by_scene.items()}, "scenes": scene_texts(by_scene)}
 
 
 def measure_gradients(task: Task, config: Config) -> dict[str, Any]:
-    """How the losses pull at the adapter, on real renderings at noise as in training; batches take the place of scenes."""
+    """How the losses pull at the adapter, on real renderings at noise as in training: of all scenes together."""
     pipeline, objective = _pipeline(config.model.pretrained, task.lora), paper_objective(config)
     scenes, found = held_out_scenes(task.num_references, task.cases), []
     for start in range(0, len(scenes), GRADIENT_BATCH_SIZE):
         batch = scene_batch(scenes[start : start + GRADIENT_BATCH_SIZE], pipeline, config)
-        found.append(loss_pulls(pipeline, batch, objective, NOISE_SEED, start))
-    return _means_and_scenes(found, Pulls._fields)
+        found.append(batch_gradients(pipeline, batch, objective, NOISE_SEED, start))
+    return mean_pulls(found, objective)._asdict()
 
 
 def measure_timing(task: Task, config: Config) -> dict[str, Any]:
@@ -203,11 +204,6 @@ def measure_timing(task: Task, config: Config) -> dict[str, Any]:
         if repeat:
             seconds.append(time.perf_counter() - start)
     return {"seconds_per_image": statistics.median(seconds), "repeats": seconds}
-
-
-def _means_and_scenes(found: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
-    by_scene = {name: [getattr(of_scene, name) for of_scene in found] for name in names}
-    return {**{name: statistics.fmean(values) for name, values in by_scene.items()}, "scenes": scene_texts(by_scene)}
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

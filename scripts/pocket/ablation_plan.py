@@ -135,7 +135,7 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
         base: The config file that all others extend.
 
     Raises:
-        ValueError: There is no arm of a name in `only`, or the base config does not fit.
+        ValueError: There is no arm of a name in `only`, or it names variants but not their baseline, or the base config does not fit.
     """
     recipe = {"samples": size.train_samples, "heldout": size.heldout_samples}
     data = output / "data" / f"pocket_{size.train_samples}_{size.heldout_samples}_{world_digest()[:8]}"
@@ -150,6 +150,8 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
     if unknown:
         known = ", ".join(dict.fromkeys(arm.name for part in parts for arm in arms[part]))
         raise ValueError(f"--arms: {', '.join(sorted(unknown))} unknown; there are {known}.")
+    if "factors" in parts and BASELINE not in only and set(only) & {arm.name for arm in arms["factors"]}:
+        raise ValueError(f'--arms: variants are compared with the arm "{BASELINE}", which must be named beside them.')
     identity = {"data": recipe, "world": world_digest(), "model": base_digest(model)}
     found: dict[Path, Run] = {}
     for part in sorted(parts, key=PARTS.index):

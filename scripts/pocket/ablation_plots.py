@@ -50,13 +50,10 @@ SCENE_SIZE = 64  # px
 def charts(results: dict[str, Any]) -> dict[str, str]:
     """SVG text by file name."""
     arms = by_arm(results, "main")
-    trained = {runs[0]["meaning"]: runs for runs in arms.values() if runs[0]["steps"]}
     found = {}
     for name, label in CURVES.items():
-        shown = {
-            meaning: runs for meaning, runs in trained.items() if name == "loss/flow_matching" or runs[0]["arm"] not in OTHER_DEFINITIONS
-        }
-        series = {meaning: mean_curve(runs, name) for meaning, runs in shown.items()}
+        hidden = () if name == "loss/flow_matching" else OTHER_DEFINITIONS
+        series = {runs[0]["meaning"]: [] if arm in hidden else mean_curve(runs, name) for arm, runs in arms.items()}
         found[f"learning_{name.partition('/')[2]}.svg"] = line_chart(series, f"{label} during training", "step", "")
     ks = ks_of(list(arms.values()))
     for name, measure in K_MEASURES.items():

@@ -12,6 +12,7 @@ from scripts.pocket.ablation_tables import (
     LEAKAGE,
     NEAR,
     OVERLAP,
+    by_arm,
     contrast_table,
     gradient_table,
     k_table,
@@ -42,13 +43,14 @@ def block(results: dict[str, Any], folder: str) -> str:
     made = (
         f"{results['date'][:10]}, {size['seeds']} training seeds, {size['steps']:,} steps of batch {size['batch_size']} "
         f"(one-factor variants: {size['factor_seeds']} of {size['factor_steps']:,}), {size['cases']} held-out scenes per K, in brackets "
-        f"95 % intervals for other seeds and scenes; {hardware['processor']}, "
+        f"95 % intervals for other seeds and scenes (Frechet distance, pulls: for other seeds); {hardware['processor']}, "
         f"{hardware['cores']} cores, {hardware['side_by_side']} runs side by side: training {hours['training']}, measuring "
         f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
     )
     parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results), k_table(results, IDENTIFICATION)]
     parts += [gradient_table(results), target_rows_table(results)]
-    parts += [f"![{text}]({folder}/{name})" for name, text in FIGURES.items()]
+    missing = {name for part, name in (("factors", "factors_k2.svg"),) if not by_arm(results, part)}
+    parts += [f"![{text}]({folder}/{name})" for name, text in FIGURES.items() if name not in missing]
     return "\n\n".join(parts)
 
 
@@ -57,8 +59,10 @@ def put_into(page: Path, results: dict[str, Any], report: Path) -> None:
 
     Raises:
         FileNotFoundError: There is no such page.
-        ValueError: It has not exactly two markers.
+        ValueError: It has not exactly two markers, or the ablation is not finished.
     """
+    if not results["complete"]:
+        raise ValueError(f"{page}: only a finished ablation goes into a page; start the same scripts/ablation.py again to finish it.")
     parts = page.read_text(encoding="utf-8").split(f"{MARKER}\n")
     if len(parts) != 3:
         raise ValueError(f'{page}: must have two lines "{MARKER}", between which the tables go, got {len(parts) - 1}.')

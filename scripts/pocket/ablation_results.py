@@ -16,7 +16,17 @@ from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_chains import is_trained, training_state
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest, world_digest
-from scripts.pocket.ablation_tasks import DIAGNOSES, Task, are_done, features_file, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.ablation_tasks import (
+    DIAGNOSES,
+    LINES_K,
+    PUBLISHED_GUIDANCE,
+    Task,
+    are_done,
+    features_file,
+    real_tasks,
+    run_tasks,
+    timing_tasks,
+)
 from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.provenance import commit, hardware, versions
 
@@ -36,7 +46,8 @@ def refuse_other_runs(plan: Plan) -> None:
     path = plan.output / RESULTS
     if not path.is_file():
         return
-    others = sorted({run["name"] for run in read_results(path)["runs"] if run["status"] != "not started"} - {run.name for run in plan.runs})
+    entries = read_json(path).get("runs", [])  # of any version: all of it is written anew
+    others = sorted({run["name"] for run in entries if run["status"] != "not started"} - {run.name for run in plan.runs})
     if others:
         raise ValueError(
             f"{path}: has {len(others)} runs that are not of this command, such as {others[0]}: of other flags, another base or another "
@@ -91,10 +102,12 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, Any]:
     tasks = run_tasks(plan, run)
-    found = {Path(task.output).stem: result for task in tasks if (result := task.result())}
-    pictures = [task for task in tasks if task.kind == "pictures"]
-    usual, published = ([task for task in pictures if (task.image_guidance is None) is given] for given in (True, False))
-    measured = [task for task in usual if task.result() and task.num_references in renderings]
+    done = {task: result for task in tasks if (result := task.result())}
+
+    def measured(kind: str, image_guidance: float | None = None) -> dict[str, dict[str, Any]]:
+        return {str(t.num_references): result for t, result in done.items() if (t.kind, t.image_guidance) == (kind, image_guidance)}
+
+    pictures = [task for task in done if task.kind == "pictures" and task.image_guidance is None and task.num_references in renderings]
     state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
     trained = run.lora is None or is_trained(run)
     return {
@@ -111,18 +124,15 @@ def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, A
         "adapter_digest": file_digest(run.lora) if run.lora and trained else None,
         "settings": dict(run.arm.settings),
         "status": state.get("status", "not started"),
-        "complete": trained and len(found) == len(tasks),
+        "complete": trained and len(done) == len(tasks),
         "training_seconds": state.get("seconds", 0.0),
         "commit": state.get("commit"),
         "versions": state.get("versions"),
-        "measures": {str(task.num_references): result for task in usual if (result := task.result())},
-        "published": {str(task.num_references): result for task in published if (result := task.result())},
-        "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in measured]),
-        **{
-            kind: {str(task.num_references): result for task in tasks if task.kind == kind and (result := task.result())}
-            for kind in DIAGNOSES
-        },
-        "lines": found.get("lines"),
+        "measures": measured("pictures"),
+        "published": measured("pictures", PUBLISHED_GUIDANCE),
+        "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in pictures]),
+        **{kind: measured(kind) for kind in DIAGNOSES},
+        "lines": measured("lines").get(str(LINES_K)),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
 
@@ -155,11 +165,16 @@ def _timing(plan: Plan, task: Task) -> dict[str, Any] | None:
 
 
 def curves_of(file: Path) -> dict[str, list[list[float]]]:
-    """(step, value) of the logged measures of a run; of long curves means over stretches of equal numbers of entries."""
+    """(step, value) of the logged measures of a run; of long curves means over stretches of equal numbers of entries.
+
+    MDL is exactly 0 in batches of one reference, which are left out.
+    """
     entries, curves = RunLog(file).entries(), {}
     for name in CURVES:
         points = [
-            [entry["step"], entry[name]] for entry in entries if isinstance(entry.get(name), float | int) and entry[name] == entry[name]
+            [entry["step"], value]
+            for entry in entries
+            if isinstance(value := entry.get(name), float | int) and value == value and (value or name != "loss/disentanglement")
         ]
         stretch = -(-len(points) // CURVE_POINTS) or 1
         parts = [points[start : start + stretch] for start in range(0, len(points), stretch)]

@@ -20,6 +20,8 @@ class Measure(NamedTuple):
         factor: What it is multiplied with.
         digits: After the point.
         real: Whether real renderings have it.
+        chance: Name of its chance level among a run's pooled attention measures.
+        pooled: It is one number of all scenes together.
     """
 
     title: str
@@ -27,15 +29,17 @@ class Measure(NamedTuple):
     factor: float = 100.0
     digits: int = 1
     real: bool = False
+    chance: str = ""
+    pooled: bool = False
 
 
 IDENTIFICATION = Measure("identification, % (chance 12.5)", "identification", real=True)
 IF_PRESENT = Measure("identification of present subjects, %", "identification_if_present")
 LEAKAGE = Measure("leakage, %", "leakage", real=True)
 PRESENCE = Measure("class present, %", "presence", real=True)
-EXACT = Measure("attention exact, %", "exact")
-NEAR = Measure("attention within one token, %", "near")
-ATTENTION_LEAKAGE = Measure("attention leakage, %", "attention_leakage")
+EXACT = Measure("attention exact, %", "exact", chance="exact_chance")
+NEAR = Measure("attention within one token, %", "near", chance="near_chance")
+ATTENTION_LEAKAGE = Measure("attention leakage, %", "attention_leakage", chance="leakage_chance")
 ENTROPY = Measure("attention entropy, nats", "entropy", 1.0, 2)
 OVERLAP = Measure("overlap between references, %", "overlap")
 FRECHET = Measure("Frechet distance to real renderings, all K", "", 1.0, 2, real=True)
@@ -44,11 +48,11 @@ OWN_REFERENCE = Measure("of it on the own one, %", "own_reference")
 PEAK_EXACT = Measure("peak exact, %", "peak_exact")
 PEAK_NEAR = Measure("peak within one token, %", "peak_near")
 PULLS = (
-    Measure("L_diff", "flow_matching", 1.0, 3),
-    Measure("SCAL's pull", "correspondence_pull", 1.0, 1),
-    Measure("its cosine", "correspondence_cosine", 1.0, 2),
-    Measure("MDL's pull", "disentanglement_pull", 1.0, 1),
-    Measure("its cosine", "disentanglement_cosine", 1.0, 2),
+    Measure("L_diff", "flow_matching", 1.0, 3, pooled=True),
+    Measure("SCAL's pull", "correspondence_pull", 1.0, 1, pooled=True),
+    Measure("its cosine", "correspondence_cosine", 1.0, 2, pooled=True),
+    Measure("MDL's pull", "disentanglement_pull", 1.0, 1, pooled=True),
+    Measure("its cosine", "disentanglement_cosine", 1.0, 2, pooled=True),
 )
 TARGET_ROWS = (ON_REFERENCES, OWN_REFERENCE, PEAK_EXACT, PEAK_NEAR)
 MEASURES = (IDENTIFICATION, LEAKAGE, PRESENCE, IF_PRESENT, EXACT, NEAR, ATTENTION_LEAKAGE, ENTROPY, OVERLAP)
@@ -61,6 +65,10 @@ CONTRASTS = {
         ("stable", "paper"),
         ("release", "paper"),
         ("light", "paper"),
+        ("light", "stable"),
+        ("paper", "flow_matching"),
+        ("stable", "flow_matching"),
+        ("release", "flow_matching"),
         ("light", "flow_matching"),
     ),
     "attention": (("isolated", "stable"), ("joint", "stable")),
@@ -79,6 +87,8 @@ def value_of(measure: Measure, runs: Runs, k: int) -> Value:
     """Mean and interval of one arm at one K, over seeds and scenes."""
     if not measure.name:
         return _value(over_seeds([run.get("frechet") for run in runs]), measure.factor)
+    if measure.pooled:
+        return _value(over_seeds([(run["measures"].get(str(k)) or {}).get(measure.name) for run in runs]), measure.factor)
     value = _value(over_seeds_and_scenes(list(by_scene(measure, runs, [k]).values())), measure.factor)
     return Value(value.mean, max(value.low, 0.0), min(value.high, 100.0)) if measure.factor == 100.0 else value
 
@@ -138,6 +148,7 @@ def summary_table(results: dict[str, Any], k: int, measures: Sequence[Measure] =
     for runs in by_arm(results, "main").values():
         seeds = len(by_scene(IDENTIFICATION, runs, [k]))
         rows.append([runs[0]["meaning"], str(seeds), *(cell(value_of(m, runs, k), m.digits) for m in measures)])
+    rows.append(["*chance*", "", *(_chance_cell(results, m, k) for m in measures)])
     rows.append(["*real renderings*", "", *(_real_cell(results, m, k) for m in measures)])
     return markdown([f"arm, K = {k}", "seeds", *(m.title for m in measures)], rows)
 
@@ -147,6 +158,8 @@ def k_table(results: dict[str, Any], measure: Measure) -> str:
     arms = by_arm(results, "main")
     ks = ks_of(list(arms.values()))
     rows = [[runs[0]["meaning"], *(cell(value_of(measure, runs, k), measure.digits) for k in ks)] for runs in arms.values()]
+    if measure.chance:
+        rows.append(["*chance*", *(_chance_cell(results, measure, k) for k in ks)])
     if measure.real:
         rows.append(["*real renderings*", *(_real_cell(results, measure, k) for k in ks)])
     header = [f"K = {k}" + (" (unseen)" if k > MAX_TRAINED_K else "") for k in ks]
@@ -272,6 +285,13 @@ def run_table(results: dict[str, Any]) -> str:
             [run["folder"], str(run["seed"]), str(run["steps"]), time, run["config"], run["config_digest"][:12], adapter, run["status"]]
         )
     return markdown(["run folder", "seed", "steps", "training s", "config", "config digest", "adapter digest", "status"], rows)
+
+
+def _chance_cell(results: dict[str, Any], measure: Measure, k: int) -> str:
+    """What uniform attention would have: of the scenes, so alike in all runs."""
+    pooled = (run["measures"].get(str(k), {}).get("attention") or {} for run in results["runs"])
+    found = next((value for attention in pooled if (value := attention.get(measure.chance)) is not None), None)
+    return "-" if found is None else f"{measure.factor * found:.{measure.digits}f}"
 
 
 def _real_cell(results: dict[str, Any], measure: Measure, k: int) -> str:

@@ -12,6 +12,7 @@ from mosaic.digests import file_digest
 from mosaic.schema import read_json
 from mosaic.training.durable import write_text
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
+from scripts.pocket.provenance import commit, hardware
 
 VERSION = 2  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
@@ -29,8 +30,8 @@ class Task:
 
     Attributes:
         kind: "real": the judge on real renderings, and features to compare pictures with; "pictures": all measures of an adapter at one K;
-            "lines": points and peaks on one scene; "target_rows": where target tokens look; "gradients": how the losses pull at the adapter;
-            "timing": seconds per picture.
+            "lines": points and peaks on one scene; "target_rows": where target tokens look; "gradients": how the losses pull at
+            the adapter; "timing": seconds per picture.
         output: The JSON file.
         config: Config file of the run.
         lora: The adapter; None: without references.
@@ -90,10 +91,11 @@ class Task:
         return found["result"] if found.get("digest") == self.digest() else None
 
     def write(self, result: dict[str, Any]) -> None:
-        """Write the file aside, then rename it."""
+        """Write the file aside, then rename it; the result gets the commit and the machine that it is of."""
         path = Path(self.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"digest": self.digest(), "result": result}, indent=1) + "\n")
+        made = {"commit": commit(), "processor": hardware()["processor"]}
+        write_text(path, json.dumps({"digest": self.digest(), "result": {**result, **made}}, indent=1) + "\n")
 
 
 def features_file(task: Task) -> Path:

@@ -25,7 +25,8 @@ def line_chart(series: dict[str, Sequence[Point]], title: str, x_label: str, y_l
     """An SVG picture.
 
     Args:
-        series: Points by name, in the order of the colours; points whose y is no number are left out.
+        series: Points by name, in the order of the colours, of which a series without points keeps its own; points whose y is no number
+            are left out.
         title: Above the chart.
         x_label: Below it.
         y_label: At its left end.
@@ -53,12 +54,12 @@ def line_chart(series: dict[str, Sequence[Point]], title: str, x_label: str, y_l
     if level:
         _, y = place(x_low, level[1])
         parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#555555", 1, "4 4"), _text(WIDTH - RIGHT, y - 4, level[0], 11, anchor="end")]
-    for number, (name, points) in enumerate(drawn.items()):
-        colour = COLOURS[number % len(COLOURS)]
+    shown = [(COLOURS[number % len(COLOURS)], name, points) for number, (name, points) in enumerate(drawn.items()) if points]
+    for number, (colour, name, points) in enumerate(shown):
         parts += _series(points, colour, place)
         row = HEIGHT + number * LEGEND_ROW
         parts += [_line(LEFT, row + 4, LEFT + 22, row + 4, colour, 3), _text(LEFT + 30, row + 8, name, 12)]
-    return _svg(parts, HEIGHT + len(drawn) * LEGEND_ROW + 6)
+    return _svg(parts, HEIGHT + len(shown) * LEGEND_ROW + 6)
 
 
 def _series(points: Sequence[Point], colour: str, place: Callable[[float, float], tuple[float, float]]) -> list[str]:

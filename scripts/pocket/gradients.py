@@ -1,7 +1,7 @@
-"""How hard each loss pulls at the adapter, and which way: gradients of the three terms on one batch.
+"""How hard each loss pulls at the adapter, and which way: gradients of the three terms, averaged over many samples.
 
 Where two losses want the same their gradients point the same way. Where training has come to rest between them they point against each
-other, weighted equally long: then neither has what it would have alone.
+other: neither has what it would have alone.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,26 @@ from mosaic.objective import sample_generators, train_step
 from mosaic.pipeline import MosaicFluxPipeline
 
 
+class Gradients(NamedTuple):
+    """Of one batch.
+
+    Attributes:
+        samples: Of the batch.
+        loss: L_diff.
+        flow_matching: g_FM, the gradient of L_diff by all weights of the adapter, in one row.
+        correspondence: g_SCAL, likewise, without its weight.
+        disentanglement: g_MDL.
+    """
+
+    samples: int
+    loss: float
+    flow_matching: Tensor
+    correspondence: Tensor
+    disentanglement: Tensor
+
+
 class Pulls(NamedTuple):
-    """Of one batch, with g_FM, g_SCAL and g_MDL the gradients of the three terms by all weights of the adapter.
+    """Of the mean gradients over batches; from batch to batch they vary, and what varies is not all averaged away.
 
     Attributes:
         flow_matching: L_diff.
@@ -42,8 +60,8 @@ def paper_objective(config: Config) -> Config:
     return replace(config, loss=LossConfig(), data=replace(config.data, image_dropout=0.0, text_dropout=0.0, both_dropout=0.0))
 
 
-def loss_pulls(pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, seed: int, first_index: int) -> Pulls:
-    """The pulls on one batch.
+def batch_gradients(pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, seed: int, first_index: int) -> Gradients:
+    """The gradients on one batch.
 
     Args:
         pipeline: Its reference LoRA is what the gradients are of; it is left as it was.
@@ -66,21 +84,32 @@ def loss_pulls(pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config,
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        # Each term its own forward pass: what is recomputed in the backward pass is recomputed once only.
-        flow_matching = terms().flow_matching
-        diffusion, correspondence, disentanglement = (
-            gradient(term) for term in (flow_matching, terms().correspondence, terms().disentanglement)
-        )
+        # A forward pass for each: attention that is computed again in the backward pass allows one of those.
+        loss = terms().flow_matching
+        gradients = (gradient(term) for term in (loss, terms().correspondence, terms().disentanglement))
+        return Gradients(len(batch.prompts), loss.item(), *gradients)
     finally:
         for parameter, before in zip(parameters, trainable, strict=True):
             parameter.requires_grad_(before)
-    return Pulls(
-        flow_matching.item(),
-        *_pull(correspondence, diffusion, config.loss.correspondence_weight),
-        *_pull(disentanglement, diffusion, config.loss.disentanglement_weight),
-    )
 
 
-def _pull(gradient: Tensor, reference: Tensor, weight: float) -> Sequence[float]:
-    cosine = torch.cosine_similarity(gradient, reference, dim=0)
-    return (weight * gradient.norm() / reference.norm()).item(), cosine.item()
+def mean_pulls(batches: Sequence[Gradients], config: Config) -> Pulls:
+    """The pulls of the gradients' means over all samples.
+
+    Args:
+        batches: At least one.
+        config: Of `paper_objective`, for the weights.
+    """
+    total = sum(batch.samples for batch in batches)
+
+    def mean(name: str) -> Tensor:
+        return sum(batch.samples / total * torch.as_tensor(getattr(batch, name)) for batch in batches)
+
+    reference = mean("flow_matching")
+    weights = {"correspondence": config.loss.correspondence_weight, "disentanglement": config.loss.disentanglement_weight}
+    found = {}
+    for name, weight in weights.items():
+        gradient = mean(name)
+        found[f"{name}_pull"] = (weight * gradient.norm() / reference.norm()).item()
+        found[f"{name}_cosine"] = torch.cosine_similarity(gradient, reference, dim=0).item()
+    return Pulls(flow_matching=mean("loss").item(), **found)
