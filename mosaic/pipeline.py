@@ -149,7 +149,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             image_guidance_scale: How far the velocity goes from that with zero latents in the references' place (0) to that with the
                 references (1) and beyond, which brings out the references' looks. Other values than 1 take two passes per step.
             num_images_per_prompt: Pictures per prompt.
-            generator: One generator, or one per picture. Start noise is drawn on the generator's device, by default the CPU.
+            generator: One CPU generator, or one per picture. Start noise is drawn on the CPU, so that it is the same on every machine.
             latents: Start noise, packed [B * num_images_per_prompt, N, C], instead of drawing it.
             prompt_embeds: [B, T, d], instead of `prompt`; with `pooled_prompt_embeds`.
             pooled_prompt_embeds: [B, d_pooled].

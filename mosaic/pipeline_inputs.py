@@ -70,6 +70,9 @@ def check_inputs(
     num_pictures = num_prompts * num_images_per_prompt
     if isinstance(generator, list) and len(generator) != num_pictures:
         raise ValueError(f"a list of generators must hold one per picture: {num_pictures}, got {len(generator)}.")
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None and one.device.type != "cpu":
+            raise ValueError(f"generators must be of the CPU, got one of {one.device}: give torch.Generator().manual_seed(...).")
     unknown = sorted(set(callback_tensors) - set(allowed_callback_tensors))
     if unknown:
         raise ValueError(f"callback_on_step_end_tensor_inputs may name {list(allowed_callback_tensors)}, got {unknown}.")

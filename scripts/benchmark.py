@@ -85,7 +85,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokens", type=int, help="text tokens (pocket 24; flux_dev 512)")
     parser.add_argument("--max-points", type=int, help="points per sample in the table (1024, or as many as the references have tokens)")
     parser.add_argument(
-        "--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: 989, an H100's or H200's; CPU: measured)"
+        "--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: the card's data sheet, else 989; CPU: measured)"
     )
     parser.add_argument(
         "--steps", type=int, help="measured steps per cell and per arm; for the twin best a multiple of 6 (pocket 36; flux_dev 10)"
@@ -139,7 +139,7 @@ def add_infer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=5, help="timed runs per mode, in turns")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the time this process had, where others work too")
     parser.add_argument("--seed", type=int, default=42, help="of the start noise, and of random inputs")
-    parser.add_argument("--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: 989, an H100's or H200's)")
+    parser.add_argument("--peak-tflops", type=float, help="rate that a utilisation is measured by (CUDA: the card's data sheet, else 989)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
 

@@ -36,8 +36,9 @@ from mosaic.planning.costs import sampling_flops
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import GIB
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE
-from mosaic.planning.preflight import PEAK_TFLOPS
+from mosaic.planning.preflight import ASSUMED_PEAK_TFLOPS
 from mosaic.tokens import token_grid, unpack_latents
+from mosaic.training.throughput import known_peak
 from scripts.train_benchmark import peak_bytes, timed
 from scripts.twin_benchmark import ROOT
 
@@ -135,12 +136,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_mode(pipeline, mode, args.steps, device)
     if any(mode.compiled for mode in modes):
         compile_blocks(pipeline.transformer)
-    peak = args.peak_tflops or (PEAK_TFLOPS if device.type == "cuda" else None)
+    peak = args.peak_tflops or known_peak(device) or (ASSUMED_PEAK_TFLOPS if device.type == "cuda" else None)
     rows = []
     for size, k in tqdm([(size, k) for size in args.sizes for k in args.references], desc="cells", unit="cell"):
         rows += measure_cell(Cell(args, pipeline, size, k, max(mode.batch_size for mode in modes)), modes, peak)
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else f"{args.threads} CPU threads"
-    result = {"model": args.model, "device": name, "dtype": str(pipeline.transformer.dtype), "peak_tflops": peak, "rows": rows}
+    model = args.model if args.config is None else args.config.model.pretrained
+    result = {"model": model, "device": name, "dtype": str(pipeline.transformer.dtype), "peak_tflops": peak, "rows": rows}
     print_table(args, result)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

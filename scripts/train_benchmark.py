@@ -21,8 +21,9 @@ from mosaic.planning.costs import lora_parameter_count
 from mosaic.planning.dry_run import StandInStep, build_transformer
 from mosaic.planning.memory_model import FORMAT_BYTES, GIB
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
-from mosaic.planning.preflight import PEAK_TFLOPS, find_device, step_tflop
+from mosaic.planning.preflight import ASSUMED_PEAK_TFLOPS, find_device, step_tflop
 from mosaic.planning.storage_meter import StorageMeter, total
+from mosaic.training.throughput import known_peak
 from scripts.twin_benchmark import POCKET_GEOMETRY, ROOT
 
 WARM_UP_STEPS = 2
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shape = model_shape(args.model)
     check_room(args, shape)
     rate = product_tflops(device, torch.bfloat16 if args.model == "flux_dev" else torch.float32)
-    peak = args.peak_tflops or (PEAK_TFLOPS if device == "cuda" else rate)
+    peak = args.peak_tflops or known_peak(torch.device(device)) or (ASSUMED_PEAK_TFLOPS if device == "cuda" else rate)
     cells = [(size, k, mode) for size in args.sizes for k in args.references for mode in args.checkpointing]
     rows = []
     for size, k, mode in tqdm(cells, desc="cells", unit="cell"):

@@ -1,6 +1,7 @@
 """Cases made several at once: what goes together, the same pictures up to rounding, and the same promises as one at a time."""
 
 import json
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,9 +218,12 @@ def test_one_bad_picture_does_not_stop_its_batch(
 def test_a_batch_that_fails_as_a_whole_is_tried_one_by_one(
     world: Path, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sample = rendering.sample
+    sample, held = rendering.sample, []
 
     def fail(jobs: list[PictureJob], *rest: Any) -> Any:
+        assert not any(reference() is not None for reference in held)  # nothing of the failed call is left, for memory is short
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
         if len(jobs) > 1 or jobs[0].name == BATCHES[0][2]:
             raise torch.OutOfMemoryError("out of\nmemory")
         return sample(jobs, *rest)

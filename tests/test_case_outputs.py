@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,17 @@ def test_a_journal_survives_half_lines(tmp_path: Path) -> None:
     journal.add(PictureJob("b", CASE, {"digest": "2"}), seconds=2)
     (tmp_path / "manifest.jsonl").write_text('{"name": "a", "digest": "1", "seconds": 5}\n[]\n{"digest": 3}\nNaN\n')
     assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {("a", "1"): 5, ("b", "2"): 2}
+
+
+def test_the_journal_last_written_to_has_the_last_word(tmp_path: Path) -> None:
+    job = PictureJob("a", CASE, {"digest": "1"})
+    for process, values, time in ((1, {"error": "killed"}, 100), (0, {"seconds": 2}, 200)):
+        journal = Journal(tmp_path, process)
+        journal.add(job, **values)
+        os.utime(journal.path, (time, time))
+    (note,) = read_notes(tmp_path).values()
+    assert note["seconds"] == 2
+    assert "error" not in note
 
 
 def test_saved_text_is_unicode(tmp_path: Path) -> None:

@@ -239,6 +239,11 @@ def test_training_leaves_out_what_cannot_be_read(world: Path, data: Path, tmp_pa
     everything = len(trainer.dataset.dataset)
     assert len(trainer.dataset) == len(trainer.dataset.batch_keys) == everything - 1
     assert lines[0]["index"] not in [trainer.dataset._kept[i] for i in range(len(trainer.dataset))]
+    shutil.copyfile(sorted((data / "images").glob("train-*_target.png"))[1], picture)  # repaired: a new run takes it, a continued one does not
+    for continues, left_out in ((True, 1), (False, 0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = Trainer(config, continues=continues)
+        assert len(trainer.dataset) == everything - left_out
     trainer.fit()
 
 

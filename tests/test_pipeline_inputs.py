@@ -1,5 +1,7 @@
 """Bad calls of the pipeline: each is named before anything is computed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -34,6 +36,10 @@ BAD_CALLS = {
     "count": ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive integer, got 0"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer, got 0"),
     "generators": ({"generator": [torch.Generator()] * 2}, "a list of generators must hold one per picture: 1, got 2"),
+    "generator of a GPU": (
+        {"generator": SimpleNamespace(device=torch.device("cuda:0"))},
+        r"generators must be of the CPU, got one of cuda:0: give torch.Generator\(\).manual_seed",
+    ),
     "callback": (
         {"callback_on_step_end_tensor_inputs": ["noise"]},
         r"callback_on_step_end_tensor_inputs may name .*latents.*got \['noise'\]",

@@ -130,26 +130,31 @@ def test_what_an_index_lacks_is_added(copy: SemAlignSet, monkeypatch: pytest.Mon
     assert pq.read_table(path).equals(whole)
 
 
-def test_an_interrupted_index_goes_on(copy: SemAlignSet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows_there", [0, 1])
+def test_an_interrupted_index_goes_on(copy: SemAlignSet, monkeypatch: pytest.MonkeyPatch, rows_there: int) -> None:
+    """A new one, and one that knows a row and is completed."""
     path = index_of(copy.root)
     whole = pq.read_table(path)
     path.unlink()
+    if rows_there:
+        pq.write_table(whole.slice(0, rows_there), path)
+    missing = len(whole) - rows_there
     monkeypatch.setattr(semalign_ids, "SAVE_EVERY", 1)
     calls, compute = [], semalign_ids.sample_id
 
-    def stop_at_the_third(*arguments: object) -> str:
+    def stop_at_the_last(*arguments: object) -> str:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == missing:
             raise KeyboardInterrupt
         return compute(*arguments)
 
-    monkeypatch.setattr(semalign_ids, "sample_id", stop_at_the_third)
+    monkeypatch.setattr(semalign_ids, "sample_id", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         SemAlignDataset(copy.root)
-    assert not path.exists()
+    assert path.exists() == bool(rows_there)
     assert path.with_name(path.name + ".partial").exists()
     SemAlignDataset(copy.root)
-    assert len(calls) == 4
+    assert len(calls) == missing + 1
     assert pq.read_table(path).equals(whole)
     assert not path.with_name(path.name + ".partial").exists()
 

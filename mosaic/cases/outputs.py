@@ -45,8 +45,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_notes(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """By name and digest, the last that manifest and journals of a folder say of a picture."""
-    paths = [folder / MANIFEST, *sorted(folder.glob(JOURNALS))]
+    """By name and digest, the last that manifest and journals of a folder say of a picture; the journal written to last comes last."""
+    paths = [folder / MANIFEST, *sorted(folder.glob(JOURNALS), key=lambda path: path.stat().st_mtime_ns)]
     return {(note["name"], note["digest"]): note for path in paths for note in _read_lines(path)}
 
 

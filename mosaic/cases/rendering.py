@@ -68,18 +68,21 @@ def render_batch(
         try:
             readable[job.name] = read_references(job)
         except CASE_ERRORS as error:
-            note_failure(journal, job, error, wanted)
+            note_failure(journal, job, in_one_line(error), wanted)
     jobs = [job for job in batch if job.name in readable]
     if not any(job.name in wanted for job in jobs):
         return
+    failure = ""
     try:
         result = sample(jobs, [readable[job.name] for job in jobs], pipeline, config, on_step)
     except CASE_ERRORS as error:
+        failure = in_one_line(error)
+    if failure:  # outside of the handler, where the error would keep the tensors of the failed call
         torch.cuda.empty_cache()
         if len(jobs) == 1:
-            note_failure(journal, jobs[0], error, wanted)
+            note_failure(journal, jobs[0], failure, wanted)
             return
-        tqdm.write(f"note: {len(jobs)} pictures at once failed ({in_one_line(error)}); they are tried one by one", file=sys.stderr)
+        tqdm.write(f"note: {len(jobs)} pictures at once failed ({failure}); they are tried one by one", file=sys.stderr)
         for job in jobs:
             if job.name in wanted:
                 render_batch([job], wanted, pipeline, config, journal)
@@ -91,7 +94,7 @@ def render_batch(
             try:
                 write_picture(job, readable[job.name], checked_picture(job, result.images[number]), attention, journal, seconds)
             except CASE_ERRORS as error:
-                note_failure(journal, job, error, wanted)
+                note_failure(journal, job, in_one_line(error), wanted)
 
 
 def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image:
@@ -107,10 +110,10 @@ def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image
     return picture
 
 
-def note_failure(journal: Journal, job: PictureJob, error: Exception, wanted: Collection[str]) -> None:
+def note_failure(journal: Journal, job: PictureJob, failure: str, wanted: Collection[str]) -> None:
     """Write into the journal what went wrong with a picture, if it was to be made."""
     if job.name in wanted:
-        journal.add(job, error=in_one_line(error))
+        journal.add(job, error=failure)
 
 
 def in_one_line(error: Exception) -> str:

@@ -125,7 +125,8 @@ def _refuse_or_keep(path: Path, table: pa.Table, rows: SemAlignRows) -> pa.Table
 def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Table:
     """Compute the ids that neither the index nor a partial one holds, and write the index."""
     partial = path.with_name(path.name + ".partial")
-    index = _read_index(path if path.exists() else partial)
+    index, begun = _read_index(path), _read_index(partial)
+    index = pa.concat_tables([index, begun.filter(pc.invert(pc.is_in(begun["row"], index["row"])))])
     missing = rows.kept[pc.is_null(_aligned(index, rows.kept)["id"]).to_numpy()]
     workers = min(_num_cores() if num_workers is None else num_workers, len(missing) // ROWS_PER_WORKER)
     found, failures, first_failure = [], 0, ""

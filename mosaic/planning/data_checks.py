@@ -60,7 +60,7 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
     if opened is None:
         return facts, findings
     facts = DataFacts(int(opened.num_references.max()), len(opened), len(set(opened.prompts())))
-    samples = _supply(findings, config, shape, opened)
+    samples = _supply(findings, config, shape, opened, checkpoint)
     if samples is None:
         return facts, findings
     return facts._replace(steps_per_epoch=_share_out(findings, config, samples, processes, checkpoint)), findings
@@ -85,11 +85,11 @@ def _open(findings: Findings, config: Config, shape: ModelShape) -> TrainingData
     return dataset
 
 
-def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> Samples | None:
+def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: Samples, checkpoint: Path | None) -> Samples | None:
     """The samples that can be read, with what the caches hold for them; None where that shows only when training starts, or never."""
     if config.data.skip_invalid:
         skipped, whole = Path(config.training.output_dir) / "skipped.jsonl", dataset
-        if not skipped.is_file():
+        if checkpoint is None or not skipped.is_file():  # one of an earlier start does not hold
             findings.append(Finding(NOTE, "data.skip_invalid", "samples that cannot be read are looked for when training starts."))
             return None
         dataset = findings.step("data.skip_invalid", lambda: _readable(whole, skipped), lambda found: f"{len(found):,} can be read.")

@@ -16,8 +16,9 @@ from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
 from mosaic.planning.model_shape import ModelShape, read_model_shape
 from mosaic.planning.preflight_checks import look_around
 from mosaic.training.sharding import read_distribution
+from mosaic.training.throughput import known_peak
 
-PEAK_TFLOPS = 989.0  # H100 and H200, dense bf16, data sheet
+ASSUMED_PEAK_TFLOPS = 989.0  # of a card that is not here or not known: H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption
 EFFICIENCY = 0.40  # share of the peak at which a step runs, recomputation counted as work; an assumption
 FITS_BELOW = 0.95  # share of a card's memory that may be planned: allocators lose the rest to fragmentation
@@ -146,10 +147,11 @@ def find_device(config: Config, gpu_memory: float | None, processes: int = 1) ->
     """The device that each of so many processes would take, or the card that is planned for."""
     peak = config.training.peak_tflops
     if gpu_memory is not None:
-        return Device("cuda", f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak or PEAK_TFLOPS)
+        return Device("cuda", f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak or ASSUMED_PEAK_TFLOPS)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Device("cuda", properties.name, properties.total_memory, processes, peak or PEAK_TFLOPS)
+        peak = peak or known_peak(torch.device("cuda", 0)) or ASSUMED_PEAK_TFLOPS
+        return Device("cuda", properties.name, properties.total_memory, processes, peak)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     return Device("cpu", f"{os.cpu_count()} CPU cores", pages, processes, peak or CPU_CORE_TFLOPS * (os.cpu_count() or 1) / processes)
 

@@ -124,9 +124,16 @@ def load_base(config: Config, caches: Caches, device: torch.device) -> MosaicFlu
 
 
 def training_dataset(
-    config: Config, grids: Grids, caches: Caches, accelerator: Accelerator
+    config: Config, grids: Grids, caches: Caches, accelerator: Accelerator, continues: bool
 ) -> TrainingDataset | ReadableSamples | CachedSamples:
     """The samples to train on, with what the caches hold; without those that cannot be read where `data.skip_invalid` asks for that.
+
+    Args:
+        config: The run's settings.
+        grids: Token grids.
+        caches: Those of the run.
+        accelerator: The processes.
+        continues: Whether a checkpoint is continued, for which the samples that were left out stay so; else they are looked for anew.
 
     Raises:
         FileNotFoundError, ValueError: Those of `open_dataset`, or the data cannot supervise.
@@ -136,6 +143,8 @@ def training_dataset(
     if data.skip_invalid:
         file = Path(config.training.output_dir) / "skipped.jsonl"
         with accelerator.main_process_first():
+            if accelerator.is_main_process and not continues:
+                file.unlink(missing_ok=True)  # of an earlier start in this folder, maybe with other data
             skipped = find_unreadable(dataset, file, data.num_workers, accelerator.is_local_main_process)
         if skipped:
             logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)

@@ -79,7 +79,8 @@ class Trainer:
         Args:
             config: The run's settings.
             signals: Those that ask for a stop.
-            continues: Whether `resume` will be called, so that `lora.pretrained` need not be there any more.
+            continues: Whether `resume` will be called, so that `lora.pretrained` need not be there any more, and the list of samples that
+                cannot be read holds.
         """
         self.config = config
         training = config.training
@@ -93,7 +94,7 @@ class Trainer:
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         grids = run_grids(self.pipeline, config)
-        self.dataset = training_dataset(config, grids, self.caches, self.accelerator)
+        self.dataset = training_dataset(config, grids, self.caches, self.accelerator, continues)
         self.sampler = training_sampler(config, self.dataset, self.accelerator.process_index, self.accelerator.num_processes)
         self.global_batch = self.sampler.global_batch
         validation = config.validation
