@@ -1,4 +1,4 @@
-"""Typed, validated, frozen sections for JSON settings, and the reading of JSON files.
+"""Typed, validated, frozen sections for JSON settings, and the reading and writing of JSON.
 
 A section is a frozen dataclass that derives from `Section`. Its annotations are the whole schema: `bool`, `int`, `float`, `str`,
 `Literal`, `tuple[...]`, unions with `None`, and `Annotated` with `Bounds` or `NotEmpty` for ranges. Every check runs in
@@ -179,6 +179,20 @@ def parse_json(text: str, place: str) -> Any:
         raise ValueError(f"{place}: not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not valid JSON: {error}.") from error
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Values as a line of JSON. Numbers that are not finite, which JSON does not know, become null."""
+    return json.dumps(without_nan(values), ensure_ascii=False, allow_nan=False)
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_plain(value: object) -> Any:

@@ -27,17 +27,17 @@ def figure(path: Path, caption: str) -> str:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Lines of a run's metrics.jsonl."""
+    """Lines of a run's metrics.jsonl, without the numbers that are null."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"--run {run}: metrics.jsonl is missing; give the output_dir of a training run.")
     try:
-        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ValueError(f"{file}: must hold one JSON object per line ({error}).") from error
-    if not entries:
+    if not lines:
         raise ValueError(f"{file}: is empty; the run has logged nothing yet.")
-    return entries
+    return [{name: value for name, value in line.items() if value is not None} for line in lines]
 
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> str:

@@ -1,10 +1,9 @@
 """What a run leaves beside its pictures: journals while it runs; the manifest and the contact sheets at its end."""
 
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mosaic.cases.checks import MANIFEST
 from mosaic.cases.recipes import PictureJob, has_digest, job_files, read_recipe
 from mosaic.figures import contact_sheet, save_picture
 from mosaic.images import load_image
+from mosaic.schema import json_line
 
 JOURNALS = ".journal_*.jsonl"
 PANELS_PER_SHEET = 60
@@ -29,19 +29,6 @@ class Journal:
         line = json_line({"name": job.name, "digest": job.recipe["digest"], **values})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")
-
-
-def json_line(values: Mapping[str, Any]) -> str:
-    """Values as a line of JSON. Numbers that are not finite, which JSON does not know, become null."""
-    return json.dumps(_without_nan(values), ensure_ascii=False, allow_nan=False)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_notes(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mosaic.schema import json_line
 from mosaic.training.durable import flush, write_text
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class RunLog:
         """Drop the entries beyond `step`, which will be written again, and those that a kill has cut."""
         if self.file.is_file():
             kept = [entry for entry in self.entries() if entry["step"] <= step] if step else []
-            write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(self.file, "".join(json_line(entry) + "\n" for entry in kept))
 
     def entries(self) -> list[dict[str, Any]]:
         """The complete entries of the file, oldest first."""
@@ -48,12 +49,12 @@ class RunLog:
 
     def best_step(self, metric: str | None, steps: list[int]) -> int | None:
         """The step, among `steps`, whose entry has the largest value of a metric; the later one of equals; None without any."""
-        values = {entry["step"]: entry[metric] for entry in self.entries() if metric in entry and entry["step"] in steps}
+        values = {entry["step"]: entry[metric] for entry in self.entries() if entry.get(metric) is not None and entry["step"] in steps}
         return max(values, key=lambda step: (values[step], step)) if values else None
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json_line(entry) + "\n")
 
     def _guard(self, function: Callable[..., None], argument: Any) -> None:
         """Call a function; an error becomes a warning, once."""

@@ -18,6 +18,7 @@ from mosaic.latents import images_to_tensor
 from mosaic.metrics import attention_accuracy, attention_shape, pool_accuracies, pool_shapes
 from mosaic.objective import run_grids
 from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.schema import without_nan
 from mosaic.training.validation import batch_attention_rows
 from scripts.pocket import world
 from scripts.pocket.ablation_tasks import NOISE_SEED, Task, features_file
@@ -122,7 +123,7 @@ def measure_pictures(task: Task, config: Config) -> dict[str, Any]:
         found = [batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator) for scene in scenes]
         accuracies = [attention_accuracy(*rows) for rows in found]
         shapes = [attention_shape(rows, points) for rows, points, _ in found]
-        result |= {"attention": _without_nan(pool_accuracies(accuracies)._asdict()), "shape": _without_nan(pool_shapes(shapes)._asdict())}
+        result |= without_nan({"attention": pool_accuracies(accuracies)._asdict(), "shape": pool_shapes(shapes)._asdict()})
         by_scene |= {name: [getattr(accuracy, name) for accuracy in accuracies] for name in ("exact", "near")}
         by_scene |= {"attention_leakage": [accuracy.leakage for accuracy in accuracies]}
         by_scene |= {name: [getattr(shape, name) for shape in shapes] for name in ("entropy", "overlap")}
@@ -204,7 +205,3 @@ def measure_timing(task: Task, config: Config) -> dict[str, Any]:
         if repeat:
             seconds.append(time.perf_counter() - start)
     return {"seconds_per_image": statistics.median(seconds), "repeats": seconds}
-
-
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if value != value else value for name, value in values.items()}
