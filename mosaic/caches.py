@@ -3,14 +3,13 @@
 import logging
 from typing import Any, NamedTuple
 
-from mosaic.component_files import component_config, component_folder, component_revision
+from mosaic.component_files import TEXT_COMPONENTS, component_config, component_folder, component_revision
 from mosaic.config import Config
 from mosaic.data.latent_cache import LatentCache
 from mosaic.data.text_cache import TextCache
 from mosaic.schema import to_plain
 
 logger = logging.getLogger(__name__)
-TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 class Caches(NamedTuple):

@@ -12,6 +12,7 @@ from mosaic.digests import file_digest
 from mosaic.hub import require_model_name, unreachable_message
 from mosaic.schema import read_json
 
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that is there is the one that is loaded
 
 

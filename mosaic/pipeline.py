@@ -33,6 +33,7 @@ from mosaic.tokens import Grid, pack_latents, position_ids, reference_position_i
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 
 DEFAULT_SIZE = 512  # px; target and references, unless the loaded reference LoRA says otherwise
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of `model.dtype`
 
 
 @dataclass

@@ -15,13 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import PartialState
 
-from mosaic.caches import TEXT_COMPONENTS, latent_encoding, text_encoding
-from mosaic.component_files import component_config, component_folder
+from mosaic.caches import latent_encoding, text_encoding
+from mosaic.component_files import TEXT_COMPONENTS, component_config, component_folder
 from mosaic.config import Config, load_config
 from mosaic.data import check_dataset, open_dataset
 from mosaic.objective import run_grids
-from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.training.starting import DTYPES
+from mosaic.pipeline import DTYPES, MosaicFluxPipeline
 from preprocess.arguments import check_device
 from preprocess.caching import PictureSource, PromptSource, fill
 

@@ -25,13 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mosaic.acceleration import compile_blocks, set_attention_backend, set_step_cache
-from mosaic.cases.loading import DTYPES
 from mosaic.cases.reading import load_cases
 from mosaic.config import from_dict
 from mosaic.images import load_image, prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.lora import reference_lora_parameters
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.planning.costs import sampling_flops
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import GIB

@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
             report = preflight(config, planned_environment(), arguments.resume)
             print(as_text(report))
             return 0 if report.ready else 1
-        from mosaic.training import train  # torch and diffusers are imported only once the config stands
+        import torch  # this and diffusers only once the config stands
+
+        from mosaic.planning.preflight import CURES
+        from mosaic.training import train
         from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
 
         try:
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
             return REQUEUE_EXIT_CODE
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"the device's memory is full: {str(error).partition('. ')[0]}. {CURES}") from error
     except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         # An error of a data loading process carries that process's traceback; its last line is the message.
         message = str(error).strip().splitlines() or [type(error).__name__]

@@ -226,3 +226,12 @@ def test_the_command_with_auto(world: Path, tmp_path: Path, capsys: pytest.Captu
     assert inference.main(["--config", str(world / "config.json"), "--output-dir", str(tmp_path / "48"), "--memory", "48gb"]) == 0
     with Image.open(tmp_path / "48/case_000.png") as early:
         assert early.tobytes() == before.tobytes()
+
+
+def test_a_full_device_is_said_with_the_cure(world: Path, config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(loading, "place_pipeline", full)
+    with pytest.raises(ValueError, match='full with inference.memory "none": CUDA out of memory. Take less with --memory auto'):
+        loading.load_pipeline(config_of(), world / "lora.safetensors", CPU)

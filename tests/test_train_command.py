@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
+import mosaic.training
 from mosaic.config import load_config
 from mosaic.data import collate
 from mosaic.objective import sample_generators, train_step
@@ -196,3 +197,14 @@ def test_two_processes(world: Path, tmp_path: Path) -> None:
     assert [("loss/total" in entry, "attention/exact" in entry) for entry in entries] == [(False, True), (True, False), (False, True)]
     logged = [entries[1][f"loss/{name}"] for name in ("total", "flow_matching", "correspondence", "disentanglement")]
     assert logged == pytest.approx(np.mean(terms, axis=0).tolist(), rel=1e-4)
+
+
+def test_a_full_device_is_said_with_the_cure(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(mosaic.training, "train", full)
+    assert main([str(config_file)]) == 2
+    assert_one_error(capsys.readouterr().err, "the device's memory is full: CUDA out of memory. Less memory, in this order:")

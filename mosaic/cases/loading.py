@@ -1,7 +1,8 @@
 """The pipeline that renders cases, loaded and placed as `inference.memory` says."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,11 @@ from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 from torch import nn
 from transformers import AutoConfig, T5EncoderModel
 
-from mosaic.component_files import component_folder
+from mosaic.component_files import TEXT_COMPONENTS, component_folder
 from mosaic.config import Config
 from mosaic.memory_presets import GGUF, EncodedPrompts, MemoryPreset, gguf_file, place_pipeline, resolve_preset
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.quantized_files import quantized_model
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
@@ -84,22 +82,35 @@ def load_pipeline(config: Config, lora_file: Path | None, device: torch.device, 
         prompts: All that will be rendered; where the text encoders leave, others cannot be.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: A part cannot be loaded.
+        FileNotFoundError, OSError, ValueError: A part cannot be loaded, or does not fit into the device's memory.
     """
     preset = resolve_preset(config)
     loader = _Loader(config, preset, device)
-    if not preset.encoders_leave:
-        pipeline = loader.pipeline(**loader.transformer(), **loader.text_encoder())
-    else:
-        encoded = encode_first(loader, prompts)
-        pipeline = loader.pipeline(**loader.transformer(), **dict.fromkeys(TEXT_COMPONENTS))
-        pipeline.encode_prompt = encoded
-    if lora_file is not None:
-        pipeline.load_reference_lora(lora_file)
-    if config.inference.style_lora is not None:
-        pipeline.load_style_lora(config.inference.style_lora, config.inference.style_lora_weight_name, config.inference.style_lora_scale)
-    place_pipeline(pipeline, preset, device)
+    with _full_memory_explained(config):
+        if not preset.encoders_leave:
+            pipeline = loader.pipeline(**loader.transformer(), **loader.text_encoder())
+        else:
+            encoded = encode_first(loader, prompts)
+            pipeline = loader.pipeline(**loader.transformer(), **dict.fromkeys(TEXT_COMPONENTS))
+            pipeline.encode_prompt = encoded
+        if lora_file is not None:
+            pipeline.load_reference_lora(lora_file)
+        style = config.inference
+        if style.style_lora is not None:
+            pipeline.load_style_lora(style.style_lora, style.style_lora_weight_name, style.style_lora_scale)
+        place_pipeline(pipeline, preset, device)
     return pipeline
+
+
+@contextmanager
+def _full_memory_explained(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f'the model must fit into the device\'s memory, but it is full with inference.memory "{config.inference.memory}": '
+            f"{str(error).partition('. ')[0]}. Take less with --memory auto (inference.memory), or free the device's memory."
+        ) from error
 
 
 def encode_first(loader: _Loader, prompts: Sequence[str]) -> EncodedPrompts:

@@ -18,12 +18,12 @@ from mosaic.config import Config
 from mosaic.data import MosaicBatch
 from mosaic.lora import attach_reference_lora, reference_lora_parameters
 from mosaic.objective import sample_generators, train_step
+from mosaic.pipeline import DTYPES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import TEMPORARY, StorageMeter, storage_bytes
 from mosaic.recomputation import set_gradient_checkpointing
 from mosaic.tokens import PATCH, token_grid
-from mosaic.training.starting import DTYPES
 from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"

@@ -17,6 +17,7 @@ from transformers import T5Config, T5EncoderModel
 
 from mosaic.config import Config
 from mosaic.memory_presets import GGUF, MemoryPreset
+from mosaic.pipeline import DTYPES
 from mosaic.planning.costs import lora_parameter_count, width
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES
@@ -25,7 +26,6 @@ from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import StorageMeter
 from mosaic.reference_cache import reference_cache_bytes
 from mosaic.tokens import position_ids, reference_position_ids, text_position_ids, token_grid
-from mosaic.training.starting import DTYPES
 from mosaic.transformer import CaptureRequest
 
 TRANSFORMER, ADAPTER, ENCODERS, VAE, ACTIVATIONS = "transformer", "adapter", "text encoders", "VAE", "activations"

@@ -27,7 +27,7 @@ from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters
 from mosaic.lora_resize import resize_reference_lora
 from mosaic.objective import Grids
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.quantization import check_quantization, quantize_base
 from mosaic.recomputation import set_gradient_checkpointing
 from mosaic.training.checkpoint import clean_up, find_checkpoint
@@ -35,7 +35,6 @@ from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
 
 WAIT = timedelta(hours=6)  # that processes wait for one another: the main one validates, or looks over the data, alone
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 logger = logging.getLogger(__name__)
 
 
