@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,14 +79,6 @@ def page_digest_at(path: Path) -> str | None:
     except OSError:
         return None
     return found and found[1]
-
-
-def write_page(path: Path, content: str) -> None:
-    """Write a page aside, then rename it; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _encoded(image: Image.Image, form: str, **options: int) -> bytes:

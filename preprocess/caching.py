@@ -1,7 +1,6 @@
 """Filling a cache by several processes that may be killed: what is cached, and the sharing of the shards."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from mosaic.data import TrainingDataset, latent_cache, text_cache
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.data.tensor_cache import DESCRIPTION, INDEX, NAMES, VERSION, is_finished, shard_path, write_index, write_shard
+from mosaic.output_files import write_text
 from mosaic.pipeline import MosaicFluxPipeline
 from mosaic.schema import first_difference, read_json
 
@@ -168,7 +168,5 @@ def claim(root: Path, description: dict[str, Any]) -> None:
         if root.exists() and (not root.is_dir() or any(found.suffix != ".partial" for found in root.iterdir())):
             raise ValueError(f"{root}: must be a new or empty folder, or a cache; it has no {DESCRIPTION}. Name another folder.")
         root.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(description, indent=2) + "\n")
-        os.replace(partial, path)
+        write_text(path, json.dumps(description, indent=2) + "\n")
     shard_path(root, 0).parent.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mosaic.config import config_to_json, from_dict
 from mosaic.lora_files import LoraFile, reference_metadata
-from mosaic.training.durable import write_text
+from mosaic.output_files import write_text
 from scripts.ablation import ARMS_FOLDER
 from scripts.pocket.ablation_measures import measure
 from scripts.pocket.ablation_plan import ROOT, base_digest, judge_digest, world_digest

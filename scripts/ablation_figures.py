@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.figures import save_picture
-from mosaic.training.durable import write_text
+from mosaic.output_files import write_text
 from scripts.pocket.ablation_plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
 from scripts.pocket.ablation_readme import put_into
 from scripts.pocket.ablation_results import read_results

@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mosaic.output_files import require_file, write_text
 from scripts import twin_benchmark
 from scripts.twin_benchmark import ARMS, REFERENCE_SIDE
 
@@ -188,25 +189,25 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
         print()
         result |= twin_benchmark.compare(args)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(args.output, json.dumps(result, indent=2) + "\n")
     return result
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Run the benchmark; returns the result."""
     args = parse(argv)
-    if args.command == "data":
-        from scripts import data_benchmark
-
-        return data_benchmark.run(args)
     try:
+        require_file(args.output, "--output")
+        if args.command == "data":
+            from scripts import data_benchmark
+
+            return data_benchmark.run(args)
         if args.command == "infer":
             from scripts import infer_benchmark
 
             return infer_benchmark.run(args)
         return run_train(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"benchmark.py: error: {error}") from error
 
 

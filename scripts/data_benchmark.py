@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from mosaic.data import BucketBatchSampler, DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord, collate
 from mosaic.data.manifest import DESCRIPTION, FORMAT, MANIFEST, VERSION
 from mosaic.data.writer import ROWS_PER_GROUP, SCHEMA
+from mosaic.output_files import write_text
 
 GRID = 64  # cells per side of the grids that points are found on
 POINTS = 600  # per reference
@@ -41,8 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     result = {"settings": settings, "cores": os.cpu_count(), "samples_per_second": speed, "cpu_ms_per_sample": cpu, "manifest": memory}
     print_tables(result)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(args.output, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from mosaic.config import DataConfig
 from mosaic.data import Inspection, TrainingDataset, open_dataset
 from mosaic.data.readable import Attempt, Unreadable
+from mosaic.output_files import require_file, write_text
 from mosaic.tokens import token_grid
 from scripts.doctor_findings import Findings, Training, summarise
 from scripts.doctor_page import PICTURES, write_findings
@@ -47,6 +48,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("limit", "image_size", "reference_size", "token_size", "text_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.token_size % 2:
+        parser.error(f"--token-size must be even, for a token is 2 x 2 latents, got {args.token_size}")
     if args.workers < 0 or not 0 <= args.min_coverage <= 1:
         parser.error(f"--workers must not be negative and --min-coverage lie in [0, 1], got {args.workers} and {args.min_coverage}")
     return args
@@ -104,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     """Look, print and write; returns the exit code."""
     args = parse_arguments(argv)
     try:
+        require_file(args.json, "--json")
+        require_file(args.html, "--html")
         dataset = open_data(args)
         training = Training(args.token_size, (args.image_size,) * 2, args.reference_size, args.text_length, args.min_coverage)
         findings, shown = Findings(training), []
@@ -112,15 +117,14 @@ def main(argv: list[str] | None = None) -> int:
             if isinstance(found, Inspection) and len(shown) < PICTURES:
                 shown.append(found)
         summary = summarise(findings) | {"data_set": dataset.report()}
+        print_findings(summary)
+        if args.json:
+            write_text(args.json, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        if args.html:
+            write_findings(summary, shown, args.html, title=f"Data set {args.data}")
     except (OSError, ValueError) as error:
         print(f"doctor.py: error: {error}", file=sys.stderr)
         return 2
-    print_findings(summary)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if args.html:
-        write_findings(summary, shown, args.html, title=f"Data set {args.data}")
     return 0 if summary["healthy"] else 1
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from mosaic.data import Inspection
 from mosaic.figures import contact_sheet
-from mosaic.pages import embedded, page, write_page
+from mosaic.output_files import write_text
+from mosaic.pages import embedded, page
 from preprocess.sheets import correspondence_panel
 
 PICTURES = 12  # samples on the sheet
@@ -30,7 +31,7 @@ def write_findings(summary: dict[str, Any], shown: Sequence[Inspection], path: P
     parts = [f"<p><b>{html.escape(verdict)}</b></p>", f"<table>{cells}</table>"]
     if shown:
         parts.append(embedded(_sheet(shown), "samples: each reference, the target, and lines between corresponding cells"))
-    write_page(path, page(title, [f"<h1>{html.escape(title)}</h1>", *parts]))
+    write_text(path, page(title, [f"<h1>{html.escape(title)}</h1>", *parts]))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ README's tables; --output also writes JSON.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mosaic.config import Config, load_config
+from mosaic.output_files import require_file, write_text
 from mosaic.pipeline import MosaicFluxPipeline
 from scripts.pocket import world
 from scripts.pocket.evaluation import (
@@ -116,16 +116,15 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, [*arguments.set, *lora])
         if config.inference.lora is None:
             raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
+        require_file(arguments.output, "--output")
         entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
+        print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
+        if arguments.output:
+            found = {"lora": config.inference.lora, "seed": arguments.seed, "entries": entries}
+            write_text(arguments.output, json.dumps(found, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_name(arguments.output.name + ".partial")
-        partial.write_text(json.dumps({"lora": config.inference.lora, "seed": arguments.seed, "entries": entries}, indent=2))
-        os.replace(partial, arguments.output)
     return 0
 
 

@@ -30,6 +30,7 @@ from mosaic.config import from_dict
 from mosaic.images import load_image, prepare_reference
 from mosaic.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.lora import reference_lora_parameters
+from mosaic.output_files import write_text
 from mosaic.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.planning.costs import sampling_flops
 from mosaic.planning.dry_run import build_transformer
@@ -144,8 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {"model": model, "device": name, "dtype": str(pipeline.transformer.dtype), "peak_tflops": peak, "rows": rows}
     print_table(args, result)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(args.output, json.dumps(result, indent=2) + "\n")
     return result
 
 

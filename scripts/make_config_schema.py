@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import itertools
 import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from mosaic import sections
 from mosaic.config import EXTENDS, SECTIONS
+from mosaic.output_files import write_text
 from mosaic.schema import Bounds, NotEmpty, Section, to_plain
 
 FILE = ROOT / "configs" / "schema.json"
@@ -99,10 +99,8 @@ def schema_text() -> str:
 
 
 def write_schema(file: Path, text: str) -> None:
-    """Write a generated file, aside and then renamed."""
-    aside = file.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    """Write a generated file."""
+    write_text(file, text)
     print(f"{file.relative_to(ROOT)}: written")
 
 

@@ -4,7 +4,6 @@ Held-out identities of the pocket world, one to six to a case; prompts name clas
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mosaic.figures import save_picture
+from mosaic.output_files import write_text
 from scripts.pocket import world
 
 NUM_REFERENCES = (1, 1, 2, 2, 3, 3, 3, 4, 5, 6)  # K of each case
@@ -36,9 +36,7 @@ def main() -> None:
             save_picture(world.render_reference(placement.identity, PICTURE_SIZE), ROOT / path)
             paths.append(path.as_posix())
         cases.append({"index": index, "prompt": world.caption(scene), "image_paths": paths})
-    partial = ROOT / "example_cases.json.partial"
-    partial.write_text(json.dumps(cases, indent=2) + "\n")
-    os.replace(partial, ROOT / "example_cases.json")
+    write_text(ROOT / "example_cases.json", json.dumps(cases, indent=2) + "\n")
     print(f"{len(cases)} cases, {len({path for case in cases for path in case['image_paths']})} reference pictures")
 
 

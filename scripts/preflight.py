@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.config import load_config
+from mosaic.output_files import require_file, write_text
 from scripts import launch
 
 
@@ -70,20 +71,18 @@ def main(argv: list[str] | None = None) -> int:
         print_table() if arguments.table == "training" else print_inference_table()
         return 0
     try:
+        require_file(arguments.json, "--json")
         config = load_config(arguments.config, arguments.set)
         from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
 
         environ = planned_environment(elsewhere=arguments.gpu_memory is not None)
         report = preflight(config, environ, arguments.resume, arguments.gpu_memory, arguments.references)
+        print(as_text(report))
+        if arguments.json:
+            write_text(arguments.json, json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n")
     except (OSError, ValueError) as error:
         print(f"preflight.py: error: {error}", file=sys.stderr)
         return 2
-    print(as_text(report))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, arguments.json)
     return 0 if report.ready else 1
 
 

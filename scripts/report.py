@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.pages import embedded, page, write_page
+from mosaic.output_files import require_file, write_text
+from mosaic.pages import embedded, page
 
 CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL"), ("loss/disentanglement", "MDL"))
 WIDTH, HEIGHT, PAD = 340, 200, 42
@@ -121,14 +122,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
     try:
+        require_file(arguments.output, "--output")
         if not (arguments.examples or arguments.run):
             raise ValueError("give --examples, --run, or both.")
         parts = examples_section(arguments.examples) if arguments.examples else []
         parts += run_section(arguments.run) if arguments.run else []
+        write_text(arguments.output, page("MOSAIC report", ["<h1>MOSAIC report</h1>", *parts]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_page(arguments.output, page("MOSAIC report", ["<h1>MOSAIC report</h1>", *parts]))
     print(f"report: {arguments.output}")
     return 0
 

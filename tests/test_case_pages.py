@@ -21,7 +21,8 @@ from mosaic.cases.recipes import PictureJob, job_files, page_digest, png_text
 from mosaic.cases.references import Reference
 from mosaic.cases.reports import Report, make_report
 from mosaic.figures import save_picture
-from mosaic.pages import page_digest_at, write_page
+from mosaic.output_files import write_text
+from mosaic.pages import page_digest_at
 from mosaic.tokens import Grid
 
 HOSTILE = "a <script>alert(1)</script> \"cat\" 'x' & </title></style><img src=x onerror=alert(2)> &lt; ]]> <!-- \u202egnp"
@@ -187,7 +188,7 @@ def test_hostile_prompts_and_names_are_text() -> None:
 def reported(folder: Path, job: PictureJob) -> dict[str, Any]:
     """A job's files in a folder, and its line of the manifest."""
     report, files = known_report(job), job_files(job, folder)
-    write_page(files.page, report.page)
+    write_text(files.page, report.page)
     save_picture(report.panel, files.panel, png_text(job.recipe))
     return {**job.recipe, "attention": report.numbers}
 
@@ -230,7 +231,7 @@ def test_overview(tmp_path: Path) -> None:
 
 def test_the_digest_of_a_page_is_read_again(tmp_path: Path) -> None:
     job = one_job(f'<head><meta name="mosaic-digest" content="{"cd" * 32}">')
-    write_page(tmp_path / "page.html", known_report(job).page)
+    write_text(tmp_path / "page.html", known_report(job).page)
     assert page_digest_at(tmp_path / "page.html") == page_digest(job)
     (tmp_path / "other.html").write_bytes(b"\xff<html>")
     assert page_digest_at(tmp_path / "other.html") is page_digest_at(tmp_path / "none.html") is page_digest_at(tmp_path) is None

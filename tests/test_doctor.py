@@ -200,6 +200,11 @@ def test_the_command_names_what_is_missing(data: Path, capsys: pytest.CaptureFix
     next((data / "images").glob("train-*_target.png")).write_bytes(b"no picture")
     assert doctor.main([str(data), *SIZES, "--min-coverage", "0.3"]) == 1
     assert re.search(r"NOT FIT: 1 of \d+ samples cannot be read", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        doctor.main([str(data), *SIZES, "--token-size", "1"])
+    assert "--token-size must be even" in capsys.readouterr().err
+    assert doctor.main([str(data), *SIZES, "--json", str(data)]) == 2
+    assert f"--json: must be a file, but {data} is a folder" in capsys.readouterr().err
 
 
 def test_what_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

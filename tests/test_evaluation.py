@@ -230,3 +230,5 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert evaluate.main([*arguments, "--output", str(tmp_path / "numbers.json")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "numbers.json").exists()
+    assert evaluate.main(["--output", str(tmp_path)]) == 2
+    assert f"--output: must be a file, but {tmp_path} is a folder" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """What can be checked of a run before anything is loaded: sizes and the output folder."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from mosaic.cases.reading import Case
 from mosaic.config import Config
 from mosaic.digests import vae_scale_factor
+from mosaic.output_files import require_folder
 from mosaic.tokens import token_grid
 
 MANIFEST = "manifest.jsonl"
@@ -66,12 +66,7 @@ def check_output(folder: Path) -> None:
     Raises:
         ValueError: The folder's place or that of the manifest is taken, or nothing can be written there.
     """
-    place = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    if not place.is_dir():
-        where = f"{place} is a file" if place == folder else f"{folder} would lie below the file {place}"
-        raise ValueError(f"inference.output_dir: must be a folder, but {where}. Name another, or move the file away.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"inference.output_dir: must be a folder that can be written to, but {place} cannot. Name another.")
+    require_folder(folder, "inference.output_dir")
     manifest = folder / MANIFEST
     if manifest.is_dir():
         raise ValueError(f"inference.output_dir: {manifest} must be a file, but it is a folder. Move it away, or name another folder.")

@@ -1,7 +1,6 @@
 """What a run leaves beside its pictures: journals while it runs; the manifest and the contact sheets at its end."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from mosaic.cases.checks import MANIFEST
 from mosaic.cases.recipes import PictureJob, has_digest, job_files, read_recipe
 from mosaic.figures import contact_sheet, save_picture
 from mosaic.images import load_image
+from mosaic.output_files import write_text
 from mosaic.schema import json_line
 
 JOURNALS = ".journal_*.jsonl"
@@ -79,7 +79,7 @@ def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     names = {job.name for job in jobs}
     rows += [note for (name, digest), note in notes.items() if name not in names and _recipe_at(folder, name).get("digest") == digest]
     if folder.is_dir():
-        _replace(folder / MANIFEST, "".join(json_line(row) + "\n" for row in rows))
+        write_text(folder / MANIFEST, "".join(json_line(row) + "\n" for row in rows))
     for path in folder.glob(JOURNALS):
         path.unlink()
     return failures
@@ -107,8 +107,3 @@ def _recipe_at(folder: Path, name: str) -> dict[str, Any]:
     return (read_recipe(path) if path.parent == folder else None) or {}
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file aside, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -12,7 +12,8 @@ from mosaic.cases.pages import OVERVIEW, case_title, strongest_leak
 from mosaic.cases.recipes import PAGE, PANEL, has_digest
 from mosaic.figures import MARGIN, TILE
 from mosaic.images import load_image
-from mosaic.pages import jpeg_uri, page, text, write_page
+from mosaic.output_files import write_text
+from mosaic.pages import jpeg_uri, page, text
 
 
 def write_overview(folder: Path) -> None:
@@ -28,7 +29,7 @@ def write_overview(folder: Path) -> None:
         "where their own peaks are. Others&rsquo; places: the share on the tokens of another reference.</p></header>",
         f'<main><ul class="cases">{"".join(_entry(row, folder) for row in rows)}</ul></main>',
     ]
-    write_page(folder / OVERVIEW, page("MOSAIC: where the references look", parts, STYLE))
+    write_text(folder / OVERVIEW, page("MOSAIC: where the references look", parts, STYLE))
 
 
 def _is_reported(row: Mapping[str, Any], folder: Path) -> bool:

@@ -20,7 +20,7 @@ from mosaic.cases.reports import make_report
 from mosaic.config import Config
 from mosaic.figures import case_panel, save_picture
 from mosaic.images import decode_image
-from mosaic.pages import write_page
+from mosaic.output_files import write_text
 from mosaic.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
 
 CAPTION_LETTERS = 400
@@ -171,7 +171,7 @@ def write_picture(
     files = job_files(job, journal.path.parent)
     if report:
         save_picture(report.panel, files.attention, text)
-        write_page(files.page, report.page)
+        write_text(files.page, report.page)
     else:  # those of an earlier recipe are not of this picture
         files.attention.unlink(missing_ok=True)
         files.page.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Leaving out the samples that cannot be read, where a user asks for it (`data.skip_invalid`): found once, counted and listed."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mosaic.data.samples import Sample
+from mosaic.output_files import write_text
 
 
 class Unreadable(NamedTuple):
@@ -92,10 +92,7 @@ def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: b
     if not file.is_file():
         loader = DataLoader(Attempt(dataset, "__getitem__"), batch_size=None, num_workers=num_workers)
         found = [one for one in tqdm(loader, "reading all samples", disable=not show_progress) if isinstance(one, Unreadable)]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text("".join(json.dumps(bad._asdict()) + "\n" for bad in found))
-        os.replace(partial, file)
+        write_text(file, "".join(json.dumps(bad._asdict()) + "\n" for bad in found))
     try:
         return [Unreadable(**json.loads(line)) for line in file.read_text().splitlines()]
     except (ValueError, TypeError) as error:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mosaic.digests import file_digest
 from mosaic.lora import read_reference_lora, write_reference_lora
+from mosaic.output_files import flush
 from mosaic.schema import read_json, shown
-from mosaic.training.durable import flush
 
 logger = logging.getLogger(__name__)
 STEP_FOLDER = re.compile(r"step_(\d{8,})")

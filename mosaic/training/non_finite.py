@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mosaic.data import MosaicBatch
 from mosaic.losses import MosaicLoss
-from mosaic.training.durable import write_text
+from mosaic.output_files import write_text
 
 logger = logging.getLogger(__name__)
 MOST_IN_A_ROW = 100  # a run that leaves out every batch is broken

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mosaic.output_files import flush, write_text
 from mosaic.schema import json_line
-from mosaic.training.durable import flush, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from mosaic.hub import resolve_lora_file
 from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters
 from mosaic.lora_resize import resize_reference_lora
 from mosaic.objective import Grids
+from mosaic.output_files import require_folder
 from mosaic.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.quantization import check_quantization, quantize_base
 from mosaic.recomputation import set_gradient_checkpointing
@@ -66,17 +66,10 @@ def check_output(folder: Path) -> None:
     """Check that a run can write into its folder, which may not be there yet.
 
     Raises:
-        ValueError: It, the folder of its checkpoints, or a part of the path to them is a file.
-        PermissionError: It cannot be written.
+        ValueError: It, the folder of its checkpoints, or a part of the path to them is a file or cannot be written to.
     """
     for place in (folder, folder / "checkpoints"):
-        parent = next(path for path in (place, *place.absolute().parents) if path.exists())
-        if not parent.is_dir():
-            raise ValueError(f"training.output_dir: {place} must be a folder, but {parent} is a file. Choose another training.output_dir.")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(
-                f"training.output_dir: {parent} cannot be written (no permission, or a read-only disk). Choose another one."
-            )
+        require_folder(place, "training.output_dir")
 
 
 def warn_of_best(config: Config) -> None:

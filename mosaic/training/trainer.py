@@ -18,10 +18,10 @@ from mosaic.data.stream import batches_from
 from mosaic.lora import reference_lora_parameters, save_reference_lora
 from mosaic.losses import MosaicLoss
 from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
+from mosaic.output_files import write_text
 from mosaic.training.averaging import averaged
 from mosaic.training.checkpoint import folder_of, load_snapshot, set_aside
 from mosaic.training.checkpoint_writer import CheckpointWriter
-from mosaic.training.durable import write_text
 from mosaic.training.non_finite import NonFiniteLoss, NonFiniteSteps
 from mosaic.training.optimizers import build_optimizer
 from mosaic.training.run_lock import RunLock

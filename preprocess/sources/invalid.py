@@ -1,10 +1,11 @@
 """What a converter does with samples that it cannot convert: end with the first one, or count, log and list them all."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mosaic.output_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,5 @@ class InvalidSamples:
             self.problems.append(line)
 
     def write(self, path: Path) -> None:
-        """Write the list, one line per sample, aside and then renamed."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in self.problems), encoding="utf-8")
-        os.replace(partial, path)
+        """Write the list, one line per sample."""
+        write_text(path, "".join(f"{line}\n" for line in self.problems))

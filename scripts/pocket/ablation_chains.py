@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mosaic.output_files import write_text
 from mosaic.schema import read_json
-from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_jobs import Job
 from scripts.pocket.ablation_plan import ROOT, Plan, Run

@@ -11,8 +11,8 @@ from typing import Any
 
 from mosaic.config import load_config, resolved_dict
 from mosaic.digests import file_digest, model_digest
+from mosaic.output_files import write_text
 from mosaic.schema import read_json
-from mosaic.training.durable import write_text
 from scripts.pocket.ablation_arms import BASELINE, PARTS, Arm, attention_arms, factor_arms, main_arms
 from scripts.pocket.judge import WEIGHTS as JUDGE
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mosaic.training.durable import write_text
+from mosaic.output_files import write_text
 from scripts.pocket.ablation_tables import (
     EXACT,
     FRECHET,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from mosaic.config import load_config
 from mosaic.digests import file_digest
+from mosaic.output_files import write_text
 from mosaic.schema import read_json
-from mosaic.training.durable import write_text
 from mosaic.training.run_log import RunLog
 from scripts.pocket.ablation_chains import is_trained, training_state
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, judge_digest, world_digest

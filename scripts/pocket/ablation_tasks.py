@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from mosaic.config import load_config, resolved_dict
 from mosaic.digests import file_digest
+from mosaic.output_files import write_text
 from mosaic.schema import read_json
-from mosaic.training.durable import write_text
 from scripts.pocket.ablation_plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
 from scripts.pocket.provenance import commit, hardware
 
