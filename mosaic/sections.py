@@ -162,9 +162,12 @@ LOSS_PRESETS["light"] = LOSS_PRESETS["paper"] | {
 their weights and with a cap (README, Ablation)."""
 
 
+_NOT_GIVEN: Any = object()
+
+
 def _from_preset() -> Any:
-    """Default of a loss field that takes its value from the preset when it is not given. A preset's None means: none."""
-    return dataclasses.field(default=None)
+    """Default of a loss field that takes its value from the preset when it is not given; a None that is given stays None."""
+    return dataclasses.field(default=_NOT_GIVEN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,8 +195,8 @@ class LossConfig(Section):
     disentanglement_warmup_steps: CountOrZero = _from_preset()
     """Optimizer steps over which that weight then rises linearly to its full value. paper 0, release 1000."""
     disentanglement_cap: Positive | None = _from_preset()
-    """Largest divergence that is still rewarded, in nats; symmetric KL has no upper bound of its own. paper and release None: no cap,
-    light 1; for "light" without one give a number out of reach, such as 1e6."""
+    """Largest divergence that is still rewarded, in nats; None: no cap. Symmetric KL has no upper bound of its own. paper and release None,
+    light 1."""
     capture_blocks: Blocks = _from_preset()
     """Blocks whose attention is supervised. "all" (paper), "double" (release): the double-stream ones; or block numbers from 0,
     double-stream blocks first."""
@@ -206,7 +209,7 @@ class LossConfig(Section):
     def __post_init__(self) -> None:
         """Fill from the preset, then validate."""
         for name, value in LOSS_PRESETS.get(self.preset if isinstance(self.preset, str) else "", LOSS_PRESETS["paper"]).items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is _NOT_GIVEN:
                 object.__setattr__(self, name, value)
         super().__post_init__()
         low, high = self.supervised_timesteps
@@ -307,7 +310,7 @@ class ValidationConfig(Section):
     split: Text = "heldout"
     """Split of `data.root` that gives the cases where `cases` is None, and the samples on which attention accuracy is measured."""
     cases: Text | None = None
-    """Cases file for the panels; None: the first samples of `split`."""
+    """Cases file for the panels; None: samples of `split`, evenly spread."""
     num_cases: Count = 4
     """Number of cases per validation."""
     num_inference_steps: Steps = 28

@@ -51,6 +51,7 @@ def test_presets_fill_what_is_not_given() -> None:
     light = dataclasses.replace(paper, preset="light", correspondence_weight=0.04, disentanglement_weight=0.06, disentanglement_cap=1.0)
     assert LossConfig(preset="light") == light
     assert LossConfig(preset="light", disentanglement_cap=2.0).disentanglement_cap == 2.0
+    assert from_dict({"loss": {"preset": "light", "disentanglement_cap": None}}).loss.disentanglement_cap is None
     mixed = LossConfig(preset="release", disentanglement_weight=0.0, capture_blocks=(0, 19))
     assert (mixed.disentanglement_weight, mixed.capture_blocks, mixed.correspondence_weight) == (0.0, (0, 19), 0.1)
 
@@ -195,6 +196,7 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
             "optimizer.betas must be a list of 2 values, each a number of at least 0 and less than 1, got [0.9, 1] (FILE).",
         ),
         ({"loss": {"preset": "papper"}}, 'loss.preset must be one of "paper", "release", "light", got "papper". Did you mean paper? (FILE).'),
+        ({"loss": {"correspondence_weight": None}}, "loss.correspondence_weight must be a number of at least 0, got null (FILE)."),
         ({"loss": {"disentanglement_cap": 0}}, "loss.disentanglement_cap must be a number of more than 0 or null, got 0 (FILE)."),
         (
             {"loss": {"supervised_timesteps": [0.5, 0.5]}},
