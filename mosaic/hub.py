@@ -68,33 +68,20 @@ def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None,
         FileNotFoundError: If a local file is missing.
         OSError: If the repository is gated, missing or unreachable.
     """
-    path = Path(source)
     name = weight_name or PUBLISHED_WEIGHT_NAMES.get(str(source), DEFAULT_WEIGHT_NAME)
+    return _local_or_download(source, name, revision, "reference LoRA")
+
+
+def resolve_style_lora_file(source: str | os.PathLike, weight_name: str | None = None) -> Path:
+    """The same of a style LoRA, whose file is called `pytorch_lora_weights.safetensors` where none is named."""
+    return _local_or_download(source, weight_name or STYLE_WEIGHT_NAME, None, "style LoRA")
+
+
+def _local_or_download(source: str | os.PathLike, name: str, revision: str | None, what: str) -> Path:
+    """The file `source`, or `name` in the folder or the repository `source`."""
+    path, source = Path(source), str(source)
     if path.is_dir():
         path = path / name
-    return _local_or_download(path, str(source), name, revision, "reference LoRA")
-
-
-def resolve_style_lora_file(source: str | os.PathLike, weight_name: str | None = None, revision: str | None = None) -> Path:
-    """Path of a style LoRA file, downloaded if `source` is a hub repository.
-
-    Args:
-        source: A .safetensors file, a folder, or a repository `user/name`.
-        weight_name: File inside the folder or repository. None: `pytorch_lora_weights.safetensors`.
-        revision: Branch, tag or commit of the repository.
-
-    Raises:
-        FileNotFoundError: If a local file is missing.
-        OSError: If the repository is gated, missing or unreachable.
-    """
-    path, name = Path(source), weight_name or STYLE_WEIGHT_NAME
-    if path.is_dir():
-        path = path / name
-    return _local_or_download(path, str(source), name, revision, "style LoRA")
-
-
-def _local_or_download(path: Path, source: str, name: str, revision: str | None, what: str) -> Path:
-    """The file at `path`, else the file `name` of the repository `source`."""
     if path.is_file():
         return path
     if path.suffix == ".safetensors" or not HUB_ID.fullmatch(source):

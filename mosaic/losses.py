@@ -64,14 +64,10 @@ def correspondence_loss(attention_rows: Tensor, points: Points, reduction: str =
     hit = attention_rows.float().gather(2, points.target_index[:, :, None]).squeeze(2)
     negative_log = -torch.log(hit + EPSILON) * points.mask  # (B, P)
     if reduction == "point":
-        return _mean_over_points(negative_log[..., None], points.mask.float()).squeeze(-1)
+        return negative_log.sum(dim=1) / points.mask.sum(dim=1).clamp(min=1)
     membership = _membership(points)  # (B, P, K)
     per_reference = torch.einsum("bp,bpk->bk", negative_log, membership) / membership.sum(dim=1).clamp(min=1)
     return per_reference.sum(dim=1) / points.reference_mask.sum(dim=1).clamp(min=1)
-
-
-def _mean_over_points(values: Tensor, weights: Tensor) -> Tensor:
-    return torch.einsum("bpn,bp->bn", values, weights) / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _membership(points: Points) -> Tensor:

@@ -61,7 +61,7 @@ def quantized_model(
         model = load()
         quantize_base(model, quantization, device)
         return model
-    key = content_key(component, quantization, dtype, device)
+    key = quantized_key(component, quantization, dtype, device)
     path = Path(cache).expanduser() / f"{component.name}-{quantization}-{key[:24]}.safetensors"
     if not path.is_file():
         model = load()
@@ -77,7 +77,7 @@ def quantized_model(
     return model
 
 
-def content_key(component: Path, quantization: str, dtype: torch.dtype, device: torch.device) -> str:
+def quantized_key(component: Path, quantization: str, dtype: torch.dtype, device: torch.device) -> str:
     """SHA-256, in hex, of what decides a quantised model: config and weights, the number formats, and the library that quantises."""
     files = next((found for pattern in WEIGHTS if (found := sorted(component.glob(pattern)))), [])
     package = PACKAGES[quantization]

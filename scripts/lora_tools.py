@@ -10,6 +10,7 @@ FILE may be in the style of diffusers, kohya's sd-scripts or ComfyUI; it is told
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -83,7 +84,7 @@ def describe(file: LoraFile) -> dict[str, Any]:
         "modules": len(modules),
         "ranks": dict(Counter(_rank(file, keys.down) for keys in modules.values()).most_common()),
         "dtypes": dict(Counter(file.dtype(key) for key in file).most_common()),
-        "parameters": sum(_size(file.shape(key)) for keys in modules.values() for key in (keys.down, keys.up)),
+        "parameters": sum(math.prod(file.shape(key)) for keys in modules.values() for key in (keys.down, keys.up)),
         "with_alpha": sum(keys.alpha is not None for keys in modules.values()),
         "text_encoder_tensors": len(text_encoder),
         "config": ours.get("config", {}),
@@ -97,13 +98,6 @@ def _rank(file: LoraFile, down: str) -> int:
     if len(shape) != 2:
         raise ValueError(f"{file.path}: {down} must be a matrix, got shape {shape}.")
     return shape[0]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _summary(text: str | None) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from mosaic.planning.dry_run import StandInStep, build_transformer
 from mosaic.planning.memory_model import FORMAT_BYTES, GIB
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
 from mosaic.planning.preflight import ASSUMED_PEAK_TFLOPS, find_device, step_tflop
-from mosaic.planning.storage_meter import StorageMeter, total
+from mosaic.planning.storage_meter import StorageMeter
 from mosaic.training.throughput import known_peak
 from scripts.twin_benchmark import POCKET_GEOMETRY, ROOT
 
@@ -169,7 +169,7 @@ def peak_bytes(step: Callable[[], Any], tensors: list[Tensor], device: str) -> i
         meter.mark("given", tensors)
         meter.reset_peak()
         step()
-    return total(meter.peak)
+    return meter.peak.total()
 
 
 def product_tflops(device: str, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from mosaic.planning import dry_run
 from mosaic.planning.dry_run import ADAPTER, BASE, GRADIENTS, OPTIMIZER, SAVED, TRANSIENT
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape, read_model_shape
-from mosaic.planning.storage_meter import StorageMeter, storage_bytes, total
+from mosaic.planning.storage_meter import StorageMeter, storage_bytes
 from tests import runs, tiny
 
 TOLERANCE = 0.05
@@ -157,7 +157,7 @@ def test_storages_are_counted_once_and_while_they_live() -> None:
     with StorageMeter() as meter:
         x = torch.zeros(100, device="meta")
         y = x.view(10, 10)[2:]
-        assert (meter.live["temporary"], total(meter.peak)) == (400, 400)
+        assert (meter.live["temporary"], meter.peak.total()) == (400, 400)
         meter.label = "other"
         z = torch.zeros(50, device="meta")
         meter.mark("kept", [x])
@@ -165,10 +165,10 @@ def test_storages_are_counted_once_and_while_they_live() -> None:
         del x, z
         assert (meter.live["kept"], meter.live["other"]) == (400, 0)
         del y
-        assert total(meter.live) == 0
-        assert total(meter.peak) == 600
+        assert meter.live.total() == 0
+        assert meter.peak.total() == 600
         meter.reset_peak()
-        assert total(meter.peak) == 0
+        assert meter.peak.total() == 0
 
 
 def test_shapes(tmp_path: Any) -> None:

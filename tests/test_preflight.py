@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
+from mosaic import quantization
 from mosaic.config import Config, from_dict, load_config
 from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
 from mosaic.lora import write_reference_lora
@@ -141,7 +142,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: What commands that the findings name install and build.
-STILL_TO_COME = {*preflight_checks.PACKAGES.values(), "data.latent_cache", "data.text_cache"}
+STILL_TO_COME = {"model.quantization", "optimizer.name", "data.latent_cache", "data.text_cache"}
 
 
 @pytest.mark.parametrize(
@@ -440,3 +441,22 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "| 512 | 6 | none of these" not in printed
     assert "| px | K | 24 GB | 48 GB | 80 GB | 141 GB |" in printed
+
+
+@pytest.mark.usefixtures("quick")
+def test_packages_are_looked_for_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: None)
+    config = flux(model__quantization="int8", optimizer__name="prodigy", optimizer__learning_rate=1.0)
+    found = {finding.subject: finding for finding in preflight.preflight(config, gpu_memory=80).findings}
+    assert found["model.quantization"].level == found["optimizer.name"].level == STOP
+    assert "needs the package torchao, which is not installed: pip install torchao" in found["model.quantization"].message
+    assert "prodigyopt" in found["optimizer.name"].message
+
+
+def test_a_known_card_counts_with_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=80 * GIB))
+    for name, given, peak in (("NVIDIA A100-SXM4-80GB", None, 312), ("A card of tomorrow", None, 989), ("NVIDIA A100-SXM4-80GB", 50.0, 50)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
+        assert preflight.find_device(from_dict({"training": {"peak_tflops": given}}), None).peak_tflops == peak
+    assert preflight.find_device(Config(), 24.0).peak_tflops == 989  # a card that is not here

@@ -15,7 +15,7 @@ from transformers import AutoConfig, T5EncoderModel
 
 from mosaic import quantized_files
 from mosaic.quantization import PACKAGES
-from mosaic.quantized_files import content_key, quantized_model, read_quantized, write_quantized
+from mosaic.quantized_files import quantized_key, quantized_model, read_quantized, write_quantized
 from tests import runs, tiny
 
 CPU = torch.device("cpu")
@@ -119,21 +119,21 @@ def test_a_file_holds_everything_once(packed: None, model: Path, tmp_path: Path)
 
 def test_the_content_names_the_file(packed: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(shutil.copytree(model / "transformer", tmp_path / "transformer"))
-    keys = [content_key(model / "transformer", "nf4", torch.float32, CPU)]
-    assert content_key(folder, "nf4", torch.float32, CPU) == keys[0]  # wherever it lies
-    keys.append(content_key(folder, "int8", torch.float32, CPU))
-    keys.append(content_key(folder, "nf4", torch.bfloat16, CPU))
-    keys.append(content_key(folder, "nf4", torch.float32, torch.device("cuda")))
+    keys = [quantized_key(model / "transformer", "nf4", torch.float32, CPU)]
+    assert quantized_key(folder, "nf4", torch.float32, CPU) == keys[0]  # wherever it lies
+    keys.append(quantized_key(folder, "int8", torch.float32, CPU))
+    keys.append(quantized_key(folder, "nf4", torch.bfloat16, CPU))
+    keys.append(quantized_key(folder, "nf4", torch.float32, torch.device("cuda")))
     monkeypatch.setattr(quantized_files.importlib.metadata, "version", lambda _: "2")
-    keys.append(content_key(folder, "nf4", torch.float32, CPU))
+    keys.append(quantized_key(folder, "nf4", torch.float32, CPU))
     weights = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["proj_out.bias"] += 1
     save_file(tensors, weights, {"format": "pt"})
-    keys.append(content_key(folder, "nf4", torch.float32, CPU))
+    keys.append(quantized_key(folder, "nf4", torch.float32, CPU))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"axes_dims_rope": [8, 4, 4]}))
-    keys.append(content_key(folder, "nf4", torch.float32, CPU))
+    keys.append(quantized_key(folder, "nf4", torch.float32, CPU))
     assert len(set(keys)) == len(keys)
 
 

@@ -192,7 +192,7 @@ def _has_type(name: str, found: pa.DataType) -> bool:
     if not _is_list(found) or not pa.types.is_struct(found.value_type):
         return False
     fields = {field.name: field.type for field in found.value_type}
-    texts = all(_is_text(fields[key]) for key in ("image", "phrase", "mask", "scores", "kind") if key in fields and key != "")
+    texts = all(_is_text(fields[key]) for key in ("image", "phrase", "mask", "scores", "kind") if key in fields)
     return "image" in fields and texts and ("grid" not in fields or _is_integer_list(fields["grid"]))
 
 

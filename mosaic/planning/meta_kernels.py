@@ -20,8 +20,8 @@ def kernels_of(device_type: str, autocast_dtype: torch.dtype | None = None) -> I
     """Context in which `torch.nn.functional` computes meta tensors with the kernels of "cuda" or "cpu".
 
     Covers the functions that autocast changes inside FLUX's blocks: linear and attention run in `autocast_dtype`; on CUDA, LayerNorm
-    and RMSNorm run in float32 (on a CPU they keep their input's format), but where autocast is off (`mosaic.attention_rows.no_autocast`). Not
-    for several threads: the functions are replaced.
+    and RMSNorm run in float32 (on a CPU they keep their input's format), but where autocast is off (`mosaic.attention_rows.no_autocast`).
+    Not for several threads: the functions are replaced.
 
     Args:
         device_type: "cuda" or "cpu".

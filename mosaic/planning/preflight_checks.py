@@ -1,6 +1,5 @@
 """What a training run needs from its surroundings, looked at before anything heavy is loaded: weights, packages, disk, folders, data."""
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,12 +22,13 @@ from mosaic.planning.data_checks import DataFacts, look_at_data
 from mosaic.planning.findings import NOTE, OK, STOP, Finding, Findings
 from mosaic.planning.memory_model import FORMAT_BYTES, GIB, OPTIMIZER_BYTES
 from mosaic.planning.model_shape import ENCODERS, ModelShape
+from mosaic.quantization import check_quantization
 from mosaic.schema import read_json
 from mosaic.training.checkpoint import checkpoint_folders, find_checkpoint
+from mosaic.training.optimizers import check_optimizer
 from mosaic.training.sharding import check_distribution, read_distribution
 from mosaic.training.starting import check_output
 
-PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao", "adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 HUB_TIMEOUT = 5.0  # seconds
 OTHER_COMPONENTS = ("tokenizer", "tokenizer_2", "scheduler")
 
@@ -72,9 +72,9 @@ def look_around(config: Config, shape: ModelShape, environ: Mapping[str, str], r
             findings.append(Finding(NOTE, "lora.pretrained", f"{config.lora.pretrained}: looked for on the Hub when training starts."))
         else:
             findings.step("lora.pretrained", lambda: _adapter_header(config, shape), str)
-    for name in (config.model.quantization, config.optimizer.name):
-        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-            findings.append(Finding(STOP, PACKAGES[name], f'"{name}" needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}.'))
+    quantization, optimizer = config.model.quantization, config.optimizer
+    findings.step("model.quantization", lambda: check_quantization(quantization), lambda _: f'"{quantization}" can be used.')
+    findings.step("optimizer.name", lambda: check_optimizer(optimizer), lambda _: f'"{optimizer.name}" can be used.')
     return Surroundings(facts, [*findings, *place, *check_disk(config, shape, facts)])
 
 

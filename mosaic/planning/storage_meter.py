@@ -80,11 +80,6 @@ class StorageMeter(TorchDispatchMode):
         self._total -= size
 
 
-def total(parts: Counter[str]) -> int:
-    """Bytes of all labels."""
-    return sum(parts.values())
-
-
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once."""
     storages: dict[int, torch.UntypedStorage] = {}
