@@ -10,10 +10,10 @@ from typing import Any
 
 from mosaic.sections import LOSS_PRESETS
 
-BASELINE = "stable"  # the arm from which factors and modes differ by one setting, as configs/pocket.json has it
+BASELINE = "stable"  # the arm from which factors and modes differ by one setting
 PARTS = ("main", "attention", "factors")  # in the order in which they are computed
 LIGHT = 0.1  # of the paper's weights: chosen by the one-factor variants, at seed 0
-# The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps. pocket.json: 200 + 200 of 3,000.
+# The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps.
 RELEASE_START, RELEASE_WARMUP, STABLE_START, STABLE_WARMUP = 1 / 10, 1 / 100, 1 / 15, 1 / 15
 
 
@@ -37,7 +37,7 @@ class Arm:
 
 
 def stable_settings(steps: int) -> dict[str, Any]:
-    """The losses of configs/pocket.json: the paper's with a cap and a warm-up, in the same share of the run."""
+    """The paper's losses with a cap of 1 nat, and MDL raised over a fifteenth of the run after a fifteenth of it."""
     return {
         "loss.preset": "paper",
         "loss.disentanglement_cap": 1.0,
@@ -76,7 +76,7 @@ def main_arms(steps: int) -> tuple[Arm, ...]:
         Arm("flow_matching", "flow matching only", {**bare, **both_weights(0.0)}),
         Arm("scal", "+ SCAL", {**bare, "loss.disentanglement_weight": 0.0}),
         Arm("paper", "+ SCAL + MDL (preset paper)", bare),
-        Arm(BASELINE, "+ SCAL + MDL, with cap and warm-up (configs/pocket.json)", stable_settings(steps)),
+        Arm(BASELINE, "+ SCAL + MDL, with cap and warm-up", stable_settings(steps)),
         Arm("light", "+ SCAL + MDL at a tenth of their weights, with cap", light),
         Arm("release", "preset release, MDL's start in the same share of the run", release),
     )
@@ -127,7 +127,7 @@ def factor_arms(steps: int, num_double: int, num_single: int) -> tuple[Arm, ...]
         ("preset paper, no cap and warm-up", "MDL's weight 0.1", {**bare, "loss.disentanglement_weight": 0.1}),
     )
     stable = stable_settings(steps)
-    arms = [Arm(BASELINE, "configs/pocket.json", stable, "none")]
+    arms = [Arm(BASELINE, "with cap and warm-up", stable, "none")]
     for factor, value, settings in variants:
         arms.append(Arm(_slug(f"{factor} {value}"), value, {**stable, **settings}, factor))
     return tuple(arms)
