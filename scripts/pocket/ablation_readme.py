@@ -12,6 +12,7 @@ from scripts.pocket.ablation_tables import (
     LEAKAGE,
     NEAR,
     OVERLAP,
+    attention_table,
     by_arm,
     contrast_table,
     gradient_table,
@@ -21,12 +22,12 @@ from scripts.pocket.ablation_tables import (
 )
 
 MARKER = "<!-- ablation -->"
-FIGURES = {
-    "k_identification.svg": "identification over K",
-    "k_attention_near.svg": "attention within one token over K",
-    "factors_k2.svg": "one factor at a time",
-    "lines.png": "reference points and their peaks",
-}
+FIGURES = (  # of a part: file and text
+    ("main", "k_identification.svg", "identification over K"),
+    ("main", "k_attention_near.svg", "attention within one token over K"),
+    ("factors", "factors_k2.svg", "one factor at a time"),
+    ("main", "lines.png", "reference points and their peaks"),
+)
 MEASURES = (IDENTIFICATION, LEAKAGE, EXACT, NEAR, OVERLAP, FRECHET)
 SUMMARY_K = 2
 
@@ -48,9 +49,10 @@ def block(results: dict[str, Any], folder: str) -> str:
         f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
     )
     parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results), k_table(results, IDENTIFICATION)]
-    parts += [gradient_table(results), target_rows_table(results)]
-    missing = {name for part, name in (("factors", "factors_k2.svg"),) if not by_arm(results, part)}
-    parts += [f"![{text}]({folder}/{name})" for name, text in FIGURES.items() if name not in missing]
+    parts += [gradient_table(results, [SUMMARY_K]), target_rows_table(results, [SUMMARY_K])]
+    if by_arm(results, "attention"):
+        parts.append(attention_table(results))
+    parts += [f"![{text}]({folder}/{name})" for part, name, text in FIGURES if by_arm(results, part)]
     return "\n\n".join(parts)
 
 

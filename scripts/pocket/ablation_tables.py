@@ -171,21 +171,21 @@ def published_table(results: dict[str, Any]) -> str:
     return _table_of(results, "published", "image guidance 1", (IDENTIFICATION, LEAKAGE))
 
 
-def target_rows_table(results: dict[str, Any]) -> str:
-    """Where the target tokens of points look in the main arms."""
-    return _table_of(results, "target_rows", "target tokens of points", TARGET_ROWS)
+def target_rows_table(results: dict[str, Any], only: Sequence[int] | None = None) -> str:
+    """Where the target tokens of points look in the main arms, at all K or only some."""
+    return _table_of(results, "target_rows", "target tokens of points", TARGET_ROWS, only)
 
 
-def gradient_table(results: dict[str, Any]) -> str:
-    """How the losses pull at the adapters of the main arms."""
-    return _table_of(results, "gradients", "at the end of training", PULLS)
+def gradient_table(results: dict[str, Any], only: Sequence[int] | None = None) -> str:
+    """How the losses pull at the adapters of the main arms, at all K or only some."""
+    return _table_of(results, "gradients", "at the end of training", PULLS, only)
 
 
-def _table_of(results: dict[str, Any], part: str, title: str, measures: Sequence[Measure]) -> str:
+def _table_of(results: dict[str, Any], part: str, title: str, measures: Sequence[Measure], only: Sequence[int] | None = None) -> str:
     """Measures of the trained main arms over K, from another part of a run than its usual measures."""
     trained = {name: runs for name, runs in by_arm(results, "main").items() if runs[0]["steps"]}
     arms = {name: [{**run, "measures": run[part]} for run in runs] for name, runs in trained.items()}
-    ks = ks_of(list(arms.values()))
+    ks = [k for k in ks_of(list(arms.values())) if only is None or k in only]
     rows = []
     for runs in arms.values():
         rows.append([runs[0]["meaning"], *(cell(value_of(m, runs, k), m.digits) for m in measures for k in ks)])
