@@ -26,13 +26,15 @@ def require_file(path: Path | None, name: str) -> None:
     """Check that a file can be written, if one is asked for; its folder may not be there yet.
 
     Raises:
-        ValueError: There is a folder in its place, or those of `require_folder` for the folder it lies in.
+        ValueError: There is a folder or a device in its place, or the folder it lies in will not do (`require_folder`).
     """
     if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{name}: must be a file, but {path} is a folder. Name a file in it.")
-    require_folder(path.parent, name)
+    if path.exists() and not path.is_file():  # it would be replaced
+        raise ValueError(f"{name}: must be an ordinary file, but {path} is none. Name another.")
+    require_folder(path.parent, f"{name}: the place of {path}")
 
 
 def flush(path: Path) -> None:

@@ -22,6 +22,7 @@ from scripts.pocket.ablation_plan import ROOT, base_digest, judge_digest, world_
 from scripts.pocket.ablation_results import read_results
 from scripts.pocket.ablation_tables import markdown
 from scripts.pocket.ablation_tasks import Task
+from scripts.pocket.provenance import commit
 
 RESULTS = ROOT / "assets/ablation/results.json"
 SHARES = ("identification", "leakage", "presence")
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4], help="numbers of references (default: 1 2 4)")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation_check"))
     arguments = parser.parse_args(argv)
+    commit()  # that of the code as loaded
     try:
         results = read_results(arguments.results)
         require_same_world(results)

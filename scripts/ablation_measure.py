@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from scripts.pocket.ablation_measures import measure
 from scripts.pocket.ablation_tasks import read_tasks
+from scripts.pocket.provenance import commit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", type=Path, help="JSON file of tasks")
     arguments = parser.parse_args(argv)
+    commit()  # that of the code as loaded
     try:
         for task in tqdm(read_tasks(arguments.tasks), desc="measuring", unit="task"):
             if task.result() is None:

@@ -264,7 +264,7 @@ def test_curves_of_a_run_and_their_mean(tmp_path: Path, results: dict[str, Any])
     assert curves["loss/flow_matching"][:2] == [[1.5, 1.5], [3.5, 3.5]]
     assert len(curves["loss/flow_matching"]) == CURVE_POINTS
     assert curves["loss/correspondence"] == []
-    assert curves["loss/disentanglement"] == [[step, -1.0] for step in range(4, 2 * CURVE_POINTS + 1, 4)]  # 0: of one reference
+    assert curves["loss/disentanglement"] == [[step, -1.0] for step in [x + 0.5 for x in range(3, 2 * CURVE_POINTS + 1, 4)]]  # 0: K = 1
     assert curves_of(tmp_path / "none.jsonl")["attention/near"] == []
     assert mean_curve(tables.by_arm(results, "main")["stable"], "loss/flow_matching") == [Point(5, 2.0), Point(10, 1.5)]
 

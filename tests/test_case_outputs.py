@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -78,15 +77,13 @@ def test_a_journal_survives_half_lines(tmp_path: Path) -> None:
     assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {("a", "1"): 5, ("b", "2"): 2}
 
 
-def test_the_journal_last_written_to_has_the_last_word(tmp_path: Path) -> None:
+def test_a_picture_that_was_made_counts_more_than_an_earlier_failure(tmp_path: Path) -> None:
+    """Started again, it went to another process, whose journal comes before that with the failure."""
     job = PictureJob("a", CASE, {"digest": "1"})
-    for process, values, time in ((1, {"error": "killed"}, 100), (0, {"seconds": 2}, 200)):
-        journal = Journal(tmp_path, process)
-        journal.add(job, **values)
-        os.utime(journal.path, (time, time))
-    (note,) = read_notes(tmp_path).values()
-    assert note["seconds"] == 2
-    assert "error" not in note
+    Journal(tmp_path, 1).add(job, error="killed")
+    assert read_notes(tmp_path)["a", "1"]["error"] == "killed"
+    Journal(tmp_path, 0).add(job, seconds=2)
+    assert read_notes(tmp_path)["a", "1"] == {"name": "a", "digest": "1", "seconds": 2}
 
 
 def test_saved_text_is_unicode(tmp_path: Path) -> None:

@@ -248,8 +248,8 @@ def test_no_space_left(run: Path, world: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_read_only_folder(run: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     access, before = os.access, runs.files_below(run)
-    monkeypatch.setattr(starting.os, "access", lambda path, mode: Path(path) != run and access(path, mode))  # root may write anywhere
-    with pytest.raises(PermissionError, match=r"training\.output_dir: .*run cannot be written \(no permission, or a read-only disk\)"):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run and access(path, mode))  # root may write anywhere
+    with pytest.raises(ValueError, match=r"training\.output_dir: must be a folder that can be written to, but .*run cannot"):
         train(runs.make_config(world, run, **OPTIONS, training__max_steps=4), resume="auto")
     assert runs.files_below(run) == before
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_folder_that_cannot_be_written(world: Path, tmp_path: Path,
     place = tmp_path / "run/checkpoints"
     place.write_text("a file")
     config = runs.make_config(world, tmp_path / "run", training__max_steps=1)
-    with pytest.raises(ValueError, match="training.output_dir: .*checkpoints must be a folder, but .*checkpoints is a file"):
+    with pytest.raises(ValueError, match="training.output_dir: must be a folder, but .*checkpoints is a file"):
         train(config)
     place.unlink()
     start = Trainer._start_log

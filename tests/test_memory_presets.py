@@ -233,5 +233,5 @@ def test_a_full_device_is_said_with_the_cure(world: Path, config_of: Any, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(loading, "place_pipeline", full)
-    with pytest.raises(ValueError, match='full with inference.memory "none": CUDA out of memory. Take less with --memory auto'):
+    with pytest.raises(ValueError, match='full with inference.memory "none": CUDA out of memory. Take a smaller inference.memory'):
         loading.load_pipeline(config_of(), world / "lora.safetensors", CPU)

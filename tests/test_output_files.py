@@ -28,13 +28,15 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
         require_folder(tmp_path / "link", "--x")
     with pytest.raises(ValueError, match="--x: must be a file, but .* is a folder. Name a file in it"):
         require_file(tmp_path, "--x")
-    with pytest.raises(ValueError, match="--x: must be a folder, but .*file is a file"):
+    with pytest.raises(ValueError, match=r"--x: the place of .*page\.html: must be a folder, but .*file is a file"):
         require_file(tmp_path / "file/page.html", "--x")
+    with pytest.raises(ValueError, match="--x: must be an ordinary file, but /dev/null is none"):
+        require_file(Path("/dev/null"), "--x")
 
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
-    with pytest.raises(ValueError, match=f"--x: must be a folder that can be written to, but {tmp_path} cannot"):
+    with pytest.raises(ValueError, match=f"must be a folder that can be written to, but {tmp_path} cannot"):
         require_file(tmp_path / "a/b.json", "--x")
 
 

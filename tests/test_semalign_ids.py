@@ -130,15 +130,18 @@ def test_what_an_index_lacks_is_added(copy: SemAlignSet, monkeypatch: pytest.Mon
     assert pq.read_table(path).equals(whole)
 
 
-@pytest.mark.parametrize("rows_there", [0, 1])
-def test_an_interrupted_index_goes_on(copy: SemAlignSet, monkeypatch: pytest.MonkeyPatch, rows_there: int) -> None:
-    """A new one, and one that knows a row and is completed."""
+@pytest.mark.parametrize(("rows_there", "is_readable"), [(0, True), (1, True), (1, False)])
+def test_an_interrupted_index_goes_on(copy: SemAlignSet, monkeypatch: pytest.MonkeyPatch, rows_there: int, is_readable: bool) -> None:
+    """A new one, one that knows a row and is completed, and one that has a row that could not be read."""
     path = index_of(copy.root)
     whole = pq.read_table(path)
     path.unlink()
     if rows_there:
-        pq.write_table(whole.slice(0, rows_there), path)
-    missing = len(whole) - rows_there
+        known = whole.slice(0, rows_there)
+        if not is_readable:
+            known = pa.Table.from_pylist([{"row": known["row"][0].as_py()}], known.schema)
+        pq.write_table(known, path)
+    missing = len(whole) - rows_there * is_readable
     monkeypatch.setattr(semalign_ids, "SAVE_EVERY", 1)
     calls, compute = [], semalign_ids.sample_id
 

@@ -109,7 +109,7 @@ def _full_memory_explained(config: Config) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f'the model must fit into the device\'s memory, but it is full with inference.memory "{config.inference.memory}": '
-            f"{str(error).partition('. ')[0]}. Take less with --memory auto (inference.memory), or free the device's memory."
+            f"{str(error).partition('. ')[0]}. Take a smaller inference.memory or a smaller inference.quantization, or free memory."
         ) from error
 
 

@@ -32,9 +32,14 @@ class Journal:
 
 
 def read_notes(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """By name and digest, the last that manifest and journals of a folder say of a picture; the journal written to last comes last."""
-    paths = [folder / MANIFEST, *sorted(folder.glob(JOURNALS), key=lambda path: path.stat().st_mtime_ns)]
-    return {(note["name"], note["digest"]): note for path in paths for note in _read_lines(path)}
+    """By name and digest, the last that manifest and journals of a folder say of a picture.
+
+    Which of two journals is the later one cannot be known, for a picture may go to another process when its run is started again. So
+    that a picture was made counts more than that it once could not be.
+    """
+    journals = [note for path in sorted(folder.glob(JOURNALS)) for note in _read_lines(path)]
+    journals.sort(key=lambda note: "error" not in note)
+    return {(note["name"], note["digest"]): note for note in [*_read_lines(folder / MANIFEST), *journals]}
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:

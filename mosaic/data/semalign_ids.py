@@ -126,7 +126,8 @@ def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Tab
     """Compute the ids that neither the index nor a partial one holds, and write the index."""
     partial = path.with_name(path.name + ".partial")
     index, begun = _read_index(path), _read_index(partial)
-    index = pa.concat_tables([index, begun.filter(pc.invert(pc.is_in(begun["row"], index["row"])))])
+    begun = begun.filter(pc.is_valid(begun["id"]))
+    index = pa.concat_tables([begun, index.filter(pc.invert(pc.is_in(index["row"], begun["row"])))])
     missing = rows.kept[pc.is_null(_aligned(index, rows.kept)["id"]).to_numpy()]
     workers = min(_num_cores() if num_workers is None else num_workers, len(missing) // ROWS_PER_WORKER)
     found, failures, first_failure = [], 0, ""

@@ -132,11 +132,11 @@ def training_dataset(
     """
     data = config.data
     dataset = open_dataset(data, data.split, grids.target, grids.reference)
+    file = Path(config.training.output_dir) / "skipped.jsonl"
+    if accelerator.is_main_process and not continues:
+        file.unlink(missing_ok=True)  # of an earlier start in this folder, maybe with other data
     if data.skip_invalid:
-        file = Path(config.training.output_dir) / "skipped.jsonl"
         with accelerator.main_process_first():
-            if accelerator.is_main_process and not continues:
-                file.unlink(missing_ok=True)  # of an earlier start in this folder, maybe with other data
             skipped = find_unreadable(dataset, file, data.num_workers, accelerator.is_local_main_process)
         if skipped:
             logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -167,18 +168,18 @@ def _timing(plan: Plan, task: Task) -> dict[str, Any] | None:
 def curves_of(file: Path) -> dict[str, list[list[float]]]:
     """(step, value) of the logged measures of a run; of long curves means over stretches of equal numbers of entries.
 
-    MDL is exactly 0 in batches of one reference, which are left out.
+    MDL is exactly 0 in batches of one reference, which do not count.
     """
     entries, curves = RunLog(file).entries(), {}
     for name in CURVES:
-        points = [
-            [entry["step"], value]
-            for entry in entries
-            if isinstance(value := entry.get(name), float | int) and value == value and (value or name != "loss/disentanglement")
-        ]
-        stretch = -(-len(points) // CURVE_POINTS) or 1
-        parts = [points[start : start + stretch] for start in range(0, len(points), stretch)]
-        curves[name] = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts]
+        points = [(entry["step"], value) for entry in entries if isinstance(value := entry.get(name), float | int) and value == value]
+        stretch, curve = -(-len(points) // CURVE_POINTS) or 1, []
+        for start in range(0, len(points), stretch):
+            steps, values = zip(*points[start : start + stretch], strict=True)
+            counted = [value for value in values if value or name != "loss/disentanglement"]
+            if counted:
+                curve.append([fmean(steps), fmean(counted)])  # at the same step for every seed
+        curves[name] = curve
     return curves
 
 

@@ -1,5 +1,6 @@
 """With what numbers were made: commit, library versions, machine."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -30,8 +31,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of the code, with a "+" where files differ from it; None outside of a git checkout."""
+    """The commit of the code, with a "+" where files differ from it; None outside of a git checkout.
+
+    Asked for once: what changes while a process runs is not what it runs.
+    """
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
