@@ -50,7 +50,7 @@ def run(arm: str, seed: int, identification: float, parts: tuple[str, ...] = ("m
     return {
         "name": f"{arm}_{seed}", "parts": list(parts), "arm": arm, "meaning": f"arm {arm}", "factor": factor, "seed": seed, "steps": 10 * trained,
         "folder": f"runs/{arm}_{seed}", "config": f"configs/{arm}_{seed}.json", "config_digest": "c" * 64,
-        "adapter_digest": "a" * 64 if trained else None, "settings": {}, "status": "finished", "complete": True, "training_seconds": 5.0,
+        "adapter_digest": "a" * 64 if trained else None, "settings": {"model.reference_attention": arm} if arm == "joint" else {}, "status": "finished", "complete": True, "training_seconds": 5.0,
         "commit": "abd" if seed else "abc", "frechet": 1.5 + seed,
         "measures": {str(k): measures(identification, k, trained) for k in (1, 2, 6)},
         "published": {"2": measures(identification / 2, 2)} if trained else {}, "lines": lines if trained else None,
@@ -179,6 +179,8 @@ def test_rows_of_the_tables(results: dict[str, Any]) -> None:
     assert factors[3].endswith("| not resolved | not resolved |")  # 40 points at every scene: of the spread nothing is known
     attention = tables.attention_table(results)
     assert "| seconds per picture | joint | - | 1.25 | - |" in attention
+    modes = [line.split("|")[2].strip() for line in attention.splitlines()[2:]]
+    assert modes == [*("target", "joint", "*real renderings*") * 2, "joint"]
 
 
 def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +237,9 @@ def test_rows_are_compared_to_the_first() -> None:
     assert second > first
     assert f'x1="{first:.1f}" y1="38.0" x2="{first:.1f}"' in svg  # the dashed line
     assert "a: 2" not in svg
+    width = float(re.search(r'width="(\d+)"', svg)[1])
+    longer = row_chart([Row("a", "a name of many letters, three times as long", Point(20, 0))], "t", "x")
+    assert float(re.search(r'width="(\d+)"', longer)[1]) > width + 150
     assert "nan" not in svg
     assert "nothing measured yet" in row_chart(rows[2:], "t", "x")
 

@@ -264,7 +264,8 @@ def attention_table(results: dict[str, Any]) -> str:
     rows = []
     for measure in (IDENTIFICATION, LEAKAGE):
         for runs in arms.values():
-            rows.append([measure.title, runs[0]["meaning"], *(cell(value_of(measure, runs, k), measure.digits) for k in ks)])
+            mode = runs[0]["settings"].get("model.reference_attention", "target")  # the run of "target" is that of the main arm
+            rows.append([measure.title, mode, *(cell(value_of(measure, runs, k), measure.digits) for k in ks)])
         rows.append([measure.title, "*real renderings*", *(_real_cell(results, measure, k) for k in ks)])
     seconds: dict[str, dict[int, float]] = {}
     for entry in results["timings"]:
@@ -272,7 +273,7 @@ def attention_table(results: dict[str, Any]) -> str:
         seconds.setdefault(name, {})[entry["num_references"]] = entry["seconds_per_image"]
     for name, found in seconds.items():
         rows.append(["seconds per picture", name, *(f"{found[k]:.2f}" if k in found else "-" for k in ks)])
-    return markdown(["", "a reference sees", *(f"K = {k}" for k in ks)], rows)
+    return markdown(["", "reference attention", *(f"K = {k}" for k in ks)], rows)
 
 
 def run_table(results: dict[str, Any]) -> str:

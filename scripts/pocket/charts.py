@@ -8,7 +8,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 560, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 44
 LEGEND_ROW = 18
-NAMES, ROWS_TOP, ROW_HEIGHT = 230, 44, 19  # of a chart of rows
+LETTER, PLOT, ROWS_TOP, ROW_HEIGHT = 6.6, 330, 44, 19  # of a chart of rows: px of a letter of a name, of the values, of a row
 COLOURS = ("#7a7a85", "#e63946", "#1d78d8", "#2ea043", "#f49406", "#8e44ad", "#00a0a0")
 
 
@@ -91,15 +91,15 @@ class Row(NamedTuple):
 def row_chart(rows: Sequence[Row], title: str, x_label: str) -> str:
     """An SVG picture of values one below the other, with a dashed line at the first of them, to which the others are compared."""
     drawn = [row for row in rows if not math.isnan(row.point.x)]
-    height = ROWS_TOP + len(drawn) * ROW_HEIGHT
-    parts = [_text(4, 20, title, 15, "600"), _text((NAMES + WIDTH) / 2, height + 34, x_label, 12, anchor="middle")]
     if not drawn:
-        return _svg([*parts[:1], _text(4, ROWS_TOP, "nothing measured yet", 12)], height + 42)
+        return _svg([_text(4, 20, title, 15, "600"), _text(4, ROWS_TOP, "nothing measured yet", 12)], ROWS_TOP + 42)
+    names, height = round(LETTER * max(len(row.name) for row in drawn)) + 12, ROWS_TOP + len(drawn) * ROW_HEIGHT
+    parts = [_text(4, 20, title, 15, "600"), _text(names + PLOT / 2, height + 34, x_label, 12, anchor="middle")]
     values = [x for row in drawn for x in (row.point.x, row.point.low, row.point.high) if not math.isnan(x)]
     ticks = nice_ticks(min(values), max(values))
 
     def place(x: float) -> float:
-        return NAMES + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - NAMES - RIGHT)
+        return names + (x - ticks[0]) / (ticks[-1] - ticks[0]) * PLOT
 
     for tick in ticks:
         parts += [_line(place(tick), ROWS_TOP - 6, place(tick), height, "#e2e2e8", 1)]
@@ -108,11 +108,11 @@ def row_chart(rows: Sequence[Row], title: str, x_label: str) -> str:
     groups = list(dict.fromkeys(row.group for row in drawn))
     for number, row in enumerate(drawn):
         y, colour = ROWS_TOP + (number + 0.5) * ROW_HEIGHT, COLOURS[groups.index(row.group) % len(COLOURS)]
-        parts.append(_text(NAMES - 8, y + 4, row.name, 12, anchor="end"))
+        parts.append(_text(names - 8, y + 4, row.name, 12, anchor="end"))
         if not math.isnan(row.point.low):
             parts.append(_line(place(row.point.low), y, place(row.point.high), y, colour, 2))
         parts.append(f'<circle cx="{place(row.point.x):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-    return _svg(parts, height + 42)
+    return _svg(parts, height + 42, names + PLOT + RIGHT)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -135,7 +135,7 @@ def _line(x0: float, y0: float, x1: float, y1: float, colour: str, width: float,
     return f'<line {where} stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
 
 
-def _svg(parts: Sequence[str], height: float) -> str:
-    size = f'width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}"'
+def _svg(parts: Sequence[str], height: float, width: float = WIDTH) -> str:
+    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
-    return "\n".join([head, f'<rect width="{WIDTH}" height="{height:g}" fill="white"/>', *parts, "</svg>"]) + "\n"
+    return "\n".join([head, f'<rect width="{width:g}" height="{height:g}" fill="white"/>', *parts, "</svg>"]) + "\n"
