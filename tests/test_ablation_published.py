@@ -1,5 +1,6 @@
 """The published ablation: what the README, the report and the adapters say is in its results file."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def test_it_is_the_finished_long_form(results: dict[str, Any]) -> None:
 def test_the_readme_holds_its_tables(results: dict[str, Any]) -> None:
     before, inside, after = (ROOT / "README.md").read_text(encoding="utf-8").split(MARKER)
     assert inside.strip() == block(results, "assets/ablation")
-    assert "### Ablation" in before
+    by_hand = before[before.index("### Ablation") :]
+    intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", by_hand)
+    assert len(intervals) >= 3
+    assert [interval for interval in intervals if interval not in inside] == []
     assert after
 
 
