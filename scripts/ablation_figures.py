@@ -22,6 +22,7 @@ from scripts.pocket.ablation_tables import (
     MEASURES,
     attention_table,
     by_arm,
+    contrast_k_table,
     contrast_table,
     factor_table,
     gradient_table,
@@ -38,15 +39,16 @@ SUMMARY_KS = (2, 4)
 TARGET_ROWS = """### Where target tokens look
 
 Looks travel from a reference to the target by the target's queries, whose rows no loss supervises: SCAL and MDL supervise those of the
-references' queries. Of the target tokens of points, on real renderings at noise as in training: how much of their attention falls on
-references, how much of that on the reference of their point (chance 1/K), and whether its peak among all reference tokens is at the
-point's."""
+references' queries. No arm supervised the target's, so this shows what comes along with the losses, not a cause. Of the target tokens of
+points, on real renderings at noise as in training: how much of their attention falls on references, how much of that on the reference of
+their point (chance 1/K), and whether its peak among all reference tokens is at the point's."""
 GRADIENTS = """### How the losses pull
 
 Gradients by all weights of the adapter, averaged over the scenes, at noise as in training: how many times as long as that of flow
-matching those of SCAL and MDL are at the paper's weights, and the cosine of the angle between each and that of flow matching. Where
-training has come to rest between two losses they point against each other. Where flow matching is at rest by itself its mean gradient is
-little more than the rest of its noise: pulls are long there, and cosines near 0. L_diff is of the same samples."""
+matching those of SCAL and MDL are at the paper's weights (their pulls), and the cosine of the angle between each and that of flow
+matching. Where a loss holds back flow matching they point against each other; at rest between the two, at the paper's weights, they would
+be as long (pull 1, cosine -1). Where flow matching is at rest by itself its mean gradient is little more than the rest of its noise:
+pulls are long there, and cosines near 0. L_diff is of the same samples."""
 LINES = """## Where reference points look
 
 Per arm (seed 0), on one real rendering of held-out identities at timestep 0.5 with the same noise: lines from reference points to the
@@ -111,9 +113,9 @@ with one seed they are for other scenes only, and those of the Frechet distance 
 
 Arms are compared by the differences at the same seeds and scenes, of which all start from the same noise; nothing is corrected for the
 number of comparisons: of twenty without a difference one would be called resolved. The judge's own accuracy on real renderings of the
-same scenes, with the Wilson interval over subjects of which at least half is visible, is the last row of each table; generated subjects
-count, however little of them can be seen. Chance is that of uniform attention. The Frechet distance is of the pictures of all K
-together, for with few pictures it is mostly bias: compare it with that of real renderings.
+same scenes, with the Wilson interval over subjects of which at least half is visible, is the last row of each table of what it says;
+generated subjects count, however little of them can be seen. Chance is that of uniform attention. The Frechet distance is of the pictures
+of all K together, for with few pictures it is mostly bias: compare it with that of real renderings.
 
 Attention is read from all blocks in every arm, on real renderings at noise drawn as in training. Pictures are sampled with
 `inference.image_guidance_scale` 2.0 as in `configs/pocket.json`, which takes two passes per step; one table is of 1.0, as the method was
@@ -127,7 +129,7 @@ def main_section(results: dict[str, Any]) -> str:
     ks = ks_of(list(by_arm(results, "main").values()))
     chosen = [k for k in SUMMARY_KS if k in ks] or ks[:1]
     parts = ["## Losses", *(summary_table(results, k) for k in chosen)]
-    parts += [f"### Arm against arm\n\n{contrast_table(results)}", published_table(results)]
+    parts += [f"### Arm against arm\n\n{contrast_table(results)}", contrast_k_table(results), published_table(results)]
     parts.append(f"{GRADIENTS}\n\n{gradient_table(results)}")
     parts.append(f"{TARGET_ROWS}\n\n{target_rows_table(results)}")
     parts += [k_table(results, measure) for measure in MEASURES]

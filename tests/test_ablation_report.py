@@ -119,6 +119,17 @@ def test_contrasts_are_averaged_over_k_2_3_and_4(results: dict[str, Any]) -> Non
     assert "| arm stable - arm scal | 2, 3, 4 | -30.0" in tables.contrast_table(results)
 
 
+def test_differences_are_also_shown_k_by_k(results: dict[str, Any]) -> None:
+    for entry in results["runs"]:
+        more = {1: 0.5, 2: 0.1, 6: -0.2} if entry["arm"] == "scal" else {}
+        entry["measures"] = {str(k): measures(0.3 + more.get(k, 0), k) for k in (1, 2, 6)}
+    header, _, row, joint = tables.contrast_k_table(results).splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == ["K = 1", "K = 2", "K = 6 (unseen)"]
+    assert row.startswith("| arm stable - arm scal | -50.0")
+    assert [cell.strip().split(":")[0].split(" ")[0] for cell in row.split("|")[2:-1]] == ["-50.0", "-10.0", "20.0"]
+    assert joint.startswith("| arm joint - arm stable | 0.0")
+
+
 def test_what_an_interval_says() -> None:
     assert [verdict(Value(m, m - 5, m + 5)) for m in (7, -7, 4)] == ["higher", "lower", "not resolved"]
     assert verdict(Value(9, math.nan, math.nan)) == "not resolved"
@@ -140,8 +151,9 @@ def test_seeds_of_the_main_arms_say_what_another_seed_does(results: dict[str, An
 
 
 def test_the_method_as_published_has_a_table(results: dict[str, Any]) -> None:
-    header, _, stable, scal = tables.published_table(results).splitlines()
+    header, _, stable, scal, real = tables.published_table(results).splitlines()
     assert header.count("K = 2") == 2
+    assert real == "| *real renderings* | 75.0 [65.0, 95.0] | 10.0 [0.0, 30.0] |"  # the judge itself
     assert stable.startswith("| arm stable | 25.0 [")
     assert scal.startswith("| arm scal | 36.7 [")
 
@@ -171,6 +183,7 @@ def test_rows_of_the_tables(results: dict[str, Any]) -> None:
     assert len({line.count("|") for line in table}) == 1
     assert "75.0 [65.0, 95.0]" in table[-1]  # the judge on real renderings
     assert table[-1].endswith("| 0.25 |")
+    assert "75.0 [65.0, 95.0]" in tables.k_table(results, tables.IF_PRESENT).splitlines()[-1]  # all subjects are present there
     header, _, _, stable, _, real = tables.k_table(results, LEAKAGE).splitlines()
     assert "K = 6 (unseen)" in header
     assert stable.split("|")[2].strip() == real.split("|")[2].strip() == "-"  # nothing leaks at K = 1

@@ -14,6 +14,7 @@ from scripts.pocket.ablation_tables import (
     OVERLAP,
     attention_table,
     by_arm,
+    contrast_k_table,
     contrast_table,
     gradient_table,
     k_table,
@@ -48,7 +49,8 @@ def block(results: dict[str, Any], folder: str) -> str:
         f"{hardware['cores']} cores, {hardware['side_by_side']} runs side by side: training {hours['training']}, measuring "
         f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
     )
-    parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results), k_table(results, IDENTIFICATION)]
+    parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results)]
+    parts += [k_table(results, IDENTIFICATION), contrast_k_table(results)]
     parts += [gradient_table(results, [SUMMARY_K]), target_rows_table(results, [SUMMARY_K])]
     if by_arm(results, "attention"):
         parts.append(attention_table(results))

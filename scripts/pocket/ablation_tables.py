@@ -19,7 +19,7 @@ class Measure(NamedTuple):
         name: Under which a run's measures have it scene by scene; "": one number of all K together.
         factor: What it is multiplied with.
         digits: After the point.
-        real: Whether real renderings have it.
+        real: Which share of real renderings to set beside it, or "frechet" for their distance; "": they have none.
         chance: Name of its chance level among a run's pooled attention measures.
         pooled: It is one number of all scenes together.
     """
@@ -28,21 +28,22 @@ class Measure(NamedTuple):
     name: str
     factor: float = 100.0
     digits: int = 1
-    real: bool = False
+    real: str = ""
     chance: str = ""
     pooled: bool = False
 
 
-IDENTIFICATION = Measure("identification, % (chance 12.5)", "identification", real=True)
-IF_PRESENT = Measure("identification of present subjects, %", "identification_if_present")
-LEAKAGE = Measure("leakage, %", "leakage", real=True)
-PRESENCE = Measure("class present, %", "presence", real=True)
+IDENTIFICATION = Measure("identification, % (chance 12.5)", "identification", real="identification")
+# all subjects of a real rendering are present
+IF_PRESENT = Measure("identification of present subjects, %", "identification_if_present", real="identification")
+LEAKAGE = Measure("leakage, %", "leakage", real="leakage")
+PRESENCE = Measure("class present, %", "presence", real="presence")
 EXACT = Measure("attention exact, %", "exact", chance="exact_chance")
 NEAR = Measure("attention within one token, %", "near", chance="near_chance")
 ATTENTION_LEAKAGE = Measure("attention leakage, %", "attention_leakage", chance="leakage_chance")
 ENTROPY = Measure("attention entropy, nats", "entropy", 1.0, 2)
 OVERLAP = Measure("overlap between references, %", "overlap")
-FRECHET = Measure("Frechet distance to real renderings, all K", "", 1.0, 2, real=True)
+FRECHET = Measure("Frechet distance to real renderings, all K", "", 1.0, 2, real="frechet")
 ON_REFERENCES = Measure("attention on references, %", "on_references")
 OWN_REFERENCE = Measure("of it on the own one, %", "own_reference")
 PEAK_EXACT = Measure("peak exact, %", "peak_exact")
@@ -162,8 +163,7 @@ def k_table(results: dict[str, Any], measure: Measure) -> str:
         rows.append(["*chance*", *(_chance_cell(results, measure, k) for k in ks)])
     if measure.real:
         rows.append(["*real renderings*", *(_real_cell(results, measure, k) for k in ks)])
-    header = [f"K = {k}" + (" (unseen)" if k > MAX_TRAINED_K else "") for k in ks]
-    return markdown([measure.title, *header], rows)
+    return markdown([measure.title, *map(_k_title, ks)], rows)
 
 
 def published_table(results: dict[str, Any]) -> str:
@@ -189,22 +189,48 @@ def _table_of(results: dict[str, Any], part: str, title: str, measures: Sequence
     rows = []
     for runs in arms.values():
         rows.append([runs[0]["meaning"], *(cell(value_of(m, runs, k), m.digits) for m in measures for k in ks)])
+    if any(measure.real for measure in measures):
+        rows.append(["*real renderings*", *(_real_cell(results, m, k) for m in measures for k in ks)])
     return markdown([title, *(f"{measure.title}, K = {k}" for measure in measures for k in ks)], rows)
 
 
 def contrast_table(results: dict[str, Any]) -> str:
     """The arms against each other, at the same seeds and scenes."""
     rows = []
-    for part, pairs in CONTRASTS.items():
-        arms = by_arm(results, part)
-        for first, second in pairs:
-            if first in arms and second in arms:
-                ks = [k for k in PRIMARY_KS if k in ks_of([arms[first]]) and k in ks_of([arms[second]])]
-                differences = [contrast(measure, arms[first], arms[second], ks) for measure in (IDENTIFICATION, LEAKAGE, NEAR)]
-                cells = [f"{cell(value, 1)}: {verdict(value)}" for value in differences]
-                rows.append([f"{arms[first][0]['meaning']} - {arms[second][0]['meaning']}", ", ".join(map(str, ks)), *cells])
+    for first, second in _compared(results):
+        ks = [k for k in PRIMARY_KS if k in ks_of([first]) and k in ks_of([second])]
+        cells = [_difference_cell(measure, first, second, ks) for measure in (IDENTIFICATION, LEAKAGE, NEAR)]
+        rows.append([_pair(first, second), ", ".join(map(str, ks)), *cells])
     titles = (measure.title.split(" (")[0] for measure in (IDENTIFICATION, LEAKAGE, NEAR))
     return markdown(["difference, percentage points", "K", *titles], rows)
+
+
+def contrast_k_table(results: dict[str, Any]) -> str:
+    """Identification of the arms against each other, at the same seeds and scenes, K by K."""
+    pairs = _compared(results)
+    ks = ks_of([runs for pair in pairs for runs in pair])
+    rows = [[_pair(*pair), *(_difference_cell(IDENTIFICATION, *pair, [k]) for k in ks)] for pair in pairs]
+    return markdown(["difference in identification, percentage points", *map(_k_title, ks)], rows)
+
+
+def _compared(results: dict[str, Any]) -> list[tuple[Runs, Runs]]:
+    """The runs of the arms that are compared, where both are there."""
+    arms = {part: by_arm(results, part) for part in CONTRASTS}
+    pairs = [(arms[part], names) for part, contrasts in CONTRASTS.items() for names in contrasts]
+    return [(found[first], found[second]) for found, (first, second) in pairs if first in found and second in found]
+
+
+def _pair(first: Runs, second: Runs) -> str:
+    return f"{first[0]['meaning']} - {second[0]['meaning']}"
+
+
+def _difference_cell(measure: Measure, first: Runs, second: Runs, ks: Sequence[int]) -> str:
+    difference = contrast(measure, first, second, ks)
+    return f"{cell(difference, 1)}: {verdict(difference)}"
+
+
+def _k_title(k: int) -> str:
+    return f"K = {k}" + (" (unseen)" if k > MAX_TRAINED_K else "")
 
 
 def factor_table(results: dict[str, Any], k: int) -> str:
@@ -296,12 +322,10 @@ def _chance_cell(results: dict[str, Any], measure: Measure, k: int) -> str:
 
 
 def _real_cell(results: dict[str, Any], measure: Measure, k: int) -> str:
-    if not measure.real:
-        return "-"
-    if not measure.name:
+    if measure.real == "frechet":
         found = results["real_frechet"]
         return "-" if found is None else f"{found:.{measure.digits}f}"
-    share = results["real"].get(str(k), {}).get(measure.name)
+    share = results["real"].get(str(k), {}).get(measure.real)
     if share is None or share["share"] is None:
         return "-"
     return cell(Value(*(measure.factor * share[name] for name in ("share", "low", "high"))), measure.digits)
