@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from mosaic.tensor_files import save_tensors
 
 METADATA_KEY = "mosaic"  # key of the safetensors metadata that marks a file as a reference LoRA
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # key under which diffusers keeps PEFT's config, and with it the alpha
@@ -126,7 +127,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metada
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(dict(tensors), partial, metadata={"format": "pt"} | dict(metadata))
+        save_tensors(tensors, partial, {"format": "pt"} | dict(metadata))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

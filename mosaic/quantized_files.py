@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mosaic.component_files import WEIGHTS, component_config
 from mosaic.digests import weights_digest
 from mosaic.quantization import PACKAGES, quantize_base
+from mosaic.tensor_files import save_tensors
 
 logger = logging.getLogger(__name__)
 KEY, FORMAT = "mosaic_quantized", 1  # of the metadata; a new number makes all files anew
@@ -107,7 +107,7 @@ def write_quantized(model: nn.Module, path: Path, quantization: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(plain, partial, metadata=metadata)
+        save_tensors(plain, partial, metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         cure = "inference.quantized_cache=null does without it"

@@ -23,10 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mosaic.schema import first_difference, read_json, shown
+from mosaic.tensor_files import save_tensors
 
 T = TypeVar("T")
 KEY_BYTES = 16
@@ -72,7 +72,7 @@ def write_shard(path: Path, unit: Sequence[str | None], names: Sequence[str], en
         for name in entries[keys[0]]:
             stored[f"{group}.{name}"] = torch.stack([entries[key][name] for key in keys])
     partial = path.with_name(path.name + ".partial")
-    save_file(stored, partial, metadata={"unit": json.dumps(list(unit)), "names": json.dumps(list(names))})
+    save_tensors(stored, partial, {"unit": json.dumps(list(unit)), "names": json.dumps(list(names))})
     os.replace(partial, path)
 
 

@@ -11,13 +11,14 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
-from safetensors.numpy import save_file
 
 from mosaic.data.manifest import DESCRIPTION, FORMAT, MANIFEST, VERSION
 from mosaic.data.records import Picture, ReferenceRecord, SampleRecord
 from mosaic.data.rows import MAX_SIDE
 from mosaic.images import decode_image, to_rgb
+from mosaic.tensor_files import save_tensors
 
 ROWS_PER_GROUP = 1000
 _PAIR = pa.list_(pa.int32())
@@ -113,8 +114,8 @@ class DatasetWriter:
         }
         points = {str(k): r.points for k, r in enumerate(sample.references) if r.points is not None}
         if points:
-            arrays = {name: np.ascontiguousarray(array, dtype=np.int32) for name, array in points.items()}
-            save_file(arrays, self._partial / "points" / f"{sample.id}.safetensors")
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for name, array in points.items()}
+            save_tensors(tensors, self._partial / "points" / f"{sample.id}.safetensors")
         self._rows.append(row)
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()

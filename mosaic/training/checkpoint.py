@@ -17,13 +17,14 @@ from typing import Any
 
 from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mosaic.digests import file_digest
 from mosaic.lora import read_reference_lora, write_reference_lora
 from mosaic.output_files import flush
 from mosaic.schema import read_json, shown
+from mosaic.tensor_files import save_tensors
 
 logger = logging.getLogger(__name__)
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -86,7 +87,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         partial.mkdir(parents=True)
         _require_space(folder, snapshot.num_bytes)
         write_reference_lora(snapshot.adapter, partial / "lora.safetensors", config)
-        save_file(dict(snapshot.optimizer), partial / "optimizer.safetensors")
+        save_tensors(snapshot.optimizer, partial / "optimizer.safetensors")
         if snapshot.ema is not None:
             write_reference_lora(snapshot.ema, partial / "ema.safetensors", config)
         _write_json(partial / "state.json", {**snapshot.state, "step": snapshot.step})
