@@ -3,13 +3,17 @@
 For every K: subject identification among 8 candidates of the same class (chance 12.5 %), attribute leakage, class presence and
 attention accuracy, with the adapter and without references, and the judge's own accuracy on real renderings of the same scenes; and
 what the base draws of class, count and background without references. Intervals are 95 % Wilson intervals over subjects. Prints the
-README's tables; --output also writes JSON.
+README's tables; --output also writes JSON, with the digests of all that was measured. assets/pocket/evaluation.json is that of the
+shipped weights.
 """
 
 import argparse
+import datetime
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,9 +21,12 @@ import torch
 from tqdm import tqdm
 
 from mosaic.config import Config, load_config
+from mosaic.digests import weights_digest
+from mosaic.hub import resolve_lora_file
 from mosaic.output_files import require_file, write_text
 from mosaic.pipeline import MosaicFluxPipeline
 from scripts.pocket import world
+from scripts.pocket.ablation_plan import base_digest, judge_digest, world_digest
 from scripts.pocket.evaluation import (
     MIN_VISIBLE,
     generate,
@@ -28,6 +35,7 @@ from scripts.pocket.evaluation import (
     scene_attention_accuracy,
 )
 from scripts.pocket.judge import load_judge
+from scripts.pocket.provenance import commit, hardware, versions
 
 TABLED = ("identification", "leakage", "presence")  # with and without references
 CAPTION = ("presence", "count", "background")  # what a base that reads its prompt draws right
@@ -57,14 +65,41 @@ def evaluate(config: Config, ks: list[int], num_cases: int, batch_size: int, see
                 "num_references": k,
                 "num_cases": num_cases,
                 **{name: result.to_dict() for name, result in arms.items()},
-                "attention": accuracy._asdict(),
+                "attention": {name: None if math.isnan(value) else value for name, value in accuracy._asdict().items()},
                 "judge_on_real": judge_pictures(judge, real, scenes, MIN_VISIBLE).to_dict(),
             }
         )
     return entries
 
 
-def _share(entry: dict) -> str:
+def provenance(config: Config, seed: int) -> dict[str, Any]:
+    """What is measured and with what, for the file of the numbers.
+
+    Raises:
+        FileNotFoundError: There is no such adapter.
+    """
+    settings = config.inference
+    lora = resolve_lora_file(settings.lora, settings.lora_weight_name)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
+        "lora": {"name": settings.lora, "digest": weights_digest(lora)},
+        "judge_digest": judge_digest(),
+        "world_digest": world_digest(),
+        "sampling": {
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "image_guidance_scale": settings.image_guidance_scale,
+            "seed": seed,
+        },
+    }
+
+
+def share_cell(entry: dict) -> str:
+    """A share in percent with its interval; "-" where nothing was asked."""
     if not entry["count"]:
         return "-"
     return f"{100 * entry['share']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
@@ -76,10 +111,10 @@ def table(entries: list[dict]) -> str:
     for entry in entries:
         cells = [str(entry["num_references"]), str(entry["num_cases"])]
         for measure in TABLED:
-            cells += [_share(entry["adapter"][measure]), _share(entry["without_references"][measure])]
+            cells += [share_cell(entry["adapter"][measure]), share_cell(entry["without_references"][measure])]
         attention = entry["attention"]
         cells += [f"{100 * attention[name]:.1f} ({100 * attention[name + '_chance']:.1f})" for name in ("exact", "near")]
-        cells.append(_share(entry["judge_on_real"]["identification"]))
+        cells.append(share_cell(entry["judge_on_real"]["identification"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -90,7 +125,7 @@ def caption_table(entries: list[dict]) -> str:
     header = "| K | " + " | ".join(f"{title} | judge on real renderings" for title in titles) + " |"
     lines = [header, "|" + "---|" * (header.count("|") - 1)]
     for entry in entries:
-        cells = [_share(entry[arm][measure]) for measure in CAPTION for arm in ("without_references", "judge_on_real")]
+        cells = [share_cell(entry[arm][measure]) for measure in CAPTION for arm in ("without_references", "judge_on_real")]
         lines.append("| " + " | ".join([str(entry["num_references"]), *cells]) + " |")
     return "\n".join(lines)
 
@@ -117,11 +152,11 @@ def main(argv: list[str] | None = None) -> int:
         if config.inference.lora is None:
             raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
         require_file(arguments.output, "--output")
+        found = provenance(config, arguments.seed) if arguments.output else {}
         entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
         print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
         if arguments.output:
-            found = {"lora": config.inference.lora, "seed": arguments.seed, "entries": entries}
-            write_text(arguments.output, json.dumps(found, indent=2) + "\n")
+            write_text(arguments.output, json.dumps(found | {"entries": entries}, indent=1, allow_nan=False) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """The measures of the pocket world, with judges that know the truth or swap it."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config import from_dict, load_config
+from mosaic.digests import file_digest, model_digest
 from mosaic.latents import images_to_tensor
 from scripts import evaluate
 from scripts.pocket import world
@@ -215,6 +217,39 @@ def test_settings_of_the_config_can_be_overridden(monkeypatch: pytest.MonkeyPatc
     assert evaluate.main([]) == 0
     assert seen[1].image_guidance_scale == 2.0
     assert "| K |" in capsys.readouterr().out
+
+
+def test_the_file_of_the_numbers_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: [fake_entry(2)])
+    assert evaluate.main(["--output", str(tmp_path / "numbers.json"), "--set", "inference.guidance_scale=3.0", "--seed", "7"]) == 0
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["entries"] == [fake_entry(2)]
+    assert found["sampling"] == {"num_inference_steps": 20, "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 7}
+    assert found["lora"] == {"name": "assets/pocket/lora.safetensors", "digest": file_digest(Path("assets/pocket/lora.safetensors"))}
+    assert len({found["model"]["digest"], found["judge_digest"], found["world_digest"]}) == 3
+    assert found["versions"]["torch"] == torch.__version__
+    none = ["--lora", str(tmp_path / "none.safetensors"), "--output", str(tmp_path / "other.json")]
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("nothing may be computed"))
+    assert evaluate.main(none) == 2
+    assert not (tmp_path / "other.json").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "evaluation_image_guidance_1"])
+def test_the_readme_shows_the_shipped_weights(name: str) -> None:
+    """Its tables, and the shares in its text, are those of the file; the file is of the weights in this repository."""
+    found = json.loads(Path(f"assets/pocket/{name}.json").read_text())
+    readme = Path("README.md").read_text()
+    assert found["lora"]["digest"] == file_digest(Path("assets/pocket/lora.safetensors"))
+    assert found["model"]["digest"] == model_digest("assets/pocket/flux")
+    assert found["date"][:10] in readme
+    if name == "evaluation":
+        assert f"\n{evaluate.table(found['entries'])}\n" in readme
+        assert f"\n{evaluate.caption_table(found['entries'])}\n" in readme
+    else:
+        assert found["sampling"]["image_guidance_scale"] == 1.0
+        for measure, first in (("identification", 0), ("leakage", 1)):
+            shares = [evaluate.share_cell(entry["adapter"][measure]) for entry in found["entries"][first:]]
+            assert ", ".join(shares) in readme
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
