@@ -401,5 +401,5 @@ class InferenceConfig(Section):
             problem = 'must be false where inference.step_cache is "mag", which runs every block uncompiled, got true'
             raise FieldError("inference.compile", problem)
         if self.step_cache != "none" and self.report:
-            problem = f"must be \"none\" where a report is written, which reads every block of every step, got {shown(self.step_cache)}"
+            problem = f'must be "none" where a report is written, which reads every block of every step, got {shown(self.step_cache)}'
             raise FieldError("inference.step_cache", problem)

@@ -35,14 +35,24 @@ def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, refer
         for k in order
     ]
     return SampleRecord(
-        id=f"{split}-{seed:08d}", split=split, prompt=world.caption(scene), target=rendered.image,
-        references=references, reference_grid=(REFERENCE_GRID, REFERENCE_GRID), target_grid=(scene_size, scene_size),
+        id=f"{split}-{seed:08d}",
+        split=split,
+        prompt=world.caption(scene),
+        target=rendered.image,
+        references=references,
+        reference_grid=(REFERENCE_GRID, REFERENCE_GRID),
+        target_grid=(scene_size, scene_size),
         metadata={"world": "pocket", "scene": asdict(scene), "subjects": order},
     )
 
 
 def write_dataset(
-    output: Path, num_samples: int, num_heldout: int, max_subjects: int, seed: int, scene_size: int = 64,
+    output: Path,
+    num_samples: int,
+    num_heldout: int,
+    max_subjects: int,
+    seed: int,
+    scene_size: int = 64,
     reference_size: int = world.REFERENCE_SIZE,
 ) -> None:
     """Write `num_samples` scenes of the split "train" and `num_heldout` of "heldout", of 1..`max_subjects` subjects (evenly mixed).
@@ -102,7 +112,13 @@ def main() -> None:
             print(f"wrote {args.num_samples} folders to {args.output}")
             return
         write_dataset(
-            args.output, args.num_samples, args.num_heldout, args.max_subjects, args.seed, args.scene_size, args.reference_size,
+            args.output,
+            args.num_samples,
+            args.num_heldout,
+            args.max_subjects,
+            args.seed,
+            args.scene_size,
+            args.reference_size,
         )
     except (ValueError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -96,9 +96,7 @@ def draw_batch(
     """Clean tokens [size, tokens, 32] and caption ids of random samples, some with the empty caption."""
     chosen = torch.randint(len(store.tokens[layout.name]), (size,), generator=generator)
     dropped = (torch.rand(size, generator=generator) < EMPTY_CAPTIONS)[:, None]
-    ids = tuple(
-        torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True)
-    )
+    ids = tuple(torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True))
     return store.tokens[layout.name][chosen].float(), ids
 
 
@@ -168,9 +166,7 @@ class BaseTraining:
         self.components = self.build()
         self.modules = {name: self.components[name].train() for name in self.trained}
         self.parameters = runs.named_parameters(self.modules)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.average = runs.MovingAverage(self.parameters, 0.999)
         minutes = 1.0 if arguments.stop_at else arguments.max_minutes
         self.clock, self.progress = runs.Clock(arguments.steps, minutes), 0.0

@@ -59,15 +59,19 @@ class Batch:
             self.visible[row, c] = visible
             identity = placement.identity
             if visible >= MIN_VISIBLE:
-                self.looks[row, c] = torch.tensor([
-                    world.PALETTES.index(identity.palette), world.PATTERNS.index(identity.pattern),
-                    world.MARKINGS.index(identity.marking),
-                ])
+                self.looks[row, c] = torch.tensor(
+                    [
+                        world.PALETTES.index(identity.palette),
+                        world.PATTERNS.index(identity.pattern),
+                        world.MARKINGS.index(identity.marking),
+                    ]
+                )
         self.looks[row, self.counts[row] > 1] = -1
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Mildly blur, recolour and roughen, as generated pictures may be."""
+
     def draw(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
@@ -93,7 +97,10 @@ def judge_loss(verdict: pocket_judge.Verdict, batch: Batch, regions: Tensor) -> 
 
 
 def train_step(
-    judge: pocket_judge.Judge, optimizer: torch.optim.Optimizer, batch: Batch, generator: torch.Generator,
+    judge: pocket_judge.Judge,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    generator: torch.Generator,
 ) -> float:
     """One update; returns the loss."""
     mirror = torch.rand(len(batch.pictures), generator=generator) < 0.5

@@ -35,7 +35,9 @@ def load_transformer(case: Path, meta: dict) -> MosaicFluxTransformer2DModel:
     return transformer
 
 
-def forward(transformer: MosaicFluxTransformer2DModel, io: dict[str, Tensor], meta: dict, points: Points, blocks: str) -> MosaicTransformerOutput:
+def forward(
+    transformer: MosaicFluxTransformer2DModel, io: dict[str, Tensor], meta: dict, points: Points, blocks: str
+) -> MosaicTransformerOutput:
     """One forward pass of a case with captured rows of `blocks`."""
     references = torch.stack([io[f"ref.{k}"] for k in range(meta["K"])], dim=1)
     return transformer(

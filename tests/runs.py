@@ -110,7 +110,12 @@ def write_aspects(root: Path) -> Path:
 def settings(world: Path, output: Path) -> dict[str, Any]:
     """A config as JSON for `world`, the folder with model, data set and adapter: float32, without dropout and validation."""
     return {
-        "model": {"pretrained": str(world / "model"), "dtype": "float32", "text_length": tiny.TEXT_LENGTH, "gradient_checkpointing": "none"},
+        "model": {
+            "pretrained": str(world / "model"),
+            "dtype": "float32",
+            "text_length": tiny.TEXT_LENGTH,
+            "gradient_checkpointing": "none",
+        },
         "lora": {"rank": RANK, "pretrained": str(world / "lora.safetensors")},
         "data": {
             "root": str(world / "data"),

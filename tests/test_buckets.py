@@ -76,7 +76,12 @@ def test_a_run_on_composed_samples_has_both_losses_alive(world: Path, tmp_path: 
             writer.add(SampleRecord(f"s{index}", "train", "a cat", target, [ReferenceRecord(picture, "cat", points)], (6, 6), (8, 8)))
     assert compose.main([str(source), str(tmp_path / "composed"), "--num-samples", "24", "--references", "2,3,4"]) == 0
     config = runs.make_config(
-        world, tmp_path / "run", data__root=str(tmp_path / "composed"), data__image_size=[16, 16], training__batch_size=4, training__max_steps=4
+        world,
+        tmp_path / "run",
+        data__root=str(tmp_path / "composed"),
+        data__image_size=[16, 16],
+        training__batch_size=4,
+        training__max_steps=4,
     )
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -90,5 +95,7 @@ def test_buckets_in_a_config() -> None:
     assert from_dict({"data": {"buckets": []}}).data.buckets == ()
     assert from_dict({"data": {"buckets": [[512, 512], [384, 640]]}}).data.buckets == ((512, 512), (384, 640))
     for wrong in ([512, 512], [[512]], [[512, 0]], "512", {}):
-        with pytest.raises(ValueError, match=r"data\.buckets must be an empty list or a list of one or more values, each a list of 2 values"):
+        with pytest.raises(
+            ValueError, match=r"data\.buckets must be an empty list or a list of one or more values, each a list of 2 values"
+        ):
             from_dict({"data": {"buckets": wrong}})

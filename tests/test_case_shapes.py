@@ -146,12 +146,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "<x>", "references": {"x": {"path": "a.png", "points": [[1, 1], [8, 0]]}}},
         "[0].references.x.points[1]: must lie on the subject, x in [0, 8) and y in [0, 8) of the 8 x 8 pixels, got [8, 0].",
     ),
-    "no points": ({"prompt": "x", "references": [{"path": "a.png", "points": [1, 2]}]}, "[0].references[0].points[0]: must be two integers [x, y]"),
+    "no points": (
+        {"prompt": "x", "references": [{"path": "a.png", "points": [1, 2]}]},
+        "[0].references[0].points[0]: must be two integers [x, y]",
+    ),
     "point of a huge number": (
         {"prompt": "x", "references": [{"path": "a.png", "points": [[10**400, 1]]}]},
         "[0].references[0].points[0]: must be two integers [x, y] in [0, 1000000), pixels of the picture, got ",
     ),
-    "points a number": ({"prompt": "x", "references": [{"path": "a.png", "points": 3}]}, "[0].references[0].points: must be a list of at most 20"),
+    "points a number": (
+        {"prompt": "x", "references": [{"path": "a.png", "points": 3}]},
+        "[0].references[0].points: must be a list of at most 20",
+    ),
     "no strength": (
         {"prompt": "x", "references": [{"path": "a.png", "strength": "1"}]},
         '[0].references[0].strength: must be a number from 0 (absent) to 10, got "1".',
@@ -179,7 +185,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {**UNO, "guidance_scale": 1e299},
         "[0].guidance_scale: must be a number of at least 0 and at most 100 or null, got 1e+299.",
     ),
-    "image guidance without end": ({**UNO, "image_guidance_scale": 1e40}, "[0].image_guidance_scale: must be a number of at least 0 and at most"),
+    "image guidance without end": (
+        {**UNO, "image_guidance_scale": 1e40},
+        "[0].image_guidance_scale: must be a number of at least 0 and at most",
+    ),
     "many seeds": ({**UNO, "seeds": list(range(1001))}, "[0].seeds: must have at most 1000 values, got 1001."),
     "names under image_paths": (
         {"prompt": "a <cat>", "image_paths": {"cat": "a.png"}},
@@ -193,12 +202,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "x", "references": {"path": "a.png", "strength": 0.5}},
         '[0].references: must be a list where a reference is an object: put it into brackets, [{"path": "a.png", "strength": 0.5}].',
     ),
-    "path alone that is in no list": ({"prompt": "x", "references": {"path": "a.png"}}, '[0].prompt: must use every name, but <path> is missing'),
+    "path alone that is in no list": (
+        {"prompt": "x", "references": {"path": "a.png"}},
+        "[0].prompt: must use every name, but <path> is missing",
+    ),
     "name in capitals": (
         {"prompt": "a <BAG>", "references": {"bag": "a.png"}},
         "[0].prompt: <BAG> names no reference of this case. Did you mean bag? The names here: bag.",
     ),
-    "mark on nothing": ({"prompt": "a <\u0301x>", "references": {"\u0301x": "a.png"}}, "[0].references.\u0301x.name: must be made of letters"),
+    "mark on nothing": (
+        {"prompt": "a <\u0301x>", "references": {"\u0301x": "a.png"}},
+        "[0].references.\u0301x.name: must be made of letters",
+    ),
     "prompt in a grid": (
         {"grid": {"prompts": [3], "references": ["a.png"]}},
         "[0].grid(prompts[0], references[0]).prompt: must be a string, got 3.",
@@ -259,8 +274,8 @@ def test_a_line_that_is_not_utf_8_costs_only_itself(folder: Path) -> None:
 
 def test_an_index_that_was_not_given_says_so(folder: Path) -> None:
     for entries, message in (
-        ([{**UNO, "index": 1}, UNO], "is also its position in the file, and the index of FILE[0]. Give it an \"index\" of its own."),
-        ([UNO, {**UNO, "index": 0}], "is also the position of FILE[0], which has no index. Give FILE[0] an \"index\" of its own."),
+        ([{**UNO, "index": 1}, UNO], 'is also its position in the file, and the index of FILE[0]. Give it an "index" of its own.'),
+        ([UNO, {**UNO, "index": 0}], 'is also the position of FILE[0], which has no index. Give FILE[0] an "index" of its own.'),
     ):
         with pytest.raises(ValueError, match=re.escape(message.replace("FILE", str(folder / "cases.json")))):
             read(folder, entries)
@@ -273,7 +288,7 @@ def test_no_case_takes_another_name_because_a_grid_failed(folder: Path) -> None:
     assert [case.index for case in file.cases] == [0, 2, 9]  # the bad case keeps its place
     place = folder / "cases.json"
     assert str(file.problems[2]) == (
-        f"{place}[4].index: is missing, and the position is not known, since the grid {place}[3] failed: give it an \"index\", or mend the grid."
+        f'{place}[4].index: is missing, and the position is not known, since the grid {place}[3] failed: give it an "index", or mend the grid.'
     )
     grid["grid"]["references"] = ["bags/*"]
     (folder / "cases.json").write_text(json.dumps([grid, UNO]))

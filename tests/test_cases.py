@@ -107,7 +107,9 @@ def test_messages(folder: Path, values: Any, message: str) -> None:
         load_cases(path)
 
 
-@pytest.mark.parametrize("setting", ["guidance_scale=101", "image_guidance_scale=1e40", "height=1000000000000", "width=8193", "num_threads=4097"])
+@pytest.mark.parametrize(
+    "setting", ["guidance_scale=101", "image_guidance_scale=1e40", "height=1000000000000", "width=8193", "num_threads=4097"]
+)
 def test_the_config_has_the_same_limits(setting: str) -> None:
     name, value = setting.split("=")
     with pytest.raises(FieldError, match=rf"^inference\.{name} must be an? \w+ of at least \d and at most \d+, got"):

@@ -75,7 +75,11 @@ def test_what_a_checkpoint_holds(finished: Path, world: Path) -> None:
 
 def test_any_optimizer_goes_through(tmp_path: Path) -> None:
     """Momentum that may be None, numbers in the groups, and no state yet."""
-    for kind, options in ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.Adamax, {"lr": 0.1}), (torch.optim.Rprop, {"lr": 0.1})):
+    for kind, options in (
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.Adamax, {"lr": 0.1}),
+        (torch.optim.Rprop, {"lr": 0.1}),
+    ):
         parameters = {name: torch.nn.Parameter(torch.arange(3.0) + i) for i, name in enumerate("ab")}
         optimizer = kind(parameters.values(), **options)
         other = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
@@ -132,7 +136,9 @@ def test_damage(run: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     newest = run / "checkpoints/step_00000003"
     action(newest / name)
     before = runs.files_below(run)
-    with pytest.raises(ValueError, match=rf"--resume .*step_00000003: the checkpoint is damaged: .*{message}.*\. Give another one, or auto"):
+    with pytest.raises(
+        ValueError, match=rf"--resume .*step_00000003: the checkpoint is damaged: .*{message}.*\. Give another one, or auto"
+    ):
         find_checkpoint(str(newest), run / "checkpoints")
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint("auto", run / "checkpoints") == run / "checkpoints/step_00000002"
@@ -190,7 +196,13 @@ def test_leftovers_of_kills_are_removed_and_a_replaced_checkpoint_comes_back(run
 
 @pytest.mark.parametrize(
     ("keep", "milestone", "best", "left"),
-    [(2, None, None, [5, 6, 9]), (2, 3, None, [3, 5, 6, 9]), (1, None, 2, [2, 6, 9]), (1, 3, 1, [1, 3, 6, 9]), (None, 3, 1, [*range(1, 7), 9])],
+    [
+        (2, None, None, [5, 6, 9]),
+        (2, 3, None, [3, 5, 6, 9]),
+        (1, None, 2, [2, 6, 9]),
+        (1, 3, 1, [1, 3, 6, 9]),
+        (None, 3, 1, [*range(1, 7), 9]),
+    ],
 )
 def test_rotation(tmp_path: Path, keep: int | None, milestone: int | None, best: int | None, left: list[int]) -> None:
     """At step 6; what a run has left beyond it stays."""
@@ -229,7 +241,9 @@ def file_size_limit(run: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("file_size_limit")
 def test_a_disk_that_fills_up_half_way(run: Path, world: Path) -> None:
     before = runs.files_below(run / "checkpoints")
-    with pytest.raises(OSError, match=r"step_00000004: the checkpoint cannot be written \(.*File too large.*Earlier checkpoints are as they were"):
+    with pytest.raises(
+        OSError, match=r"step_00000004: the checkpoint cannot be written \(.*File too large.*Earlier checkpoints are as they were"
+    ):
         train(runs.make_config(world, run, **OPTIONS, training__max_steps=9), resume="auto")
     assert runs.files_below(run / "checkpoints") == before
 

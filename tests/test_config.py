@@ -195,7 +195,10 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
             {"optimizer": {"betas": [0.9, 1]}},
             "optimizer.betas must be a list of 2 values, each a number of at least 0 and less than 1, got [0.9, 1] (FILE).",
         ),
-        ({"loss": {"preset": "papper"}}, 'loss.preset must be one of "paper", "release", "light", got "papper". Did you mean paper? (FILE).'),
+        (
+            {"loss": {"preset": "papper"}},
+            'loss.preset must be one of "paper", "release", "light", got "papper". Did you mean paper? (FILE).',
+        ),
         ({"loss": {"correspondence_weight": None}}, "loss.correspondence_weight must be a number of at least 0, got null (FILE)."),
         ({"loss": {"disentanglement_cap": 0}}, "loss.disentanglement_cap must be a number of more than 0 or null, got 0 (FILE)."),
         (
@@ -301,7 +304,13 @@ def test_configs_fit_the_schema_and_point_to_it(path: Path) -> None:
 
 def test_the_schema_agrees_with_the_dataclasses() -> None:
     jsonschema.validate(resolved_dict(Config()), make_config_schema.config_schema())
-    wrong = [("lora", "rank", 0), ("lora", "rank", 1.5), ("data", "image_size", [1, 2, 3]), ("loss", "divergence", "x"), ("data", "root", " ")]
+    wrong = [
+        ("lora", "rank", 0),
+        ("lora", "rank", 1.5),
+        ("data", "image_size", [1, 2, 3]),
+        ("loss", "divergence", "x"),
+        ("data", "root", " "),
+    ]
     for section, field, value in [*wrong, ("optimizer", "eps", 0), ("data", "image_dropout", 1.1), ("optimizer", "betas", [0.9, 1])]:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({section: {field: value}}, make_config_schema.config_schema())

@@ -138,7 +138,10 @@ PATH_RULE = 'must be relative to the data set\'s folder, with "/" and without ".
         (change(target="/etc/passwd"), f'{ROW}.target: {PATH_RULE} "/etc/passwd".'),
         (change(target="images/../../x.png"), f'{ROW}.target: {PATH_RULE} "images/../../x.png".'),
         (change(target="images\\x.png"), f"{ROW}.target: {PATH_RULE} "),
-        (change(id="a/b"), 'ROOT/manifest.parquet[1] (id "a/b").id: must be of letters a to z, digits, "-" and "_", for files are named by it'),
+        (
+            change(id="a/b"),
+            'ROOT/manifest.parquet[1] (id "a/b").id: must be of letters a to z, digits, "-" and "_", for files are named by it',
+        ),
         (reference(mask="/m.png"), f'{ROW}.references[1].mask: {PATH_RULE} "/m.png".'),
         (change(target="C:/x.png"), f'{ROW}.target: {PATH_RULE} "C:/x.png".'),
         (change(points="../0.safetensors"), f'{ROW}.points: {PATH_RULE} "../0.safetensors".'),

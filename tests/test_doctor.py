@@ -154,7 +154,10 @@ class Stored:
 
 
 def test_starved_supervision_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"only 3 of 4 references \(75%\) .*asks for 95%.*Samples without: s0\. 1 of these samples lack their mask\. .*doctor.*match.py.*=0"):
+    with pytest.raises(
+        ValueError,
+        match=r"only 3 of 4 references \(75%\) .*asks for 95%.*Samples without: s0\. 1 of these samples lack their mask\. .*doctor.*match.py.*=0",
+    ):
         check_supervision(Stored(2, 2), 0.95)
     assert check_supervision(Stored(2, 2), 0.75) == Coverage(4, 3, ["s0"], Counter(mask=1))
     assert check_supervision(Stored(2, 1), 0.0).share == 0.5
@@ -244,7 +247,9 @@ def test_training_leaves_out_what_cannot_be_read(world: Path, data: Path, tmp_pa
     everything = len(trainer.dataset.dataset)
     assert len(trainer.dataset) == len(trainer.dataset.batch_keys) == everything - 1
     assert lines[0]["index"] not in [trainer.dataset._kept[i] for i in range(len(trainer.dataset))]
-    shutil.copyfile(sorted((data / "images").glob("train-*_target.png"))[1], picture)  # repaired: a new run takes it, a continued one does not
+    shutil.copyfile(
+        sorted((data / "images").glob("train-*_target.png"))[1], picture
+    )  # repaired: a new run takes it, a continued one does not
     for continues, left_out in ((True, 1), (False, 0)):
         AcceleratorState._reset_state(reset_partial_state=True)
         trainer = Trainer(config, continues=continues)

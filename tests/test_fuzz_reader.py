@@ -66,7 +66,9 @@ def same_but_points(first: Sample, second: Sample) -> bool:
     return pictures and (first.id, first.prompt) == (second.id, second.prompt)
 
 
-@pytest.mark.parametrize("name", ["dataset.json", "manifest.parquet", "images/s2_target.png", "images/s2_ref1.png", "points/s2.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["dataset.json", "manifest.parquet", "images/s2_target.png", "images/s2_ref1.png", "points/s2.safetensors"]
+)
 def test_damage(source: Path, tmp_path: Path, name: str) -> None:
     """Pictures and manifest carry checksums, so what is read is right; points carry none, so what is read is at least valid."""
     root = tmp_path / "set"

@@ -104,7 +104,9 @@ def test_report(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     stems = ["case_002", "case_007"]
     endings = (".png", "_attention.png", "_panel.png", "_report.html")
-    assert names(folder) == sorted([f"{stem}{ending}" for stem in stems for ending in endings] + ["manifest.jsonl", "overview.png", "report.html"])
+    assert names(folder) == sorted(
+        [f"{stem}{ending}" for stem in stems for ending in endings] + ["manifest.jsonl", "overview.png", "report.html"]
+    )
     one, two = (load_image(folder / f"{stem}_attention.png").size for stem in reversed(stems))
     assert (two[0], two[1] > one[1]) == (one[0], True)  # a row per reference
 
@@ -154,18 +156,26 @@ BAD_CASES: dict[str, tuple[Any, str]] = {
     "empty prompt": ([{**GOOD, "prompt": "  "}], 'cases.json[0].prompt: must not be empty, got "  "'),
     "no references": ([{**GOOD, "image_paths": []}], "cases.json[0].image_paths: must name at least one reference picture"),
     "missing picture": ([{**GOOD, "image_paths": ["picture.png", "none.png"]}], "cases.json[0].image_paths[1]: file not found: "),
-    "unreadable picture": ([{**GOOD, "image_paths": ["text.png"]}], "cases.json[0].image_paths[0]: the file cannot be decoded as a picture: "),
+    "unreadable picture": (
+        [{**GOOD, "image_paths": ["text.png"]}],
+        "cases.json[0].image_paths[0]: the file cannot be decoded as a picture: ",
+    ),
     "empty picture": ([{**GOOD, "image_paths": ["zero.png"]}], "cases.json[0].image_paths[0]: the picture file is empty (0 bytes): "),
     "folder": ([{**GOOD, "image_paths": ["folder"]}], "cases.json[0].image_paths[0]: must be a picture file, but it is a folder: "),
     "duplicate index": ([GOOD, GOOD], "cases.json[1].index: must be unique, since it names the output files, but 0 is also the index of "),
-    "index of another type": ([{**GOOD, "index": "1"}], 'cases.json[0].index: must be an integer from 0 to 999999999 (it names the output files), got "1"'),
+    "index of another type": (
+        [{**GOOD, "index": "1"}],
+        'cases.json[0].index: must be an integer from 0 to 999999999 (it names the output files), got "1"',
+    ),
     "fractional index": ([{**GOOD, "index": 1.5}], "cases.json[0].index: must be an integer"),
     "index that leaves the folder": ([{**GOOD, "index": "../x"}], "cases.json[0].index: must be an integer"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_CASES)
-def test_bad_cases(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_cases(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished = []
     monkeypatch.setattr(inference, "run", lambda _, cases: finished.extend(cases) or RunResult(len(cases), 0, []))
     content, message = BAD_CASES[kind]
@@ -187,13 +197,28 @@ def test_bad_cases(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
-    "unknown key": (["--set", "inference.heigth=16"], "inference.heigth is not a known setting. Did you mean height? (--set inference.heigth=16)."),
-    "wrong type": (["--set", "inference.height=tall"], 'inference.height must be an integer of at least 1 and at most 8192, got "tall" (--set inference.height=tall).'),
+    "unknown key": (
+        ["--set", "inference.heigth=16"],
+        "inference.heigth is not a known setting. Did you mean height? (--set inference.heigth=16).",
+    ),
+    "wrong type": (
+        ["--set", "inference.height=tall"],
+        'inference.height must be an integer of at least 1 and at most 8192, got "tall" (--set inference.height=tall).',
+    ),
     "out of range": (["--steps", "0"], "inference.num_inference_steps must be an integer of at least 1 and at most 1000, got 0"),
     "missing cases": (["--cases", "none.json"], "none.json: file not found. Relative paths start at the current directory"),
-    "height": (["--set", "inference.height=18"], "inference.height, inference.width: height and width must be positive multiples of the token size 4 px, got 18 x 24"),
-    "reference size": (["--set", "data.reference_size=30"], "data.reference_size: height and width must be positive multiples of the token size 4 px, got 30 x 30"),
-    "missing adapter": (["--lora", "none.safetensors"], "reference LoRA not found: none.safetensors. Give a .safetensors file, a folder, or a hub"),
+    "height": (
+        ["--set", "inference.height=18"],
+        "inference.height, inference.width: height and width must be positive multiples of the token size 4 px, got 18 x 24",
+    ),
+    "reference size": (
+        ["--set", "data.reference_size=30"],
+        "data.reference_size: height and width must be positive multiples of the token size 4 px, got 30 x 30",
+    ),
+    "missing adapter": (
+        ["--lora", "none.safetensors"],
+        "reference LoRA not found: none.safetensors. Give a .safetensors file, a folder, or a hub",
+    ),
     "missing model": (["--model", "no/such/folder"], "model 'no/such/folder': no such folder, and not a hub id of the form user/name."),
     "file as model": (["--model", __file__], "no such folder, and not a hub id"),
     "file as output": (["--output-dir", __file__], f"inference.output_dir: must be a folder, but {__file__} is a file."),
@@ -272,7 +297,9 @@ POCKET = ("configs/pocket.json", "assets/pocket/flux", "assets/pocket/lora.safet
 @pytest.mark.filterwarnings("ignore")
 def test_an_unreachable_model(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "black-forest-labs/FLUX.1-dev"
-    assert_error(["--config", str(config_file), "--model", name], capsys, f"model '{name}' cannot be loaded", "HF_HUB_OFFLINE is set", *POCKET)
+    assert_error(
+        ["--config", str(config_file), "--model", name], capsys, f"model '{name}' cannot be loaded", "HF_HUB_OFFLINE is set", *POCKET
+    )
 
 
 @pytest.mark.usefixtures("offline")
@@ -285,7 +312,10 @@ def test_an_unreachable_adapter(config_file: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("text", "cure"),
     [
-        ("403: Access to model a/b is restricted; it is a gated repo", "accept its licence at https://huggingface.co/a/b, then log in with `hf auth login`"),
+        (
+            "403: Access to model a/b is restricted; it is a gated repo",
+            "accept its licence at https://huggingface.co/a/b, then log in with `hf auth login`",
+        ),
         ("a/b is not a local folder and is not a valid model identifier listed on the Hub", "check the spelling, or log in"),
         ("Connection refused", "the Hub cannot be reached: check the path and the network"),
     ],
@@ -311,5 +341,3 @@ def test_a_damaged_model_folder(config_file: Path, tmp_path: Path, capsys: pytes
     if how == "damaged":
         (model / file).write_text("{")
     assert_error(["--config", str(config_file), "--model", str(model)], capsys, str(model))
-
-

@@ -24,7 +24,7 @@ def random_lora(rank: int) -> dict[str, torch.Tensor]:
 
 
 def product(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    return (tensors[f"{name}.lora_B.weight"].double() @ tensors[f"{name}.lora_A.weight"].double())
+    return tensors[f"{name}.lora_B.weight"].double() @ tensors[f"{name}.lora_A.weight"].double()
 
 
 def test_a_lower_rank_is_the_nearest() -> None:

@@ -95,7 +95,9 @@ def test_no_points_have_no_accuracy() -> None:
 
 def test_leakage_of_constructed_rows() -> None:
     """Sample 0: reference 0 owns tokens 1 and 2, reference 1 owns 4; sample 1: one reference has points, so nothing counts."""
-    points = batch_points([[torch.tensor([[0, 1], [3, 2]]), torch.tensor([[2, 4]])], [torch.tensor([[1, 0]]), torch.empty(0, 2).long()]], 4, 6)
+    points = batch_points(
+        [[torch.tensor([[0, 1], [3, 2]]), torch.tensor([[2, 4]])], [torch.tensor([[1, 0]]), torch.empty(0, 2).long()]], 4, 6
+    )
     rows = torch.zeros(2, 3, 6)
     rows[0, 0] = torch.tensor([0.1, 0.2, 0.0, 0.1, 0.5, 0.1])  # to token 4, of reference 1: 0.5
     rows[0, 1] = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0, 0.0])  # only to its own
@@ -112,7 +114,12 @@ def test_leakage_against_a_loop(generator: torch.Generator) -> None:
     samples = []
     for _ in range(4):
         owners = torch.randint(-1, num_references, (grid.num_tokens,), generator=generator)
-        samples.append([torch.tensor([[i, v] for i, v in enumerate((owners == k).nonzero()[:, 0].tolist())], dtype=torch.long).reshape(-1, 2) for k in range(num_references)])
+        samples.append(
+            [
+                torch.tensor([[i, v] for i, v in enumerate((owners == k).nonzero()[:, 0].tolist())], dtype=torch.long).reshape(-1, 2)
+                for k in range(num_references)
+            ]
+        )
     points = batch_points(samples, grid.num_tokens, grid.num_tokens)
     rows = torch.rand(*points.mask.shape, grid.num_tokens, generator=generator)
     leaked = []
@@ -180,7 +187,9 @@ def test_captions_of_any_length_fit(caption: str, monkeypatch: pytest.MonkeyPatc
     drawn = []
     draw = figures.ImageDraw.ImageDraw
     text = draw.text
-    monkeypatch.setattr(draw, "text", lambda self, xy, shown, **kwargs: (drawn.append((self, shown, kwargs["font"])), text(self, xy, shown, **kwargs)))
+    monkeypatch.setattr(
+        draw, "text", lambda self, xy, shown, **kwargs: (drawn.append((self, shown, kwargs["font"])), text(self, xy, shown, **kwargs))
+    )
     panel = case_panel([solid("red")], solid("black"), caption)
     canvas, shown, font = drawn[0]
     assert panel.height > TILE + 2 * MARGIN
@@ -222,7 +231,9 @@ def test_heat_map_is_red_at_the_peak_and_white_beside_the_picture() -> None:
 def test_attention_panel_lines_end_at_points_and_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
     draw_line = figures.draw_line
-    monkeypatch.setattr(figures, "draw_line", lambda draw, start, end, colour: (lines.append((start, end, colour)), draw_line(draw, start, end, colour)))
+    monkeypatch.setattr(
+        figures, "draw_line", lambda draw, start, end, colour: (lines.append((start, end, colour)), draw_line(draw, start, end, colour))
+    )
     reference_grid, target_grid = Grid(2, 4), Grid(2, 4)
     maps = torch.full((2, 8, 8), 0.01)
     maps[0, 0, 5], maps[0, 6, 2], maps[1, 7, 7] = 0.5, 0.9, 0.8

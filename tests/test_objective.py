@@ -81,7 +81,9 @@ def test_a_sample_is_the_same_in_any_batch(world: Path, tmp_path: Path) -> None:
         found = []
         for start in range(0, 6, size):
             generators = sample_generators(7, 100 + start, size)
-            found.append(train_step(trainer.pipeline, trainer.transformer, collate(samples[start : start + size]), trainer.config, 0, generators))
+            found.append(
+                train_step(trainer.pipeline, trainer.transformer, collate(samples[start : start + size]), trainer.config, 0, generators)
+            )
         return found
 
     (whole,), parts, single = losses(6), losses(3), losses(1)
@@ -141,9 +143,7 @@ def test_gradient_checkpointing_changes_nothing(trainer: Trainer) -> None:
 def test_condition_dropout(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: str, image_dropped: bool, text_dropped: bool, preset: str
 ) -> None:
-    config = runs.make_config(
-        world, tmp_path, **{f"data__{dropout}": 1.0, "loss__preset": preset, "loss__disentanglement_start_step": 0}
-    )
+    config = runs.make_config(world, tmp_path, **{f"data__{dropout}": 1.0, "loss__preset": preset, "loss__disentanglement_start_step": 0})
     trainer = Trainer(config)
     calls, prompts, encode = runs.captured_inputs(trainer), [], trainer.pipeline.encode_prompt
     monkeypatch.setattr(trainer.pipeline, "encode_prompt", lambda given, **kwargs: prompts.append(list(given)) or encode(given, **kwargs))
@@ -202,7 +202,9 @@ def test_attention_losses_count_at_supervised_timesteps_only(world: Path, tmp_pa
 
 
 def test_release_preset(world: Path, tmp_path: Path) -> None:
-    trainer = Trainer(runs.make_config(world, tmp_path, loss__preset="release", loss__disentanglement_start_step=0, loss__disentanglement_warmup_steps=2))
+    trainer = Trainer(
+        runs.make_config(world, tmp_path, loss__preset="release", loss__disentanglement_start_step=0, loss__disentanglement_warmup_steps=2)
+    )
     calls = runs.captured_inputs(trainer)
     trainer.step = 1
     loss = runs.step_loss(trainer, runs.samples_of(trainer, num_references=2, count=2))

@@ -21,7 +21,10 @@ def test_places_that_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_places_that_are_taken(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for folder, message in ((tmp_path / "file", "file is a file. Name another"), (tmp_path / "file/a/b", r"b would lie below the file .*file\.")):
+    for folder, message in (
+        (tmp_path / "file", "file is a file. Name another"),
+        (tmp_path / "file/a/b", r"b would lie below the file .*file\."),
+    ):
         with pytest.raises(ValueError, match=f"--x: must be a folder, but .*{message}"):
             require_folder(folder, "--x")
     with pytest.raises(ValueError, match="link is a file"):

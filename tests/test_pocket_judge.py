@@ -48,8 +48,10 @@ def test_score_sums_the_log_probabilities_of_the_class_asked_for(small_judge: po
     assert scores.shape == (2, 2)
     for column, identity in enumerate(identities):
         expected = sum(
-            logits[:, c].log_softmax(-1)[:, names.index(value)] for logits, names, value in (
-                (verdict.palette, world.PALETTES, identity.palette), (verdict.pattern, world.PATTERNS, identity.pattern),
+            logits[:, c].log_softmax(-1)[:, names.index(value)]
+            for logits, names, value in (
+                (verdict.palette, world.PALETTES, identity.palette),
+                (verdict.pattern, world.PATTERNS, identity.pattern),
                 (verdict.marking, world.MARKINGS, identity.marking),
             )
         )

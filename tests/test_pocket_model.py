@@ -74,9 +74,7 @@ def test_the_folder_loads_in_a_stock_pipeline_and_draws(components: dict, tmp_pa
             torch.testing.assert_close(getattr(pipeline, name).state_dict()[key], value, rtol=0, atol=0)
     assert pipeline.scheduler.config.use_dynamic_shifting
     length = pipeline.tokenizer_2.model_max_length
-    picture = pipeline(
-        CAPTIONS[0], height=64, width=64, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=length
-    ).images[0]
+    picture = pipeline(CAPTIONS[0], height=64, width=64, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=length).images[0]
     assert picture.size == (64, 64)
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.old"))
 
@@ -96,14 +94,10 @@ def test_our_sampler_equals_the_stock_pipeline(components: dict, tmp_path: Path)
 
 def test_the_time_embedding_gets_the_exact_time_under_autocast(components: dict) -> None:
     seen = []
-    hook = components["transformer"].time_text_embed.time_proj.register_forward_pre_hook(
-        lambda _, given: seen.append(given[0])
-    )
+    hook = components["transformer"].time_text_embed.time_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     ids = tuple(caption_ids(components[name], CAPTIONS[:1]) for name in ("tokenizer", "tokenizer_2"))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        sampling.predict_velocity(
-            components, SCENE, torch.zeros(1, SCENE.tokens, TOKEN_CHANNELS), torch.tensor([0.7013]), ids
-        )
+        sampling.predict_velocity(components, SCENE, torch.zeros(1, SCENE.tokens, TOKEN_CHANNELS), torch.tensor([0.7013]), ids)
     hook.remove()
     torch.testing.assert_close(seen[0], torch.tensor([701.3]))
 
@@ -250,9 +244,7 @@ def test_a_start_reads_captions_as_before_when_words_are_added(components: dict,
     fresh = larger["text_encoder_2"].state_dict()["shared.weight"].clone()
     train_pocket_base.load_start(larger, tmp_path / "flux")
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        before, after = (
-            parts[encoder](caption_ids(parts[tokenizer], CAPTIONS)).last_hidden_state for parts in (components, larger)
-        )
+        before, after = (parts[encoder](caption_ids(parts[tokenizer], CAPTIONS)).last_hidden_state for parts in (components, larger))
         torch.testing.assert_close(after, before)
     new, old = (larger["tokenizer_2"].convert_tokens_to_ids(word) for word in ("\u2581five", "\u2581cat"))
     embedding = larger["text_encoder_2"].state_dict()["shared.weight"]
@@ -266,7 +258,9 @@ def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Pat
     save_pocket_flux(components, tmp_path / "teacher")
     layout, generator = SCENE, torch.Generator().manual_seed(0)
     training = distill_pocket_base.GuidanceDistillation(
-        distill_pocket_base.parse_arguments(["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1", "--batch-size", "4"])
+        distill_pocket_base.parse_arguments(
+            ["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1", "--batch-size", "4"]
+        )
     )
     teacher = training.teacher
     torch.nn.init.normal_(teacher["transformer"].proj_out.weight, generator=generator)

@@ -64,9 +64,14 @@ def test_number_of_subjects_and_classes() -> None:
     assert set(free) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"num_subjects": 7}, "1..6"), ({"num_subjects": 0}, "1..6"), ({"split": "test"}, "train, heldout"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_subjects": 7}, "1..6"),
+        ({"num_subjects": 0}, "1..6"),
+        ({"split": "test"}, "train, heldout"),
+    ],
+)
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         world.sample_scene(0, **arguments)
@@ -98,9 +103,12 @@ def test_caption_names_classes_counts_and_background_but_never_looks() -> None:
         assert text.endswith(scene.background)
         assert not looks & set(text.replace(",", "").split())
         assert all(p.identity.class_name in text for p in scene.placements)
-        other = replace(scene, placements=tuple(
-            replace(p, identity=replace(p.identity, palette="mint", pattern="half", marking="hat")) for p in scene.placements
-        ))
+        other = replace(
+            scene,
+            placements=tuple(
+                replace(p, identity=replace(p.identity, palette="mint", pattern="half", marking="hat")) for p in scene.placements
+            ),
+        )
         assert world.caption(other) == text
     identity = world.Identity("mug", "ember", "dots", "none")
     mug = world.Placement(identity, 0.5, 0.5, 0.3, 0, False)
@@ -120,10 +128,12 @@ def test_correspondences_agree_with_painted_coordinates(coordinate_world: None, 
         points = world.correspondences(scene, k, size, size, reference_size=size)
         reference = np.asarray(world.render_reference(placement.identity, size)).astype(float)
         seen, covered = rendered.masks[k] > 0, reference[..., 2] == 0
-        inside = np.asarray([  # away from edges, where colours mix with what is beside them
-            all(area[i // size - 2 : i // size + 3, i % size - 2 : i % size + 3].all() for area, i in ((covered, u), (seen, v)))
-            for u, v in points
-        ])
+        inside = np.asarray(
+            [  # away from edges, where colours mix with what is beside them
+                all(area[i // size - 2 : i // size + 3, i % size - 2 : i % size + 3].all() for area, i in ((covered, u), (seen, v)))
+                for u, v in points
+            ]
+        )
         assert inside.sum() > 2000
         u, v = points[inside].T
         difference = picture[v // size, v % size, :2] - reference[u // size, u % size, :2]
@@ -324,7 +334,12 @@ def test_written_dataset_reads_back(tmp_path: Path) -> None:
     assert not root.with_name("pocket.partial").exists()
     assert json.loads((root / "dataset.json").read_text()) == {"format": "mosaic-multi-reference", "version": 1}
     dataset = MultiReferenceDataset(
-        root, "heldout", image_size=(64, 64), reference_size=32, target_token_grid=(8, 8), reference_token_grid=(4, 4),
+        root,
+        "heldout",
+        image_size=(64, 64),
+        reference_size=32,
+        target_token_grid=(8, 8),
+        reference_token_grid=(4, 4),
     )
     assert [len(dataset[i].references) for i in range(4)] == [1, 2, 3, 4]
     scene = world.sample_scene(103, "heldout", 3)
@@ -354,7 +369,9 @@ def test_writer_refuses_and_cleans_up(tmp_path: Path) -> None:
         return SampleRecord(sample_id, "train", "a cat", white, references, (4, 4), (8, 8))
 
     for points, message in (
-        ([[(16, 0)]], r"references\[0\]: u must lie"), ([[(0, 64)]], "v must lie"), ([[(0, 1)], [(3, 1)]], r"\[1\]: a target cell"),
+        ([[(16, 0)]], r"references\[0\]: u must lie"),
+        ([[(0, 64)]], "v must lie"),
+        ([[(0, 1)], [(3, 1)]], r"\[1\]: a target cell"),
     ):
         with pytest.raises(ValueError, match=message), DatasetWriter(tmp_path / "d") as writer:
             writer.add(sample(points))

@@ -24,11 +24,17 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     for step, colour in ((0, "blue"), (2, "green"), (4, "white")):
         save_picture(Image.new("RGB", (5, 5), colour), folder / f"validation/step_{step:08d}/case_0.png")
-    entries = [{"step": 0, "attention/exact": 0.0156, "attention/exact_chance": 0.0156, "attention/near": 0.12, "attention/near_chance": 0.11}]
+    entries = [
+        {"step": 0, "attention/exact": 0.0156, "attention/exact_chance": 0.0156, "attention/near": 0.12, "attention/near_chance": 0.11}
+    ]
     for step in range(1, 5):
-        entries.append({"step": step, "loss/total": 1.0, "loss/flow_matching": 0.9 / step, "loss/correspondence": 4.0, "loss/disentanglement": -0.1})
+        entries.append(
+            {"step": step, "loss/total": 1.0, "loss/flow_matching": 0.9 / step, "loss/correspondence": 4.0, "loss/disentanglement": -0.1}
+        )
     entries.append({"step": 4, "loss/total": None, "attention/exact": None})
-    entries.append({"step": 4, "attention/exact": 0.25, "attention/exact_chance": 0.0156, "attention/near": 0.5, "attention/near_chance": 0.11})
+    entries.append(
+        {"step": 4, "attention/exact": 0.25, "attention/exact_chance": 0.0156, "attention/near": 0.5, "attention/near_chance": 0.11}
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
 

@@ -75,7 +75,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
     before = signal.getsignal(number)
     assert main([str(tmp_path / "config.json")]) == 75
     assert signal.getsignal(number) is before
-    assert f"stopped by {number.name} at step 3, checkpoint {tmp_path / 'run/checkpoints/step_00000003'}. Continue with --resume auto." in capsys.readouterr().err
+    assert (
+        f"stopped by {number.name} at step 3, checkpoint {tmp_path / 'run/checkpoints/step_00000003'}. Continue with --resume auto."
+        in capsys.readouterr().err
+    )
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000003"]
     assert not (tmp_path / "run/lora.safetensors").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -141,10 +144,17 @@ def test_not_finite_stops_and_names_the_batch(world: Path, tmp_path: Path, monke
     assert len(ids) == 4
     assert record["gradient_norm"] in ("nan", "inf")
     folder = tmp_path / "run/checkpoints/step_00000003"  # the steps before are not lost
-    assert all(bool(value.isfinite().all()) for name in ("lora", "optimizer", "ema") for value in load_file(folder / f"{name}.safetensors").values())
+    assert all(
+        bool(value.isfinite().all())
+        for name in ("lora", "optimizer", "ema")
+        for value in load_file(folder / f"{name}.safetensors").values()
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.undo()
-    train(runs.make_config(world, tmp_path / "run", **OPTIONS, training__gradient_accumulation_steps=2, training__non_finite="skip"), resume="auto")
+    train(
+        runs.make_config(world, tmp_path / "run", **OPTIONS, training__gradient_accumulation_steps=2, training__non_finite="skip"),
+        resume="auto",
+    )
     assert (tmp_path / "run/lora.safetensors").is_file()
 
 

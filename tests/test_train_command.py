@@ -167,7 +167,12 @@ def train_and_keep_gradients(folder: Path) -> None:
 
 def test_two_processes(world: Path, tmp_path: Path) -> None:
     """Two ranks of batch 1 with 2 micro-steps: other samples and noise on each, one gradient, the mean of all four."""
-    options = {"training__batch_size": 1, "training__gradient_accumulation_steps": 2, "training__max_steps": 1, "optimizer__max_grad_norm": None}
+    options = {
+        "training__batch_size": 1,
+        "training__gradient_accumulation_steps": 2,
+        "training__max_steps": 1,
+        "optimizer__max_grad_norm": None,
+    }
     values = runs.settings(world, tmp_path / "run")
     for name, value in options.items():
         section, field = name.split("__")

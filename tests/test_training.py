@@ -113,7 +113,9 @@ def test_max_epochs_ends_a_run(world: Path, tmp_path: Path) -> None:
 
 
 def test_validation_takes_a_cases_file(world: Path, tmp_path: Path) -> None:
-    config = runs.make_config(world, tmp_path / "run", validation__every=1, validation__cases=str(world / "cases.json"), training__max_steps=1)
+    config = runs.make_config(
+        world, tmp_path / "run", validation__every=1, validation__cases=str(world / "cases.json"), training__max_steps=1
+    )
     train(config)
     assert len(list((tmp_path / "run/validation/step_00000001").iterdir())) == 2
 
@@ -234,7 +236,9 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(world: Path, tmp_path: Path)
     config = runs.make_config(world, tmp_path / "run", training__max_steps=1)
     train(config)
     before = runs.files_below(tmp_path)
-    with pytest.raises(ValueError, match=r"training\.output_dir: .*run holds checkpoints of an earlier run, up to step_00000001.*--resume auto"):
+    with pytest.raises(
+        ValueError, match=r"training\.output_dir: .*run holds checkpoints of an earlier run, up to step_00000001.*--resume auto"
+    ):
         train(config)
     assert runs.files_below(tmp_path) == before
 

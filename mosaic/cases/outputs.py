@@ -110,5 +110,3 @@ def _recipe_at(folder: Path, name: str) -> dict[str, Any]:
     """The recipe of the picture of that name; empty where there is none. Names come from files, and may not lead out of the folder."""
     path = folder / f"{name}.png"
     return (read_recipe(path) if path.parent == folder else None) or {}
-
-

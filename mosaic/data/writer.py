@@ -22,14 +22,31 @@ from mosaic.tensor_files import save_tensors
 
 ROWS_PER_GROUP = 1000
 _PAIR = pa.list_(pa.int32())
-_REFERENCE = pa.struct([
-    ("image", pa.string()), ("phrase", pa.string()), ("mask", pa.string()), ("grid", _PAIR), ("scores", pa.string()), ("kind", pa.string()),
-])
-SCHEMA = pa.schema([
-    ("id", pa.string()), ("split", pa.string()), ("prompt", pa.string()), ("target", pa.string()), ("references", pa.list_(_REFERENCE)),
-    ("points", pa.string()), ("reference_grid", _PAIR), ("target_grid", _PAIR), ("target_size", _PAIR), ("scores", pa.string()),
-    ("metadata", pa.string()),
-])
+_REFERENCE = pa.struct(
+    [
+        ("image", pa.string()),
+        ("phrase", pa.string()),
+        ("mask", pa.string()),
+        ("grid", _PAIR),
+        ("scores", pa.string()),
+        ("kind", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.string()),
+        ("target", pa.string()),
+        ("references", pa.list_(_REFERENCE)),
+        ("points", pa.string()),
+        ("reference_grid", _PAIR),
+        ("target_grid", _PAIR),
+        ("target_size", _PAIR),
+        ("scores", pa.string()),
+        ("metadata", pa.string()),
+    ]
+)
 _ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "WEBP": "webp"}
 
@@ -102,15 +119,20 @@ class DatasetWriter:
                 )
         self._ids.add(sample.id)
         row = {
-            "id": sample.id, "split": sample.split, "prompt": sample.prompt,
+            "id": sample.id,
+            "split": sample.split,
+            "prompt": sample.prompt,
             "target": self._write_picture(sample.target, target, f"{sample.id}_target"),
             "references": [
                 self._write_reference(sample.id, k, reference, picture)
                 for k, (reference, picture) in enumerate(zip(sample.references, decoded[1:], strict=True))
             ],
-            "points": f"points/{sample.id}.safetensors", "reference_grid": list(sample.reference_grid),
-            "target_grid": list(sample.target_grid), "target_size": [target.height, target.width],
-            "scores": _to_json(sample.scores), "metadata": json.dumps(dict(sample.metadata), sort_keys=True),
+            "points": f"points/{sample.id}.safetensors",
+            "reference_grid": list(sample.reference_grid),
+            "target_grid": list(sample.target_grid),
+            "target_size": [target.height, target.width],
+            "scores": _to_json(sample.scores),
+            "metadata": json.dumps(dict(sample.metadata), sort_keys=True),
         }
         points = {str(k): r.points for k, r in enumerate(sample.references) if r.points is not None}
         if points:
@@ -132,8 +154,12 @@ class DatasetWriter:
             drawn = Image.fromarray((np.asarray(reference.mask) > 0).astype(np.uint8) * 255)
             mask = self._write_picture(drawn, drawn, f"{sample_id}_mask{k}")
         return {
-            "image": self._write_picture(reference.image, picture, f"{sample_id}_ref{k}"), "phrase": reference.phrase, "mask": mask,
-            "grid": None if reference.grid is None else list(reference.grid), "scores": _to_json(reference.scores), "kind": reference.kind,
+            "image": self._write_picture(reference.image, picture, f"{sample_id}_ref{k}"),
+            "phrase": reference.phrase,
+            "mask": mask,
+            "grid": None if reference.grid is None else list(reference.grid),
+            "scores": _to_json(reference.scores),
+            "kind": reference.kind,
         }
 
     def _write_picture(self, given: Picture, decoded: Image.Image, stem: str) -> str:

@@ -25,8 +25,14 @@ MEASURE_SIDE = 768  # resolution at which bounding boxes are measured
 
 (NONE, INK, BODY, TRIM, WHITE, BLUSH, GLASS, WARM, CREAM, TYRE, ACCENT, SUN, PLAIN) = range(13)
 FIXED_COLORS: dict[int, Color] = {
-    INK: (43, 34, 48), WHITE: (255, 253, 248), BLUSH: (246, 150, 152), GLASS: (190, 228, 240),
-    WARM: (246, 150, 48), CREAM: (250, 234, 206), TYRE: (78, 72, 86), SUN: (255, 214, 84),
+    INK: (43, 34, 48),
+    WHITE: (255, 253, 248),
+    BLUSH: (246, 150, 152),
+    GLASS: (190, 228, 240),
+    WARM: (246, 150, 48),
+    CREAM: (250, 234, 206),
+    TYRE: (78, 72, 86),
+    SUN: (255, 214, 84),
 }
 
 
@@ -123,8 +129,10 @@ def smooth(points: Sequence[Point], closed: bool = True, steps: int = 12) -> lis
         for step in range(steps):
             t = step / steps
             weights = (
-                (-t + 2 * t**2 - t**3) / 2, (2 - 5 * t**2 + 3 * t**3) / 2,
-                (t + 4 * t**2 - 3 * t**3) / 2, (-(t**2) + t**3) / 2,
+                (-t + 2 * t**2 - t**3) / 2,
+                (2 - 5 * t**2 + 3 * t**3) / 2,
+                (t + 4 * t**2 - 3 * t**3) / 2,
+                (-(t**2) + t**3) / 2,
             )
             result.append(tuple(sum(w * p[axis] for w, p in zip(weights, around, strict=True)) for axis in (0, 1)))
     return result if closed else [*result, points[-1]]
@@ -141,17 +149,13 @@ def rounded(points: Sequence[Point], radius: float) -> list[Point]:
             ends.append(tuple(corner[axis] + (other[axis] - corner[axis]) * reach for axis in (0, 1)))
         for step in range(9):
             t = step / 8
-            result.append(tuple(
-                (1 - t) ** 2 * ends[0][axis] + 2 * t * (1 - t) * corner[axis] + t**2 * ends[1][axis] for axis in (0, 1)
-            ))
+            result.append(tuple((1 - t) ** 2 * ends[0][axis] + 2 * t * (1 - t) * corner[axis] + t**2 * ends[1][axis] for axis in (0, 1)))
     return result
 
 
 def star(x: float, y: float, radius: float, inner: float = 0.5) -> list[Point]:
     """Five-pointed star, one tip up."""
-    return [
-        (x + r * sin(i * pi / 5), y - r * cos(i * pi / 5)) for i, r in enumerate([radius, radius * inner] * 5)
-    ]
+    return [(x + r * sin(i * pi / 5), y - r * cos(i * pi / 5)) for i, r in enumerate([radius, radius * inner] * 5)]
 
 
 def _belly(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
@@ -178,7 +182,11 @@ def _half(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -
 
 # Each takes canonical coordinates relative to the centre of the body and the body's half extents.
 PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]] = {
-    "belly": _belly, "stripes": _stripes, "dots": _dots, "checks": _checks, "half": _half,
+    "belly": _belly,
+    "stripes": _stripes,
+    "dots": _dots,
+    "checks": _checks,
+    "half": _half,
 }
 MARKINGS: tuple[str, ...] = ("none", "hat", "scarf", "star")
 
@@ -202,7 +210,10 @@ def draw_scarf(pen: Pen, start: Point, end: Point) -> None:
 
 
 def colorize(
-    materials: np.ndarray, shade: np.ndarray, pattern: np.ndarray, palette: Palette,
+    materials: np.ndarray,
+    shade: np.ndarray,
+    pattern: np.ndarray,
+    palette: Palette,
 ) -> np.ndarray:
     """Look the colours up.
 

@@ -129,8 +129,12 @@ def _room(brush: Brush, rng: Random) -> None:
 
 
 DRAWERS: dict[str, Callable[[Brush, Random], None]] = {
-    "in a meadow": _meadow, "on a beach": _beach, "in the snow": _snow,
-    "under a night sky": _night, "in a desert": _desert, "in a room": _room,
+    "in a meadow": _meadow,
+    "on a beach": _beach,
+    "in the snow": _snow,
+    "under a night sky": _night,
+    "in a desert": _desert,
+    "in a room": _room,
 }
 
 

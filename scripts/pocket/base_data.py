@@ -210,9 +210,7 @@ def read_captions(file: Path) -> list[str]:
         return json.loads(content.metadata()["captions"])
 
 
-def encode_all(
-    pictures: Path, folder: Path, vae: AutoencoderKL, rank: int = 0, world: int = 1
-) -> Iterator[tuple[int, int]]:
+def encode_all(pictures: Path, folder: Path, vae: AutoencoderKL, rank: int = 0, world: int = 1) -> Iterator[tuple[int, int]]:
     """Encodes every picture shard that has no token shard yet; process `rank` of `world` takes its share of them.
 
     Yields:

@@ -93,7 +93,11 @@ def render_reference(identity: Identity, size: int) -> Image.Image:
 
 
 def correspondences(
-    scene: Scene, k: int, reference_grid: int, target_grid: int, reference_size: int = REFERENCE_SIZE,
+    scene: Scene,
+    k: int,
+    reference_grid: int,
+    target_grid: int,
+    reference_size: int = REFERENCE_SIZE,
 ) -> np.ndarray:
     """Points between the reference picture and the scene where subject k is seen.
 

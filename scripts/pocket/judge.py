@@ -81,10 +81,16 @@ class Judge(nn.Module):
         self.config = config
         fine, coarse, found, classes = config.fine, config.coarse, config.found, len(CLASSES)
         self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(2), nn.Conv2d(12, fine, 3, padding=1, bias=False), nn.BatchNorm2d(fine), nn.ReLU(),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, fine, 3, padding=1, bias=False),
+            nn.BatchNorm2d(fine),
+            nn.ReLU(),
             _Residual(fine),
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(coarse), nn.ReLU(),
-            _Residual(coarse), _Residual(coarse),
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(coarse),
+            nn.ReLU(),
+            _Residual(coarse),
+            _Residual(coarse),
         )
         self.look = nn.Sequential(nn.Conv2d(coarse, coarse, 5, padding=2, groups=8), nn.ReLU(), nn.Conv2d(coarse, classes, 1))
         self.class_embedding = nn.Parameter(torch.randn(classes, found) * 0.1)
@@ -108,10 +114,13 @@ class Judge(nn.Module):
         peak = scores.amax(dim=-1, keepdim=True)
         area = torch.sigmoid(scores).sum(dim=-1, keepdim=True) / 16
         return Verdict(
-            palette=self.palette(found).float(), pattern=self.pattern(found).float(), marking=self.marking(found).float(),
+            palette=self.palette(found).float(),
+            pattern=self.pattern(found).float(),
+            marking=self.marking(found).float(),
             presence=self.presence(torch.cat([found, peak.to(found.dtype)], dim=-1)).squeeze(-1).float(),
             count=self.count(torch.cat([area, peak], dim=-1).to(found.dtype)).float(),
-            background=self.background(features.mean(dim=(2, 3))).float(), attention=attention,
+            background=self.background(features.mean(dim=(2, 3))).float(),
+            attention=attention,
         )
 
     @torch.no_grad()
@@ -130,7 +139,9 @@ class Judge(nn.Module):
         verdict, c = self._look(pictures), class_index(class_name)
         total = torch.zeros(len(pictures), len(identities))
         for logits, names, attribute in (
-            (verdict.palette, PALETTES, "palette"), (verdict.pattern, PATTERNS, "pattern"), (verdict.marking, MARKINGS, "marking"),
+            (verdict.palette, PALETTES, "palette"),
+            (verdict.pattern, PATTERNS, "pattern"),
+            (verdict.marking, MARKINGS, "marking"),
         ):
             columns = [names.index(getattr(identity, attribute)) for identity in identities]
             total += logits[:, c].log_softmax(dim=-1)[:, columns].cpu()
@@ -213,7 +224,8 @@ def save_judge(judge: Judge, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: value.half().contiguous() if value.is_floating_point() else value
-        for name, value in judge.state_dict().items() if not name.endswith("num_batches_tracked")
+        for name, value in judge.state_dict().items()
+        if not name.endswith("num_batches_tracked")
     }
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata={"format": _FORMAT, "config": json.dumps(asdict(judge.config))})

@@ -96,9 +96,7 @@ class MovingAverage:
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """All parameters of several modules, named `<module>.<parameter>`."""
-    return {
-        f"{key}.{name}": parameter for key, module in modules.items() for name, parameter in module.named_parameters()
-    }
+    return {f"{key}.{name}": parameter for key, module in modules.items() for name, parameter in module.named_parameters()}
 
 
 def save_checkpoint(

@@ -150,7 +150,10 @@ def sample_pose(
 
 
 def sample_scene(
-    seed: int, split: str = "train", num_subjects: int | None = None, distinct_classes: bool | None = None,
+    seed: int,
+    split: str = "train",
+    num_subjects: int | None = None,
+    distinct_classes: bool | None = None,
 ) -> Scene:
     """Draw a scene; the same arguments always give the same one.
 
