@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosaic.cases.reading import Case, read_cases
-from mosaic.config import Config, load_config
+from mosaic.config.loading import Config, load_config
+from mosaic.rendering.cases.reading import Case, read_cases
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from mosaic.cases.runner import RunResult
+    from mosaic.rendering.runner import RunResult
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONFIG = ROOT / "configs" / "pocket.json"
@@ -83,13 +83,13 @@ def is_first_process() -> bool:
 
 
 def run(config: Config, cases: list[Case]) -> "RunResult":
-    """Render the cases, this process its share; see `mosaic.cases.runner.run_cases`."""
+    """Render the cases, this process its share; see `mosaic.rendering.runner.run_cases`."""
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    from mosaic.cases.runner import run_cases
+    from mosaic.rendering.runner import run_cases
 
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each. The first process to end waits
     # for the last one, however long that takes.
@@ -109,9 +109,9 @@ def check(config: Config, cases: list[Case]) -> list[str]:
     """What `--check` finds beyond the cases file: a message for every case whose size does not fit the model.
 
     Raises:
-        FileNotFoundError, ValueError: See `mosaic.cases.checks.check_run`.
+        FileNotFoundError, ValueError: See `mosaic.rendering.checks.check_run`.
     """
-    from mosaic.cases.checks import check_run
+    from mosaic.rendering.checks import check_run
 
     try:
         return check_run(cases, config)
@@ -125,8 +125,8 @@ def check(config: Config, cases: list[Case]) -> list[str]:
 
 def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> Config:
     """The config with the preset that fits the free memory; says which, and why."""
-    from mosaic.hub import resolve_lora_file
     from mosaic.planning.memory_choice import auto_config
+    from mosaic.weights.hub import resolve_lora_file
 
     settings = config.inference
     lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)

@@ -5,14 +5,14 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "MosaicFluxPipeline": "mosaic.pipeline",
-    "MosaicPipelineOutput": "mosaic.pipeline",
-    "MosaicFluxTransformer2DModel": "mosaic.transformer",
-    "MosaicTransformerOutput": "mosaic.transformer",
+    "MosaicFluxPipeline": "mosaic.pipeline.pipeline",
+    "MosaicPipelineOutput": "mosaic.pipeline.pipeline",
+    "MosaicFluxTransformer2DModel": "mosaic.model.transformer",
+    "MosaicTransformerOutput": "mosaic.model.transformer",
     "load_image": "mosaic.images",
     "prepare_reference": "mosaic.images",
-    "load_config": "mosaic.config",
-    "load_cases": "mosaic.cases.reading",
+    "load_config": "mosaic.config.loading",
+    "load_cases": "mosaic.rendering.cases.reading",
 }
 __all__ = list(_EXPORTS)
 

@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import PartialState
 
-from mosaic.caches import latent_encoding, text_encoding
-from mosaic.component_files import TEXT_COMPONENTS, component_config, component_folder
-from mosaic.config import Config, load_config
+from mosaic.config.loading import Config, load_config
 from mosaic.data import check_dataset, open_dataset
-from mosaic.objective import run_grids
-from mosaic.pipeline import DTYPES, MosaicFluxPipeline
-from preprocess.arguments import check_device
+from mosaic.data.cache.opening import latent_encoding, text_encoding
+from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
+from mosaic.training.objective import run_grids
+from mosaic.weights.components import TEXT_COMPONENTS, component_config, component_folder
 from preprocess.caching import PictureSource, PromptSource, fill
+from preprocess.extractors.arguments import check_device
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

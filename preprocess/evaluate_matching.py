@@ -20,21 +20,21 @@ import torch
 from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
-from mosaic.tokens import Grid
-from preprocess import matching
-from preprocess.arguments import add_extractor_arguments, check_device, extractor_specs
+from mosaic.method.tokens import Grid
 from preprocess.extractors import build_extractor
+from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
 from preprocess.extractors.protocol import Extractor
 from preprocess.extractors.weights import DTYPES
-from preprocess.layouts import replace_file
-from preprocess.masks import subject_mask
-from preprocess.matching import Match, match_features
-from preprocess.matching_benchmark import CHANNELS, benchmark
-from preprocess.matching_benchmark import table as benchmark_table
-from preprocess.matching_metrics import ALPHAS, FilterCounts, Truth, cell_positions, filter_counts, pck
-from preprocess.rows import read_pictures
-from preprocess.sample_matching import PairFeatures, ReferencePicture, accepted, masks_of, pair_features, sample_seed
-from preprocess.settings import MatchingSettings
+from preprocess.matching import matching
+from preprocess.matching.benchmark import CHANNELS, benchmark
+from preprocess.matching.benchmark import table as benchmark_table
+from preprocess.matching.layouts import replace_file
+from preprocess.matching.masks import subject_mask
+from preprocess.matching.matching import Match, match_features
+from preprocess.matching.metrics import ALPHAS, FilterCounts, Truth, cell_positions, filter_counts, pck
+from preprocess.matching.rows import read_pictures
+from preprocess.matching.samples import PairFeatures, ReferencePicture, accepted, masks_of, pair_features, sample_seed
+from preprocess.matching.settings import MatchingSettings
 
 CORRECT = 0.1
 SOFT_WINDOW = 2

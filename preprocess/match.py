@@ -17,18 +17,18 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from mosaic.config.schema import build_section
 from mosaic.data import Manifest, Row
-from mosaic.figures import contact_sheet, save_picture
-from mosaic.schema import build_section
-from preprocess.arguments import add_extractor_arguments, check_device, extractor_specs
+from mosaic.reports.figures import contact_sheet, save_picture
 from preprocess.extractors import build_extractor
+from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
 from preprocess.extractors.weights import DTYPES
-from preprocess.layouts import CompactLayout, Layout, ReleaseLayout
-from preprocess.rows import read_pictures
-from preprocess.run_settings import claim_settings, run_settings
-from preprocess.sample_matching import sample_seed
-from preprocess.settings import MatchingSettings
-from preprocess.sheets import correspondence_panel
+from preprocess.matching.layouts import CompactLayout, Layout, ReleaseLayout
+from preprocess.matching.rows import read_pictures
+from preprocess.matching.run_settings import claim_settings, run_settings
+from preprocess.matching.samples import sample_seed
+from preprocess.matching.settings import MatchingSettings
+from preprocess.matching.sheets import correspondence_panel
 
 FILTERS = ("consensus", "cycle", "min_similarity", "min_margin", "soft_argmax", "temperature", "unique_u")
 

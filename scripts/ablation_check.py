@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from mosaic.config import config_to_json, from_dict
-from mosaic.lora_files import LoraFile, reference_metadata
-from mosaic.output_files import write_text
-from scripts.ablation import ARMS_FOLDER
-from scripts.pocket.ablation_measures import measure
-from scripts.pocket.ablation_plan import ROOT, base_digest, judge_digest, world_digest
-from scripts.pocket.ablation_results import read_results
-from scripts.pocket.ablation_tables import markdown
-from scripts.pocket.ablation_tasks import Task
+from mosaic.config.loading import config_to_json, from_dict
+from mosaic.files import write_text
+from mosaic.lora.files import LoraFile, reference_metadata
+from scripts.ablation.command import ARMS_FOLDER
+from scripts.ablation.measures import measure
+from scripts.ablation.plan import ROOT, base_digest, judge_digest, world_digest
+from scripts.ablation.results import read_results
+from scripts.ablation.tables import markdown
+from scripts.ablation.tasks import Task
 from scripts.pocket.provenance import commit
 
 RESULTS = ROOT / "assets/ablation/results.json"

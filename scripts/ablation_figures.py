@@ -12,12 +12,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.figures import save_picture
-from mosaic.output_files import write_text
-from scripts.pocket.ablation_plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
-from scripts.pocket.ablation_readme import put_into
-from scripts.pocket.ablation_results import read_results
-from scripts.pocket.ablation_tables import (
+from mosaic.files import write_text
+from mosaic.reports.figures import save_picture
+from scripts.ablation.plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
+from scripts.ablation.readme import put_into
+from scripts.ablation.results import read_results
+from scripts.ablation.tables import (
     IDENTIFICATION,
     MEASURES,
     attention_table,

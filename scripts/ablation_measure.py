@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from scripts.pocket.ablation_measures import measure
-from scripts.pocket.ablation_tasks import read_tasks
+from scripts.ablation.measures import measure
+from scripts.ablation.tasks import read_tasks
 from scripts.pocket.provenance import commit
 
 

@@ -1,14 +1,14 @@
 """Benchmarks.
 
 `python scripts/benchmark.py train` measures training steps, optimizer included: random weights, latents and embeddings as from a cache. A
-table of K x resolution x gradient checkpointing with step time, memory, TFLOP and utilisation (scripts/train_benchmark.py): of FLUX.1-dev's
+table of K x resolution x gradient checkpointing with step time, memory, TFLOP and utilisation (benchmarks/train.py): of FLUX.1-dev's
 shape with `--model flux_dev`, where that fits, or of the pocket transformer's with `--model pocket`, then also against the naive twin
-(scripts/twin_benchmark.py).
+(scripts/benchmarks/twin.py).
 
 `python scripts/benchmark.py infer` measures sampling: a table of K x size x mode (kept references, step caches, compiled blocks, batches,
-attention kernels) with latency, memory, TFLOP, utilisation and the error against the plain path (scripts/infer_benchmark.py).
+attention kernels) with latency, memory, TFLOP, utilisation and the error against the plain path (scripts/benchmarks/infer.py).
 
-`python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/data_benchmark.py).
+`python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/benchmarks/data.py).
 """
 
 import argparse
@@ -21,9 +21,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.output_files import require_file, write_text
-from scripts import twin_benchmark
-from scripts.twin_benchmark import ARMS, REFERENCE_SIDE
+from mosaic.files import require_file, write_text
+from scripts.benchmarks import twin as twin_benchmark
+from scripts.benchmarks.twin import ARMS, REFERENCE_SIDE
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "pocket": {
@@ -107,7 +107,7 @@ def complete_arguments(args: argparse.Namespace, defaults: dict[str, dict[str, A
 
 def infer_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
     """What `--config` says of the flags that are not given; `args.config` becomes the loaded config."""
-    from mosaic.config import load_config
+    from mosaic.config.loading import load_config
 
     if args.model != "pocket":
         parser.error(f"--config names a model of its own, so --model {args.model} must be left out")
@@ -171,7 +171,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         if args.points_per_reference > REFERENCE_SIDE**2:
             limit = f"at most {REFERENCE_SIDE**2}, a reference's tokens"
             parser.error(f"--points-per-reference must be {limit}, got {args.points_per_reference}")
-        from mosaic.planning.costs import CHECKPOINTING_MODES
+        from mosaic.model.costs import CHECKPOINTING_MODES
 
         for mode in args.checkpointing:
             if mode not in CHECKPOINTING_MODES:
@@ -182,7 +182,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     """The command `train`."""
     if args.memory_of:
         return twin_benchmark.measure_memory(args)
-    from scripts import train_benchmark
+    from scripts.benchmarks import train as train_benchmark
 
     result = train_benchmark.run(args)
     if args.model == "pocket":
@@ -199,11 +199,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     try:
         require_file(args.output, "--output")
         if args.command == "data":
-            from scripts import data_benchmark
+            from scripts.benchmarks import data as data_benchmark
 
             return data_benchmark.run(args)
         if args.command == "infer":
-            from scripts import infer_benchmark
+            from scripts.benchmarks import infer as infer_benchmark
 
             return infer_benchmark.run(args)
         return run_train(args)

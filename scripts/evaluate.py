@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from mosaic.config import Config, load_config
-from mosaic.digests import weights_digest
-from mosaic.hub import resolve_lora_file
-from mosaic.output_files import require_file, write_text
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.config.loading import Config, load_config
+from mosaic.files import require_file, write_text
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from mosaic.weights.digests import weights_digest
+from mosaic.weights.hub import resolve_lora_file
+from scripts.ablation.plan import base_digest, judge_digest, world_digest
 from scripts.pocket import world
-from scripts.pocket.ablation_plan import base_digest, judge_digest, world_digest
 from scripts.pocket.evaluation import (
     MIN_VISIBLE,
     generate,

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from mosaic.config import Config, load_config
-from mosaic.training.checkpoint import checkpoint_folders, folder_of
+from mosaic.config.loading import Config, load_config
+from mosaic.training.checkpoints.checkpoint import checkpoint_folders, folder_of
 
 POLL_SECONDS = 0.0005
 

@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.digests import weights_digest
-from mosaic.lora import ADAPTER_NAME, PREFIX, shorten
-from mosaic.lora_files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
-from mosaic.lora_formats import from_diffusers, to_diffusers
-from mosaic.lora_keys import find_modules, is_reference_lora, is_text_encoder_key
-from mosaic.lora_reduction import REPORT_KEY, find_rank, overall, reduce_file, reduction_report
-from mosaic.lora_resize import ReducedModule
+from mosaic.lora.adapter import PREFIX, shorten
+from mosaic.lora.files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
+from mosaic.lora.formats import from_diffusers, to_diffusers
+from mosaic.lora.keys import find_modules, is_reference_lora, is_text_encoder_key
+from mosaic.lora.reduction import REPORT_KEY, find_rank, overall, reduce_file, reduction_report
+from mosaic.lora.resize import ReducedModule
+from mosaic.model.branch import ADAPTER_NAME
+from mosaic.weights.digests import weights_digest
 
 NUM_WORST = 10
 REFERENCE_NOTE = (

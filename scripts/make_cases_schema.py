@@ -1,4 +1,4 @@
-"""Writes configs/cases.schema.json, the JSON Schema of cases files, from `mosaic.cases.reading` and `mosaic.cases.shapes`."""
+"""Writes configs/cases.schema.json, the JSON Schema of cases files, from `mosaic.rendering.cases` (reading, shapes)."""
 
 import argparse
 import json
@@ -9,11 +9,11 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.cases.grids import MAX_PER_CASE
-from mosaic.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
-from mosaic.cases.references import KEYS, MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
-from mosaic.cases.shapes import IMAGE_PATHS, SHAPES, Shape
-from mosaic.sections import MAX_STRENGTH
+from mosaic.config.sections import MAX_STRENGTH
+from mosaic.rendering.cases.grids import MAX_PER_CASE
+from mosaic.rendering.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
+from mosaic.rendering.cases.references import KEYS, MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
+from mosaic.rendering.cases.shapes import IMAGE_PATHS, SHAPES, Shape
 from scripts.make_config_schema import field_meanings, type_schema, write_schema
 
 FILE = ROOT / "configs/cases.schema.json"

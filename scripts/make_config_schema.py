@@ -1,4 +1,4 @@
-"""Writes configs/schema.json, the JSON Schema of config files, from the dataclasses of `mosaic.sections`.
+"""Writes configs/schema.json, the JSON Schema of config files, from the dataclasses of `mosaic.config.sections`.
 
 Editors that understand the "$schema" key of a config complete names, show what each setting means, and mark what is wrong.
 """
@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic import sections
-from mosaic.config import EXTENDS, SECTIONS
-from mosaic.output_files import write_text
-from mosaic.schema import Bounds, NotEmpty, Section, to_plain
+from mosaic.config import sections
+from mosaic.config.loading import EXTENDS, SECTIONS
+from mosaic.config.schema import Bounds, NotEmpty, Section, to_plain
+from mosaic.files import write_text
 
 FILE = ROOT / "configs" / "schema.json"
 _PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
@@ -28,7 +28,7 @@ _BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimu
 
 
 def type_schema(hint: Any) -> dict[str, Any]:
-    """The JSON Schema of an annotation that `mosaic.schema` knows."""
+    """The JSON Schema of an annotation that `mosaic.config.schema` knows."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         schema = type_schema(arguments[0])

@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.figures import save_picture
-from mosaic.output_files import write_text
+from mosaic.files import write_text
+from mosaic.reports.figures import save_picture
 from scripts.pocket import world
 
 NUM_REFERENCES = (1, 1, 2, 2, 3, 3, 3, 4, 5, 6)  # K of each case

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mosaic.config import Config, from_dict
-from mosaic.memory_presets import PRESETS
+from mosaic.config.loading import Config, from_dict
 from mosaic.planning.inference_memory import Demand, predict_inference
 from mosaic.planning.memory_model import EMA, ENCODERS, GIB, SAVED, dry_parts, kept_attention_bytes, predict_memory
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape
 from mosaic.planning.preflight import FITS_BELOW
+from mosaic.rendering.memory_presets import PRESETS
 
 #: GB by the card's name: GiB that CUDA reports for an RTX 3060, an RTX 4080, an RTX 4090, an RTX A6000, an H100 and an H200.
 CARDS = {12: 11.6, 16: 15.6, 24: 23.6, 48: 47.5, 80: 79.2, 141: 139.8}

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.config import load_config
-from mosaic.output_files import require_file, write_text
+from mosaic.config.loading import load_config
+from mosaic.files import require_file, write_text
 from scripts import launch
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.output_files import require_file, write_text
-from mosaic.pages import embedded, page
+from mosaic.files import require_file, write_text
+from mosaic.reports.html import embedded, page
 
 CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL"), ("loss/disentanglement", "MDL"))
 WIDTH, HEIGHT, PAD = 340, 200, 42

@@ -15,7 +15,7 @@ from scripts.processes import end_on_signals
 if __name__ == "__main__":
     end_on_signals()
 
-from mosaic.config import config_to_json, load_config
+from mosaic.config.loading import config_to_json, load_config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import FluxTransformer2DModel
 
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer
-from mosaic.transformer import MosaicFluxTransformer2DModel
 from tests import runs, tiny
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.correspondence import Points, batch_points
-from mosaic.lora import load_reference_lora, reference_lora_parameters
-from mosaic.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, reference_distributions
-from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.tokens import Grid, position_ids, reference_position_ids, text_position_ids, unpack_latents
-from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.lora.adapter import load_reference_lora, reference_lora_parameters
+from mosaic.method.correspondence import Points, batch_points
+from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, reference_distributions
+from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids, unpack_latents
+from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
 TOLERANCE = 1e-4
 

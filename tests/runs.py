@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mosaic.config import Config, from_dict
+from mosaic.config.loading import Config, from_dict
 from mosaic.data import DatasetWriter, MosaicBatch, ReferenceRecord, SampleRecord, collate
-from mosaic.lora import reference_lora_modules, write_reference_lora
-from mosaic.losses import MosaicLoss
-from mosaic.objective import sample_generators, train_step
+from mosaic.lora.adapter import reference_lora_modules, write_reference_lora
+from mosaic.method.losses import MosaicLoss
 from mosaic.training import Trainer
+from mosaic.training.objective import sample_generators, train_step
 from tests import tiny
 
 IMAGE_SIZE = (16, 24)  # px, height and width: 4 x 6 tokens of 4 px

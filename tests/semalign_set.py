@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageCms, ImageDraw
 from torch import Tensor
 
-from mosaic.data.semalign_ids import CLASSIC, deflate_library
+from mosaic.data.semalign.ids import CLASSIC, deflate_library
 
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
 GOOD = dict.fromkeys(SCORES, 5)

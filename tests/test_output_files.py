@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic.output_files import require_file, require_folder, write_text
+from mosaic.files import require_file, require_folder, write_text
 
 
 def test_places_that_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import inference
-from mosaic.cases.reading import load_cases
-from mosaic.config import load_config
+from mosaic.config.loading import load_config
+from mosaic.rendering.cases.reading import load_cases
 from scripts.pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = ("README.md", "mosaic/cases/README.md", "scripts/pocket/README.md")
+GUIDES = ("README.md", "mosaic/rendering/README.md", "scripts/pocket/README.md")
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if "schema" not in path.name)
 
 
@@ -37,7 +37,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def known_flags(script: Path) -> set[str]:
-    """The flags that a script hands to argparse."""
+    """The flags that a script hands to argparse; those of a thin command stand in the room of its name."""
+    room = script.with_suffix("") / "command.py"
+    script = room if room.is_file() else script
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
     added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
     return {argument.value for call in added for argument in call.args if isinstance(argument, ast.Constant)}

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mosaic.lora_files import write_tensors
-from mosaic.tensor_files import save_tensors
+from mosaic.files import save_tensors
+from mosaic.lora.files import write_tensors
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])

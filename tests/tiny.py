@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from mosaic.correspondence import Points, batch_points
-from mosaic.lora import attach_reference_lora, reference_lora_parameters
-from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.tokens import Grid, position_ids, reference_position_ids, text_position_ids
-from mosaic.transformer import MosaicFluxTransformer2DModel
+from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
+from mosaic.method.correspondence import Points, batch_points
+from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.pocket.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
 HEIGHT, WIDTH, GRID = 24, 16, Grid(6, 4)  # px and tokens of the pipeline's target: one token is 4 px

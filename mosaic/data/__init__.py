@@ -1,17 +1,17 @@
 """Data sets: readers, the writer of our format, batches."""
 
-from mosaic.data.cached_samples import CachedSamples
+from mosaic.data.cache.samples import CachedSamples
 from mosaic.data.inspection import Inspection, check_supervision
-from mosaic.data.manifest import Manifest
-from mosaic.data.multi_reference import MultiReferenceDataset
+from mosaic.data.multi_reference.dataset import MultiReferenceDataset
+from mosaic.data.multi_reference.manifest import Manifest
+from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord, sample_id
+from mosaic.data.multi_reference.rows import ReferenceEntry, Row
+from mosaic.data.multi_reference.writer import DatasetWriter
 from mosaic.data.opening import TrainingDataset, check_dataset, open_dataset
 from mosaic.data.readable import ReadableSamples, find_unreadable
-from mosaic.data.records import ReferenceRecord, SampleRecord, sample_id
-from mosaic.data.rows import ReferenceEntry, Row
 from mosaic.data.sampler import BucketBatchSampler
 from mosaic.data.samples import MosaicBatch, Sample, collate
-from mosaic.data.semalign import SemAlignDataset
-from mosaic.data.writer import DatasetWriter
+from mosaic.data.semalign.dataset import SemAlignDataset
 
 __all__ = [
     "BucketBatchSampler",

@@ -1,10 +1,10 @@
 """Opening the data set that a config names."""
 
-from mosaic.data.manifest import Manifest
-from mosaic.data.multi_reference import MultiReferenceDataset
-from mosaic.data.semalign import SemAlignDataset
-from mosaic.sections import DataConfig
-from mosaic.tokens import Grid
+from mosaic.config.sections import DataConfig
+from mosaic.data.multi_reference.dataset import MultiReferenceDataset
+from mosaic.data.multi_reference.manifest import Manifest
+from mosaic.data.semalign.dataset import SemAlignDataset
+from mosaic.method.tokens import Grid
 
 TrainingDataset = MultiReferenceDataset | SemAlignDataset
 

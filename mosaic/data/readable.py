@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mosaic.data.samples import Sample
-from mosaic.output_files import write_text
+from mosaic.files import write_text
 
 
 class Unreadable(NamedTuple):

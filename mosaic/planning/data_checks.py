@@ -4,20 +4,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosaic.caches import Caches, latent_encoding, latent_settings, text_encoding, text_settings
-from mosaic.config import Config, DataConfig
+from mosaic.config.loading import Config, DataConfig
+from mosaic.config.schema import read_json
 from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_supervision, find_unreadable, open_dataset
-from mosaic.data.latent_cache import LatentCache
-from mosaic.data.semalign import INDEX_NAME
-from mosaic.data.semalign_ids import has_all_ids
-from mosaic.data.semalign_rows import SemAlignRows, find_parquet
-from mosaic.data.tensor_cache import DESCRIPTION, TensorCache
-from mosaic.data.text_cache import TextCache
+from mosaic.data.cache.latents import LatentCache
+from mosaic.data.cache.opening import Caches, latent_encoding, latent_settings, text_encoding, text_settings
+from mosaic.data.cache.tensors import DESCRIPTION, TensorCache
+from mosaic.data.cache.texts import TextCache
+from mosaic.data.semalign.dataset import INDEX_NAME
+from mosaic.data.semalign.ids import has_all_ids
+from mosaic.data.semalign.rows import SemAlignRows, find_parquet
+from mosaic.method.tokens import token_grid
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
 from mosaic.planning.model_shape import ModelShape
-from mosaic.schema import read_json
-from mosaic.tokens import token_grid
-from mosaic.training.run_state import describe_run, require_same_run
+from mosaic.training.checkpoints.run_state import describe_run, require_same_run
 from mosaic.training.starting import training_sampler
 
 Samples = TrainingDataset | ReadableSamples | CachedSamples

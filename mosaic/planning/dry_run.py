@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic.attention_rows import resolve_capture_blocks
-from mosaic.config import Config
+from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
-from mosaic.lora import attach_reference_lora, reference_lora_parameters
-from mosaic.objective import sample_generators, train_step
-from mosaic.pipeline import DTYPES
+from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
+from mosaic.method.tokens import PATCH, token_grid
+from mosaic.model.attention_rows import resolve_capture_blocks
+from mosaic.model.recomputation import set_gradient_checkpointing
+from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import TEMPORARY, StorageMeter, storage_bytes
-from mosaic.recomputation import set_gradient_checkpointing
-from mosaic.tokens import PATCH, token_grid
-from mosaic.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.training.objective import sample_generators, train_step
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
 SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"

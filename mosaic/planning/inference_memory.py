@@ -15,18 +15,18 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from mosaic.config import Config
-from mosaic.memory_presets import GGUF, MemoryPreset
-from mosaic.pipeline import DTYPES
-from mosaic.planning.costs import lora_parameter_count, width
+from mosaic.config.loading import Config
+from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids, token_grid
+from mosaic.model.costs import lora_parameter_count, width
+from mosaic.model.reference_cache import reference_cache_bytes
+from mosaic.model.transformer import CaptureRequest
+from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import StorageMeter
-from mosaic.reference_cache import reference_cache_bytes
-from mosaic.tokens import position_ids, reference_position_ids, text_position_ids, token_grid
-from mosaic.transformer import CaptureRequest
+from mosaic.rendering.memory_presets import GGUF, MemoryPreset
 
 TRANSFORMER, ADAPTER, ENCODERS, VAE, ACTIVATIONS = "transformer", "adapter", "text encoders", "VAE", "activations"
 STAGES = ("prompts", "references", "steps", "decoding")

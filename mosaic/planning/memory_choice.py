@@ -13,14 +13,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
-from mosaic.cases.reading import Case
-from mosaic.config import Config
-from mosaic.hub import resolve_style_lora_file
-from mosaic.memory_presets import PRESETS, with_format
+from mosaic.config.loading import Config
 from mosaic.planning.inference_memory import Demand, predict_inference
 from mosaic.planning.memory_model import GIB
 from mosaic.planning.model_shape import read_model_shape
 from mosaic.planning.preflight import FITS_BELOW
+from mosaic.rendering.cases.reading import Case
+from mosaic.rendering.memory_presets import PRESETS, with_format
+from mosaic.weights.hub import resolve_style_lora_file
 
 CGROUP = Path("/sys/fs/cgroup")
 

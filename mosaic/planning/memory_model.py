@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from mosaic.config import Config
-from mosaic.planning.costs import base_parameter_count, lora_parameter_count, width
+from mosaic.config.loading import Config
+from mosaic.model.costs import base_parameter_count, lora_parameter_count, width
 from mosaic.planning.dry_run import (
     ADAPTER,
     BASE,
@@ -17,8 +17,8 @@ from mosaic.planning.dry_run import (
     row_bytes,
 )
 from mosaic.planning.model_shape import ModelShape
-from mosaic.training.sharding import Distribution
-from mosaic.training.zero import BUCKET_WEIGHTS
+from mosaic.training.distributed.sharding import Distribution
+from mosaic.training.distributed.zero import BUCKET_WEIGHTS
 
 EMA, BUCKETS, ENCODERS, CONTEXT = "EMA", "gradient buckets", "text encoders and VAE", "CUDA context"
 PARTS = (BASE, ADAPTER, GRADIENTS, BUCKETS, OPTIMIZER, EMA, SAVED, ROWS, TRANSIENT, ENCODERS, CONTEXT)

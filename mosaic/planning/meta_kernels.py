@@ -20,7 +20,7 @@ def kernels_of(device_type: str, autocast_dtype: torch.dtype | None = None) -> I
     """Context in which `torch.nn.functional` computes meta tensors with the kernels of "cuda" or "cpu".
 
     Covers the functions that autocast changes inside FLUX's blocks: linear and attention run in `autocast_dtype`; on CUDA, LayerNorm
-    and RMSNorm run in float32 (on a CPU they keep their input's format), but where autocast is off (`mosaic.attention_rows.no_autocast`).
+    and RMSNorm run in float32 (on a CPU they keep their input's format), but where autocast is off (`attention_rows.no_autocast`).
     Not for several threads: the functions are replaced.
 
     Args:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mosaic.planning.costs import FLUX_DEV, base_parameter_count
+from mosaic.model.costs import FLUX_DEV, base_parameter_count
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 #: Parameters of FLUX.1-dev's frozen encoders: its VAE, CLIP-L's text model, T5-XXL's encoder.

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from mosaic.config import Config, config_to_json, resolved_dict
-from mosaic.planning.costs import captured_row_flops, lora_parameter_count, training_step_flops
+from mosaic.config.loading import Config, config_to_json, resolved_dict
+from mosaic.model.costs import captured_row_flops, lora_parameter_count, training_step_flops
 from mosaic.planning.data_checks import DataFacts
 from mosaic.planning.findings import NOTE, OK, STOP, Finding
 from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
 from mosaic.planning.model_shape import ModelShape, read_model_shape
 from mosaic.planning.preflight_checks import look_around
-from mosaic.training.sharding import read_distribution
-from mosaic.training.throughput import known_peak
+from mosaic.training.distributed.sharding import read_distribution
+from mosaic.training.watch.throughput import known_peak
 
 ASSUMED_PEAK_TFLOPS = 989.0  # of a card that is not here or not known: H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption

@@ -10,24 +10,24 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from mosaic.cases.reading import load_cases
-from mosaic.config import Config
-from mosaic.data.latent_cache import cached_latent_bytes
-from mosaic.data.text_cache import cached_text_bytes
-from mosaic.hub import require_model_name, resolve_lora_file
-from mosaic.lora import PREFIX, reference_module_names
-from mosaic.lora_files import LoraFile
-from mosaic.planning.costs import lora_parameter_count
+from mosaic.config.loading import Config
+from mosaic.config.schema import read_json
+from mosaic.data.cache.latents import cached_latent_bytes
+from mosaic.data.cache.texts import cached_text_bytes
+from mosaic.lora.adapter import PREFIX, reference_module_names
+from mosaic.lora.files import LoraFile
+from mosaic.model.costs import lora_parameter_count
 from mosaic.planning.data_checks import DataFacts, look_at_data
 from mosaic.planning.findings import NOTE, OK, STOP, Finding, Findings
 from mosaic.planning.memory_model import FORMAT_BYTES, GIB, OPTIMIZER_BYTES
 from mosaic.planning.model_shape import ENCODERS, ModelShape
-from mosaic.quantization import check_quantization
-from mosaic.schema import read_json
-from mosaic.training.checkpoint import checkpoint_folders, find_checkpoint
+from mosaic.rendering.cases.reading import load_cases
+from mosaic.training.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
+from mosaic.training.distributed.sharding import check_distribution, read_distribution
 from mosaic.training.optimizers import check_optimizer
-from mosaic.training.sharding import check_distribution, read_distribution
 from mosaic.training.starting import check_output
+from mosaic.weights.hub import require_model_name, resolve_lora_file
+from mosaic.weights.quantization import check_quantization
 
 HUB_TIMEOUT = 5.0  # seconds
 OTHER_COMPONENTS = ("tokenizer", "tokenizer_2", "scheduler")

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mosaic.quantization import require_package
-from mosaic.sections import OptimizerConfig
+from mosaic.config.sections import OptimizerConfig
+from mosaic.weights.quantization import require_package
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 

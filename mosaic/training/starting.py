@@ -9,9 +9,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from mosaic.caches import Caches, unneeded_components
-from mosaic.cases.reading import load_cases
-from mosaic.config import Config
+from mosaic.config.loading import Config
 from mosaic.data import (
     BucketBatchSampler,
     CachedSamples,
@@ -22,17 +20,19 @@ from mosaic.data import (
     find_unreadable,
     open_dataset,
 )
-from mosaic.hub import resolve_lora_file
-from mosaic.lora import attach_reference_lora, read_reference_lora, reference_lora_parameters
-from mosaic.lora_resize import resize_reference_lora
-from mosaic.objective import Grids
-from mosaic.output_files import require_folder
-from mosaic.pipeline import DTYPES, MosaicFluxPipeline
-from mosaic.quantization import check_quantization, quantize_base
-from mosaic.recomputation import set_gradient_checkpointing
-from mosaic.training.checkpoint import clean_up, find_checkpoint
+from mosaic.data.cache.opening import Caches, unneeded_components
+from mosaic.files import require_folder
+from mosaic.lora.adapter import attach_reference_lora, read_reference_lora, reference_lora_parameters
+from mosaic.lora.resize import resize_reference_lora
+from mosaic.model.recomputation import set_gradient_checkpointing
+from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
+from mosaic.rendering.cases.reading import load_cases
+from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
+from mosaic.training.objective import Grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
+from mosaic.weights.hub import resolve_lora_file
+from mosaic.weights.quantization import check_quantization, quantize_base
 
 WAIT = timedelta(hours=6)  # that processes wait for one another: the main one validates, or looks over the data, alone
 logger = logging.getLogger(__name__)

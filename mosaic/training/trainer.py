@@ -1,4 +1,4 @@
-"""Training of the reference LoRA: the objects of a run and the loop around `mosaic.objective.train_step`."""
+"""Training of the reference LoRA: the objects of a run and the loop around `mosaic.training.objective.train_step`."""
 
 import logging
 from itertools import islice
@@ -10,32 +10,32 @@ from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from mosaic.attention_rows import resolve_capture_blocks
-from mosaic.caches import open_caches
-from mosaic.config import Config, config_to_json, resolved_dict
+from mosaic.config.loading import Config, config_to_json, resolved_dict
 from mosaic.data import MosaicBatch, open_dataset
-from mosaic.data.stream import batches_from
-from mosaic.lora import reference_lora_parameters, save_reference_lora
-from mosaic.losses import MosaicLoss
-from mosaic.objective import disentanglement_weight, run_grids, sample_generators, train_step
-from mosaic.output_files import write_text
+from mosaic.data.batches import batches_from
+from mosaic.data.cache.opening import open_caches
+from mosaic.files import write_text
+from mosaic.lora.adapter import reference_lora_parameters, save_reference_lora
+from mosaic.method.losses import MosaicLoss
+from mosaic.model.attention_rows import resolve_capture_blocks
 from mosaic.training.averaging import averaged
-from mosaic.training.checkpoint import folder_of, load_snapshot, set_aside
-from mosaic.training.checkpoint_writer import CheckpointWriter
-from mosaic.training.non_finite import NonFiniteLoss, NonFiniteSteps
+from mosaic.training.checkpoints.checkpoint import folder_of, load_snapshot, set_aside
+from mosaic.training.checkpoints.run_state import describe_run, require_same_run
+from mosaic.training.checkpoints.snapshot import restore_snapshot, take_snapshot
+from mosaic.training.checkpoints.writer import CheckpointWriter
+from mosaic.training.distributed.sharding import check_distribution, is_sharded, place_models, uses_deepspeed
+from mosaic.training.distributed.zero import ZeroUpdates
+from mosaic.training.objective import disentanglement_weight, run_grids, sample_generators, train_step
 from mosaic.training.optimizers import build_optimizer
 from mosaic.training.run_lock import RunLock
-from mosaic.training.run_log import RunLog
-from mosaic.training.run_snapshot import restore_snapshot, take_snapshot
-from mosaic.training.run_state import describe_run, require_same_run
-from mosaic.training.sharding import check_distribution, is_sharded, place_models, uses_deepspeed
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.training.starting import attach_adapter, check_files, choose_checkpoint, load_base, training_dataset, training_sampler
-from mosaic.training.throughput import ThroughputMeter, batch_work
-from mosaic.training.tracking import Trackers
 from mosaic.training.updates import Updates
 from mosaic.training.validation import ValidationStopped, validate
-from mosaic.training.zero import ZeroUpdates
+from mosaic.training.watch.non_finite import NonFiniteLoss, NonFiniteSteps
+from mosaic.training.watch.run_log import RunLog
+from mosaic.training.watch.throughput import ThroughputMeter, batch_work
+from mosaic.training.watch.tracking import Trackers
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mosaic.training.optimizer_state import optimizer_tensors, restore_optimizer
-from mosaic.training.sharding import average_gradients
+from mosaic.training.checkpoints.optimizer_state import optimizer_tensors, restore_optimizer
+from mosaic.training.distributed.sharding import average_gradients
 
 
 class Updates:

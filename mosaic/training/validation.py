@@ -9,18 +9,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mosaic.cases.reading import load_cases
-from mosaic.config import Config
-from mosaic.correspondence import Points, batch_points
+from mosaic.config.loading import Config
 from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collate
-from mosaic.figures import case_panel, save_picture, tensor_to_image
-from mosaic.flow import add_noise, sample_timesteps
 from mosaic.images import load_image
-from mosaic.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
-from mosaic.objective import batch_grids, encode_batch, predict
-from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.tokens import Grid
-from mosaic.transformer import CaptureRequest
+from mosaic.method.correspondence import Points, batch_points
+from mosaic.method.flow import add_noise, sample_timesteps
+from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
+from mosaic.method.tokens import Grid
+from mosaic.model.transformer import CaptureRequest
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from mosaic.rendering.cases.reading import load_cases
+from mosaic.reports.figures import case_panel, save_picture, tensor_to_image
+from mosaic.training.objective import batch_grids, encode_batch, predict
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mosaic.schema import Section, build_section, nearest
+from mosaic.config.schema import Section, build_section, nearest
 from preprocess.extractors.protocol import Extractor
 
 EXTRACTORS: dict[str, tuple[str, str, str]] = {

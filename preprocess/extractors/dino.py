@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mosaic.schema import Section
-from mosaic.sections import Count, Text
-from mosaic.tokens import Grid
+from mosaic.config.schema import Section
+from mosaic.config.sections import Count, Text
+from mosaic.method.tokens import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.protocol import IMAGENET_MEAN, IMAGENET_STD, fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.weights import file_digest, load_model

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mosaic.schema import Section
-from mosaic.sections import Count, Text
-from mosaic.tokens import Grid
+from mosaic.config.schema import Section
+from mosaic.config.sections import Count, Text
+from mosaic.method.tokens import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.dino import load_vit, patch_tokens
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding
 from preprocess.extractors.weights import file_digest
-from preprocess.matching import resize_features
+from preprocess.matching.matching import resize_features
 
 CELL = 16
 TILE = 512

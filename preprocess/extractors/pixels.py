@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mosaic.schema import Bounds, Section
-from mosaic.sections import Count
-from mosaic.tokens import Grid
+from mosaic.config.schema import Bounds, Section
+from mosaic.config.sections import Count
+from mosaic.method.tokens import Grid
 from preprocess.extractors.protocol import fitted_grid, picture_tensor
 
 CELL = 2

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.hub import POCKET_MODEL
-from mosaic.schema import Section
-from mosaic.sections import Count, Text
-from mosaic.tokens import Grid
+from mosaic.config.schema import Section
+from mosaic.config.sections import Count, Text
+from mosaic.method.tokens import Grid
+from mosaic.weights.hub import POCKET_MODEL
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import load_vae

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mosaic.data.records import ReferenceRecord, SampleRecord
+from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
 from mosaic.images import load_image
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.pairs import unmatched_sample

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mosaic.output_files import write_text
+from mosaic.files import write_text
 
 logger = logging.getLogger(__name__)
 

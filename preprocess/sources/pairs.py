@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mosaic.data.records import Picture, ReferenceRecord, SampleRecord, reference_grid_of, sample_id, target_grid_of
-from mosaic.data.writer import decode_picture
+from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord, reference_grid_of, sample_id, target_grid_of
+from mosaic.data.multi_reference.writer import decode_picture
 
 
 def unmatched_sample(

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mosaic.data import ReferenceRecord, SampleRecord, SemAlignDataset
-from mosaic.data.semalign_points import FIELD_GRID, MASK_THRESHOLD, consensus_points
+from mosaic.data.semalign.points import FIELD_GRID, MASK_THRESHOLD, consensus_points
 from mosaic.images import to_rgb
 from preprocess.sources.invalid import InvalidSamples
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.config import Config
-from mosaic.correspondence import make_disjoint, reduce_points
+from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
-from mosaic.latents import images_to_tensor
-from mosaic.metrics import AttentionAccuracy, pool_accuracies
-from mosaic.objective import run_grids
-from mosaic.pipeline import MosaicFluxPipeline
-from mosaic.tokens import Grid
+from mosaic.method.correspondence import make_disjoint, reduce_points
+from mosaic.method.metrics import AttentionAccuracy, pool_accuracies
+from mosaic.method.tokens import Grid
+from mosaic.pipeline.latents import images_to_tensor
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from mosaic.training.objective import run_grids
 from mosaic.training.validation import batch_attention_accuracy
 from scripts.pocket import world
 from scripts.pocket.judge import JUDGE_SIZE, Judge, make_candidates

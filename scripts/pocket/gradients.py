@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mosaic.config import Config, LossConfig
+from mosaic.config.loading import Config, LossConfig
 from mosaic.data import MosaicBatch
-from mosaic.lora import reference_lora_parameters
-from mosaic.losses import MosaicLoss
-from mosaic.objective import sample_generators, train_step
-from mosaic.pipeline import MosaicFluxPipeline
+from mosaic.lora.adapter import reference_lora_parameters
+from mosaic.method.losses import MosaicLoss
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from mosaic.training.objective import sample_generators, train_step
 
 
 class Gradients(NamedTuple):

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mosaic.training.run_state import PACKAGES
+from mosaic.training.checkpoints.run_state import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 

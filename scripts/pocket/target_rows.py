@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mosaic import blocks
-from mosaic.attention import Layout
-from mosaic.correspondence import Points
-from mosaic.tokens import Grid
+from mosaic.method.correspondence import Points
+from mosaic.method.tokens import Grid
+from mosaic.model import blocks
+from mosaic.model.attention import Layout
 
 
 class TargetLooks(NamedTuple):

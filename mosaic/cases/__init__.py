@@ -1,1 +1,0 @@
-"""The cases file and its rendering: what to draw, in many shapes; recipes; the runner."""

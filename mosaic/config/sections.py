@@ -1,0 +1,405 @@
+"""The sections of a config: frozen dataclasses whose defaults are the paper's values (arXiv:2509.01977v1). Standard library only.
+
+Every field is followed by its description. `mosaic.config.loading` puts the sections together and reads them from JSON.
+"""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
+
+from mosaic.config.schema import Bounds, FieldError, NotEmpty, Section, shown
+
+Text = Annotated[str, NotEmpty()]
+Count = Annotated[int, Bounds(minimum=1)]
+CountOrZero = Annotated[int, Bounds(minimum=0)]
+Seed = Annotated[int, Bounds(minimum=0, below=2**63)]
+Probability = Annotated[float, Bounds(minimum=0, maximum=1)]
+Momentum = Annotated[float, Bounds(minimum=0, below=1)]
+NotNegative = Annotated[float, Bounds(minimum=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Guidance = Annotated[float, Bounds(minimum=0, maximum=100)]
+Side = Annotated[int, Bounds(minimum=1, maximum=8192)]
+Steps = Annotated[int, Bounds(minimum=1, maximum=1000)]
+Blocks = Literal["all", "double"] | tuple[CountOrZero, ...]
+PRODIGY_MIN_RATE = 0.1
+MAX_STRENGTH = 10  # of a reference, in a case or a call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The frozen base model and how references take part in its attention."""
+
+    path: ClassVar[str] = "model"
+
+    pretrained: Text = "black-forest-labs/FLUX.1-dev"
+    """Folder of a diffusers FLUX pipeline, or its id on the Hugging Face hub."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the frozen weights. The adapter itself is always trained in float32."""
+    reference_attention: Literal["target", "joint", "isolated"] = "target"
+    """What a reference's tokens attend to. "target": text, target and that reference; "joint": everything (Eq. 7 as written);
+    "isolated": that reference only."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Number format in which the frozen transformer's matrices are stored. "nf4" needs bitsandbytes; "int8" and "fp8" (weights only)
+    need torchao. Saves memory, not time."""
+    gradient_checkpointing: Literal["none", "block", "keep_attention"] = "block"
+    """What the backward pass computes anew. "none": nothing; "keep_attention": the blocks but not their attention; "block": the whole
+    blocks, the least memory. About 1.4 times the operations of "none"."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster steps after slower first ones, on GPUs."""
+    text_length: Count = 512
+    """Length in tokens to which prompts are padded or cut for the T5 encoder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """The reference adapter, the only thing that learns. Its scale is 1: alpha equals the rank."""
+
+    path: ClassVar[str] = "lora"
+
+    rank: Count = 128
+    """Rank of the adapter in every module."""
+    pretrained: Text | None = None
+    """Adapter to start training from: a safetensors file, a folder or a hub id. None: a fresh adapter (A gaussian, B zero)."""
+    weight_name: Text | None = None
+    """Name of the file inside `pretrained` where that is a folder or a hub id. None: lora.safetensors, or the released file of
+    ByteDance-FanQie/MOSAIC."""
+    resize: bool = False
+    """Change the rank of `pretrained` to `rank`: a lower one by truncated SVD, a higher one exactly; false: another rank is refused."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The training samples and what is left out of them at random."""
+
+    path: ClassVar[str] = "data"
+
+    format: Literal["multi_reference", "semalign"] = "multi_reference"
+    """What `root` holds. "multi_reference": our format, version 1; "semalign": SemAlign-MS-Subjects200K in its released layout."""
+    root: Text = "data/train"
+    """Folder of the data set; for our format also a URL that fsspec knows."""
+    split: Text = "train"
+    """Split of the data set to train on. semalign: "train", "heldout" or "all"."""
+    downsample: Literal["vote", "release"] = "vote"
+    """semalign: the way from the 64 x 64 grid of its points to the training grids; "release" is the released loader's."""
+    heldout_share: Probability = 0.01
+    """semalign: share of the samples in the split "heldout", chosen by their ids."""
+    parquet: Text | None = None
+    """semalign: the Parquet files, a folder or one file; None: the folder `data` in `root`."""
+    masks: Text | None = None
+    """semalign: folder or zip archive of the masks; None: `mask` or `mask.zip` in `root`."""
+    coordinates: Text | None = None
+    """semalign: folder or zip archive of the coordinates; None: `coord` or `coord.zip` in `root`."""
+    id_index: Text | None = None
+    """semalign: index file of the sample ids, made if it is not there; None: `semalign_ids.parquet` in `root`."""
+    image_size: tuple[Count, Count] = (512, 512)
+    """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1). semalign: square."""
+    buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
+    """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
+    targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Our format only."""
+    reference_size: Side = 512
+    """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
+    max_references: Count = 6
+    """Samples with more references than this are refused."""
+    min_point_coverage: Probability = 0.95
+    """Training refuses data of which a smaller share of the references has correspondence points; 0 trains on any."""
+    skip_invalid: bool = False
+    """Leave out samples that cannot be read, after a pass over all of them, and list them in the run's folder; false: stop at the first."""
+    latent_cache: Text | None = None
+    """Folder that `preprocess/cache.py` fills with what the VAE makes of the pictures, and that training reads; None: training encodes."""
+    text_cache: Text | None = None
+    """Folder that `preprocess/cache.py` fills with what the text encoders make of the prompts (4 MiB each with FLUX.1), and that training
+    reads; None: training encodes."""
+    num_workers: CountOrZero = 4
+    """Processes that load data, per training process. 0: load in the training process."""
+    image_dropout: Probability = 0.05
+    """Probability that a sample loses all its references (zero latents) and its points, and keeps its prompt."""
+    text_dropout: Probability = 0.05
+    """Probability that a sample loses its prompt only."""
+    both_dropout: Probability = 0.05
+    """Probability that a sample loses references, points and prompt."""
+
+    def __post_init__(self) -> None:
+        """Validate; the three dropouts exclude one another, so they must add up to at most 1. SemAlign's pictures all are square."""
+        super().__post_init__()
+        total = self.image_dropout + self.text_dropout + self.both_dropout
+        if total > 1:
+            raise FieldError("data.image_dropout", f"+ text_dropout + both_dropout must be at most 1, got {total:g}")
+        if self.format == "semalign" and self.image_size[0] != self.image_size[1]:
+            raise FieldError("data.image_size", f'must be square where data.format is "semalign", got {shown(self.image_size)}')
+        if self.format == "semalign" and self.buckets:
+            raise FieldError("data.buckets", f'must be empty where data.format is "semalign" (all square), got {shown(self.buckets)}')
+
+
+LOSS_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "correspondence_weight": 0.4,
+        "disentanglement_weight": 0.6,
+        "correspondence_reduction": "reference",
+        "disentanglement_rows": "points",
+        "divergence": "symmetric_kl",
+        "disentanglement_start_step": 0,
+        "disentanglement_warmup_steps": 0,
+        "disentanglement_cap": None,
+        "capture_blocks": "all",
+    },
+    "release": {
+        "correspondence_weight": 0.1,
+        "disentanglement_weight": 1.0,
+        "correspondence_reduction": "point",
+        "disentanglement_rows": "all",
+        "divergence": "jensen_shannon",
+        "disentanglement_start_step": 10_000,
+        "disentanglement_warmup_steps": 1_000,
+        "disentanglement_cap": None,
+        "capture_blocks": "double",
+    },
+}
+LOSS_PRESETS["light"] = LOSS_PRESETS["paper"] | {
+    "correspondence_weight": 0.04,
+    "disentanglement_weight": 0.06,
+    "disentanglement_cap": 1.0,
+}
+"""What each preset sets: the losses as the paper states them, as the released training code computes them, and the paper's at a tenth of
+their weights and with a cap (README, Ablation)."""
+
+
+_NOT_GIVEN: Any = object()
+
+
+def _from_preset() -> Any:
+    """Default of a loss field that takes its value from the preset when it is not given; a None that is given stays None."""
+    return dataclasses.field(default=_NOT_GIVEN)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """The attention losses beside flow matching. `preset` fills every field that is not given; each can also be set by itself."""
+
+    path: ClassVar[str] = "loss"
+
+    preset: Literal["paper", "release", "light"] = "paper"
+    """Source of the fields that are not given (`LOSS_PRESETS`)."""
+    correspondence_weight: NotNegative = _from_preset()
+    """Weight of the correspondence loss (alpha of Eq. 15). paper 0.4, release 0.1, light 0.04."""
+    disentanglement_weight: NotNegative = _from_preset()
+    """Weight of the disentanglement loss after its warm-up (beta of Eq. 15). paper 0.6, release 1.0, light 0.06."""
+    correspondence_reduction: Literal["reference", "point"] = _from_preset()
+    """The mean of Eq. 10. "reference": over the points of a reference, then over the references (paper); "point": over all points
+    pooled (release)."""
+    disentanglement_rows: Literal["points", "all"] = _from_preset()
+    """Rows averaged per reference (Eq. 11). "points": those at its points, renormalised (paper); "all": those of all its tokens, as
+    they are (release)."""
+    divergence: Literal["symmetric_kl", "jensen_shannon"] = _from_preset()
+    """Divergence between two references' mean rows (Eq. 13). paper "symmetric_kl", release "jensen_shannon"."""
+    disentanglement_start_step: CountOrZero = _from_preset()
+    """Optimizer step until which the disentanglement weight is 0. paper 0, release 10000."""
+    disentanglement_warmup_steps: CountOrZero = _from_preset()
+    """Optimizer steps over which that weight then rises linearly to its full value. paper 0, release 1000."""
+    disentanglement_cap: Positive | None = _from_preset()
+    """Largest divergence that is still rewarded, in nats; None: no cap. Symmetric KL has no upper bound of its own. paper and release None,
+    light 1."""
+    capture_blocks: Blocks = _from_preset()
+    """Blocks whose attention is supervised. "all" (paper), "double" (release): the double-stream ones; or block numbers from 0,
+    double-stream blocks first."""
+    supervised_timesteps: tuple[Probability, Probability] = (0.0, 1.0)
+    """Lowest and highest timestep t (0: clean, 1: pure noise) at which the attention losses count; a sample outside gives 0. Flow matching
+    counts at every t."""
+    max_points: Count = 1024
+    """Correspondence points per sample that are supervised in a step; a larger number is subsampled anew each step."""
+
+    def __post_init__(self) -> None:
+        """Fill from the preset, then validate."""
+        for name, value in LOSS_PRESETS.get(self.preset if isinstance(self.preset, str) else "", LOSS_PRESETS["paper"]).items():
+            if getattr(self, name) is _NOT_GIVEN:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        low, high = self.supervised_timesteps
+        if low >= high:
+            raise FieldError("loss.supervised_timesteps", f"must be a lower and a higher timestep, got {shown(self.supervised_timesteps)}")
+        if not isinstance(self.capture_blocks, str) and len(set(self.capture_blocks)) != len(self.capture_blocks):
+            raise FieldError("loss.capture_blocks", f"must name each block once, got {shown(self.capture_blocks)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """The optimizer of the adapter's weights, with a constant learning rate after an optional warm-up."""
+
+    path: ClassVar[str] = "optimizer"
+
+    name: Literal["adamw", "adamw_8bit", "prodigy"] = "adamw"
+    """AdamW is "adamw"; "adamw_8bit": the same with 8-bit running means, a quarter of their memory, needs bitsandbytes; "prodigy" finds
+    its step size by itself, needs prodigyopt."""
+    learning_rate: Positive = 1e-4
+    """Learning rate after the warm-up. prodigy: a factor on the step size it finds; use 1."""
+    weight_decay: NotNegative = 1e-2
+    """Decoupled weight decay."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decay rates of the two running means."""
+    eps: Positive = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Positive | None = 1.0
+    """Norm to which the gradient is clipped; None: no clipping."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    ema_decay: Momentum | None = None
+    """Decay of an exponential moving average of the adapter, which is then what is validated and exported; None: no average."""
+
+    def __post_init__(self) -> None:
+        """Validate; a learning rate meant for AdamW would leave Prodigy standing still."""
+        super().__post_init__()
+        if self.name == "prodigy" and self.learning_rate < PRODIGY_MIN_RATE:
+            raise FieldError(
+                "optimizer.learning_rate",
+                f'must be at least {PRODIGY_MIN_RATE} where optimizer.name is "prodigy" (a factor, usually 1), got {self.learning_rate:g}',
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section):
+    """Length, batch, precision and outputs of a training run."""
+
+    path: ClassVar[str] = "training"
+
+    max_steps: Count | None = 100_000
+    """Optimizer steps after which training ends; None: `max_epochs` alone decides."""
+    max_epochs: Count | None = None
+    """Passes over the data after which training ends, if `max_steps` has not ended it before; None: no such limit."""
+    batch_size: Count = 1
+    """Samples per process and micro-batch."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches per optimizer step."""
+    seed: Seed = 42
+    """Seed of the adapter's start, the order of the data, noise, timesteps and dropout."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Number format of the matrix products; losses, softmax rows and position ids stay float32."""
+    output_dir: Text = "outputs/training"
+    """Folder of the run: resolved config, logs, validation panels, checkpoints."""
+    log_every: Count = 10
+    """Optimizer steps between two log entries."""
+    checkpoint_every: Count = 1000
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: Count | None = 3
+    """Number of newest checkpoints that are kept; None: all."""
+    milestone_every: Count | None = None
+    """Checkpoints at multiples of this many steps are kept beside the newest; None: none."""
+    best_metric: Literal["attention/exact", "attention/near"] | None = "attention/exact"
+    """Validation result whose largest value so far marks a checkpoint that is kept beside the newest; None: none."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What happens where the loss or the gradient is not finite. "stop": save the batch's ids and a checkpoint of the steps before, then
+    end; "skip": leave the batch out, with a note in the log."""
+    trackers: tuple[()] | tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where numbers are shown beside the run's own files. "wandb" must be installed; a tracker that fails never ends a run."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in TFLOP/s, for the utilisation (MFU) that is logged; None: that of the data sheet for bf16 where the device is
+    known, else none is logged."""
+
+    def __post_init__(self) -> None:
+        """Validate; a run must have an end."""
+        super().__post_init__()
+        if self.max_steps is None and self.max_epochs is None:
+            raise FieldError("training.max_steps", "must be an integer of at least 1 where max_epochs is null, got null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Section):
+    """Pictures and attention accuracy of cases the training has not seen."""
+
+    path: ClassVar[str] = "validation"
+
+    every: Count | None = 1000
+    """Optimizer steps between two validations; None: never."""
+    split: Text = "heldout"
+    """Split of `data.root` that gives the cases where `cases` is None, and the samples on which attention accuracy is measured."""
+    cases: Text | None = None
+    """Cases file for the panels; None: samples of `split`, evenly spread."""
+    num_cases: Count = 4
+    """Number of cases per validation."""
+    num_inference_steps: Steps = 28
+    """Sampling steps."""
+    guidance_scale: Guidance = 3.5
+    """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
+    seed: Seed = 42
+    """Seed of the start noise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferenceConfig(Section):
+    """Rendering of a cases file. The size of the references is `data.reference_size`."""
+
+    path: ClassVar[str] = "inference"
+
+    cases: Text = "example_cases.json"
+    """Cases file, JSON or JSONL; its forms are in configs/cases.schema.json."""
+    output_dir: Text = "outputs/inference"
+    """Folder for the pictures and panels."""
+    lora: Text | None = None
+    """Reference adapter: a safetensors file, a folder or a hub id. None: the bare base model, which sees no references."""
+    lora_weight_name: Text | None = None
+    """Name of the file inside `lora` where that is a folder or a hub id. None: lora.safetensors, or the released file of
+    ByteDance-FanQie/MOSAIC."""
+    style_lora: Text | None = None
+    """LoRA that acts on text and target, never on references: a safetensors file (keys of diffusers, kohya or ComfyUI), a folder or a hub
+    id. None: no such LoRA."""
+    style_lora_weight_name: Text | None = None
+    """Name of the file inside `style_lora`. None: pytorch_lora_weights.safetensors."""
+    style_lora_scale: Annotated[float, Bounds(minimum=-100, maximum=100)] = 1.0
+    """Factor on `style_lora`; 0: no effect."""
+    height: Side = 512
+    """Height of the picture in pixels; a multiple of the model's token size."""
+    width: Side = 512
+    """Width of the picture in pixels; a multiple of the model's token size."""
+    num_inference_steps: Steps = 28
+    """Sampling steps."""
+    guidance_scale: Guidance = 3.5
+    """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
+    image_guidance_scale: Guidance = 1.0
+    """How far the velocity goes from that without references (zero latents, 0) to that with them (1) and beyond. Other values than 1
+    double the time of sampling."""
+    reference_cache: bool = False
+    """Compute the references at the first sampling step only, and keep their keys and values for the others. Exact; only where
+    `model.reference_attention` is "isolated"."""
+    refresh_references: Count | None = None
+    """The same for the other modes: compute the references every so many sampling steps, an approximation. None, 1: at every step."""
+    seed: Seed = 42
+    """Seed of the start noise; the case with index i starts from seed + i, whatever the other cases are."""
+    reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9
+    """Long side of the subject in a prepared reference, as a share of the picture's side."""
+    report: bool = False
+    """Also write a page per picture that shows where each reference looks, an overview page, and the numbers in the manifest."""
+    batch_size: Count = 1
+    """Pictures of equal size, settings and number of references that are made at once. Faster on GPUs, with more memory; in another batch
+    size a picture differs by rounding."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: faster pictures after a slower first one of every shape, on GPUs."""
+    attention_backend: Text | None = None
+    """Kernel of the attention by its name in diffusers, such as "_native_cudnn", "flash" or "_flash_3_hub". None: PyTorch's choice."""
+    step_cache: Literal["none", "first_block", "mag"] = "none"
+    """Leave most of the transformer out in steps that change little and repeat its last change: faster, an approximation. "first_block":
+    the change of the first block decides; "mag": a table of FLUX.1-dev's changes decides, for models of its shape."""
+    step_cache_threshold: Positive | None = None
+    """How much change counts as little; higher is faster and less exact. None: diffusers' default, 0.05 for "first_block" and 0.06 for
+    "mag"."""
+    memory: Literal["none", "auto", "80gb", "48gb", "24gb", "16gb", "12gb"] = "none"
+    """What is done to fit a device. "none" and "80gb": everything stays on it in `model.dtype`; "48gb": all prompts are encoded first, then
+    the text encoders leave; "24gb": so, with the transformer in int8 (torchao); "16gb": so, in nf4 (bitsandbytes); "12gb": int8, block by
+    block from CPU memory, T5 in int8; "auto": the first of them that is predicted to fit the free memory."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] | None = None
+    """Number format of the frozen transformer's matrices; None: that of `memory`."""
+    gguf: Text | None = None
+    """GGUF file with the transformer's weights, in place of those of `model.pretrained`. Needs the package gguf."""
+    quantized_cache: Text | None = "outputs/quantized"
+    """Folder in which quantised weights are kept, so that they are quantised once; None: they are not kept."""
+    num_threads: Annotated[int, Bounds(minimum=1, maximum=4096)] = 1
+    """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""
+
+    def __post_init__(self) -> None:
+        """Validate; some settings exclude one another."""
+        super().__post_init__()
+        if self.step_cache == "none" and self.step_cache_threshold is not None:
+            given = f'must be null where inference.step_cache is "none", got {self.step_cache_threshold:g}'
+            raise FieldError("inference.step_cache_threshold", given)
+        if self.step_cache == "mag" and self.compile:
+            problem = 'must be false where inference.step_cache is "mag", which runs every block uncompiled, got true'
+            raise FieldError("inference.compile", problem)
+        if self.step_cache != "none" and self.report:
+            problem = f'must be "none" where a report is written, which reads every block of every step, got {shown(self.step_cache)}'
+            raise FieldError("inference.step_cache", problem)

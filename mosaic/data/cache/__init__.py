@@ -1,0 +1,1 @@
+"""Latents and embeddings that are computed once and kept on disk."""

@@ -1,0 +1,1 @@
+"""Our format (preprocess/FORMAT.md): its manifest, its reader and its writer."""

@@ -1,0 +1,239 @@
+"""Writer of the multi-reference sample format (preprocess/FORMAT.md). It holds the rows of one row group, not those of the data set."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from mosaic.data.multi_reference.manifest import DESCRIPTION, FORMAT, MANIFEST, VERSION
+from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord
+from mosaic.data.multi_reference.rows import MAX_SIDE
+from mosaic.files import save_tensors
+from mosaic.images import decode_image, to_rgb
+
+ROWS_PER_GROUP = 1000
+_PAIR = pa.list_(pa.int32())
+_REFERENCE = pa.struct(
+    [
+        ("image", pa.string()),
+        ("phrase", pa.string()),
+        ("mask", pa.string()),
+        ("grid", _PAIR),
+        ("scores", pa.string()),
+        ("kind", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.string()),
+        ("target", pa.string()),
+        ("references", pa.list_(_REFERENCE)),
+        ("points", pa.string()),
+        ("reference_grid", _PAIR),
+        ("target_grid", _PAIR),
+        ("target_size", _PAIR),
+        ("scores", pa.string()),
+        ("metadata", pa.string()),
+    ]
+)
+_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "WEBP": "webp"}
+
+
+class DatasetWriter:
+    """Writes a dataset aside and renames it when complete.
+
+    Use as a context manager; an exception leaves nothing under `root` and removes what was written.
+    """
+
+    def __init__(self, root: Path, pictures: Literal["given", "png"] = "given") -> None:
+        """Name the folder; it is made when the context is entered.
+
+        Args:
+            root: Folder of the dataset; it must not exist yet.
+            pictures: "given": picture files are copied byte by byte, once they are seen to decode; "png": all are stored as RGB PNG.
+
+        Raises:
+            FileExistsError: `root` exists.
+        """
+        if root.exists():
+            raise FileExistsError(f"{root}: exists already; choose another folder or remove it")
+        self._root = root
+        self._partial = root.with_name(root.name + ".partial")
+        self._pictures = pictures
+        self._rows: list[dict[str, object]] = []
+        self._ids: set[str] = set()
+        self._table: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "DatasetWriter":
+        shutil.rmtree(self._partial, ignore_errors=True)
+        for name in ("images", "points"):
+            (self._partial / name).mkdir(parents=True)
+        self._table = pq.ParquetWriter(self._partial / MANIFEST, SCHEMA, write_page_checksum=True, write_statistics=False)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        assert self._table is not None, "the writer is used as a context manager"
+        if kind is None:
+            self._flush()
+        self._table.close()
+        if kind is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        header = {"format": FORMAT, "version": VERSION}
+        (self._partial / DESCRIPTION).write_text(json.dumps(header, indent=2) + "\n")
+        os.replace(self._partial, self._root)
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self._ids
+
+    def add(self, sample: SampleRecord) -> None:
+        """Write the files of one sample and keep its row for the manifest.
+
+        Raises:
+            FileNotFoundError: a picture file is missing.
+            ValueError: the id is taken or unfit as a file name, prompt or references are missing, a picture does not decode, a mask has
+                another size than the target, a grid or a score is out of range, or points are refused by `check_points`.
+        """
+        check_sample(sample)
+        if sample.id in self._ids:
+            raise ValueError(f"sample id {sample.id!r}: must be unique, but it was written before")
+        decoded = [decode_picture(picture) for picture in (sample.target, *(reference.image for reference in sample.references))]
+        target = decoded[0]
+        for k, reference in enumerate(sample.references):
+            if reference.mask is not None and np.shape(reference.mask) != (target.height, target.width):
+                raise ValueError(
+                    f"sample {sample.id!r}, references[{k}]: the mask must have the target's size {target.height} x {target.width}; "
+                    f"got {list(np.shape(reference.mask))}"
+                )
+        self._ids.add(sample.id)
+        row = {
+            "id": sample.id,
+            "split": sample.split,
+            "prompt": sample.prompt,
+            "target": self._write_picture(sample.target, target, f"{sample.id}_target"),
+            "references": [
+                self._write_reference(sample.id, k, reference, picture)
+                for k, (reference, picture) in enumerate(zip(sample.references, decoded[1:], strict=True))
+            ],
+            "points": f"points/{sample.id}.safetensors",
+            "reference_grid": list(sample.reference_grid),
+            "target_grid": list(sample.target_grid),
+            "target_size": [target.height, target.width],
+            "scores": _to_json(sample.scores),
+            "metadata": json.dumps(dict(sample.metadata), sort_keys=True),
+        }
+        points = {str(k): r.points for k, r in enumerate(sample.references) if r.points is not None}
+        if points:
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for name, array in points.items()}
+            save_tensors(tensors, self._partial / "points" / f"{sample.id}.safetensors")
+        self._rows.append(row)
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._table is not None, "the writer is used as a context manager"
+        if self._rows:
+            self._table.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+            self._rows = []
+
+    def _write_reference(self, sample_id: str, k: int, reference: ReferenceRecord, picture: Image.Image) -> dict[str, object]:
+        mask = None
+        if reference.mask is not None:
+            drawn = Image.fromarray((np.asarray(reference.mask) > 0).astype(np.uint8) * 255)
+            mask = self._write_picture(drawn, drawn, f"{sample_id}_mask{k}")
+        return {
+            "image": self._write_picture(reference.image, picture, f"{sample_id}_ref{k}"),
+            "phrase": reference.phrase,
+            "mask": mask,
+            "grid": None if reference.grid is None else list(reference.grid),
+            "scores": _to_json(reference.scores),
+            "kind": reference.kind,
+        }
+
+    def _write_picture(self, given: Picture, decoded: Image.Image, stem: str) -> str:
+        """Write a picture as it was given, or as PNG; returns its path below the root."""
+        if self._pictures == "given" and not isinstance(given, Image.Image):
+            suffix = _SUFFIXES.get(decoded.format or "", (decoded.format or "").lower())
+            name = f"images/{stem}.{suffix}"
+            (self._partial / name).write_bytes(given if isinstance(given, bytes) else given.read_bytes())
+            return name
+        name = f"images/{stem}.png"
+        picture = decoded if decoded.mode in ("L", "RGB") and isinstance(given, Image.Image) else to_rgb(decoded)
+        picture.save(self._partial / name, format="PNG", compress_level=4)
+        return name
+
+
+def decode_picture(picture: Picture) -> Image.Image:
+    """Return a picture of a record, decoded; its `format` is that of its file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not decode.
+    """
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, bytes):
+        return decode_image(picture, "picture given as bytes")
+    if not picture.exists():
+        raise FileNotFoundError(f"file not found: {picture}.")
+    if not picture.is_file():
+        raise ValueError(f"must be a picture file: {picture}.")
+    return decode_image(picture.read_bytes(), str(picture))
+
+
+def check_sample(sample: SampleRecord) -> None:
+    """Refuse, before anything is written, what a reader would refuse.
+
+    Raises:
+        ValueError: As for `DatasetWriter.add`.
+    """
+    if not _ID.fullmatch(sample.id):
+        raise ValueError(f"sample id {sample.id!r}: must be of at most 200 letters a to z, digits, '-' and '_', for files are named by it")
+    for name in ("split", "prompt"):
+        if not getattr(sample, name).strip():
+            raise ValueError(f"sample {sample.id!r}: {name} must not be empty")
+    if not sample.references:
+        raise ValueError(f"sample {sample.id!r}: must have at least one reference")
+    grids = {"reference_grid": sample.reference_grid, "target_grid": sample.target_grid}
+    grids |= {f"references[{k}].grid": r.grid for k, r in enumerate(sample.references) if r.grid is not None}
+    for name, grid in grids.items():
+        if len(grid) != 2 or any(not 1 <= side <= MAX_SIDE for side in grid):
+            raise ValueError(f"sample {sample.id!r}: {name} must be two integers within 1..{MAX_SIDE}; got {list(grid)}")
+    check_points(sample)
+
+
+def check_points(sample: SampleRecord) -> None:
+    """Refuse points that leave their grids or claim a target cell twice, and samples that are matched in part."""
+    matched = [reference.points is not None for reference in sample.references]
+    if any(matched) and not all(matched):
+        raise ValueError(f"sample {sample.id!r}, references[{matched.index(False)}]: must have points, for other references have")
+    taken: set[int] = set()
+    for k, reference in enumerate(sample.references if all(matched) else ()):
+        points = np.asarray(reference.points)
+        if points.ndim != 2 or points.shape[1] != 2 or (len(points) and not np.issubdtype(points.dtype, np.integer)):
+            found = f"{points.dtype} {list(points.shape)}"
+            raise ValueError(f"sample {sample.id!r}, references[{k}]: points must be integers [P, 2]; got {found}")
+        for column, grid, name in ((0, reference.grid or sample.reference_grid, "u"), (1, sample.target_grid, "v")):
+            if len(points) and not 0 <= points[:, column].min() <= points[:, column].max() < grid[0] * grid[1]:
+                raise ValueError(f"sample {sample.id!r}, references[{k}]: {name} must lie within the grid {list(grid)}")
+        cells = points[:, 1].tolist()
+        if len(set(cells)) != len(cells) or not taken.isdisjoint(cells):
+            raise ValueError(f"sample {sample.id!r}, references[{k}]: a target cell is claimed twice")
+        taken.update(cells)
+
+
+def _to_json(scores: Mapping[str, float]) -> str | None:
+    """Return scores as a JSON object; None where there are none."""
+    return json.dumps(dict(scores), sort_keys=True, allow_nan=False) if scores else None

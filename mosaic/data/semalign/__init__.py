@@ -1,0 +1,1 @@
+"""SemAlign-MS-Subjects200K in its released layout."""

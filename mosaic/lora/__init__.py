@@ -1,0 +1,1 @@
+"""The reference LoRA on a transformer, and LoRA files of any kind."""

@@ -1,0 +1,132 @@
+"""The training objective: flow matching (Eq. 3), SCAL (Eq. 10), MDL (Eq. 11-14) and their weighted sum (Eq. 15).
+
+Every term is computed per sample, [B], in float32; the batch mean comes last, so that gradient accumulation and any number
+of processes agree. A sample without points gives 0 and still counts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mosaic.method.correspondence import Points
+
+EPSILON = 1e-8  # inside every logarithm
+
+
+class MosaicLoss(NamedTuple):
+    """The terms of the objective; scalars over a batch, each without its weight except `total`.
+
+    Attributes:
+        total: flow_matching + correspondence_weight * correspondence + disentanglement_weight * disentanglement (Eq. 15).
+        flow_matching: L_diff.
+        correspondence: L_SCA (Eq. 10), nats.
+        disentanglement: L_MD (Eq. 14), nats, never positive.
+    """
+
+    total: Tensor
+    flow_matching: Tensor
+    correspondence: Tensor
+    disentanglement: Tensor
+
+
+def flow_matching_loss(velocity: Tensor, noise: Tensor, latents: Tensor) -> Tensor:
+    """Mean squared error to the velocity noise - latents over the target tokens.
+
+    Args:
+        velocity: [B, N, C], the prediction.
+        noise: [B, N, C], packed.
+        latents: [B, N, C], packed clean latents.
+
+    Returns:
+        [B] float32.
+    """
+    return (velocity.float() - (noise.float() - latents.float())).square().mean(dim=(1, 2))
+
+
+def correspondence_loss(attention_rows: Tensor, points: Points, reduction: str = "reference") -> Tensor:
+    """L_SCA (Eq. 10): mean of -log A[G(u), v].
+
+    Args:
+        attention_rows: float32 [B, P, N_tgt], the row of each point.
+        points: The points; v picks the entry of the row.
+        reduction: "reference" averages over the points of a reference, then over the references that have points (paper);
+            "point" averages over all points pooled (release).
+
+    Returns:
+        [B] float32, nats; 0 for a sample without points.
+
+    Raises:
+        ValueError: If the reduction is unknown.
+    """
+    if reduction not in ("reference", "point"):
+        raise ValueError(f'loss.correspondence_reduction must be "reference" or "point", got {reduction!r}.')
+    hit = attention_rows.float().gather(2, points.target_index[:, :, None]).squeeze(2)
+    negative_log = -torch.log(hit + EPSILON) * points.mask  # (B, P)
+    if reduction == "point":
+        return negative_log.sum(dim=1) / points.mask.sum(dim=1).clamp(min=1)
+    membership = _membership(points)  # (B, P, K)
+    per_reference = torch.einsum("bp,bpk->bk", negative_log, membership) / membership.sum(dim=1).clamp(min=1)
+    return per_reference.sum(dim=1) / points.reference_mask.sum(dim=1).clamp(min=1)
+
+
+def _membership(points: Points) -> Tensor:
+    """float32 [B, P, K]: 1 where point p belongs to reference k."""
+    one_hot = torch.nn.functional.one_hot(points.reference, points.num_references)
+    return one_hot.float() * points.mask[..., None]
+
+
+def reference_distributions(attention_rows: Tensor, points: Points) -> Tensor:
+    """a^(k): the mean of a reference's rows at its points, renormalised to sum 1 (Eq. 11-12).
+
+    Args:
+        attention_rows: float32 [B, P, N_tgt].
+        points: The points.
+
+    Returns:
+        [B, K, N_tgt]; rows of references without points are 0.
+    """
+    membership = _membership(points)
+    mean = torch.einsum("bpn,bpk->bkn", attention_rows.float(), membership) / membership.sum(dim=1).clamp(min=1)[..., None]
+    return mean / mean.sum(dim=-1, keepdim=True).clamp(min=EPSILON)
+
+
+def disentanglement_loss(
+    distributions: Tensor, reference_mask: Tensor, divergence: str = "symmetric_kl", cap: float | None = None
+) -> Tensor:
+    """L_MD (Eq. 13-14): minus the mean divergence over ordered pairs of references.
+
+    Args:
+        distributions: float32 [B, K, N_tgt], one distribution over target tokens per reference.
+        reference_mask: bool [B, K]; only pairs of True references count.
+        divergence: "symmetric_kl", 1/2 KL(p, q) + 1/2 KL(q, p) (paper), or "jensen_shannon" (release).
+        cap: Upper bound of a pair's divergence in nats; beyond it a pair has no gradient. None: no bound (the paper).
+
+    Returns:
+        [B] float32, nats, <= 0; 0 for fewer than two references.
+
+    Raises:
+        ValueError: If the divergence is unknown.
+    """
+    p, q = distributions.float()[:, :, None], distributions.float()[:, None]  # (B, K, 1, N), (B, 1, K, N)
+    if divergence == "symmetric_kl":
+        distance = 0.5 * ((p - q) * (torch.log(p + EPSILON) - torch.log(q + EPSILON))).sum(dim=-1)
+    elif divergence == "jensen_shannon":
+        log_mean = torch.log((p + q) / 2 + EPSILON)
+        distance = 0.5 * (p * (torch.log(p + EPSILON) - log_mean) + q * (torch.log(q + EPSILON) - log_mean)).sum(dim=-1)
+    else:
+        raise ValueError(f'loss.divergence must be "symmetric_kl" or "jensen_shannon", got {divergence!r}.')
+    if cap is not None:
+        distance = distance.clamp(max=cap)
+    pairs = reference_mask[:, :, None] & reference_mask[:, None]
+    pairs = pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
+    return -(distance * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
+
+
+def mosaic_loss(
+    flow_matching: Tensor, correspondence: Tensor, disentanglement: Tensor, correspondence_weight: float, disentanglement_weight: float
+) -> MosaicLoss:
+    """Batch means of the per-sample terms, [B] each, and their weighted sum (Eq. 15)."""
+    terms = flow_matching.mean(), correspondence.mean(), disentanglement.mean()
+    total = terms[0] + correspondence_weight * terms[1] + disentanglement_weight * terms[2]
+    return MosaicLoss(total, *terms)

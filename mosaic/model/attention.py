@@ -1,0 +1,168 @@
+"""Joint attention over [text, target, reference 1..K] in its three modes (Eq. 7).
+
+All tensors are [B, S, H, D] (batch, tokens, heads, head dim). Text and target tokens are the *main* tokens: their queries
+see every key. What reference queries see is `reference_attention`; it is realised by folding the references into the batch,
+so no mask is ever built and nothing is padded. References that are not in the sequence take part by keys and values of an earlier pass.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from mosaic.model.attention_rows import AttentionRows, Capture, capture_rows
+from mosaic.model.recomputation import recompute_copies
+from mosaic.model.strength import Attend, attend_with_bias
+
+ReferenceAttention = Literal["target", "joint", "isolated"]
+REFERENCE_ATTENTION_MODES: tuple[str, ...] = get_args(ReferenceAttention)
+
+
+class KeptReferences(NamedTuple):
+    """What attention needs of the references in one block: [B, K * N_ref, H, D] each, query and key after RMSNorm and RoPE.
+
+    Attributes:
+        key: Their keys.
+        value: Their values.
+        query: Their queries, from which attention rows are read; None: no rows can be.
+    """
+
+    key: Tensor
+    value: Tensor
+    query: Tensor | None = None
+
+
+class Layout(NamedTuple):
+    """Where the references stand, what they attend to, and how strongly they are attended to.
+
+    Attributes:
+        num_references: K.
+        num_reference_tokens: N_ref, per reference.
+        reference_attention: "target" (text, target and itself), "joint" (everything), "isolated" (only itself).
+        log_strength: float32 [B, K], added to the logits of each reference's keys; None: nothing is.
+        kept: This block's references from an earlier pass, which then are not in the sequence; None: they close it.
+    """
+
+    num_references: int = 0
+    num_reference_tokens: int = 0
+    reference_attention: str = "target"
+    log_strength: Tensor | None = None
+    kept: KeptReferences | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of reference tokens in the sequence: K * N_ref, or 0."""
+        return self.num_references * self.num_reference_tokens if self.kept is None else 0
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """`log_strength` of every reference token, [B, K * N_ref]."""
+        return None if self.log_strength is None else self.log_strength.repeat_interleave(self.num_reference_tokens, dim=1)
+
+
+class AttentionOutput(NamedTuple):
+    """What comes out of one block's attention.
+
+    Attributes:
+        main: [B, T + N_tgt, H, D], the text and target tokens.
+        references: [B, K * N_ref, H, D], or None without references in the sequence.
+        rows: The rows that were wanted; empty if none were.
+        kept: The references for later passes, if they were wanted.
+    """
+
+    main: Tensor
+    references: Tensor | None
+    rows: AttentionRows = AttentionRows()
+    kept: KeptReferences | None = None
+
+
+def branch_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int = 0, capture: Capture | None = None
+) -> AttentionOutput:
+    """Attention of the whole sequence in one of the three modes, without a mask (Eq. 7), and what is wanted of it.
+
+    Args:
+        query: [B, S, H, D] after RMSNorm and RoPE, order [text, target, references].
+        key: [B, S, H, D] likewise.
+        value: [B, S, H, D].
+        layout: The references' place and mode.
+        attend: Plain attention on [B, S, H, D] tensors, scale 1/sqrt(D); with strengths another scale is given by keyword.
+        text_length: T; the target stands between the text and the references. Only `capture` needs it.
+        capture: What is wanted; None: nothing.
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+    if layout.reference_attention not in REFERENCE_ATTENTION_MODES:
+        raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {layout.reference_attention!r}.")
+    if layout.kept is not None:
+        return _attention_with_kept(query, key, value, layout, attend, text_length, capture)
+    if layout.length == 0:
+        return AttentionOutput(attend(query, key, value), None)
+    # Every tensor is cut once: the gradient of a cut is one concatenation, that of separate slices a sum of padded copies.
+    main_length = query.shape[1] - layout.length
+    main_query, reference_query = query.split([main_length, layout.length], dim=1)
+    text_key, target_key, reference_key = key.split([text_length, main_length - text_length, layout.length], dim=1)
+    main_value, reference_value = value.split([main_length, layout.length], dim=1)
+    if layout.reference_attention == "joint":
+        main, references = attend_with_bias(attend, query, key, value, layout.key_bias).split([main_length, layout.length], dim=1)
+    else:
+        if layout.reference_attention == "isolated":
+            # One number added to all the logits of a row changes nothing, so that strengths are left out here.
+            alone = layout._replace(log_strength=None)
+            references = _attend_per_reference(attend, alone, reference_query, [], reference_key, [], reference_value)
+        else:
+            # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
+            per_reference = partial(_attend_per_reference, attend, layout)
+            main_keys = [text_key, target_key]
+            references = recompute_copies(per_reference, reference_query, main_keys, reference_key, [main_value], reference_value)
+        main = attend_with_bias(attend, main_query, key, value, layout.key_bias)
+    # Read last, so that in the backward pass the rows' gradients come first: what follows is added to them in place.
+    rows = capture_rows(reference_query, target_key, layout.num_references, capture) if capture else AttentionRows()
+    kept = _keep(reference_query, reference_key, reference_value, capture) if capture and capture.references else None
+    return AttentionOutput(main, references, rows, kept)
+
+
+def _attention_with_kept(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int, capture: Capture | None
+) -> AttentionOutput:
+    """Attention of text and target over themselves and references of an earlier pass, and their rows with today's target keys."""
+    kept = layout.kept
+    rows = capture_rows(kept.query, key[:, text_length:], layout.num_references, capture) if capture else AttentionRows()
+    keys, values = torch.cat([key, kept.key], dim=1), torch.cat([value, kept.value], dim=1)
+    return AttentionOutput(attend_with_bias(attend, query, keys, values, layout.key_bias), None, rows)
+
+
+def _keep(query: Tensor, key: Tensor, value: Tensor, capture: Capture) -> KeptReferences:
+    """Copies, because slices would keep the whole sequence."""
+    return KeptReferences(key.clone(), value.clone(), query.clone() if capture.rows else None)
+
+
+def _attend_per_reference(
+    attend: Attend,
+    layout: Layout,
+    query: Tensor,
+    shared_keys: Sequence[Tensor],
+    key: Tensor,
+    shared_values: Sequence[Tensor],
+    value: Tensor,
+) -> Tensor:
+    """Each reference's queries over the shared keys and its own, [B, K * N_ref, H, D]."""
+    bias = layout.key_bias
+    folded = attend_with_bias(
+        attend,
+        _per_reference([], query, layout),
+        _per_reference(shared_keys, key, layout),
+        _per_reference(shared_values, value, layout),
+        None if bias is None else bias.unflatten(1, (layout.num_references, -1)).flatten(0, 1),
+    )  # (B * K, N_ref, H, D)
+    return folded.reshape(query.shape)
+
+
+def _per_reference(shared: Sequence[Tensor], references: Tensor, layout: Layout) -> Tensor:
+    """Folds the references into the batch, behind the shared pieces: [B, S_i, H, D] and [B, K * N_ref, H, D] -> [B * K, S, H, D]."""
+    own = references.unflatten(1, (layout.num_references, -1))
+    pieces = [piece[:, None].expand(-1, layout.num_references, -1, -1, -1) for piece in shared]
+    return (torch.cat([*pieces, own], dim=2) if pieces else own).flatten(0, 1)

@@ -1,0 +1,221 @@
+"""The two FLUX blocks with a reference branch (Eq. 4, 6, 7): they only replace `forward`; weights and names are those of diffusers."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+
+from mosaic.model.attention import AttentionOutput, KeptReferences, Layout, branch_attention
+from mosaic.model.attention_rows import AttentionRows, Capture, no_autocast
+from mosaic.model.branch import branch_linear, branch_vectors
+
+FLOAT16_LIMIT = 65504.0
+RotaryEmbedding = tuple[Tensor, Tensor]
+NO_REFERENCES = Layout()
+
+
+class BlockOutput(NamedTuple):
+    """What every block returns.
+
+    Attributes:
+        encoder_hidden_states: [B, T, d], text tokens.
+        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where those were kept or came apart.
+        rows: The block's attention rows; empty if nothing was asked for.
+        kept: The block's references for later passes, if they were asked for.
+        reference_hidden_states: [B, K * N_ref, d], the reference tokens where they came apart.
+    """
+
+    encoder_hidden_states: Tensor
+    hidden_states: Tensor
+    rows: AttentionRows
+    kept: KeptReferences | None = None
+    reference_hidden_states: Tensor | None = None
+
+
+class _Vectors(NamedTuple):
+    """A shift, scale or gate: [B, 1, d] for the main tokens, and for the references (None without them)."""
+
+    main: Tensor
+    references: Tensor | None
+
+
+class _Tokens(NamedTuple):
+    """Image or joint tokens [B, S, d], and the references among them as a tensor of their own (None without them)."""
+
+    joined: Tensor
+    references: Tensor | None
+
+
+def _vectors(layer: nn.Module, temb: Tensor, count: int) -> list[_Vectors]:
+    """The AdaLN vectors of both branches, `count` of them."""
+    main, references = branch_vectors(layer, temb)
+    return [
+        _Vectors(*pair)
+        for pair in zip(main.chunk(count, -1), [None] * count if references is None else references.chunk(count, -1), strict=True)
+    ]
+
+
+def _normalize(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm in the tokens' own dtype (its sums are float32 in any case), of which autocast would keep float32 copies."""
+    with no_autocast(hidden_states):
+        return norm(hidden_states)
+
+
+def _modulate(hidden_states: Tensor, shift: _Vectors, scale: _Vectors, start: int) -> _Tokens:
+    """x * (1 + scale) + shift, each branch with its own vectors."""
+    if scale.references is None:
+        return _Tokens(hidden_states * (1 + scale.main) + shift.main, None)
+    main = hidden_states[:, :start] * (1 + scale.main) + shift.main
+    references = hidden_states[:, start:] * (1 + scale.references) + shift.references
+    return _Tokens(torch.cat([main, references], dim=1), references)
+
+
+def _gate(hidden_states: Tensor, gate: _Vectors, start: int) -> Tensor:
+    """gate * x, each branch with its own vector."""
+    if gate.references is None:
+        return gate.main * hidden_states
+    return torch.cat([gate.main * hidden_states[:, :start], gate.references * hidden_states[:, start:]], dim=1)
+
+
+def _join(main: Tensor, references: Tensor | None) -> _Tokens:
+    return _Tokens(main if references is None else torch.cat([main, references], dim=1), references)
+
+
+def _with_references(hidden_states: Tensor, start: int) -> _Tokens:
+    """Copies the references out where a backward pass will keep them, see `branch_linear`."""
+    copied = torch.is_grad_enabled() and start < hidden_states.shape[1]
+    return _Tokens(hidden_states, hidden_states[:, start:].clone() if copied else None)
+
+
+def _linear(layer: nn.Module, tokens: _Tokens, start: int) -> Tensor:
+    return branch_linear(layer, tokens.joined, start, tokens.references)
+
+
+def _with_apart(hidden_states: Tensor, references: Tensor | None) -> Tensor:
+    return hidden_states if references is None else torch.cat([hidden_states, references], dim=1)
+
+
+def _output(
+    encoder_hidden_states: Tensor, hidden_states: Tensor, rows: AttentionRows, kept: KeptReferences | None, start: int, apart: bool
+) -> BlockOutput:
+    """A block's output; `apart`: the references were given apart and come so."""
+    if not apart:
+        return BlockOutput(encoder_hidden_states, hidden_states, rows, kept)
+    return BlockOutput(encoder_hidden_states, hidden_states[:, :start], rows, kept, hidden_states[:, start:])
+
+
+def _clip_float16(hidden_states: Tensor) -> Tensor:
+    return hidden_states.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT) if hidden_states.dtype == torch.float16 else hidden_states
+
+
+def _heads(attn: FluxAttention, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (-1, attn.head_dim))
+
+
+def _attend(
+    attn: FluxAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: RotaryEmbedding,
+    layout: Layout,
+    text_length: int,
+    capture: Capture | None,
+) -> AttentionOutput:
+    """RoPE, then attention in the layout's mode, its outputs as [B, S, H * D]."""
+    query = apply_rotary_emb(query, rotary, sequence_dim=1)
+    key = apply_rotary_emb(key, rotary, sequence_dim=1)
+    attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
+    output = branch_attention(query, key, value, layout, attend, text_length, capture)
+    main, references = (x if x is None else x.flatten(2, 3).to(query.dtype) for x in (output.main, output.references))
+    return AttentionOutput(main, references, output.rows, output.kept)
+
+
+class MosaicFluxTransformerBlock(FluxTransformerBlock):
+    """Double-stream block with a reference branch in the image stream."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: RotaryEmbedding,
+        layout: Layout = NO_REFERENCES,
+        capture: Capture | None = None,
+        reference_hidden_states: Tensor | None = None,
+    ) -> BlockOutput:
+        """Run the block.
+
+        Args:
+            hidden_states: [B, N_tgt + K * N_ref, d]; without the references where the layout has kept ones, or they come apart.
+            encoder_hidden_states: [B, T, d].
+            temb: [B, 1 or 2, d]: the main and, if there are reference tokens, the reference conditioning vector.
+            image_rotary_emb: cos and sin of every token, [T + N_tgt + K * N_ref, D] each.
+            layout: The references' place and attention mode.
+            capture: What to return of the attention.
+            reference_hidden_states: [B, K * N_ref, d], the reference tokens apart, for a step cache that looks at the target only.
+        """
+        hidden_states = _with_apart(hidden_states, reference_hidden_states)
+        attn, text_length = self.attn, encoder_hidden_states.shape[1]
+        start = hidden_states.shape[1] - layout.length
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, self.norm1.silu(temb), 6)
+        normed = _modulate(_normalize(self.norm1.norm, hidden_states), shift_msa, scale_msa, start)
+        text, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb[:, 0])
+
+        query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        text_query, text_key, text_value = (_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+        query = torch.cat([_normalize(attn.norm_added_q, text_query), _normalize(attn.norm_q, query)], dim=1)
+        key = torch.cat([_normalize(attn.norm_added_k, text_key), _normalize(attn.norm_k, key)], dim=1)
+        value = torch.cat([text_value, value], dim=1)
+        main, references, rows, kept = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        attended_text, attended_target = main.split([text_length, start], dim=1)
+
+        attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), references), start)
+        hidden_states = hidden_states + _gate(attn.to_out[1](attended_image), gate_msa, start)
+        normed = _modulate(_normalize(self.norm2, hidden_states), shift_mlp, scale_mlp, start)
+        inner = _with_references(self.ff.net[1](self.ff.net[0].gelu(_linear(self.ff.net[0].proj, normed, start))), start)
+        hidden_states = hidden_states + _gate(_linear(self.ff.net[2], inner, start), gate_mlp, start)
+
+        attended_text = attn.to_add_out(attended_text.contiguous())
+        encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
+        text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
+        encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
+        return _output(_clip_float16(encoder_hidden_states), hidden_states, rows, kept, start, apart=reference_hidden_states is not None)
+
+
+class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
+    """Single-stream block with a reference branch."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: RotaryEmbedding,
+        layout: Layout = NO_REFERENCES,
+        capture: Capture | None = None,
+        reference_hidden_states: Tensor | None = None,
+    ) -> BlockOutput:
+        """Run the block; arguments as in `MosaicFluxTransformerBlock.forward`."""
+        hidden_states = _with_apart(hidden_states, reference_hidden_states)
+        attn, text_length = self.attn, encoder_hidden_states.shape[1]
+        residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        start = residual.shape[1] - layout.length
+        shift, scale, gate = _vectors(self.norm.linear, self.norm.silu(temb), 3)
+        normed = _modulate(_normalize(self.norm.norm, residual), shift, scale, start)
+
+        mlp = self.act_mlp(_linear(self.proj_mlp, normed, start))
+        query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = _normalize(attn.norm_q, query), _normalize(attn.norm_k, key)
+        main, references, rows, kept = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+
+        joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)
+        output = _linear(self.proj_out, joined, start)
+        output = _clip_float16(residual + _gate(output, gate, start))
+        return _output(
+            output[:, :text_length], output[:, text_length:], rows, kept, start - text_length, apart=reference_hidden_states is not None
+        )

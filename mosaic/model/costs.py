@@ -1,0 +1,263 @@
+"""FLOPs of a training step and of a sampling run: multiply-adds times two of every matrix product, in closed form.
+
+Notation: d the transformer's width, L its blocks, T text tokens, N target tokens, K references of R tokens, r the LoRA rank. Both kinds of
+block hold 12 d^2 weights per token (double-stream, per stream: q, k, v, out and an MLP of 8 d^2; single-stream: q, k, v, the MLP's entry
+and the common exit). A (query, key) pair costs 4 d per block. Standard library only.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mosaic.config.schema import shown
+
+MLP_RATIO = 4  # of FLUX's blocks
+TIMESTEP_CHANNELS = 256  # sinusoids under FLUX's timestep and guidance embedding
+CHECKPOINTING_MODES = ("none", "block", "keep_attention")
+
+#: `transformer/config.json` of black-forest-labs/FLUX.1-dev: known without the hub.
+FLUX_DEV: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+
+class ForwardFlops(NamedTuple):
+    """FLOPs of one forward pass, by what their backward pass costs.
+
+    Attributes:
+        linear: Linear layers of the blocks and the exit, base weights; their backward is one product, for the input.
+        attention: Q K^T and P V.
+        lora: The reference adapter; its backward is two products, for input and weights.
+        conditioning: Embedders and AdaLN, base weights; nothing before them is trained, so they have no backward.
+    """
+
+    linear: float
+    attention: float
+    lora: float
+    conditioning: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return float(sum(self))
+
+
+def forward_flops(
+    transformer_config: Mapping[str, Any],
+    batch_size: int,
+    num_references: int,
+    target_tokens: int,
+    reference_tokens: int,
+    text_tokens: int,
+    lora_rank: int,
+    reference_attention: str,
+) -> ForwardFlops:
+    """FLOPs of one forward pass without captured rows; arguments as for `training_step_flops`.
+
+    Raises:
+        ValueError: If `reference_attention` is unknown.
+    """
+    d, double, single = width(transformer_config), transformer_config["num_layers"], transformer_config["num_single_layers"]
+    channels, blocks = transformer_config["in_channels"], double + single
+    exit_channels = transformer_config.get("out_channels") or channels
+    references = num_references * reference_tokens
+    main = text_tokens + target_tokens
+    everything = main + references
+
+    linear = 2 * 12 * d * d * blocks * everything + 2 * d * exit_channels * target_tokens
+    attention = 4 * d * blocks * attention_pairs(main, num_references, reference_tokens, reference_attention)
+    # Per adapted layer r (d_in + d_out) weights. Double-stream: q, k, v, out 2d each, the MLP's exit 5d, AdaLN 7d on one vector.
+    # Single-stream: q, k, v 2d each, the MLP's entry 5d, the exit 6d, AdaLN 4d.
+    per_token, per_vector = channels + d + d * (13 * double + 17 * single), d * (7 * double + 4 * single)
+    lora = 2 * lora_rank * (per_token * references + per_vector * bool(num_references))
+
+    branches = 2 if num_references else 1  # conditioning vectors: the main one, and one that all references share
+    embedders = TIMESTEP_CHANNELS * (2 if transformer_config["guidance_embeds"] else 1) + transformer_config["pooled_projection_dim"]
+    squares = 3 if transformer_config["guidance_embeds"] else 2
+    adaln = (6 * double + 3 * single) * branches + 6 * double + 2  # both branches; the text stream's; the exit's
+    tokens = d * (text_tokens * transformer_config["joint_attention_dim"] + (target_tokens + references) * channels)
+    conditioning = 2 * (tokens + branches * (embedders * d + squares * d * d) + adaln * d * d)
+    return ForwardFlops(*(float(batch_size * part) for part in (linear, attention, lora, conditioning)))
+
+
+def training_step_flops(
+    transformer_config: Mapping[str, Any],
+    batch_size: int,
+    num_references: int,
+    target_tokens: int,
+    reference_tokens: int,
+    text_tokens: int,
+    lora_rank: int,
+    reference_attention: str,
+    gradient_checkpointing: str,
+) -> float:
+    """FLOPs of forward and backward of one micro-batch, without the captured rows (`captured_row_flops`), encoders and optimizer.
+
+    The backward pass of a frozen linear layer is one product (no weight gradient), of LoRA two, of attention 2.5 (five products for two,
+    as flash attention's kernels do it). Checkpointing computes the blocks once more. For a model FLOPs utilisation (MFU) count with
+    `gradient_checkpointing="none"`: what is computed twice is no progress.
+
+    Args:
+        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
+        batch_size: Samples.
+        num_references: K.
+        target_tokens: N.
+        reference_tokens: R, of one reference.
+        text_tokens: T.
+        lora_rank: r.
+        reference_attention: "target", "joint" or "isolated".
+        gradient_checkpointing: "none", "block" (blocks are computed again) or "keep_attention" (all of them but their attention).
+
+    Raises:
+        ValueError: If a mode is unknown.
+    """
+    if gradient_checkpointing not in CHECKPOINTING_MODES:
+        raise ValueError(f"gradient_checkpointing must be one of {', '.join(CHECKPOINTING_MODES)}, got {shown(gradient_checkpointing)}.")
+    forward = forward_flops(
+        transformer_config,
+        batch_size,
+        num_references,
+        target_tokens,
+        reference_tokens,
+        text_tokens,
+        lora_rank,
+        reference_attention,
+    )
+    backward = forward.linear + 2.5 * forward.attention + 2 * forward.lora
+    again = {"none": 0.0, "block": forward.linear + forward.attention + forward.lora, "keep_attention": forward.linear + forward.lora}
+    return forward.total + backward + again[gradient_checkpointing]
+
+
+def sampling_flops(
+    transformer_config: Mapping[str, Any],
+    batch_size: int,
+    num_references: int,
+    target_tokens: int,
+    reference_tokens: int,
+    text_tokens: int,
+    lora_rank: int,
+    reference_attention: str,
+    num_inference_steps: int,
+    reference_steps: int | None = None,
+    skipped_steps: int = 0,
+) -> float:
+    """FLOPs of the transformer in one sampling run; image guidance, which runs it twice a step, doubles them. Encoders are not in it.
+
+    Args:
+        transformer_config: As for `training_step_flops`.
+        batch_size: Pictures.
+        num_references: K.
+        target_tokens: N.
+        reference_tokens: R, of one reference.
+        text_tokens: T.
+        lora_rank: r; 0 leaves the adapter out.
+        reference_attention: "target", "joint" or "isolated".
+        num_inference_steps: Sampling steps.
+        reference_steps: Steps in which the references run; in the others text and target use their kept keys and values. 1 with a
+            reference cache, ceil(steps / N) where it is refreshed every N steps. None: every step, without a cache.
+        skipped_steps: Steps in which a first-block cache runs only the first block; those without references come first.
+
+    Raises:
+        ValueError: If the mode is unknown, or there are more such steps than steps.
+    """
+    if reference_steps is None:
+        reference_steps = num_inference_steps
+    for name, count in (("reference_steps", reference_steps), ("skipped_steps", skipped_steps)):
+        if not 0 <= count <= num_inference_steps:
+            raise ValueError(f"{name} must be in 0..num_inference_steps ({num_inference_steps}), got {count}.")
+    sizes = (target_tokens, reference_tokens, text_tokens)
+    first_block = {**transformer_config, "num_layers": 1, "num_single_layers": 0}
+
+    def step(config: Mapping[str, Any], with_references: bool) -> float:
+        if with_references:
+            return forward_flops(config, batch_size, num_references, *sizes, lora_rank, reference_attention).total
+        kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * batch_size
+        kept *= (text_tokens + target_tokens) * num_references * reference_tokens
+        return forward_flops(config, batch_size, 0, *sizes, lora_rank, reference_attention).total + kept
+
+    skipped_without = min(skipped_steps, num_inference_steps - reference_steps)
+    skipped_with = skipped_steps - skipped_without
+    return (
+        (reference_steps - skipped_with) * step(transformer_config, True)
+        + (num_inference_steps - reference_steps - skipped_without) * step(transformer_config, False)
+        + skipped_with * step(first_block, True)
+        + skipped_without * step(first_block, False)
+    )
+
+
+def captured_row_flops(
+    transformer_config: Mapping[str, Any],
+    batch_size: int,
+    num_references: int,
+    target_tokens: int,
+    reference_tokens: int,
+    num_points: int,
+    captured_blocks: int,
+    reference_means: bool,
+) -> float:
+    """FLOPs of the supervised attention rows in forward and backward: one product, and three with the softmax computed anew.
+
+    One product less where rows are tiny and kept (`mosaic.model.attention_rows.KEPT_BYTES`), which none of FLUX.1-dev's are.
+
+    Args:
+        transformer_config: As for `training_step_flops`.
+        batch_size: Samples.
+        num_references: K.
+        target_tokens: N.
+        reference_tokens: R.
+        num_points: P, points of a sample over all references.
+        captured_blocks: Blocks whose attention is supervised.
+        reference_means: Whether the rows of all reference tokens are read as well.
+    """
+    rows = num_points + (num_references * reference_tokens if reference_means else 0)
+    return 4.0 * 2 * width(transformer_config) * batch_size * rows * target_tokens * captured_blocks
+
+
+def attention_pairs(main_tokens: int, num_references: int, reference_tokens: int, reference_attention: str) -> int:
+    """(query, key) pairs of one attention layer: text and target see everything, references what their mode says.
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+    references = num_references * reference_tokens
+    seen = {"joint": main_tokens + references, "target": main_tokens + reference_tokens, "isolated": reference_tokens}
+    if reference_attention not in seen:
+        raise ValueError(f"reference_attention must be one of {', '.join(seen)}, got {shown(reference_attention)}.")
+    return main_tokens * (main_tokens + references) + references * seen[reference_attention]
+
+
+def width(transformer_config: Mapping[str, Any]) -> int:
+    """The transformer's d."""
+    return transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+
+
+def lora_parameter_count(transformer_config: Mapping[str, Any], rank: int) -> int:
+    """Parameters of the reference LoRA: r (d_in + d_out) in each adapted layer; 463,609,856 for FLUX.1-dev at rank 128."""
+    d, channels = width(transformer_config), transformer_config["in_channels"]
+    return rank * (channels + d + d * (20 * transformer_config["num_layers"] + 21 * transformer_config["num_single_layers"]))
+
+
+def base_parameter_count(transformer_config: Mapping[str, Any]) -> int:
+    """Parameters of the frozen transformer; 11,901,408,320 for FLUX.1-dev."""
+    d, head = width(transformer_config), transformer_config["attention_head_dim"]
+    channels, double, single = transformer_config["in_channels"], transformer_config["num_layers"], transformer_config["num_single_layers"]
+    inner = MLP_RATIO * d
+
+    def linear(fan_in: int, fan_out: int) -> int:
+        return fan_in * fan_out + fan_out
+
+    stream = linear(d, 6 * d) + 4 * linear(d, d) + 2 * head + linear(d, inner) + linear(inner, d)
+    single_block = linear(d, 3 * d) + 3 * linear(d, d) + 2 * head + linear(d, inner) + linear(d + inner, d)
+    sinusoids = (2 if transformer_config["guidance_embeds"] else 1) * (linear(TIMESTEP_CHANNELS, d) + linear(d, d))
+    text = linear(transformer_config["pooled_projection_dim"], d) + linear(d, d)
+    entry = linear(channels, d) + linear(transformer_config["joint_attention_dim"], d)
+    leave = linear(d, 2 * d) + linear(d, transformer_config.get("out_channels") or channels)
+    return double * 2 * stream + single * single_block + sinusoids + text + entry + leave

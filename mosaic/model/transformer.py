@@ -1,0 +1,256 @@
+"""FLUX with a reference branch (Eq. 4-8): stock modules and weights, one joint sequence [text, target, reference 1..K].
+
+Text and target tokens see the bare base weights at timestep t; reference tokens see base + LoRA at timestep 0.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, MagCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from mosaic.model.attention import Layout
+from mosaic.model.attention_rows import Capture, resolve_capture_blocks
+from mosaic.model.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
+from mosaic.model.branch import branch_linear
+from mosaic.model.reference_cache import ReferenceCache
+from mosaic.model.strength import log_strength
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """Which attention rows the transformer shall return.
+
+    Attributes:
+        global_index: int64 [B, P], reference tokens G(u) of the supervised points, or None.
+        reference_means: Whether to return the mean row over all tokens of each reference.
+        blocks: "all", "double" (the double-stream blocks) or a list of block numbers, double-stream first.
+    """
+
+    global_index: Tensor | None = None
+    reference_means: bool = False
+    blocks: str | Sequence[int] = "all"
+
+
+@dataclass
+class MosaicTransformerOutput(BaseOutput):
+    """Output of `MosaicFluxTransformer2DModel`.
+
+    Attributes:
+        sample: [B, N_tgt, C], the predicted velocity, noise - latents.
+        attention_rows: float32 [B, P, N_tgt], mean over heads and captured blocks (Eq. 8 at G(u)), or None.
+        reference_rows: float32 [B, K, N_tgt], the mean over all tokens of each reference, or None.
+        reference_cache: The references for passes without them, or None.
+    """
+
+    sample: Tensor
+    attention_rows: Tensor | None = None
+    reference_rows: Tensor | None = None
+    reference_cache: ReferenceCache | None = None
+
+
+class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
+    """`FluxTransformer2DModel` with a reference branch; loads every diffusers FLUX folder with `from_pretrained`.
+
+    Without references its output equals the stock model's. The reference LoRA is attached by `mosaic.lora.adapter`.
+    """
+
+    _no_split_modules: ClassVar[list[str]] = ["MosaicFluxTransformerBlock", "MosaicFluxSingleTransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["MosaicFluxTransformerBlock", "MosaicFluxSingleTransformerBlock"]
+
+    @functools.wraps(FluxTransformer2DModel.__init__)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        _adopt_blocks(self)
+
+    @classmethod
+    def adopt(cls, transformer: FluxTransformer2DModel) -> "MosaicFluxTransformer2DModel":
+        """Turn a loaded stock transformer (quantised, placed or not) into this class, in place: no weight is touched."""
+        if not isinstance(transformer, cls):
+            transformer.__class__ = cls
+            _adopt_blocks(transformer)
+        return transformer
+
+    def fuse_qkv_projections(self) -> None:
+        """Refused: a fused projection has no place for the per-branch LoRA.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("fuse_qkv_projections() cannot be used with a reference branch: to_q, to_k and to_v carry the reference LoRA.")
+
+    def enable_cache(self, config: FirstBlockCacheConfig | MagCacheConfig) -> None:
+        """Leave blocks out in sampling steps that change little, and repeat the last change of the target instead; `disable_cache` ends it.
+
+        The references have no part in it: neither in the decision nor in what is repeated. Attention rows cannot be read meanwhile.
+
+        Raises:
+            ValueError: For diffusers' other caches, which hook layers that these blocks do not call, or know other models only.
+        """
+        if not isinstance(config, FirstBlockCacheConfig | MagCacheConfig):
+            raise ValueError(
+                f"enable_cache takes a FirstBlockCacheConfig or MagCacheConfig with a reference branch, got {type(config).__name__}."
+            )
+        for block in (MosaicFluxTransformerBlock, MosaicFluxSingleTransformerBlock):
+            metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+            TransformerBlockRegistry.register(block, metadata)
+        super().enable_cache(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+        reference_hidden_states: Tensor | None = None,
+        reference_ids: Tensor | None = None,
+        reference_attention: str = "target",
+        capture: CaptureRequest | None = None,
+        reference_strength: Tensor | None = None,
+        keep_references: bool = False,
+        reference_cache: ReferenceCache | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> MosaicTransformerOutput | tuple[Tensor]:
+        """Predict the velocity of the target.
+
+        Args:
+            hidden_states: [B, N_tgt, C], packed noisy latents.
+            encoder_hidden_states: [B, T, d_text], T5 text tokens.
+            pooled_projections: [B, d_pooled], CLIP pooled text, used by both branches.
+            timestep: [B] in [0, 1]; 1 is pure noise. References always see 0.
+            img_ids: [N_tgt, 3] position ids.
+            txt_ids: [T, 3] position ids.
+            guidance: [B] embedded guidance for models with `guidance_embeds`; references always see 1.
+            reference_hidden_states: [B, K, N_ref, C], packed clean latents of the references, or None.
+            reference_ids: [K * N_ref, 3] position ids.
+            reference_attention: "target", "joint" or "isolated".
+            capture: Which attention rows to return; needs references.
+            reference_strength: [B, K] of at least 0: its logarithm is added to the logits of the reference's keys. None: 1.
+            keep_references: Whether to return the references' keys and values (and queries, where rows are captured).
+            reference_cache: What was returned so, in place of the references.
+            joint_attention_kwargs: Must be empty; here for the pipelines of diffusers, which may share this transformer.
+            return_dict: False, as those pipelines ask: (sample,).
+
+        Raises:
+            ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice or
+                without ids, `capture.blocks` is wrong, or guidance is missing or has no embedding.
+        """
+        if joint_attention_kwargs:
+            raise ValueError(f"joint_attention_kwargs must be empty with a reference branch, got {', '.join(joint_attention_kwargs)}.")
+        if (guidance is None) == self.config.guidance_embeds:
+            raise ValueError(
+                f"guidance must be {'given: this model embeds it' if guidance is None else 'None: this model has no embedding for it'} "
+                "(guidance_embeds in its config)."
+            )
+        if capture is not None and self.is_cache_enabled:
+            raise ValueError("attention rows are read in every block, some of which a step cache leaves out: disable_cache() first.")
+        if reference_cache is not None and reference_hidden_states is not None:
+            raise ValueError("give reference_hidden_states or reference_cache, not both.")
+        num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
+        bias = None if reference_strength is None else log_strength(reference_strength)
+        layouts = [Layout()] * len(blocks)
+        if reference_cache is not None:
+            size = (reference_cache.num_references, reference_cache.num_reference_tokens)
+            layouts = [Layout(*size, reference_attention, bias, kept) for kept in reference_cache.blocks]
+        elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
+            layouts = [Layout(*reference_hidden_states.shape[1:3], reference_attention, bias)] * len(blocks)
+            hidden_states = torch.cat([hidden_states, reference_hidden_states.flatten(1, 2)], dim=1)
+            if reference_ids is None:
+                raise ValueError(
+                    "reference_hidden_states need reference_ids, [K * N_ref, 3]: see mosaic.method.tokens.reference_position_ids."
+                )
+            img_ids = torch.cat([img_ids.float(), reference_ids.to(img_ids.device, torch.float32)], dim=0)
+        layout = layouts[0]
+        captures = self._captures(capture, layouts, keep_references and layout.length > 0)
+
+        # The latents' dtype, as in diffusers, but before the embedder: under autocast its output would round t to 8 bits.
+        temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, branches=2 if layout.length else 1)
+        hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
+        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        rotary = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
+
+        rows, reference_rows, kept = [], [], []
+        num_captured = sum(wanted is not None and wanted.rows for wanted in captures)
+        references = None
+        if self.is_cache_enabled and layout.length:
+            hidden_states, references = hidden_states.split([num_target_tokens, layout.length], dim=1)
+        for block, layout, wanted in zip(blocks, layouts, captures, strict=True):
+            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, wanted, references)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                output = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                output = block(*arguments)
+            encoder_hidden_states, hidden_states = output[:2]
+            if not isinstance(output, BlockOutput):  # the block was left out by a step cache
+                continue
+            references = output.reference_hidden_states
+            _accumulate(rows, output.rows.points, num_captured)
+            _accumulate(reference_rows, output.rows.reference_means, num_captured)
+            kept += [] if output.kept is None else [output.kept]
+
+        hidden_states = self.norm_out(hidden_states[:, :num_target_tokens], temb[:, 0])
+        cache = ReferenceCache(tuple(kept), layout.num_references, layout.num_reference_tokens) if len(kept) == len(blocks) else None
+        sample = self.proj_out(hidden_states)
+        return MosaicTransformerOutput(sample, *rows or [None], *reference_rows or [None], cache) if return_dict else (sample,)
+
+    def _captures(self, request: CaptureRequest | None, layouts: Sequence[Layout], keep: bool) -> list[Capture | None]:
+        """What each block shall return of its attention.
+
+        Raises:
+            ValueError: If rows are asked for without references or their queries, or of blocks that there are not.
+        """
+        captured = frozenset()
+        if request is not None:
+            captured = resolve_capture_blocks(request.blocks, len(self.transformer_blocks), len(self.single_transformer_blocks))
+        for index in captured:
+            if not layouts[index].num_references:
+                raise ValueError("attention rows are read from reference tokens: capture needs reference_hidden_states with K >= 1.")
+            if layouts[index].kept is not None and layouts[index].kept.query is None:
+                raise ValueError(f"reference_cache holds no queries of block {index}: it was made without this capture.")
+        kept_only = Capture(references=True) if keep else None
+        with_rows = Capture(request.global_index, request.reference_means, keep) if request is not None else None
+        return [with_rows if index in captured else kept_only for index in range(len(layouts))]
+
+    def _conditioning(
+        self, dtype: torch.dtype, timestep: Tensor, guidance: Tensor | None, pooled_projections: Tensor, branches: int
+    ) -> Tensor:
+        """The branches' conditioning vectors, [B, 1 or 2, d]: (t, guidance), and (0, 1) for the references.
+
+        As `time_text_embed`, layer by layer, because a style LoRA on these layers must not reach the references' vector.
+        """
+        embed = self.time_text_embed
+
+        def sinusoid(main: Tensor, reference: float) -> Tensor:
+            both = torch.stack([main.to(dtype), torch.full_like(main, reference, dtype=dtype)][:branches], dim=1) * 1000
+            return embed.time_proj(both.flatten()).unflatten(0, both.shape).to(pooled_projections.dtype)
+
+        def mlp(layers: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+            return branch_linear(layers.linear_2, activation(branch_linear(layers.linear_1, x, 1)), 1)
+
+        vectors = mlp(embed.timestep_embedder, embed.timestep_embedder.act, sinusoid(timestep, 0.0))
+        if guidance is not None:
+            vectors = vectors + mlp(embed.guidance_embedder, embed.guidance_embedder.act, sinusoid(guidance, 1.0))
+        pooled = pooled_projections[:, None].expand(-1, branches, -1)
+        return vectors + mlp(embed.text_embedder, embed.text_embedder.act_1, pooled)
+
+
+def _accumulate(total: list[Tensor], rows: Tensor | None, count: int) -> None:
+    """Add one block's share of the mean over `count` captured blocks to the one tensor in `total`."""
+    if rows is not None:
+        total[:] = [rows / count if not total else total[0] + rows / count]
+
+
+def _adopt_blocks(transformer: FluxTransformer2DModel) -> None:
+    for block in transformer.transformer_blocks:
+        block.__class__ = MosaicFluxTransformerBlock
+    for block in transformer.single_transformer_blocks:
+        block.__class__ = MosaicFluxSingleTransformerBlock

@@ -1,0 +1,1 @@
+"""The diffusers pipeline: prompt and reference pictures to a picture."""

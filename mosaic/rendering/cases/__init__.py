@@ -1,0 +1,1 @@
+"""The cases file: what to draw, in many shapes."""

@@ -1,0 +1,72 @@
+"""What can be checked of a run before anything is loaded: sizes and the output folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaic.config.loading import Config
+from mosaic.files import require_folder
+from mosaic.method.tokens import token_grid
+from mosaic.rendering.cases.reading import Case
+from mosaic.weights.digests import vae_scale_factor
+
+MANIFEST = "manifest.jsonl"
+
+
+def check_run(cases: Sequence[Case], config: Config) -> list[str]:
+    """Check the output folder and all sizes; of the model only its VAE's config is read.
+
+    Returns:
+        A message for every case that does not fit the model.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The settings do not fit, or there is no such model.
+    """
+    check_output(Path(config.inference.output_dir))
+    factor, problems = vae_scale_factor(config.model.pretrained), []
+    check_sizes(config, factor)
+    for case in cases:
+        try:
+            check_size(case, config, factor)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_sizes(config: Config, factor: int) -> None:
+    """Check the sizes of the settings against the model, which has `factor` pixels per latent.
+
+    Raises:
+        ValueError: A side is no multiple of the token size.
+    """
+    settings, size = config.inference, config.data.reference_size
+    token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
+    token_grid(size, size, factor, where="data.reference_size")
+
+
+def check_size(case: Case, config: Config, vae_scale_factor: int) -> None:
+    """Check a case's size against the model.
+
+    Raises:
+        ValueError: A side is no multiple of the token size.
+    """
+    height, width = (given_or_set(case, config, name) for name in ("height", "width"))
+    token_grid(height, width, vae_scale_factor, where=f"{case.place}.height, width")
+
+
+def given_or_set(case: Case, config: Config, name: str) -> Any:
+    """What a case says, or where it is silent the config."""
+    own = getattr(case.options, name)
+    return getattr(config.inference, name) if own is None else own
+
+
+def check_output(folder: Path) -> None:
+    """Check that a run can leave its files in a folder, which need not be there yet.
+
+    Raises:
+        ValueError: The folder's place or that of the manifest is taken, or nothing can be written there.
+    """
+    require_folder(folder, "inference.output_dir")
+    manifest = folder / MANIFEST
+    if manifest.is_dir():
+        raise ValueError(f"inference.output_dir: {manifest} must be a file, but it is a folder. Move it away, or name another folder.")

@@ -1,0 +1,195 @@
+"""Rendering of pictures in batches, and what is written of each."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mosaic.config.loading import Config
+from mosaic.files import write_text
+from mosaic.images import decode_image
+from mosaic.model.acceleration import set_step_cache
+from mosaic.pipeline.attention_report import PictureAttention
+from mosaic.pipeline.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
+from mosaic.rendering.encodings import shared_encodings
+from mosaic.rendering.outputs import Journal
+from mosaic.rendering.recipes import PictureJob, job_files, png_text, sampling_arguments
+from mosaic.rendering.report import make_report
+from mosaic.reports.figures import case_panel, save_picture
+
+CAPTION_LETTERS = 400
+CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # RuntimeError: also that a device's memory is full
+
+
+def render_batches(
+    batches: Sequence[Sequence[PictureJob]],
+    wanted: Collection[str],
+    pipeline: MosaicFluxPipeline,
+    config: Config,
+    journal: Journal,
+    show_progress: bool = True,
+) -> None:
+    """Render batches one after the other; what fails is written into the journal, and the next begins.
+
+    Args:
+        batches: The batches, each whole.
+        wanted: Names of the pictures that are to be written; the others are there already and only fill their batches.
+        pipeline: The pipeline.
+        config: The settings.
+        journal: Gets a line per picture.
+        show_progress: Whether to show it.
+    """
+    steps = [len(batch) * batch[0].recipe["num_inference_steps"] for batch in batches]
+    with shared_encodings(pipeline), tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
+        for number, batch in enumerate(batches):
+            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+            progress.set_description(f"{batch[0].name}{more} ({number + 1} of {len(batches)})")
+            render_batch(batch, wanted, pipeline, config, journal, on_step=progress.update)
+            progress.update(sum(steps[: number + 1]) - progress.n)
+
+
+def render_batch(
+    batch: Sequence[PictureJob],
+    wanted: Collection[str],
+    pipeline: MosaicFluxPipeline,
+    config: Config,
+    journal: Journal,
+    on_step: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Render the pictures of a batch and write those that are wanted. Where the batch fails as a whole, each is tried alone."""
+    start, readable = time.perf_counter(), {}
+    for job in batch:
+        try:
+            readable[job.name] = read_references(job)
+        except CASE_ERRORS as error:
+            note_failure(journal, job, in_one_line(error), wanted)
+    jobs = [job for job in batch if job.name in readable]
+    if not any(job.name in wanted for job in jobs):
+        return
+    failure = ""
+    try:
+        result = sample(jobs, [readable[job.name] for job in jobs], pipeline, config, on_step)
+    except CASE_ERRORS as error:
+        failure = in_one_line(error)
+    if failure:  # outside of the handler, where the error would keep the tensors of the failed call
+        torch.cuda.empty_cache()
+        if len(jobs) == 1:
+            note_failure(journal, jobs[0], failure, wanted)
+            return
+        tqdm.write(f"note: {len(jobs)} pictures at once failed ({failure}); they are tried one by one", file=sys.stderr)
+        for job in jobs:
+            if job.name in wanted:
+                render_batch([job], wanted, pipeline, config, journal)
+        return
+    seconds = (time.perf_counter() - start) / len(jobs)
+    for number, job in enumerate(jobs):
+        if job.name in wanted:
+            attention = result.attention[number] if result.attention else None
+            try:
+                write_picture(job, readable[job.name], checked_picture(job, result.images[number]), attention, journal, seconds)
+            except CASE_ERRORS as error:
+                note_failure(journal, job, in_one_line(error), wanted)
+
+
+def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image:
+    """The picture of a job.
+
+    Raises:
+        ValueError: There is none, since its values are not finite.
+    """
+    if picture is None:
+        scale = f"image_guidance_scale ({job.recipe['image_guidance_scale']:g})"
+        causes = f"{scale} is too large, or the weights of the model or of a LoRA are damaged"
+        raise ValueError(f"the picture's values must be finite, but some are not. Likely causes: {causes}.")
+    return picture
+
+
+def note_failure(journal: Journal, job: PictureJob, failure: str, wanted: Collection[str]) -> None:
+    """Write into the journal what went wrong with a picture, if it was to be made."""
+    if job.name in wanted:
+        journal.add(job, error=failure)
+
+
+def in_one_line(error: Exception) -> str:
+    """Kind and message of an error, cut to 500 letters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def sample(
+    jobs: Sequence[PictureJob],
+    references: Sequence[Sequence[Image.Image]],
+    pipeline: MosaicFluxPipeline,
+    config: Config,
+    on_step: Callable[[int], object],
+) -> MosaicPipelineOutput:
+    """The pictures of jobs that have all but prompt, seed and references in common, in one call of the pipeline.
+
+    In the place of a picture is None where its latents or its pixels are not finite.
+    """
+    recipe, settings, finite = jobs[0].recipe, config.inference, np.ones(len(jobs), dtype=bool)
+
+    def watch(_pipeline: object, step: int, _timestep: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        on_step(len(jobs))
+        if step == recipe["num_inference_steps"] - 1:
+            finite[:] = tensors["latents"].isfinite().flatten(1).all(dim=1).cpu().numpy()
+        return {}
+
+    with_lora = recipe["lora"] is not None
+    set_step_cache(pipeline.transformer, settings.step_cache, settings.step_cache_threshold, recipe["num_inference_steps"])
+    result = pipeline(
+        reference_images=[list(pictures) for pictures in references] if with_lora else None,
+        **sampling_arguments([job.recipe for job in jobs]),
+        output_attention=settings.report and with_lora,
+        output_type="np",  # pixels of 8 bits would hide what is not finite
+        callback_on_step_end=watch,
+    )
+    finite &= np.isfinite(result.images).all(axis=(1, 2, 3))
+    pictures = pipeline.image_processor.numpy_to_pil(np.nan_to_num(result.images))
+    result.images = [picture if fine else None for picture, fine in zip(pictures, finite, strict=True)]
+    return result
+
+
+def write_picture(
+    job: PictureJob,
+    references: Sequence[Image.Image],
+    picture: Image.Image,
+    attention: PictureAttention | None,
+    journal: Journal,
+    seconds: float,
+) -> None:
+    """Write a picture's files, the picture last, and its line in the journal."""
+    start, text = time.perf_counter(), png_text(job.recipe)
+    report = make_report(job, references, picture, attention) if attention else None
+    numbers = {"attention": report.numbers} if report else {}
+    journal.add(job, seconds=round(seconds + time.perf_counter() - start, 3), **numbers)
+    files = job_files(job, journal.path.parent)
+    if report:
+        save_picture(report.panel, files.attention, text)
+        write_text(files.page, report.page)
+    else:  # those of an earlier recipe are not of this picture
+        files.attention.unlink(missing_ok=True)
+        files.page.unlink(missing_ok=True)
+    save_picture(case_panel(references, picture, job.recipe["prompt"][:CAPTION_LETTERS]), files.panel, text)
+    save_picture(picture, files.picture, text)
+
+
+def read_references(job: PictureJob) -> list[Image.Image]:
+    """The reference pictures of a job.
+
+    Raises:
+        ValueError: A file is not the one that was checked.
+        OSError: A file is gone.
+    """
+    pictures = []
+    for path, entry in zip(job.case.image_paths, job.recipe["references"], strict=True):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{path}: has changed since the cases were checked. Start again.")
+        pictures.append(decode_image(data, str(path)))
+    return pictures

@@ -1,0 +1,104 @@
+"""Rendering of the pictures that cases ask for, a batch at a time, shared out over processes.
+
+Whatever the number of processes, and however often they were interrupted: the names, pictures and manifest are the same.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import PartialState
+
+from mosaic.config.loading import Config
+from mosaic.model.acceleration import accelerate
+from mosaic.model.reference_cache import refresh_interval
+from mosaic.rendering.batches import plan_batches, unfinished_batches
+from mosaic.rendering.cases.reading import Case
+from mosaic.rendering.checks import check_output, check_sizes
+from mosaic.rendering.loading import load_pipeline
+from mosaic.rendering.outputs import Journal, write_manifest, write_sheets
+from mosaic.rendering.overview import write_overview
+from mosaic.rendering.recipes import PictureJob, case_jobs, shared_recipe, unfinished
+from mosaic.rendering.rendering import CASE_ERRORS, in_one_line, render_batches
+from mosaic.weights.digests import model_digest, vae_scale_factor, weights_digest
+from mosaic.weights.hub import require_model_name, resolve_lora_file
+
+
+class RunResult(NamedTuple):
+    """What a run gave.
+
+    Attributes:
+        num_pictures: Finished pictures of the cases, whenever made.
+        num_finished_before: Those of them that were there already.
+        problems: One message for every case or picture that failed.
+    """
+
+    num_pictures: int
+    num_finished_before: int
+    problems: list[str]
+
+
+def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> RunResult:
+    """Render what is not finished of the cases, this process its share; the first process then writes the manifest and the contact sheets.
+
+    Args:
+        cases: Checked cases.
+        config: The settings; `inference.memory` is not "auto" any more, see `mosaic.planning.memory_choice`.
+        state: The processes.
+
+    Returns:
+        In the first process what all of them gave; in the others what is known there.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The model, the LoRA or the settings do not fit, so that no case can be rendered.
+    """
+    settings, folder = config.inference, Path(config.inference.output_dir)
+    check_output(folder)
+    lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
+    jobs, problems = plan_jobs(cases, config, lora_file, state.device.type)
+    todo = unfinished(jobs, folder, settings.report and lora_file is not None)
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
+    if share:
+        pipeline = load_pipeline(config, lora_file, state.device, [job.recipe["prompt"] for batch in share for job in batch])
+        accelerate(pipeline.transformer, settings, state.device)
+        names = {job.name for job in todo}
+        render_batches(share, names, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process and jobs:
+        failures = write_manifest(jobs, folder)
+        problems += failures + write_overviews(jobs, folder)
+        return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
+    return RunResult(len(jobs), len(jobs) - len(todo), problems)
+
+
+def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
+    """Write the contact sheets and the page that links the reports; a message for each that could not be written."""
+    problems = []
+    for what, write in (("the contact sheets", lambda: write_sheets(jobs, folder)), ("the overview page", lambda: write_overview(folder))):
+        try:
+            write()
+        except CASE_ERRORS as error:
+            problems.append(f"{folder}: {what} could not be written ({in_one_line(error)}). Start again when this is mended.")
+    return problems
+
+
+def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, device: str) -> tuple[list[PictureJob], list[str]]:
+    """The pictures of all cases, and a message for every case that does not fit the model; nothing is loaded.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The model or the settings do not fit.
+    """
+    name, settings = config.model.pretrained, config.inference
+    require_model_name(name)
+    factor = vae_scale_factor(name)
+    check_sizes(config, factor)
+    refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
+    shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device)
+    jobs, problems, digests = [], [], {}
+    for case in cases:
+        try:
+            jobs += case_jobs(case, config, shared, factor, digests)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return jobs, problems

@@ -1,0 +1,1 @@
+"""Several processes: replicated, sharded, DeepSpeed."""

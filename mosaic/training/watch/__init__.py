@@ -1,0 +1,1 @@
+"""What is watched while a run trains: numbers, speed, losses that are not finite."""

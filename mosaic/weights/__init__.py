@@ -1,0 +1,1 @@
+"""Where weights come from, what tells them apart, and how they are stored."""

@@ -1,0 +1,43 @@
+"""Settings of matching: everything that decides which points are found, beside the extractors."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from mosaic.config.schema import Bounds, Section
+from mosaic.config.sections import Count, CountOrZero, Positive, Seed
+
+Cosine = Annotated[float, Bounds(minimum=-1, maximum=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingSettings(Section):
+    """How feature maps become points."""
+
+    path: ClassVar[str] = "matching"
+
+    score: Literal["cosine", "dot"] = "cosine"
+    """What makes cells nearest: their cosine, or their raw dot product as in the release."""
+    consensus: CountOrZero = 1
+    """Cells (Chebyshev) by which the matches of several extractors may differ; 0: exact equality as in the release."""
+    cycle: CountOrZero | None = None
+    """Cells by which a target cell may miss itself on the way to its reference cell and back; 0: mutual nearest; null: no such filter."""
+    min_similarity: Cosine | None = None
+    """Least cosine of a match, for every extractor."""
+    min_margin: Annotated[float, Bounds(minimum=0, maximum=2)] | None = None
+    """Least difference between the cosine of a match and that of the best cell beyond its neighbours, for every extractor."""
+    soft_argmax: CountOrZero = 0
+    """Half the side in cells of the window in which u is refined to the expected position, which is then rounded; 0: not refined."""
+    temperature: Positive = 0.02
+    """Temperature of that refinement."""
+    white_threshold: Annotated[int, Bounds(minimum=0, maximum=254)] | None = 5
+    """Reference pixels whose channels are all within this of 255 are background; null: the whole reference is searched."""
+    background: Literal["keep", "black"] = "keep"
+    """What extractors see outside the masks: the picture, or black as in the release."""
+    unique_u: bool = False
+    """Keep only the most similar point of every reference cell. Readers make u unique by votes when they reduce the grids."""
+    grid: tuple[Count, Count] | None = None
+    """Rows and columns on which both sides are matched; null: the manifest's grids. Points are carried to those by majority vote."""
+    chunk_size: Count = 1024
+    """Target cells whose similarities are held in memory at a time."""
+    seed: Seed = 0
+    """Seed of the extractors' noise, together with the sample's id."""

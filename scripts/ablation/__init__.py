@@ -1,0 +1,1 @@
+"""The ablation in the pocket world; the command is scripts/ablation.py."""

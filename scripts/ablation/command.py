@@ -1,0 +1,182 @@
+"""The paper's claims in miniature: train and measure all arms of the ablation in the pocket world, then draw its tables and figures.
+
+python scripts/ablation.py --short          # coarse, the same code path
+python scripts/ablation.py --long --parallel 2
+
+Every training is an ordinary `train.sh` run of a config file that this writes to OUTPUT/configs. Start the same command again after an
+interruption: finished trainings and measurements are known by their digests and left alone, others go on from their checkpoints.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from mosaic.config.loading import load_config, resolved_dict
+from mosaic.lora.adapter import write_reference_lora
+from mosaic.training.run_lock import RunLock
+from scripts import ablation_figures
+from scripts.ablation.arms import PARTS
+from scripts.ablation.chains import data_job, is_trained, measure_job, train_job
+from scripts.ablation.jobs import child_environment, remaining_cost, run_chains
+from scripts.ablation.plan import ROOT, SIZES, Plan, Size, make_plan
+from scripts.ablation.results import RESULTS, refuse_other_runs, write_results
+from scripts.ablation.tasks import are_done, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.statistics import MAX_SEEDS
+from scripts.pocket.world import MAX_SUBJECTS
+
+BAR = "{l_bar}{bar}| {elapsed}<{remaining}"  # the unit of work means nothing to people
+ARMS_FOLDER = ROOT / "assets/pocket/arms"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--short", dest="size", action="store_const", const="short", help="coarse, to see that all of it works (the default)")
+    size.add_argument("--long", dest="size", action="store_const", const="long", help="that of the README: an afternoon on two cores")
+    parser.set_defaults(size="short")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--parallel", type=int, default=min(2, cores), help="jobs side by side, which share the cores (default here: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, help="training seeds per arm")
+    parser.add_argument("--factor-seeds", type=int, help="training seeds per one-factor variant")
+    parser.add_argument("--steps", type=int, help="optimizer steps per arm")
+    parser.add_argument("--factor-steps", type=int, help="optimizer steps per one-factor variant")
+    parser.add_argument("--batch-size", type=int, help="samples per step")
+    parser.add_argument("--train-samples", type=int, help="scenes to train on")
+    parser.add_argument("--cases", type=int, help="held-out scenes per K")
+    parser.add_argument("--real-scenes", type=int, help="real renderings per K, to which pictures are compared")
+    parser.add_argument("--inference-steps", type=int, help="sampling steps")
+    parser.add_argument("--ks", type=int, nargs="+", help="numbers of references")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--arms", nargs="+", default=[], help="only these arms and variants, by name")
+    parser.add_argument("--list", action="store_true", help="write the config files, list runs and what is left to do, compute nothing")
+    parser.add_argument(
+        "--export-arms",
+        type=Path,
+        nargs="?",
+        const=ARMS_FOLDER,
+        help="write the main arms' adapters (seed 0) to a folder (assets/pocket/arms)",
+    )
+    return parser.parse_args(argv)
+
+
+def chosen_size(arguments: argparse.Namespace) -> Size:
+    """The size that the flags name.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    names = ("seeds", "factor_seeds", "steps", "factor_steps", "batch_size", "train_samples", "cases", "real_scenes", "inference_steps")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        least = 2 if name in ("cases", "real_scenes") else 1  # a covariance needs two pictures
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    ks = tuple(sorted(set(arguments.ks))) if arguments.ks else None
+    if ks and not all(1 <= k <= MAX_SUBJECTS for k in ks):
+        raise ValueError(f"--ks must be of 1..{MAX_SUBJECTS}, got {arguments.ks}.")
+    if ks:
+        given |= {"ks": ks, "factor_ks": ks, "timing_ks": ks}
+    size = dataclasses.replace(SIZES[arguments.size], **given)
+    if given:
+        size = dataclasses.replace(size, name=f"{size.name}_changed")
+    if max(size.seeds, size.factor_seeds) > MAX_SEEDS or arguments.parallel < 1:
+        raise ValueError(f"--seeds must be at most {MAX_SEEDS} and --parallel at least 1, got {size.seeds} and {arguments.parallel}.")
+    return size
+
+
+def run_ablation(plan: Plan, parallel: int) -> list[str]:
+    """Do what is left to do, and write what is measured, also after an interruption; returns messages of what failed."""
+    stages = [
+        ([[data_job(plan)]], 1),
+        ([[measure_job(plan, "real", real_tasks(plan))]], 1),
+        (
+            [[*([train_job(plan, run)] if run.lora else []), measure_job(plan, run.name, run_tasks(plan, run))] for run in plan.runs],
+            parallel,
+        ),
+        ([[measure_job(plan, "timing", timing_tasks(plan))]], 1),  # alone on the machine
+    ]
+    failures: list[str] = []
+    refresh = 1.0 if sys.stderr.isatty() else 60.0
+    environment = child_environment(parallel, sys.executable)
+    work = sum(remaining_cost(chains) for chains, _ in stages)
+    try:
+        with tqdm(total=work, desc="ablation", bar_format=BAR, mininterval=refresh) as bar:
+            for number, (chains, side_by_side) in enumerate(stages):
+                failures += run_chains(chains, side_by_side, environment, bar, refresh)
+                if failures and number < 2:
+                    break  # nothing works without data or real renderings
+    finally:
+        write_results(plan, parallel, int(environment["OMP_NUM_THREADS"]))
+    return failures
+
+
+def export_arms(plan: Plan, folder: Path) -> None:
+    """Write the adapters of the main arms at seed 0 in half precision, `<arm>.safetensors`."""
+    for run in plan.of_part("main"):
+        if run.lora and not run.seed and is_trained(run):
+            tensors = {key: tensor.half() for key, tensor in load_file(run.lora).items()}
+            write_reference_lora(tensors, folder / f"{run.arm.name}.safetensors", resolved_dict(load_config(run.config)))
+
+
+def describe(plan: Plan) -> str:
+    """One line per run: what is left to do."""
+    lines = []
+    for run in plan.runs:
+        is_made = run.lora is None or is_trained(run)
+        state = "measured" if are_done(run_tasks(plan, run)) else "trained" if is_made else "not trained"
+        lines.append(f"{'+'.join(run.parts):15s} {run.name:60s} {state}")
+    return "\n".join(lines)
+
+
+def _end_by_signal(number: int, _: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0 done, 1 something failed, 2 wrong command, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    before = signal.signal(signal.SIGTERM, _end_by_signal)
+    lock = RunLock(arguments.output)
+    try:
+        with lock:
+            size = chosen_size(arguments)
+            _acquire(lock, arguments.output)
+            plan = make_plan(size, arguments.output, tuple(arguments.parts), tuple(arguments.arms))
+            if arguments.list:
+                print(describe(plan))
+                return 0
+            refuse_other_runs(plan)
+            failures = run_ablation(plan, arguments.parallel)
+            if arguments.export_arms:
+                export_arms(plan, arguments.export_arms)
+            if (plan.output / RESULTS).is_file():
+                ablation_figures.draw(plan.output / RESULTS, plan.output / "report")
+                print(f"ablation: {plan.output / RESULTS}, tables and figures in {plan.output / 'report'}")
+    except KeyboardInterrupt:
+        print("ablation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"ablation: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for failure in failures:
+        print(f"ablation: failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _acquire(lock: RunLock, output: Path) -> None:
+    try:
+        lock.acquire()
+    except ValueError as error:
+        raise ValueError(f"--output {output}: another ablation is at work there; wait for its end, or choose another folder.") from error

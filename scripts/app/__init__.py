@@ -1,0 +1,1 @@
+"""The page in the browser; the command is scripts/app.py."""

@@ -1,0 +1,1 @@
+"""The benchmarks; the command is scripts/benchmark.py."""

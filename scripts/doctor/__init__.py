@@ -1,0 +1,1 @@
+"""What looks over a data set; the command is scripts/doctor.py."""

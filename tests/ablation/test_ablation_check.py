@@ -1,0 +1,93 @@
+"""Shipped adapters against their rows: what is measured, what counts as reproduced, and what is missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mosaic.config.loading import load_config, resolved_dict
+from mosaic.lora.adapter import write_reference_lora
+from scripts import ablation_check
+from scripts.ablation.plan import base_digest, judge_digest, world_digest
+from scripts.ablation.results import FORMAT, VERSION
+from scripts.ablation.tasks import Task, features_file
+from tests import runs
+
+
+def measures(identification: float) -> dict[str, Any]:
+    entry = {"share": identification, "low": identification - 0.1, "high": identification + 0.1, "count": 20}
+    return {"identification": entry, "leakage": {"share": None, "low": None, "high": None, "count": 0}, "presence": entry}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Results of two arms, one of which has two seeds, and their adapters."""
+    config = resolved_dict(load_config("configs/pocket.json", ["model.reference_attention=isolated"]))
+    for name in ("scal", "paper"):
+        write_reference_lora(runs.lora_tensors(), tmp_path / f"arms/{name}.safetensors", config)
+    entries = [("base", 0, 0.1), ("scal", 0, 0.5), ("scal", 1, 0.9), ("paper", 0, 0.3)]
+    found = {
+        "format": FORMAT,
+        "version": VERSION,
+        "size": {"cases": 2},
+        "commit": "abc",
+        "model": {"name": "assets/pocket/flux", "digest": base_digest("assets/pocket/flux")},
+        "judge_digest": judge_digest(),
+        "world_digest": world_digest(),
+        "real": {"1": {}, "2": {}},
+        "runs": [
+            {"arm": arm, "seed": seed, "parts": ["main"], "adapter_digest": None if arm == "base" else "a",
+             "measures": {"1": measures(share), "2": measures(share)}}
+            for arm, seed, share in entries
+        ],
+    }  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def check(folder: Path, *flags: str) -> int:
+    places = ["--results", str(folder / "results.json"), "--arms", str(folder / "arms"), "--output", str(folder / "check")]
+    return ablation_check.main([*places, *flags])
+
+
+@pytest.mark.parametrize(("identification", "code"), [(0.45, 0), (0.61, 1), (0.2, 1)])
+def test_shares_must_lie_within_the_intervals_of_seed_0(
+    folder: Path, identification: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Task] = []
+
+    def measure(task: Task) -> dict[str, Any]:
+        seen.append(task)
+        features_file(task).write_bytes(b"")
+        return measures(0.3 if task.lora and "paper" in task.lora else identification)
+
+    monkeypatch.setattr(ablation_check, "measure", measure)
+    assert check(folder, "--ks", "2", "1") == code
+    assert [(task.kind, task.num_references) for task in seen] == 2 * [("pictures", 1), ("pictures", 2)]
+    assert {task.cases for task in seen} == {2}
+    assert load_config(seen[-1].config).model.reference_attention == "isolated"
+    table = capsys.readouterr().out
+    assert f"| scal | 2 | {100 * identification:.1f} ({'in' if not code else 'NOT in'} 40.0 to 60.0) | - |" in table
+    assert "| paper | 1 | 30.0 (in 20.0 to 40.0)" in table
+    seen.clear()
+    assert check(folder, "--ks", "1", "2") == code  # measured already
+    assert seen == []
+
+
+def test_another_world_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "judge_digest": "other", "world_digest": "other"}))
+    assert check(folder, "--ks", "1") == 2
+    assert "the judge and the world of this checkout are not those of the results: check out abc." in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(folder, "--ks", "5") == 2
+    assert "has K = 1, 2, got 5" in capsys.readouterr().err
+    (folder / "arms/paper.safetensors").unlink()
+    assert check(folder, "--ks", "1") == 2
+    assert "paper.safetensors" in capsys.readouterr().err
+    (folder / "results.json").unlink()
+    assert check(folder) == 2
+    assert "file not found" in capsys.readouterr().err

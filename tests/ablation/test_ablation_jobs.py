@@ -1,0 +1,202 @@
+"""Chains of commands: order, failures, interruption, and what a second start does; the digests of measurements."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from scripts.ablation import command as ablation
+from scripts.ablation.chains import train_job, training_state
+from scripts.ablation.jobs import Job, child_environment, last_line, remaining_cost, run_chains
+from scripts.ablation.plan import SIZES, Plan, Run, make_plan
+from scripts.ablation.tasks import Task, features_file, read_tasks, run_tasks, write_tasks
+from scripts.pocket.provenance import commit, hardware
+
+ENVIRONMENT = child_environment(1, sys.executable)
+
+
+def job(folder: Path, name: str, code: int = 0, body: str = "") -> Job:
+    """Appends its name to `order`, and makes a file of its name if all goes well."""
+    script = f"{body}\nopen('order', 'a').write({name + ' '!r})\n" + (
+        "open(" + repr(name) + ", 'w')" if not code else f"raise SystemExit({code})"
+    )
+    return Job(
+        name,
+        [sys.executable, "-c", f"import os, time; os.chdir({str(folder)!r})\n{script}"],
+        folder / f"logs/{name}.log",
+        2.0,
+        is_done=(folder / name).is_file,
+        progress=lambda: 0.0,
+        prepare=lambda: None,
+        ended=lambda seconds: None,
+    )
+
+
+def order(folder: Path) -> list[str]:
+    return (folder / "order").read_text().split() if (folder / "order").is_file() else []
+
+
+@pytest.fixture(autouse=True)
+def _fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.ablation.jobs.POLL_SECONDS", 0.02)
+
+
+def test_chains_keep_their_order_and_a_failure_ends_its_own(tmp_path: Path) -> None:
+    chains = [[job(tmp_path, "a1", code=3, body="print('it broke')"), job(tmp_path, "a2")], [job(tmp_path, "b1"), job(tmp_path, "b2")]]
+    assert remaining_cost(chains) == 8
+    with tqdm(total=8, disable=True) as bar:
+        failures = run_chains(chains, 1, ENVIRONMENT, bar)
+    assert order(tmp_path) == ["a1", "b1", "b2"]
+    assert failures == [f"a1: exit code 3, see {tmp_path}/logs/a1.log: it broke"]
+    assert remaining_cost(chains) == 4
+
+
+def test_two_chains_at_a_time(tmp_path: Path) -> None:
+    wait = "deadline = time.monotonic() + 60\nwhile not os.path.exists('{}') and time.monotonic() < deadline: time.sleep(0.02)"
+    # each starts only when the other is there: one after the other they would not meet
+    chains = [
+        [job(tmp_path, name, body=f"open('{name}_here', 'w')\n" + wait.format(f"{other}_here"))] for name, other in (("a", "b"), ("b", "a"))
+    ]
+    with tqdm(disable=True) as bar:
+        assert run_chains(chains, 2, ENVIRONMENT, bar) == []
+    assert sorted(order(tmp_path)) == ["a", "b"]
+
+
+def test_what_is_done_is_not_done_again_after_an_interruption(tmp_path: Path) -> None:
+    chains = [
+        [job(tmp_path, "one")],
+        [job(tmp_path, "two", body="time.sleep(60 if not os.path.exists('again') else 0)")],
+        [job(tmp_path, "three")],
+    ]
+
+    class Interrupting(tqdm):
+        def refresh(self, *args: object, **kwargs: object) -> None:
+            if (tmp_path / "one").is_file() and not (tmp_path / "again").is_file() and not self.disable:
+                raise KeyboardInterrupt
+
+    ended = []
+    chains[1][0] = dataclasses.replace(chains[1][0], ended=ended.append)
+    with open(tmp_path / "bar", "w") as sink, pytest.raises(KeyboardInterrupt):
+        run_chains(chains[:2], 1, ENVIRONMENT, Interrupting(file=sink), 0.0)
+    (tmp_path / "again").touch()
+    with tqdm(disable=True) as bar:
+        assert run_chains(chains, 1, ENVIRONMENT, bar) == []
+    assert order(tmp_path) == ["one", "two", "three"]
+
+
+def test_a_job_that_ends_without_its_result_has_failed(tmp_path: Path) -> None:
+    without = dataclasses.replace(job(tmp_path, "a"), is_done=lambda: False)
+    with tqdm(disable=True) as bar:
+        (failure,) = run_chains([[without]], 1, ENVIRONMENT, bar)
+    assert failure.startswith("a: exit code 0")
+
+
+def test_last_line_of_a_log_with_progress_bars(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("first\nbar 1\rbar 2\r\n\n")
+    assert last_line(tmp_path / "log") == "bar 2"
+
+
+# ---- an ablation whose commands are stand-ins
+
+
+def stand_in_jobs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def training(plan: Plan, run: Run) -> Job:
+        return job(folder, f"train_{run.arm.name}", body="raise SystemExit(75)" if (folder / "signal").is_file() else "")
+
+    monkeypatch.setattr(ablation, "data_job", lambda plan: job(folder, "data"))
+    monkeypatch.setattr(ablation, "train_job", training)
+    monkeypatch.setattr(ablation, "measure_job", lambda plan, name, tasks: job(folder, f"measure_{name.split('_seed')[0].split('_')[0]}"))
+
+
+def test_a_stopped_ablation_goes_on_and_then_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in_jobs(monkeypatch, tmp_path)
+    arguments = ["--short", "--parallel", "1", "--parts", "main", "--arms", "base", "scal", "stable", "--output", str(tmp_path / "out")]
+    (tmp_path / "signal").touch()  # trainings end as after SIGTERM, with a checkpoint
+    assert ablation.main(arguments) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    before = order(tmp_path)
+    assert before == ["data", "measure_real", "measure_base"]
+    (tmp_path / "signal").unlink()
+    assert ablation.main(arguments) == 0
+    first = order(tmp_path)
+    assert first == [*before, "train_scal", "measure_scal", "train_stable", "measure_stable", "measure_timing"]
+    assert ablation.main(arguments) == 0
+    assert order(tmp_path) == first
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert not results["complete"]  # stand-ins measure nothing
+    (tmp_path / "out/runs").mkdir(exist_ok=True)
+    others = [*results["runs"], {**results["runs"][0], "name": "factor_x", "status": "finished"}]
+    (tmp_path / "out/results.json").write_text(json.dumps({**results, "runs": others}))
+    assert ablation.main(arguments) == 2
+    assert "1 runs that are not of this command, such as factor_x" in capsys.readouterr().err
+    (tmp_path / "out/results.json").write_text(json.dumps(results))
+    assert "Not finished" in (tmp_path / "out/report/report.md").read_text()
+
+
+def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
+    plan = make_plan(SIZES["short"], tmp_path / "out", ("main",), ("base", "scal", "paper"))
+    scal = next(run for run in plan.runs if run.arm.name == "scal")
+    scal.folder.mkdir(parents=True)
+    shutil.copyfile("assets/pocket/lora.safetensors", scal.lora)
+    ablation.export_arms(plan, tmp_path / "arms")
+    assert not (tmp_path / "arms").exists()  # not known to be finished
+    train_job(plan, scal).ended(3.0)
+    assert (training_state(scal)["status"], training_state(scal)["seconds"]) == ("finished", 3.0)
+    train_job(plan, scal).ended(4.0)
+    assert training_state(scal)["seconds"] == 7.0
+    assert training_state(scal)["versions"]["torch"] == torch.__version__
+    ablation.export_arms(plan, tmp_path / "arms")
+    assert [path.name for path in (tmp_path / "arms").iterdir()] == ["scal.safetensors"]
+    assert (tmp_path / "arms/scal.safetensors").stat().st_size < 0.6 * scal.lora.stat().st_size
+    pipeline = MosaicFluxPipeline.from_pretrained("assets/pocket/flux", dtype=torch.float32)
+    assert pipeline.load_reference_lora(tmp_path / "arms/scal.safetensors") == 32
+    assert pipeline.reference_config["loss"]["disentanglement_weight"] == 0
+
+
+# ---- digests of measurements
+
+
+def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> None:
+    plan = make_plan(SIZES["short"], tmp_path, ("main",), ("scal",))
+    task = run_tasks(plan, plan.runs[0])[1]
+    assert (task.kind, task.num_references) == ("pictures", 2)
+    assert task.result() is None
+    Path(task.lora).parent.mkdir(parents=True)
+    Path(task.lora).write_bytes(b"weights")
+    task.write({"found": 1})
+    assert task.result() is None  # the pictures' features come first
+    features_file(task).write_bytes(b"features")
+    assert task.result() == {"found": 1, "commit": commit(), "processor": hardware()["processor"]}
+    assert dataclasses.replace(task, cases=task.cases + 1).result() is None
+    assert dataclasses.replace(task, num_references=3).result() is None
+    Path(task.lora).write_bytes(b"others")
+    assert task.result() is None
+
+
+def test_main_arms_are_measured_as_published_too(tmp_path: Path) -> None:
+    plan = make_plan(SIZES["short"], tmp_path, ("main", "factors"), ("base", "scal", "stable", "mdl_weight_0"))
+    found = {run.arm.name: run_tasks(plan, run) for run in plan.runs if run.arm.name != "stable"}
+    published = {name: [task.num_references for task in tasks if task.image_guidance == 1] for name, tasks in found.items()}
+    assert published == {"base": [], "scal": [2, 4], "mdl_weight_0": []}
+    usual, own = (next(task for task in found["scal"] if task.output.endswith(name)) for name in ("/k2.json", "published_k2.json"))
+    assert own.cost == usual.cost / 2
+    assert len({task.output for task in found["scal"]}) == len(found["scal"])
+
+
+def test_tasks_survive_their_file(tmp_path: Path) -> None:
+    tasks = [
+        Task("pictures", "out.json", "config.json", None, 2, 3, "real.safetensors", 4),
+        Task("timing", "t.json", "c.json", "l", 1, 2, reference_cache=True),
+    ]
+    assert read_tasks(write_tasks(tmp_path / "tasks.json", tasks)) == tasks
+    (tmp_path / "tasks.json").write_text('[{"kind": "x"}]')
+    with pytest.raises(ValueError, match="must be a list of tasks"):
+        read_tasks(tmp_path / "tasks.json")

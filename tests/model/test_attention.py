@@ -1,0 +1,142 @@
+"""Attention in its three modes against a dense mask, and captured rows against full maps, on raw tensors."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mosaic.model import attention_rows
+from mosaic.model.attention import Layout, branch_attention
+from mosaic.model.attention_rows import Capture, capture_rows, resolve_capture_blocks
+from tests import naive
+
+TEXT, TARGET, REFERENCE, HEADS, WIDTH = 3, 8, 5, 2, 4
+MODES = ["target", "joint", "isolated"]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+def draw(num_references: int, generator: torch.Generator, batch: int = 2) -> list[Tensor]:
+    length = TEXT + TARGET + num_references * REFERENCE
+    return [torch.randn(batch, length, HEADS, WIDTH, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, num_references: int, mode: str) -> Tensor:
+    owner = torch.tensor([-1] * (TEXT + TARGET) + [k for k in range(num_references) for _ in range(REFERENCE)])
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * WIDTH**-0.5
+    weights = logits.masked_fill(~naive.attention_mask(owner, mode), -torch.inf).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def attended(inputs: list[Tensor], layout: Layout) -> Tensor:
+    """Main and reference output in one tensor."""
+    output = branch_attention(*inputs, layout, attend)
+    return torch.cat([output.main, output.references], dim=1)
+
+
+def parts(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """What rows are read from: the references' queries and the target's keys."""
+    return query[:, TEXT + TARGET :], key[:, TEXT : TEXT + TARGET]
+
+
+def full_map(query: Tensor, key: Tensor) -> Tensor:
+    """[B, K * N_ref, N_tgt]."""
+    rows, columns = parts(query, key)
+    return (torch.einsum("bqhd,bkhd->bhqk", rows, columns) * WIDTH**-0.5).softmax(dim=-1).mean(dim=1)
+
+
+@pytest.mark.parametrize("num_references", [1, 2, 3, 6])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_equal_the_dense_mask_with_gradients(generator: torch.Generator, mode: str, num_references: int) -> None:
+    inputs = draw(num_references, generator)
+    weight = torch.randn(inputs[0].shape, generator=generator)
+    ours = attended(inputs, Layout(num_references, REFERENCE, mode))
+    want = dense(*inputs, num_references, mode)
+    torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad((ours * weight).sum(), inputs)
+    for found, expected in zip(gradients, torch.autograd.grad((want * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_references_see(generator: torch.Generator) -> None:
+    query, key, value = (x.detach() for x in draw(2, generator))
+    first, second = slice(TEXT + TARGET, TEXT + TARGET + REFERENCE), slice(TEXT + TARGET + REFERENCE, None)
+    changes = {}
+    for name, part in {"main": slice(0, TEXT + TARGET), "other": second}.items():
+        moved = value.clone()
+        moved[:, part] += 1
+        for mode in MODES:
+            layout = Layout(2, REFERENCE, mode)
+            change = attended([query, key, moved], layout) - attended([query, key, value], layout)
+            changes[mode, name] = bool(change[:, first].abs().max() > 1e-3)
+            assert change[:, : TEXT + TARGET].abs().min() > 1e-3  # text and target always see everything
+    assert changes == {
+        ("target", "main"): True,
+        ("target", "other"): False,
+        ("joint", "main"): True,
+        ("joint", "other"): True,
+        ("isolated", "main"): False,
+        ("isolated", "other"): False,
+    }
+
+
+def test_no_references_is_plain_attention(generator: torch.Generator) -> None:
+    inputs = draw(0, generator)
+    output = branch_attention(*inputs, Layout(), attend)
+    assert torch.equal(output.main, attend(*inputs))
+    assert output.references is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_captured_rows_equal_the_full_map_with_gradients(generator: torch.Generator, batch: int) -> None:
+    query, key, _ = draw(3, generator, batch)
+    index = torch.stack([torch.randperm(15, generator=generator)[:7] for _ in range(batch)])
+    rows = capture_rows(*parts(query, key), 3, Capture(index))
+    want = torch.stack([m[i] for m, i in zip(full_map(query, key), index, strict=True)])
+    assert rows.reference_means is None
+    torch.testing.assert_close(rows.points, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rows.points.sum(-1), torch.ones(batch, 7))
+    weight = torch.randn(want.shape, generator=generator)
+    found = torch.autograd.grad((rows.points * weight).sum(), (query, key))
+    for ours, expected in zip(found, torch.autograd.grad((want * weight).sum(), (query, key)), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 256])
+def test_reference_means_equal_the_full_map_for_any_chunk(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(attention_rows, "ROWS_PER_CHUNK", chunk)
+    query, key, _ = draw(3, generator)
+    rows = capture_rows(*parts(query, key), 3, Capture(reference_means=True))
+    want = full_map(query, key).unflatten(1, (3, REFERENCE)).mean(dim=2)
+    assert rows.points is None
+    torch.testing.assert_close(rows.reference_means, want, atol=1e-6, rtol=1e-5)
+    weight = torch.randn(want.shape, generator=generator)
+    found = torch.autograd.grad((rows.reference_means * weight).sum(), (query, key))
+    for ours, expected in zip(found, torch.autograd.grad((want * weight).sum(), (query, key)), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_no_points_give_no_rows(generator: torch.Generator) -> None:
+    query, key, _ = draw(2, generator)
+    rows = capture_rows(*parts(query, key), 2, Capture(torch.zeros(2, 0, dtype=torch.long)))
+    assert rows.points.shape == (2, 0, TARGET)
+
+
+def test_rows_are_computed_in_float32_from_bfloat16(generator: torch.Generator) -> None:
+    query, key, _ = (x.detach().bfloat16() for x in draw(2, generator))
+    index = torch.arange(10).expand(2, -1)
+    rows = capture_rows(*parts(query, key), 2, Capture(index)).points
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, full_map(query.float(), key.float()), atol=1e-6, rtol=1e-5)
+
+
+def test_blocks_are_counted_double_stream_first() -> None:
+    assert resolve_capture_blocks("all", 19, 38) == frozenset(range(57))
+    assert resolve_capture_blocks("double", 19, 38) == frozenset(range(19))
+    assert resolve_capture_blocks([0, 19, 56], 19, 38) == {0, 19, 56}
+    with pytest.raises(ValueError, match=r"blocks of 0\.\.56 \(19 double-stream, then 38 single-stream\), got \[57\]"):
+        resolve_capture_blocks([57], 19, 38)
+    with pytest.raises(ValueError, match='must be "all", "double" or a list of block numbers, got \'single\''):
+        resolve_capture_blocks("single", 19, 38)

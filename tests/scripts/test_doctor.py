@@ -1,0 +1,262 @@
+"""The doctor: what it counts, when it calls a data set starved, and the quick form that training runs."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image, ImageFilter
+
+from mosaic.data import Sample
+from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, touched_cells
+from mosaic.data.readable import ReadableSamples, Unreadable
+from mosaic.method.tokens import Grid
+from mosaic.training import Trainer
+from scripts.doctor import command as doctor
+from scripts.doctor.findings import Findings, Training, near_duplicates, share_outside, shared_cells, summarise, tokens_per_sample
+from tests import runs
+
+GRID = Grid(2, 4)
+
+
+def pairs(*points: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(points, dtype=torch.int64).reshape(-1, 2)
+
+
+def cells(*covered: int) -> torch.Tensor:
+    return torch.zeros(GRID.num_tokens, dtype=torch.bool).index_fill(0, torch.tensor(covered), True)
+
+
+def picture(width: int, height: int, seed: str = "") -> Image.Image:
+    rng = np.random.default_rng(list(seed.encode()))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def inspection(name: str = "a", **changes: object) -> Inspection:
+    values = {
+        "id": name,
+        "prompt": "a cat and a mug",
+        "target": picture(64, 32, name),
+        "references": (picture(32, 32), picture(16, 32)),
+        "points": (pairs((0, 1), (2, 3)), pairs((1, 2))),
+        "reference_grids": (GRID, GRID),
+        "target_grid": GRID,
+        "masks": (cells(1), None),
+    }
+    return Inspection(**(values | changes))
+
+
+def collect(*found: Inspection | Unreadable) -> Findings:
+    findings = Findings(Training(token_pixels=8, image_size=(32, 64), reference_size=32, text_length=10))
+    for one in found:
+        findings.add(one)
+    return findings
+
+
+def test_a_healthy_set() -> None:
+    summary = summarise(collect(inspection("a"), inspection("b", prompt="a dog", masks=(cells(1, 3), cells(2)))))
+    assert summary["healthy"]
+    assert summary["reasons"] == []
+    assert (summary["coverage"]["points"], summary["coverage"]["masks"], summary["coverage"]["references"]) == (1.0, 0.75, 4)
+    assert summary["references_per_sample"] == {"2": 2}
+    assert summary["points_per_reference"] == {"min": 1, "median": 1.5, "mean": 1.5, "max": 2, "below_8": 4}
+    assert summary["points_outside_masks"] == {"share": pytest.approx((0.5 + 0 + 0) / 3), "examples": ["a"]}
+    assert summary["target_sizes"] == [["64 x 32", 2.0, 2]]
+    assert sorted(summary["reference_sizes"]) == [["16 x 32", 0.5, 2], ["32 x 32", 1.0, 2]]
+    assert summary["tokens_per_sample"] == 10 + 4 * 8 + 2 * 16
+    assert (summary["captions"]["distinct"], summary["captions"]["max_words"]) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (
+            inspection(points=(pairs((0, 1)), pairs()), missing=("points",)),
+            r"1 of 2 references \(50.0%\) have points, 95% are wanted: .*match.py",
+        ),
+        (inspection(points=(pairs((0, 1)), pairs((3, 1)))), r"1 samples have a target cell in two references \(Eq. 2\)"),
+        (Unreadable(7, "x.png: broken"), "1 of 2 samples cannot be read"),
+    ],
+)
+def test_a_starved_set(found: Inspection | Unreadable, reason: str) -> None:
+    coverage = 0.5 if isinstance(found, Inspection) and found.missing else 1.0
+    findings = collect(found) if coverage < 1 else collect(inspection("b"), found)
+    summary = summarise(findings)
+    assert not summary["healthy"]
+    assert re.search(reason, " ".join(summary["reasons"]))
+    if isinstance(found, Unreadable):
+        assert summary["unreadable"]["examples"] == [[7, "x.png: broken"]]
+
+
+def test_nothing_at_all_is_starved() -> None:
+    assert not summarise(collect())["healthy"]
+
+
+def test_shared_cells_and_shares() -> None:
+    assert shared_cells([pairs((0, 1), (1, 1)), pairs((0, 2))]) == 0  # v may repeat within a reference
+    assert shared_cells([pairs((0, 1)), pairs((0, 1), (1, 3)), pairs((2, 3))]) == 2
+    assert share_outside(pairs((0, 1), (1, 2), (2, 5), (3, 6)), cells(1, 2, 6)) == 0.25
+    assert share_outside(pairs(), cells(1)) is share_outside(pairs((0, 1)), None) is None
+
+
+def test_near_duplicates_equal_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    base = [int(x) for x in rng.integers(0, 2**64, 40, dtype=np.uint64)]
+    near = [value ^ sum(1 << int(bit) for bit in rng.choice(64, size=flips, replace=False)) for flips, value in enumerate(base[:6])]
+    named = [(value, str(i)) for i, value in enumerate(base + near)]
+    want = {(a, b) for i, (x, a) in enumerate(named) for y, b in named[i + 1 :] if (x ^ y).bit_count() <= 3}
+    assert set(near_duplicates(named)) == want
+    assert len(want) == 4  # 0 to 3 flipped bits, not 4 and 5
+
+
+def test_fingerprints_follow_the_picture_not_its_encoding() -> None:
+    rng = np.random.default_rng(1)
+    picture = Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(6))
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    same = (fingerprint(picture) ^ fingerprint(picture.resize((192, 128)))).bit_count()
+    assert same <= 3 < (fingerprint(picture) ^ fingerprint(other)).bit_count()
+    ramp = Image.fromarray(np.tile(np.arange(0, 180, 20, dtype=np.uint8), (8, 1)))
+    assert (fingerprint(ramp), fingerprint(ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT))) == (2**64 - 1, 0)
+
+
+def test_touched_cells_are_those_that_the_mask_touches() -> None:
+    mask = np.zeros((32, 64), np.uint8)
+    mask[0, 16] = mask[31, 63] = 255
+    assert touched_cells(Image.fromarray(mask), GRID).nonzero().flatten().tolist() == [1, 7]
+
+
+def test_tokens() -> None:
+    assert tokens_per_sample(Training(), 2) == 512 + 1024 + 2 * 1024
+
+
+# ---- the quick form
+
+
+class Stored:
+    """A data set of which every `gap`-th sample has no points on its second reference."""
+
+    def __init__(self, count: int, gap: int) -> None:
+        self.count, self.gap, self.read = count, gap, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append(index)
+        second = pairs() if index % self.gap == 0 else pairs((1, 2))
+        missing = ("mask",) if index % self.gap == 0 else ()
+        return Sample(f"s{index}", "a cat", torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8), [pairs((0, 1)), second], missing)
+
+
+def test_starved_supervision_is_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"only 3 of 4 references \(75%\) .*asks for 95%.*Samples without: s0\. 1 of these samples lack their mask\. .*doctor.*match.py.*=0",
+    ):
+        check_supervision(Stored(2, 2), 0.95)
+    assert check_supervision(Stored(2, 2), 0.75) == Coverage(4, 3, ["s0"], Counter(mask=1))
+    assert check_supervision(Stored(2, 1), 0.0).share == 0.5
+    data = Stored(1000, 40)
+    assert check_supervision(data, 0.95, 50).references == 100
+    assert (data.read[0], data.read[-1], len(set(data.read))) == (0, 999, 50)
+
+
+# ---- the command
+
+
+SIZES = ["--image-size", "32", "--reference-size", "16", "--token-size", "4", "--workers", "0"]
+
+
+@pytest.fixture
+def data(world: Path, tmp_path: Path) -> Path:
+    """A copy of the small data set, to be damaged."""
+    return Path(shutil.copytree(world / "data", tmp_path / "data"))
+
+
+def test_the_command_on_a_healthy_set(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    findings, page = tmp_path / "out/findings.json", tmp_path / "out/page.html"
+    assert doctor.main([str(data), *SIZES, "--json", str(findings), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith("fit for training\n")
+    found = json.loads(findings.read_text())
+    assert found["healthy"]
+    assert found["coverage"]["points"] == 1.0
+    assert sum(found["references_per_sample"].values()) == found["samples"] == found["data_set"]["samples"]
+    text = page.read_text()
+    assert "Fit for training." in text
+    assert "data:image/png;base64," in text
+    assert re.search(r'(src|href)="(?!data:)', text) is None  # nothing is loaded from elsewhere
+
+
+def test_the_command_names_what_is_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = sorted((data / "points").glob("train-*"))
+    for file in points[::2]:
+        file.unlink()
+    assert doctor.main([str(data), *SIZES]) == 1
+    assert re.search(r"NOT FIT: \d+ of \d+ references .*preprocess/match.py", capsys.readouterr().out)
+    assert doctor.main([str(data), *SIZES, "--min-coverage", "0.3"]) == 0
+    capsys.readouterr()
+    next((data / "images").glob("train-*_target.png")).write_bytes(b"no picture")
+    assert doctor.main([str(data), *SIZES, "--min-coverage", "0.3"]) == 1
+    assert re.search(r"NOT FIT: 1 of \d+ samples cannot be read", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        doctor.main([str(data), *SIZES, "--token-size", "1"])
+    assert "--token-size must be even" in capsys.readouterr().err
+    assert doctor.main([str(data), *SIZES, "--json", str(data)]) == 2
+    assert f"--json: must be a file, but {data} is a folder" in capsys.readouterr().err
+
+
+def test_what_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([str(tmp_path), *SIZES]) == 2
+    assert "holds neither dataset.json (multi-reference format) nor a folder data" in capsys.readouterr().err
+    assert doctor.main([str(tmp_path / "nowhere"), *SIZES]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+# ---- training
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_training_refuses_a_starved_set(world: Path, data: Path, tmp_path: Path) -> None:
+    for file in (data / "points").glob("train-*"):
+        file.unlink()
+    starved = {"data__root": str(data)}
+    with pytest.raises(ValueError, match=r"only 0 of \d+ references \(0%\) have correspondence points, but data.min_point_coverage asks"):
+        Trainer(runs.make_config(world, tmp_path / "run", **starved))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(runs.make_config(world, tmp_path / "run", **starved, data__min_point_coverage=0.0))
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_training_leaves_out_what_cannot_be_read(world: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = sorted((data / "images").glob("train-*_target.png"))[0]
+    picture.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=picture.name):
+        Trainer(runs.make_config(world, tmp_path / "run", data__root=str(data)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = runs.make_config(world, tmp_path / "run", data__root=str(data), data__skip_invalid=True, training__max_steps=2)
+    trainer = Trainer(config)
+    lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 1
+    assert picture.name in lines[0]["message"]
+    assert "1 of" in caplog.text
+    everything = len(trainer.dataset.dataset)
+    assert len(trainer.dataset) == len(trainer.dataset.batch_keys) == everything - 1
+    assert lines[0]["index"] not in [trainer.dataset._kept[i] for i in range(len(trainer.dataset))]
+    shutil.copyfile(
+        sorted((data / "images").glob("train-*_target.png"))[1], picture
+    )  # repaired: a new run takes it, a continued one does not
+    for continues, left_out in ((True, 1), (False, 0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = Trainer(config, continues=continues)
+        assert len(trainer.dataset) == everything - left_out
+    trainer.fit()
+
+
+def test_nothing_readable_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none of the 2 samples can be read; the first: broken"):
+        ReadableSamples(Stored(2, 2), [Unreadable(0, "broken"), Unreadable(1, "broken too")])
