@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mosaic.config.schema import first_difference, read_json
 from mosaic.data import TrainingDataset
 from mosaic.data.cache import latents as latent_cache
 from mosaic.data.cache import texts as text_cache
 from mosaic.data.cache.tensors import DESCRIPTION, INDEX, NAMES, VERSION, is_finished, shard_path, write_index, write_shard
 from mosaic.data.readable import Attempt, Unreadable
-from mosaic.files import write_text
+from mosaic.files import first_difference, read_json, write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.config.schema import parse_json
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
+from mosaic.files import parse_json
 from mosaic.images import decode_image
 from mosaic.method.tokens import Grid
 from preprocess.composition import (

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosaic.config.schema import FieldError, build_section, nearest, read_json, refuse_unknown_keys, shown, to_plain
+from mosaic.config.schema import FieldError, build_section, refuse_unknown_keys, to_plain
 from mosaic.config.sections import (
     LOSS_PRESETS,
     DataConfig,
@@ -24,6 +24,7 @@ from mosaic.config.sections import (
     TrainingConfig,
     ValidationConfig,
 )
+from mosaic.files import nearest, read_json, shown
 
 __all__ = [
     "LOSS_PRESETS",

@@ -1,4 +1,4 @@
-"""Typed, validated, frozen sections for JSON settings, and the reading and writing of JSON.
+"""Typed, validated, frozen sections for JSON settings.
 
 A section is a frozen dataclass that derives from `Section`. Its annotations are the whole schema: `bool`, `int`, `float`, `str`,
 `Literal`, `tuple[...]`, unions with `None`, and `Annotated` with `Bounds` or `NotEmpty` for ranges. Every check runs in
@@ -6,13 +6,12 @@ A section is a frozen dataclass that derives from `Section`. Its annotations are
 """
 
 import dataclasses
-import difflib
-import json
 import math
 import types
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mosaic.files import nearest, shown
 
 
 class Bounds(NamedTuple):
@@ -118,106 +117,11 @@ def refuse_unknown_keys(given: Iterable[str], known: list[str], section: str) ->
             raise FieldError(f"{section}.{key}" if section else key, f"is not a known setting.{cure}".rstrip("."))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean ...?" for the known name nearest to `word`, whatever its case, or "" when none is near."""
-    folded = {name.casefold(): name for name in known}
-    match = difflib.get_close_matches(word.casefold(), list(folded), n=1, cutoff=0.5)
-    return f" Did you mean {folded[match[0]]}?" if match else ""
-
-
-def shown(value: object) -> str:
-    """Return a value as JSON on one line, shortened, for messages."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file (UTF-8), refusing duplicate keys.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is a folder, cannot be read, is not UTF-8 or not JSON; the message gives line and column.
-    """
-    return parse_json(read_text(path), str(path))
-
-
-def read_text(path: str | Path) -> str:
-    """Read a text file (UTF-8).
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is a folder, cannot be read, or is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: file not found. Relative paths start at the current directory, {Path.cwd()}.") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{path}: must be a JSON file, but it is a folder.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be a UTF-8 text file, but byte {error.start} is not UTF-8.") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}.") from error
-
-
-def parse_json(text: str, place: str) -> Any:
-    """Parse JSON text, refusing duplicate keys.
-
-    Args:
-        text: The text.
-        place: Where it comes from, for messages.
-
-    Raises:
-        ValueError: It is not JSON; the message gives line and column.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON: {error}.") from error
-
-
-def json_line(values: Mapping[str, Any]) -> str:
-    """Values as a line of JSON. Numbers that are not finite, which JSON does not know, become null."""
-    return json.dumps(without_nan(values), ensure_ascii=False, allow_nan=False)
-
-
-def without_nan(value: Any) -> Any:
-    """The same with None for numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def to_plain(value: object) -> Any:
     """Return dataclasses as dicts and tuples as lists, all the way down, ready for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def first_difference(found: Any, wanted: Any, name: str = "") -> str:
-    """Words for the first difference of two JSON values, "" if they are equal."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = [*wanted, *(key for key in found if key not in wanted)]
-        texts = (first_difference(found.get(key), wanted.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
-        return next((text for text in texts if text), "")
-    return "" if found == wanted else f"{name or 'settings'} was {shown(found)} and is now {shown(wanted)}"
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of key-value pairs; a key given twice is an error, since one of its values would be lost."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice in one object")
-    return result
 
 
 def _checked(value: object, hint: Any, path: str) -> Any:

@@ -6,7 +6,8 @@ Every field is followed by its description. `mosaic.config.loading` puts the sec
 import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
-from mosaic.config.schema import Bounds, FieldError, NotEmpty, Section, shown
+from mosaic.config.schema import Bounds, FieldError, NotEmpty, Section
+from mosaic.files import shown
 
 Text = Annotated[str, NotEmpty()]
 Count = Annotated[int, Bounds(minimum=1)]

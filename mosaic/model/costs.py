@@ -8,7 +8,7 @@ and the common exit). A (query, key) pair costs 4 d per block. Standard library 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mosaic.config.schema import shown
+from mosaic.files import shown
 
 MLP_RATIO = 4  # of FLUX's blocks
 TIMESTEP_CHANNELS = 256  # sinusoids under FLUX's timestep and guidance embedding

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mosaic.config.loading import Config, DataConfig
-from mosaic.config.schema import read_json
 from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_supervision, find_unreadable, open_dataset
 from mosaic.data.cache.latents import LatentCache
 from mosaic.data.cache.opening import Caches, latent_encoding, latent_settings, text_encoding, text_settings
@@ -14,6 +13,7 @@ from mosaic.data.cache.texts import TextCache
 from mosaic.data.semalign.dataset import INDEX_NAME
 from mosaic.data.semalign.ids import has_all_ids
 from mosaic.data.semalign.rows import SemAlignRows, find_parquet
+from mosaic.files import read_json
 from mosaic.method.tokens import token_grid
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
 from mosaic.planning.model_shape import ModelShape

@@ -11,9 +11,9 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from mosaic.config.loading import Config
-from mosaic.config.schema import read_json
 from mosaic.data.cache.latents import cached_latent_bytes
 from mosaic.data.cache.texts import cached_text_bytes
+from mosaic.files import read_json
 from mosaic.lora.adapter import PREFIX, reference_module_names
 from mosaic.lora.files import LoraFile
 from mosaic.model.costs import lora_parameter_count

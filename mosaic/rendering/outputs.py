@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaic.config.schema import json_line
-from mosaic.files import write_text
+from mosaic.files import json_line, write_text
 from mosaic.images import load_image
 from mosaic.rendering.checks import MANIFEST
 from mosaic.rendering.recipes import PictureJob, has_digest, job_files, read_recipe

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from mosaic.config.schema import read_json
+from mosaic.files import read_json
 from mosaic.weights.digests import file_digest
 from mosaic.weights.hub import require_model_name, unreachable_message
 

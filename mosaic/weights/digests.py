@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from mosaic.config.schema import read_json
+from mosaic.files import read_json
 from mosaic.weights.hub import require_model_name, unreachable_message
 
 WHOLE = 64 * 2**20  # bytes up to which a file of weights is read completely

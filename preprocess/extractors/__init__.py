@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from mosaic.config.schema import Section, build_section, nearest
+from mosaic.config.schema import Section, build_section
+from mosaic.files import nearest
 from preprocess.extractors.protocol import Extractor
 
 EXTRACTORS: dict[str, tuple[str, str, str]] = {

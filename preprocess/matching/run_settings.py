@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mosaic.config.schema import first_difference, read_json, to_plain
+from mosaic.config.schema import to_plain
 from mosaic.data import Row
+from mosaic.files import first_difference, read_json
 from preprocess.extractors import ExtractorSpec
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching.layouts import Layout, replace_file

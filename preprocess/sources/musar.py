@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mosaic.config.schema import shown
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.rows import checked_path
 from mosaic.data.multi_reference.storage import Folder
+from mosaic.files import shown
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.pairs import unmatched_sample
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mosaic.config.schema import read_json, shown
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.rows import checked_path
 from mosaic.data.multi_reference.storage import Folder
+from mosaic.files import read_json, shown
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.pairs import unmatched_sample
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaic.config.schema import read_json
-from mosaic.files import write_text
+from mosaic.files import read_json, write_text
 from mosaic.training.watch.run_log import RunLog
 from scripts.ablation.jobs import Job
 from scripts.ablation.plan import ROOT, Plan, Run

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mosaic.config.loading import Config, load_config
-from mosaic.config.schema import without_nan
+from mosaic.files import without_nan
 from mosaic.method.metrics import attention_accuracy, attention_shape, pool_accuracies, pool_shapes
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.pipeline.pipeline import MosaicFluxPipeline

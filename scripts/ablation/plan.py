@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic.config.loading import load_config, resolved_dict
-from mosaic.config.schema import read_json
-from mosaic.files import write_text
+from mosaic.files import read_json, write_text
 from mosaic.weights.digests import file_digest, model_digest
 from scripts.ablation.arms import BASELINE, PARTS, Arm, attention_arms, factor_arms, main_arms
 from scripts.pocket.judge import WEIGHTS as JUDGE

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mosaic.config.loading import load_config
-from mosaic.config.schema import read_json
-from mosaic.files import write_text
+from mosaic.files import read_json, write_text
 from mosaic.training.watch.run_log import RunLog
 from mosaic.weights.digests import file_digest
 from scripts.ablation.chains import is_trained, training_state

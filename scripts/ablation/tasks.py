@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mosaic.config.loading import load_config, resolved_dict
-from mosaic.config.schema import read_json
-from mosaic.files import write_text
+from mosaic.files import read_json, write_text
 from mosaic.weights.digests import file_digest
 from scripts.ablation.plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
 from scripts.pocket.provenance import commit, hardware

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mosaic.config.loading import Config
-from mosaic.config.schema import FieldError, shown
+from mosaic.config.schema import FieldError
+from mosaic.files import shown
 from mosaic.method.tokens import token_grid
 from mosaic.rendering.cases.reading import Case, CaseOptions
 from mosaic.rendering.cases.references import Reference, check_text, named_prompt, read_references

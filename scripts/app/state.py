@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from mosaic.config.loading import Config
-from mosaic.config.schema import shown
+from mosaic.files import shown
 from scripts.app.examples import Example
 from scripts.app.form import MAX_GUIDANCE, MAX_STEPS, Form
 from scripts.app.uploads import MAX_REFERENCES

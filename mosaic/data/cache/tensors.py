@@ -25,8 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mosaic.config.schema import first_difference, read_json, shown
-from mosaic.files import save_tensors
+from mosaic.files import first_difference, read_json, save_tensors, shown
 
 T = TypeVar("T")
 KEY_BYTES = 16

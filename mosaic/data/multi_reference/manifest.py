@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from mosaic.config.schema import parse_json, shown
 from mosaic.data.handles import PerProcess
 from mosaic.data.multi_reference.columns import Geometry, check_columns, summarise
 from mosaic.data.multi_reference.points_file import read_stored_points
 from mosaic.data.multi_reference.rows import Row, parse_row
 from mosaic.data.multi_reference.storage import Folder
+from mosaic.files import parse_json, shown
 from mosaic.images import decode_image, to_rgb
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mosaic.config.schema import shown
+from mosaic.files import shown
 from mosaic.method.tokens import Grid
 
 MAX_SIDE = 65_535

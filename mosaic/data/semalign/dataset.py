@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mosaic.config.schema import shown
 from mosaic.data.inspection import Inspection
 from mosaic.data.samples import Sample
 from mosaic.data.semalign.ids import deflate_library, open_ids, pixel_digest
 from mosaic.data.semalign.points import FIELD_GRID, FIELD_TOKEN, consensus_points, corner_cells, release_points, vote_points
 from mosaic.data.semalign.rows import SemAlignRows, StoredRow, find_parquet
 from mosaic.data.semalign.store import open_store, read_field, read_mask
+from mosaic.files import shown
 from mosaic.images import to_rgb
 
 INDEX_NAME = "semalign_ids.parquet"

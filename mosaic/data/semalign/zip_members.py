@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mosaic.config.schema import shown
+from mosaic.files import shown
 
 UNSAFE_NAME = re.compile(r"^$|^/|(^|/)\.\.(/|$)|[\\:\x00]")
 LOCAL_HEADER = 30  # bytes, before name and extra field, whose lengths are its last four

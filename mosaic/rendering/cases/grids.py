@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mosaic.config.schema import shown
+from mosaic.files import shown
 from mosaic.rendering.cases.references import MAX_PATH, check_text, match_pictures
 
 MAX_PICTURES = 100_000  # of a file

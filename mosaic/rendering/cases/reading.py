@@ -5,8 +5,9 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from mosaic.config.schema import Bounds, FieldError, Section, nearest, parse_json, read_json, read_text, shown
+from mosaic.config.schema import Bounds, FieldError, Section
 from mosaic.config.sections import Guidance, Seed, Side, Steps
+from mosaic.files import nearest, parse_json, read_json, read_text, shown
 from mosaic.images import load_image, prepare_reference, prepared_position
 from mosaic.rendering.cases.grids import MAX_PER_CASE, MAX_PICTURES, expand_grid, num_pictures
 from mosaic.rendering.cases.references import Reference, check_text, named_prompt, read_paths, read_references

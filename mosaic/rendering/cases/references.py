@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mosaic.config.schema import nearest, shown
 from mosaic.config.sections import MAX_STRENGTH
+from mosaic.files import nearest, shown
 from mosaic.images import FORMATS
 
 MAX_REFERENCES = 64  # per case

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mosaic.config.schema import read_json, shown
-from mosaic.files import flush, save_tensors
+from mosaic.files import flush, read_json, save_tensors, shown
 from mosaic.lora.adapter import read_reference_lora, write_reference_lora
 from mosaic.weights.digests import file_digest
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mosaic.config.loading import Config, from_dict, resolved_dict
-from mosaic.config.schema import shown
+from mosaic.files import shown
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mosaic.config.schema import json_line
-from mosaic.files import flush, write_text
+from mosaic.files import flush, json_line, write_text
 
 logger = logging.getLogger(__name__)
 
