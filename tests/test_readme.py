@@ -46,7 +46,9 @@ def known_flags(script: Path) -> set[str]:
 
 
 README_COMMANDS = [words for block in code_blocks("bash") for words in commands(block)]
-SCRIPT_COMMANDS = [words for name in ("quickstart", "test", "environment") for words in commands((ROOT / f"scripts/{name}.sh").read_text())]
+SCRIPT_COMMANDS = [
+    words for name in ("quickstart", "check", "test", "environment") for words in commands((ROOT / f"scripts/{name}.sh").read_text())
+]
 
 
 def test_the_two_commands_come_first() -> None:
