@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from stat import S_IMODE
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)|\\|^[^/]*:")  # absolute, "..", a Windows separator or drive, a URL
 
 
 def require_folder(folder: Path, name: str) -> None:
@@ -44,6 +47,45 @@ def require_file(path: Path | None, name: str) -> None:
     if path.exists() and not path.is_file():  # it would be replaced
         raise ValueError(f"{name}: must be an ordinary file, but {path} is none. Name another.")
     require_folder(path.parent, f"{name}: the place of {path}")
+
+
+def relative_path(path: object, place: str, folder: str = "the data set's folder") -> str:
+    """Check a path that a file states: it must name something below a folder, by its letters alone.
+
+    Args:
+        path: The path, of any type.
+        place: Where it stands, for the message.
+        folder: What it must be relative to, for the message.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: It is no text, empty, absolute, or holds "..", a backslash, a NUL or a ":" in its first part.
+    """
+    if not isinstance(path, str) or not path or "\x00" in path:
+        raise ValueError(f"{place}: must be a path, got {shown(path)}.")
+    if _LEADS_OUT.search(path):
+        raise ValueError(f'{place}: must be relative to {folder}, with "/" and without "..", got {shown(path)}.')
+    return path
+
+
+def path_below(root: Path, relative: str, place: str, folder: str = "the data set's folder") -> Path:
+    """Resolve a path that a file states; it may not be there yet.
+
+    Args:
+        root: The folder that it may not leave.
+        relative: The path, as `relative_path` takes it.
+        place: Where it stands, for the message.
+        folder: What `root` is, for the message.
+
+    Raises:
+        ValueError: As `relative_path`, or a symbolic link leads out of the folder.
+    """
+    path = (root / relative_path(relative, place, folder)).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise ValueError(f"{place}: must stay in {folder}, but {relative} leads to {path}.")
+    return path
 
 
 def flush(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mosaic.files import json_line, write_text
+from mosaic.files import json_line, relative_path, write_text
 from mosaic.images import load_image
 from mosaic.rendering.checks import MANIFEST
 from mosaic.rendering.recipes import PictureJob, has_digest, job_files, read_recipe
@@ -107,5 +107,7 @@ def write_sheets(jobs: Sequence[PictureJob], folder: Path) -> None:
 
 def _recipe_at(folder: Path, name: str) -> dict[str, Any]:
     """The recipe of the picture of that name; empty where there is none. Names come from files, and may not lead out of the folder."""
-    path = folder / f"{name}.png"
-    return (read_recipe(path) if path.parent == folder else None) or {}
+    try:
+        return read_recipe(folder / relative_path(f"{name}.png", MANIFEST, "its folder")) or {}
+    except ValueError:
+        return {}

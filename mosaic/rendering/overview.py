@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mosaic.files import write_text
+from mosaic.files import relative_path, write_text
 from mosaic.images import load_image
 from mosaic.rendering.outputs import read_manifest
 from mosaic.rendering.recipes import PAGE, PANEL, has_digest
@@ -38,8 +38,8 @@ def _is_reported(row: Mapping[str, Any], folder: Path) -> bool:
         leakage, owned = row["attention"]["leakage"], row["attention"]["owned"]
         square = len(leakage) == len(owned) > 0 and all(len(line) == len(owned) for line in leakage)
         fine = square and all(isinstance(share, (int, float)) for line in [*leakage, owned] for share in line)
-        path = folder / f"{row['name']}{PAGE}"
-        fine = fine and isinstance(row["prompt"], str) and path.parent == folder
+        path = folder / relative_path(f"{row['name']}{PAGE}", "name", "its folder")
+        fine = fine and isinstance(row["prompt"], str)
         return fine and path.is_file() and has_digest(_panel(row, folder), row["digest"])
     except (KeyError, TypeError, OSError, ValueError):
         return False

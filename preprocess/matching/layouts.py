@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mosaic.data import Row
+from mosaic.files import path_below
 from mosaic.method.tokens import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching.matching import match_features
@@ -63,7 +64,7 @@ class CompactLayout:
 
     def files(self, row: Row) -> list[Path]:
         """The sample's points file."""
-        return [inside(self.root, row.points, f"{row.place}.points")]
+        return [path_below(self.root, row.points, f"{row.place}.points", str(self.root))]
 
     def is_finished(self, row: Row) -> bool:
         """Whether the sample's points file is readable and has the tensors of all its references."""
@@ -134,20 +135,12 @@ class ReleaseLayout:
     def _path(self, row: Row, method: str, k: int) -> Path:
         if not _FILE_NAME.fullmatch(row.id):
             raise ValueError(f'{row.place}.id: must be of letters, digits, "-" and "_" to name a file, got "{row.id}".')
-        return inside(self.root, f"coord/{method}/{row.id}_ref{k}.pt", row.place)
+        return path_below(self.root, f"coord/{method}/{row.id}_ref{k}.pt", row.place, str(self.root))
 
 
 def coordinates(index: Tensor, grid: Grid) -> Tensor:
     """Cells as int64 [N, 2] of (y, x), the order of the released files."""
     return torch.stack([torch.div(index, grid.columns, rounding_mode="floor"), index % grid.columns], dim=1)
-
-
-def inside(root: Path, relative: str, place: str) -> Path:
-    """Path of a file below a folder, resolved; ValueError if a symbolic link leads out of it."""
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise ValueError(f"{place}: must stay in {root}, but {relative} leads to {path}.")
-    return path
 
 
 def replace_file(path: Path, content: bytes) -> None:

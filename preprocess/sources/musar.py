@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
-from mosaic.data.multi_reference.rows import checked_path
 from mosaic.data.multi_reference.storage import Folder
-from mosaic.files import shown
+from mosaic.files import relative_path, shown
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.pairs import unmatched_sample
 
@@ -110,7 +109,7 @@ def _picture(cell: Any, place: str, folder: Folder) -> bytes:
     """Return the encoded picture of a cell."""
     if isinstance(cell, dict):
         data, path = cell.get("bytes"), cell.get("path")
-        cell = data if data is not None or path is None else folder.read(checked_path(path, f"{place}.path"), f"{place}.path")
+        cell = data if data is not None or path is None else folder.read(relative_path(path, f"{place}.path"), f"{place}.path")
     if not isinstance(cell, bytes) or not cell:
         raise ValueError(f"{place}: must hold an encoded picture, got {shown(cell)}.")
     return cell

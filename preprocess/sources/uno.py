@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
-from mosaic.data.multi_reference.rows import checked_path
 from mosaic.data.multi_reference.storage import Folder
-from mosaic.files import read_json, shown
+from mosaic.files import read_json, relative_path, shown
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.pairs import unmatched_sample
 
@@ -58,7 +57,7 @@ def _sample(entry: Any, number: int, place: str, folder: Folder, source: str, sp
     if not isinstance(paths, list) or not paths:
         raise ValueError(f"{place}.{name}: must be a list of one or more paths, got {shown(paths)}.")
     given = [("image_tgt_path", entry.get("image_tgt_path")), *((f"{name}[{k}]", value) for k, value in enumerate(paths))]
-    target, *references = [folder.read(checked_path(value, f"{place}.{field}"), f"{place}.{field}") for field, value in given]
+    target, *references = [folder.read(relative_path(value, f"{place}.{field}"), f"{place}.{field}") for field, value in given]
     return unmatched_sample(
         target,
         [ReferenceRecord(data) for data in references],

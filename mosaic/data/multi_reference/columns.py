@@ -14,7 +14,7 @@ TEXT_COLUMNS = ("id", "split", "prompt", "target", "points")
 REQUIRED = (*TEXT_COLUMNS, "references", "reference_grid", "target_grid")
 OPTIONAL = ("target_size", "scores", "metadata")
 BATCH_ROWS = 8192  # rows held at a time during the pass
-UNSAFE_PATH = r"^$|^/|(^|/)\.\.(/|$)|[\\:\x00]"  # a coarse net; `checked_path` decides
+UNSAFE_PATH = r"^$|^/|(^|/)\.\.(/|$)|[\\:\x00]"  # a coarse net; `relative_path` decides
 UNSAFE_ID = r"^$|[^A-Za-z0-9_-]"
 
 

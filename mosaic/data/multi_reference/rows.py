@@ -6,10 +6,9 @@ Everything read here is untrusted: paths may not leave the data set's folder.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-from mosaic.files import shown
+from mosaic.files import relative_path, shown
 from mosaic.method.tokens import Grid
 
 MAX_SIDE = 65_535
@@ -96,9 +95,9 @@ def parse_row(values: Mapping[str, Any], place: str) -> Row:
         id=values["id"],
         split=values["split"],
         prompt=values["prompt"],
-        target=checked_path(values.get("target"), f"{place}.target"),
+        target=relative_path(values.get("target"), f"{place}.target"),
         references=tuple(_entry(entry, Grid(*reference_grid), f"{place}.references[{k}]") for k, entry in enumerate(references)),
-        points=checked_path(values.get("points"), f"{place}.points"),
+        points=relative_path(values.get("points"), f"{place}.points"),
         reference_grid=Grid(*reference_grid),
         target_grid=Grid(*_sides(values.get("target_grid"), f"{place}.target_grid", "rows and columns")),
         target_size=None if size is None else _sides(size, f"{place}.target_size", "height and width"),
@@ -106,27 +105,18 @@ def parse_row(values: Mapping[str, Any], place: str) -> Row:
     )
 
 
-def checked_path(path: Any, place: str) -> str:
-    """Return a relative path that names something below the root, or raise ValueError."""
-    if not isinstance(path, str) or not path or "\x00" in path:
-        raise ValueError(f"{place}: must be a path, got {shown(path)}.")
-    if "\\" in path or ":" in path.split("/", 1)[0] or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ValueError(f'{place}: must be relative to the data set\'s folder, with "/" and without "..", got {shown(path)}.')
-    return path
-
-
 def _entry(entry: Any, reference_grid: Grid, place: str) -> ReferenceEntry:
     """Return one element of the column `references`."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{place}: must be a reference with an image, got {shown(entry)}.")
-    image = checked_path(entry.get("image"), f"{place}.image")
+    image = relative_path(entry.get("image"), f"{place}.image")
     for name in ("phrase", "scores", "kind"):
         _optional_text(entry.get(name), f"{place}.{name}")
     mask, grid = entry.get("mask"), entry.get("grid")
     return ReferenceEntry(
         image=image,
         phrase=entry.get("phrase") or "",
-        mask=None if mask is None else checked_path(mask, f"{place}.mask"),
+        mask=None if mask is None else relative_path(mask, f"{place}.mask"),
         grid=reference_grid if grid is None else Grid(*_sides(grid, f"{place}.grid", "rows and columns")),
     )
 

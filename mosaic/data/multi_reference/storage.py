@@ -9,6 +9,7 @@ import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
 from mosaic.data.handles import PerProcess
+from mosaic.files import path_below
 
 T = TypeVar("T")
 
@@ -77,10 +78,7 @@ class Folder:
         """
         if not self.is_local:
             raise ValueError(f"{place}: must be in a local folder, got {self.path(relative)}. Copy the data set to a disk first.")
-        path = (Path(self.root) / relative).resolve()
-        if not path.is_relative_to(Path(self.root).resolve()):
-            raise ValueError(f"{place}: must stay in the data set's folder, but {relative} leads to {path}.")
-        return path
+        return path_below(Path(self.root), relative, place)
 
     def _checked(self, relative: str, place: str) -> str:
         """Return the address of a file; a local one must be a regular file within the root, since a pipe would block for ever."""

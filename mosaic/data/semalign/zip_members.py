@@ -1,16 +1,14 @@
 """Reading single files out of large zip archives from many processes."""
 
 import hashlib
-import re
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from mosaic.files import shown
+from mosaic.files import relative_path, shown
 
-UNSAFE_NAME = re.compile(r"^$|^/|(^|/)\.\.(/|$)|[\\:\x00]")
 LOCAL_HEADER = 30  # bytes, before name and extra field, whose lengths are its last four
 
 
@@ -25,7 +23,7 @@ class ZipMembers:
         """Read the directory.
 
         Raises:
-            ValueError: It is no readable zip archive, or holds a name twice or an unsafe one (absolute, with "..", a backslash or ":").
+            ValueError: It is no readable zip archive, holds a name twice, or one that `relative_path` refuses.
         """
         self.path = path
         try:
@@ -34,10 +32,7 @@ class ZipMembers:
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{path}: cannot be read as a zip archive: {error}.") from error
         for member in members:
-            if UNSAFE_NAME.search(member.filename):
-                raise ValueError(
-                    f'{path}: the member name {shown(member.filename)} is unsafe; names must be relative, with "/" and without "..".'
-                )
+            relative_path(member.filename, f"{path}: a member's name", "the archive")
         digests = np.array([_digest(member.filename) for member in members], dtype="S32")
         order = np.argsort(digests)
         self._digests = digests[order]
