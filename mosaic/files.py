@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+FLUSHED_ONE_BY_ONE = 100  # files of a folder; a data set of a million is flushed with all else that the system has to write
 _LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)|\\|^[^/]*:")  # absolute, "..", a Windows separator or drive, a URL
 
 
@@ -88,8 +91,80 @@ def path_below(root: Path, relative: str, place: str, folder: str = "the data se
     return path
 
 
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Write a file or a folder aside; when the context ends without an error it is flushed, then takes the place of what is at `path`.
+
+    So a kill, a full disk or a power cut leaves the old one or the new one. The folder that it lies in is made.
+
+    Args:
+        path: The file or folder in the end.
+        shared: Several processes may write it at once, each its own; the last one stays.
+
+    Yields:
+        Where to write it: a hidden name beside `path` at which there is nothing yet.
+    """
+    aside = _beside(path, f"{os.getpid()}.partial" if shared else "partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete(aside)  # what a killed process has left
+    try:
+        yield aside
+        _flush_all(aside)
+        replaced = _beside(path, "replaced")
+        if aside.is_dir() and path.is_dir():  # a folder with files in it cannot be renamed over; `recover` puts the old one back
+            os.replace(path, replaced)
+        os.replace(aside, path)
+        flush(path.parent)
+        _delete(replaced)
+    finally:
+        _delete(aside)
+
+
+def recover(folder: Path, pattern: str) -> None:
+    """Remove what killed processes have left of `replacing` and `remove_folder`, and put back what a kill left without a successor.
+
+    Args:
+        folder: The folder, which may not be there.
+        pattern: Of the names that were to be written, such as "step_*".
+    """
+    for replaced in folder.glob(f".{pattern}.replaced"):
+        path = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not path.exists():
+            os.replace(replaced, path)
+    for left in ("partial", "replaced", "removed"):
+        for path in folder.glob(f".{pattern}.{left}"):
+            _delete(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it; its name is gone at once, so that a kill leaves no half of it there."""
+    removed = _beside(path, "removed")
+    os.replace(path, removed)
+    _delete(removed)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder if it is there and can be deleted; an error that led here is the one to be told."""
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _flush_all(path: Path) -> None:
+    """Have the system write a file, or a folder with all that is in it, to the disk."""
+    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
+    if len(paths) > FLUSHED_ONE_BY_ONE:
+        os.sync()
+        return
+    for one in reversed(paths):
+        flush(one)
+
+
 def flush(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk."""
+    """Have the system write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,12 +173,14 @@ def flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside, flush it, then rename it; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
+    """Write a text file as `replacing` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does."""
+    with replacing(path) as aside:
+        aside.write_bytes(content)
 
 
 def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:

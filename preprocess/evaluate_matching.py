@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
+from mosaic.files import write_text
 from mosaic.method.tokens import Grid
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
@@ -28,7 +29,6 @@ from preprocess.extractors.weights import DTYPES
 from preprocess.matching import matching
 from preprocess.matching.benchmark import CHANNELS, benchmark
 from preprocess.matching.benchmark import table as benchmark_table
-from preprocess.matching.layouts import replace_file
 from preprocess.matching.masks import subject_mask
 from preprocess.matching.matching import Match, match_features
 from preprocess.matching.metrics import ALPHAS, FilterCounts, Truth, cell_positions, filter_counts, pck
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(text)
     if arguments.output:
-        replace_file(arguments.output, (json.dumps(result, indent=2) + "\n").encode())
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     return 0
 
 

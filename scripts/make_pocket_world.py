@@ -4,8 +4,6 @@ python scripts/make_pocket_world.py --output data/pocket --num-samples 20000 --n
 """
 
 import argparse
-import os
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
+from mosaic.files import replacing
 from scripts.pocket import world
 
 REFERENCE_GRID = 32
@@ -81,17 +80,15 @@ def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, 
     """
     if output.exists():
         raise FileExistsError(f"{output}: exists already; choose another folder or remove it")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for i in tqdm(range(num_samples), desc="drawing scenes", unit="scene"):
-        sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
-        folder = partial / sample.id
-        folder.mkdir(parents=True)
-        sample.target.save(folder / "target.png")
-        for k, reference in enumerate(sample.references):
-            reference.image.save(folder / f"ref_{k}.png")
-        (folder / "prompt.txt").write_text(sample.prompt + "\n")
-    os.replace(partial, output)
+    with replacing(output) as aside:
+        for i in tqdm(range(num_samples), desc="drawing scenes", unit="scene"):
+            sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
+            folder = aside / sample.id
+            folder.mkdir(parents=True)
+            sample.target.save(folder / "target.png")
+            for k, reference in enumerate(sample.references):
+                reference.image.save(folder / f"ref_{k}.png")
+            (folder / "prompt.txt").write_text(sample.prompt + "\n")
 
 
 def main() -> None:

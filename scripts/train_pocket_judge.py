@@ -5,7 +5,6 @@ python scripts/train_pocket_judge.py --run-dir runs/judge
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from mosaic.files import replacing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -177,8 +178,8 @@ def main() -> None:
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             state = {"judge": judge.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            torch.save(state | {"step": step + 1}, checkpoint.with_suffix(".partial"))
-            os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+            with replacing(checkpoint) as aside:
+                torch.save(state | {"step": step + 1}, aside)
             print(step + 1, json.dumps(evaluate(judge, 40)), flush=True)
             judge.train()
     pocket_judge.save_judge(judge, args.output)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mosaic.files import save_tensors
+from mosaic.files import replacing, save_tensors
 
 METADATA_KEY = "mosaic"  # key of the safetensors metadata that marks a file as a reference LoRA
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # key under which diffusers keeps PEFT's config, and with it the alpha
@@ -122,13 +122,8 @@ def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> Path:
-    """Write tensors as one safetensors file, aside first, then renamed; its folder is made."""
+    """Write tensors as one safetensors file; its folder is made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_tensors(tensors, partial, {"format": "pt"} | dict(metadata))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as aside:
+        save_tensors(tensors, aside, {"format": "pt"} | dict(metadata))
     return path

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from mosaic.files import replacing
 from mosaic.images import to_rgb
 from mosaic.method.tokens import Grid
 from mosaic.pipeline.attention_report import Line, PictureAttention
@@ -28,18 +29,13 @@ def tensor_to_image(image: Tensor) -> Image.Image:
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike, text: Mapping[str, str] = MappingProxyType({})) -> Path:
-    """Write a PNG with texts in its metadata aside, then rename it; the folder is made."""
+    """Write a PNG with texts in its metadata; the folder is made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     metadata = PngInfo()
     for key, value in text.items():
         metadata.add_itxt(key, value)
-    try:
-        image.save(partial, format="PNG", pnginfo=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as aside:
+        image.save(aside, format="PNG", pnginfo=metadata)
     return path
 
 

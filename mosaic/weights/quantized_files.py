@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mosaic.files import save_tensors
+from mosaic.files import replacing, save_tensors
 from mosaic.weights.components import WEIGHTS, component_config
 from mosaic.weights.digests import weights_digest
 from mosaic.weights.quantization import PACKAGES, quantize_base
@@ -104,17 +103,12 @@ def write_quantized(model: nn.Module, path: Path, quantization: str) -> None:
         metadata[TORCHAO] = json.dumps(described)
     plain, aliases = _without_aliases(tensors)
     metadata[KEY] = json.dumps({"format": FORMAT, "quantization": quantization, "aliases": aliases})
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(plain, partial, metadata)
-        os.replace(partial, path)
+        with replacing(path, shared=True) as aside:
+            save_tensors(plain, aside, metadata)
     except (OSError, SafetensorError) as error:
         cure = "inference.quantized_cache=null does without it"
         raise OSError(f"the cache of quantised weights cannot be written to {path} ({error}); {cure}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def read_quantized(model: nn.Module, path: Path, quantization: str, device: torch.device) -> None:

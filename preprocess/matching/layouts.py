@@ -1,7 +1,6 @@
 """Where matching leaves its results: our points files, or the coordinate files of the released layout. Files are replaced as a whole."""
 
 import io
-import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mosaic.data import Row
-from mosaic.files import path_below
+from mosaic.files import path_below, write_bytes
 from mosaic.method.tokens import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching.matching import match_features
@@ -82,7 +81,7 @@ class CompactLayout:
         found = match_sample(pictures, extractors, self.settings, seed)
         tensors = {f"{k}": own.points.int().contiguous() for k, own in enumerate(found)}
         tensors |= {f"{k}.similarity": own.similarity.half() for k, own in enumerate(found)}
-        replace_file(self.files(row)[0], save(tensors))
+        write_bytes(self.files(row)[0], save(tensors))
         return [len(own.points) for own in found]
 
     def drawn_points(self, row: Row) -> dict[str, Any]:
@@ -121,7 +120,7 @@ class ReleaseLayout:
                 match = match_features(pair.target, pair.reference, score=settings.score, chunk_size=settings.chunk_size)
                 buffer = io.BytesIO()  # in memory, since a file's name would go into its content
                 torch.save(coordinates(match.index, self.grid).cpu(), buffer)
-                replace_file(self._path(row, method, k), buffer.getvalue())
+                write_bytes(self._path(row, method, k), buffer.getvalue())
         return [self.grid.num_tokens] * len(row.references)
 
     def drawn_points(self, row: Row) -> dict[str, Any]:
@@ -141,14 +140,6 @@ class ReleaseLayout:
 def coordinates(index: Tensor, grid: Grid) -> Tensor:
     """Cells as int64 [N, 2] of (y, x), the order of the released files."""
     return torch.stack([torch.div(index, grid.columns, rounding_mode="floor"), index % grid.columns], dim=1)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _is_coordinates(path: Path, grid: Grid) -> bool:

@@ -7,10 +7,10 @@ from typing import Any
 
 from mosaic.config.schema import to_plain
 from mosaic.data import Row
-from mosaic.files import first_difference, read_json
+from mosaic.files import first_difference, read_json, write_text
 from preprocess.extractors import ExtractorSpec
 from preprocess.extractors.protocol import Extractor
-from preprocess.matching.layouts import Layout, replace_file
+from preprocess.matching.layouts import Layout
 from preprocess.matching.settings import MatchingSettings
 
 
@@ -44,7 +44,7 @@ def claim_settings(layout: Layout, wanted: dict[str, Any], rows: Iterable[Row]) 
                 f"{foreign.place}: has results already, but {path} is missing, so this command did not write them. "
                 "Move them away, or name another folder with --output."
             )
-        replace_file(path, (json.dumps(wanted, indent=2) + "\n").encode())
+        write_text(path, json.dumps(wanted, indent=2) + "\n")
         return
     found = read_json(path)
     difference = first_difference(found, wanted)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mosaic.config.loading import Config, load_config
-from mosaic.files import without_nan
+from mosaic.files import replacing, save_tensors, without_nan
 from mosaic.method.metrics import attention_accuracy, attention_shape, pool_accuracies, pool_shapes
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
@@ -146,10 +145,8 @@ def identified_if_present(outcome: Outcome) -> list[bool]:
 
 
 def _write_features(path: Path, **features: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(features, partial)
-    partial.replace(path)
+    with replacing(path) as aside:
+        save_tensors(features, aside)
 
 
 def measure_lines(task: Task, config: Config) -> dict[str, Any]:

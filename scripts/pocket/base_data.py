@@ -7,7 +7,6 @@ are exactly those that the same picture has as a reference. Tokens of a sample: 
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from mosaic.files import replacing, save_tensors
 from scripts.pocket.model import TOKEN_PIXELS
 
 SCENE_PIXELS, PANEL_PIXELS = 64, 32
@@ -125,9 +124,8 @@ def _render_shard(job: tuple[Path, int, int]) -> None:
     samples = [draw(layout, first + offset) for offset in range(_SHARD)]
     pictures = torch.from_numpy(np.stack([picture for picture, _ in samples]))
     captions = json.dumps([caption for _, caption in samples])
-    aside = file.with_suffix(".partial")
-    save_file({"pictures": pictures}, aside, metadata={"captions": captions})
-    os.replace(aside, file)
+    with replacing(file) as aside:
+        save_tensors({"pictures": pictures}, aside, {"captions": captions})
 
 
 def render_all(folder: Path, workers: int, scale: float = 1.0) -> Iterator[tuple[int, int]]:
@@ -223,9 +221,8 @@ def encode_all(pictures: Path, folder: Path, vae: AutoencoderKL, rank: int = 0, 
         if not target.exists():
             whole, captions = read_shard(file)
             tokens = torch.cat([encode_samples(vae, layout, part) for part in np.array_split(whole, 5)])
-            aside = target.with_suffix(".partial")
-            save_file({"tokens": tokens}, aside, metadata={"captions": json.dumps(captions)})
-            os.replace(aside, target)
+            with replacing(target) as aside:
+                save_tensors({"tokens": tokens}, aside, {"captions": json.dumps(captions)})
         yield done, len(files)
 
 

@@ -5,7 +5,6 @@ map; what it finds is classified by palette, pattern and marking. The judge neve
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mosaic.files import replacing, save_tensors
 from scripts.pocket.world import BACKGROUNDS, CLASSES, MARKINGS, PALETTES, PATTERNS, Identity
 
 JUDGE_SIZE = 64  # px, side of the pictures it reads
@@ -221,15 +220,13 @@ def to_tensor(picture: np.ndarray) -> Tensor:
 
 def save_judge(judge: Judge, path: Path) -> None:
     """Write weights as float16, with the config in the metadata; the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: value.half().contiguous() if value.is_floating_point() else value
         for name, value in judge.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    partial = path.with_suffix(".partial")
-    save_file(state, partial, metadata={"format": _FORMAT, "config": json.dumps(asdict(judge.config))})
-    os.replace(partial, path)
+    with replacing(path) as aside:
+        save_tensors(state, aside, {"format": _FORMAT, "config": json.dumps(asdict(judge.config))})
 
 
 def load_judge(path: Path = WEIGHTS) -> Judge:

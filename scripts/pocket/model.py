@@ -1,8 +1,6 @@
 """Pocket FLUX: the real diffusers and transformers classes of FLUX.1 at toy size, as an ordinary diffusers folder."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from mosaic.files import replacing
 from scripts.pocket.tokenizers import TEXT_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
 #: Channels of a VAE latent, and of a token (2 x 2 latents packed).
@@ -145,20 +144,10 @@ def build_pocket_flux(seed: int, words: list[str], text_length: int = TEXT_LENGT
 
 
 def save_pocket_flux(components: dict[str, Any], folder: Path) -> None:
-    """Writes an ordinary diffusers folder that `FluxPipeline.from_pretrained` loads.
-
-    The folder is written aside and renamed, so a reader finds the old or the new one, never half of one.
-    """
-    folder = Path(folder)
-    aside, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    FluxPipeline(**components).save_pretrained(aside, safe_serialization=True)
-    _drop_paths(aside)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Writes an ordinary diffusers folder that `FluxPipeline.from_pretrained` loads, as a whole."""
+    with replacing(Path(folder)) as aside:
+        FluxPipeline(**components).save_pretrained(aside, safe_serialization=True)
+        _drop_paths(aside)
 
 
 def _drop_paths(folder: Path) -> None:

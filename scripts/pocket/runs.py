@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mosaic.files import replacing
+
 
 @dataclass
 class Clock:
@@ -106,7 +108,7 @@ def save_checkpoint(
     average: MovingAverage,
     clock: Clock,
 ) -> None:
-    """Writes everything that a resumed run needs, aside and then renamed."""
+    """Writes everything that a resumed run needs."""
     state = {
         "modules": {key: module.state_dict() for key, module in modules.items()},
         "optimizer": optimizer.state_dict(),
@@ -115,10 +117,8 @@ def save_checkpoint(
         "step": clock.step,
         "seconds": clock.elapsed(),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".partial")
-    torch.save(state, aside)
-    os.replace(aside, file)
+    with replacing(file) as aside:
+        torch.save(state, aside)
 
 
 def load_checkpoint(

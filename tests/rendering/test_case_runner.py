@@ -123,7 +123,7 @@ def test_killed_and_resumed_gives_the_same(world: Path, alone: Path, tmp_path: P
     with open(journal, "a") as file:  # as if killed in the middle of a line, and of a picture
         file.write('{"name": "case_0')
     finished = len(list(folder.glob("case_*[0-9].png")))
-    (folder / f"{NAMES[-1]}.png.partial").write_bytes(b"half")
+    (folder / f".{NAMES[-1]}.png.partial").write_bytes(b"half")
     damaged = folder / f"{NAMES[-2]}.png"
     damaged.write_bytes((alone / damaged.name).read_bytes()[:-40])
     assert inference.main(arguments(world, folder)) == 0

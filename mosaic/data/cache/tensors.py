@@ -12,7 +12,6 @@ files are there only while they describe the shards.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mosaic.files import first_difference, read_json, save_tensors, shown
+from mosaic.files import first_difference, read_json, replacing, save_tensors, shown
 
 T = TypeVar("T")
 KEY_BYTES = 16
@@ -70,9 +69,8 @@ def write_shard(path: Path, unit: Sequence[str | None], names: Sequence[str], en
         stored[f"{group}.key"] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
         for name in entries[keys[0]]:
             stored[f"{group}.{name}"] = torch.stack([entries[key][name] for key in keys])
-    partial = path.with_name(path.name + ".partial")
-    save_tensors(stored, partial, {"unit": json.dumps(list(unit)), "names": json.dumps(list(names))})
-    os.replace(partial, path)
+    with replacing(path) as aside:
+        save_tensors(stored, aside, {"unit": json.dumps(list(unit)), "names": json.dumps(list(names))})
 
 
 def is_finished(path: Path, unit: Sequence[str | None]) -> bool:
@@ -108,9 +106,8 @@ def write_index(root: Path, num_shards: int) -> None:
 
 
 def _replace_table(path: Path, table: pa.Table) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same index at once
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with replacing(path, shared=True) as aside:  # several processes may write the same index at once
+        pq.write_table(table, aside)
 
 
 # ---- reading

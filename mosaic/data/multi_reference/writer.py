@@ -1,11 +1,10 @@
 """Writer of the multi-reference sample format (preprocess/FORMAT.md). It holds the rows of one row group, not those of the data set."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from mosaic.data.multi_reference.manifest import DESCRIPTION, FORMAT, MANIFEST, VERSION
 from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.rows import MAX_SIDE
-from mosaic.files import save_tensors
+from mosaic.files import replacing, save_tensors
 from mosaic.images import decode_image, to_rgb
 
 ROWS_PER_GROUP = 1000
@@ -69,31 +68,28 @@ class DatasetWriter:
         """
         if root.exists():
             raise FileExistsError(f"{root}: exists already; choose another folder or remove it")
-        self._root = root
-        self._partial = root.with_name(root.name + ".partial")
+        self._replacing = replacing(root)
         self._pictures = pictures
         self._rows: list[dict[str, object]] = []
         self._ids: set[str] = set()
         self._table: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "DatasetWriter":
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._aside = self._replacing.__enter__()
         for name in ("images", "points"):
-            (self._partial / name).mkdir(parents=True)
-        self._table = pq.ParquetWriter(self._partial / MANIFEST, SCHEMA, write_page_checksum=True, write_statistics=False)
+            (self._aside / name).mkdir(parents=True)
+        self._table = pq.ParquetWriter(self._aside / MANIFEST, SCHEMA, write_page_checksum=True, write_statistics=False)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._table is not None, "the writer is used as a context manager"
         if kind is None:
             self._flush()
         self._table.close()
-        if kind is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            return
-        header = {"format": FORMAT, "version": VERSION}
-        (self._partial / DESCRIPTION).write_text(json.dumps(header, indent=2) + "\n")
-        os.replace(self._partial, self._root)
+        if kind is None:
+            header = {"format": FORMAT, "version": VERSION}
+            (self._aside / DESCRIPTION).write_text(json.dumps(header, indent=2) + "\n")
+        self._replacing.__exit__(kind, error, trace)
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._ids
@@ -137,7 +133,7 @@ class DatasetWriter:
         points = {str(k): r.points for k, r in enumerate(sample.references) if r.points is not None}
         if points:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for name, array in points.items()}
-            save_tensors(tensors, self._partial / "points" / f"{sample.id}.safetensors")
+            save_tensors(tensors, self._aside / "points" / f"{sample.id}.safetensors")
         self._rows.append(row)
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
@@ -167,11 +163,11 @@ class DatasetWriter:
         if self._pictures == "given" and not isinstance(given, Image.Image):
             suffix = _SUFFIXES.get(decoded.format or "", (decoded.format or "").lower())
             name = f"images/{stem}.{suffix}"
-            (self._partial / name).write_bytes(given if isinstance(given, bytes) else given.read_bytes())
+            (self._aside / name).write_bytes(given if isinstance(given, bytes) else given.read_bytes())
             return name
         name = f"images/{stem}.png"
         picture = decoded if decoded.mode in ("L", "RGB") and isinstance(given, Image.Image) else to_rgb(decoded)
-        picture.save(self._partial / name, format="PNG", compress_level=4)
+        picture.save(self._aside / name, format="PNG", compress_level=4)
         return name
 
 

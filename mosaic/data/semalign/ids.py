@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from mosaic.data.semalign.rows import SemAlignRows
+from mosaic.files import replacing
 
 logger = logging.getLogger(__name__)
 CLASSIC = "classic zlib"
@@ -197,10 +198,8 @@ def _read_index(path: Path) -> pa.Table:
 
 
 def _write_index(path: Path, table: pa.Table) -> None:
-    """Write aside, then rename."""
-    aside = path.with_name(path.name + ".writing")
-    pq.write_table(table, aside)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        pq.write_table(table, aside)
 
 
 def _aligned(index: pa.Table, kept: np.ndarray) -> pa.Table:

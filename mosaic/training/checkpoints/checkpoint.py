@@ -7,7 +7,6 @@ written. Hidden folders beside are what a kill has left of writing or removing o
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mosaic.files import flush, read_json, save_tensors, shown
+from mosaic.files import read_json, recover, remove_folder, replacing, save_tensors, shown
 from mosaic.lora.adapter import read_reference_lora, write_reference_lora
 from mosaic.weights.digests import file_digest
 
@@ -77,38 +76,23 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     Raises:
         OSError: It cannot be written; what was there is untouched.
     """
-    final = folder_of(folder, snapshot.step)
-    partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
-    config = snapshot.state["config"]
+    final, config = folder_of(folder, snapshot.step), snapshot.state["config"]
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _require_space(folder, snapshot.num_bytes)
-        write_reference_lora(snapshot.adapter, partial / "lora.safetensors", config)
-        save_tensors(snapshot.optimizer, partial / "optimizer.safetensors")
-        if snapshot.ema is not None:
-            write_reference_lora(snapshot.ema, partial / "ema.safetensors", config)
-        _write_json(partial / "state.json", {**snapshot.state, "step": snapshot.step})
-        _write_json(partial / CHECKSUMS, {path.name: file_digest(path) for path in sorted(partial.iterdir())})
-        for path in partial.iterdir():
-            flush(path)
-        flush(partial)
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(partial, final)
-        flush(folder)
+        with replacing(final) as partial:
+            partial.mkdir()
+            _require_space(folder, snapshot.num_bytes)
+            write_reference_lora(snapshot.adapter, partial / "lora.safetensors", config)
+            save_tensors(snapshot.optimizer, partial / "optimizer.safetensors")
+            if snapshot.ema is not None:
+                write_reference_lora(snapshot.ema, partial / "ema.safetensors", config)
+            _write_json(partial / "state.json", {**snapshot.state, "step": snapshot.step})
+            _write_json(partial / CHECKSUMS, {path.name: file_digest(path) for path in sorted(partial.iterdir())})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"{final}: the checkpoint cannot be written ({error}). Earlier checkpoints are as they were. "
             "Make room or mend the folder, then continue with --resume auto."
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
     return final
-
-
-def _hidden(final: Path, what: str) -> Path:
-    return final.with_name(f".{final.name}.{what}")
 
 
 def _require_space(folder: Path, num_bytes: int) -> None:
@@ -214,13 +198,7 @@ def _newest_sound(found: list[Path]) -> Path | None:
 
 def clean_up(folder: Path) -> None:
     """Remove what a killed run has left half written or half removed; a checkpoint whose replacement never came is put back."""
-    for left in folder.glob(".step_*.replaced"):
-        final = folder / left.name.removeprefix(".").removesuffix(".replaced")
-        if not final.exists():
-            os.replace(left, final)
-    for what in ("partial", "replaced", "removed"):
-        for left in folder.glob(f".step_*.{what}"):
-            shutil.rmtree(left, ignore_errors=True)
+    recover(folder, "step_*")
 
 
 def set_aside(folder: Path, continued: Path, logs: Iterable[Path]) -> None:
@@ -246,7 +224,7 @@ def set_aside(folder: Path, continued: Path, logs: Iterable[Path]) -> None:
         if log.is_file():
             shutil.copyfile(log, aside / log.name)
     for path in reversed(left):  # the newest first: where this is cut short, what stays is the older part
-        os.replace(path, aside / path.name)
+        path.rename(aside / path.name)
     logger.warning("%s: %d checkpoints are of a branch that is left for %s; they are in %s now", folder, len(left), continued, aside)
 
 
@@ -266,7 +244,4 @@ def rotate(folder: Path, newest: int, keep: int | None, milestone_every: int | N
     kept = {*steps[-keep:], best_of(steps)} | {step for step in steps if milestone_every and step % milestone_every == 0}
     for step in steps:
         if step not in kept:
-            path = folder_of(folder, step)
-            removed = _hidden(path, "removed")
-            os.replace(path, removed)  # gone at once: a kill leaves no half of it
-            shutil.rmtree(removed, ignore_errors=True)
+            remove_folder(folder_of(folder, step))
