@@ -1,11 +1,10 @@
-"""LoRA files: look into one, lower its rank, and take it from and to the key styles of other programs.
+"""LoRA files: look into one, lower its rank, and take it from the key styles of other programs.
 
     python scripts/lora_tools.py info FILE
     python scripts/lora_tools.py reduce FILE --rank 128 --output OUT      (or --energy 0.99)
-    python scripts/lora_tools.py export FILE --format kohya --output OUT
     python scripts/lora_tools.py import FILE --output OUT
 
-FILE may be in the style of diffusers, kohya's sd-scripts or ComfyUI; it is told by its keys. Files are read as safetensors only.
+FILE may be in the style of diffusers, kohya's sd-scripts, ComfyUI, fal or XLabs, told by its keys. Files are read as safetensors only.
 """
 
 import argparse
@@ -21,20 +20,15 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.lora.adapter import PREFIX, shorten
+from mosaic.lora.adapter import shorten
 from mosaic.lora.files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
-from mosaic.lora.formats import from_diffusers, to_diffusers
+from mosaic.lora.formats import to_diffusers
 from mosaic.lora.keys import find_modules, is_reference_lora, is_text_encoder_key
 from mosaic.lora.reduction import REPORT_KEY, find_rank, overall, reduce_file, reduction_report
 from mosaic.lora.resize import ReducedModule
-from mosaic.model.branch import ADAPTER_NAME
 from mosaic.weights.digests import weights_digest
 
 NUM_WORST = 10
-REFERENCE_NOTE = (
-    "this is a reference LoRA: kohya's scripts and ComfyUI apply a LoRA to every token, which gives plausible but wrong pictures, unless "
-    "they have a reference branch that applies it to reference tokens alone."
-)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,14 +43,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     to = reduce.add_mutually_exclusive_group(required=True)
     to.add_argument("--rank", type=int, help="the rank of every module")
     to.add_argument("--energy", type=float, help="the lowest common rank that keeps this share of the squared norm, such as 0.99")
-    export = commands.add_parser("export", help="write the key style of another program")
-    export.add_argument("file", type=Path)
-    export.add_argument("--format", choices=["kohya", "comfyui", "diffusers"], required=True)
-    bring = commands.add_parser("import", help="write the keys that MOSAIC and diffusers use; the same as export --format diffusers")
+    bring = commands.add_parser("import", help="write the keys that MOSAIC and diffusers use")
     bring.add_argument("file", type=Path)
-    for command in (export, bring):
-        command.add_argument("--transformer-only", action="store_true", help="leave out what the file has for text encoders")
-    for command in (reduce, export, bring):
+    bring.add_argument("--transformer-only", action="store_true", help="leave out what the file has for text encoders")
+    for command in (reduce, bring):
         command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
         command.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args(argv)
@@ -136,7 +126,7 @@ def _cut(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}... (--json prints all)"
 
 
-# ---- reduce, export, import
+# ---- reduce, import
 
 
 def reduce(arguments: argparse.Namespace, file: LoraFile) -> None:
@@ -167,22 +157,16 @@ def show_reduction(reduced: dict[str, ReducedModule]) -> None:
     print(f"all {len(reduced)} modules: {kept:.4%} of the squared norm kept, relative Frobenius error {error:.3e}")
 
 
-def convert(arguments: argparse.Namespace, file: LoraFile) -> None:
-    """The subcommands export and import."""
-    style = getattr(arguments, "format", "diffusers")
+def bring(arguments: argparse.Namespace, file: LoraFile) -> None:
+    """The subcommand import."""
     left_out = [key for key in file if is_text_encoder_key(key)]
     tensors = to_diffusers(file, arguments.transformer_only)
-    modules = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     metadata = kept_metadata(file.metadata)
-    is_reference = bool(reference_metadata(metadata, str(file.path))) or is_reference_lora(modules)
-    if is_reference:  # other styles hide the module names by which the published file is known
-        metadata.setdefault(METADATA_KEY, json.dumps({"adapter": ADAPTER_NAME, "config": {}}))
-    write_tensors(from_diffusers(tensors, style), arguments.output, metadata)
+    reference_metadata(metadata, str(file.path))  # refused where it could not be loaded
+    write_tensors(tensors, arguments.output, metadata)
     if left_out:
         print(f"note: left out {len(left_out)} tensors of text encoders: {shorten(left_out, 2)}", file=sys.stderr)
-    if is_reference and style != "diffusers":
-        print(f"note: {REFERENCE_NOTE}", file=sys.stderr)
-    print(f"{arguments.output}: {len(modules)} modules of diffusers in the style of {style}, {arguments.output.stat().st_size:,} bytes")
+    print(f"{arguments.output}: {len(tensors) // 2} modules, {arguments.output.stat().st_size:,} bytes")
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -212,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             found = describe(file)
             print(json.dumps(found)) if arguments.json else show_info(found)
         else:
-            {"reduce": reduce, "export": convert, "import": convert}[arguments.command](arguments, file)
+            {"reduce": reduce, "import": bring}[arguments.command](arguments, file)
     except (ValueError, OSError) as error:
         print(f"lora_tools: error: {_printable(str(error))}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from mosaic.lora.files import METADATA_KEY, LoraFile, check_finite, write_tensor
 from mosaic.model.branch import ADAPTER_NAME
 
 PREFIX = "transformer."
-FOREIGN = ("lora_unet_", "diffusion_model.")  # of the same keys in the styles of kohya and ComfyUI
+FOREIGN = ("lora_unet_", "diffusion_model.", "base_model.model.")  # of the same keys in the styles of kohya, ComfyUI and fal
 DOUBLE_STREAM_TARGETS = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
 SINGLE_STREAM_TARGETS = ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
 

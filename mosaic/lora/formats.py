@@ -1,25 +1,26 @@
-"""LoRA files in the key styles of other programs: read from any of them, written for any of them.
+"""LoRA files in the key styles of other programs, checked and read as diffusers names and splits them.
 
-Where the original code has one matrix for what diffusers splits, LoRAs of the parts are one of the whole: their A stacked, their B on a
-block diagonal. The products B A stay exactly what they were, both ways.
+Where the original code has one matrix for what diffusers splits, a LoRA of the whole becomes LoRAs of its parts; the products B A stay
+exactly what they were. Scales are taken into the factors here, in every style alike: diffusers' converters drop those of the last layer.
 """
 
-import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mosaic.lora.adapter import PREFIX
 from mosaic.lora.files import DIFFUSERS_METADATA, LoraFile, check_finite, metadata_object
-from mosaic.lora.keys import LoraKeys, Place, Style, find_modules, is_text_encoder_key, stack_of
+from mosaic.lora.keys import LINEAR1_WIDTH, LoraKeys, convert_module, find_modules, is_text_encoder_key
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LINEAR1_PARTS = 4  # to_q, to_k, to_v and proj_mlp
 WIDER = {"proj_mlp": 4}  # output rows of a part of a stack, in widths of the model; of all others 1
 SCALES = (1e-6, 1e6)  # beyond them a file is damaged, and factors that take the scale up would overflow
-SWAPPED = "norm_out.linear"  # its rows are (scale, shift) in diffusers, (shift, scale) in the original code
+SWAPPED = "norm_out.linear"  # its rows are two halves, scale and shift
 
 
 def read_module(tensors: Mapping[str, Tensor], keys: LoraKeys, metadata: Mapping[str, str], where: str) -> tuple[Tensor, Tensor, float]:
@@ -49,6 +50,8 @@ def read_module(tensors: Mapping[str, Tensor], keys: LoraKeys, metadata: Mapping
     rows = sum(part_rows(keys.parts, a.shape[1])) if len(keys.parts) > 1 else len(b) + len(b) % 2 * (keys.parts[0] == SWAPPED)
     if len(b) != rows:
         raise ValueError(f"{where}: {keys.up} must have {rows} rows ({len(keys.parts)} parts), got {len(b)}. Is it for another model?")
+    if len(keys.parts) == LINEAR1_PARTS and a.shape[1] > LINEAR1_WIDTH:
+        raise ValueError(f"{where}: {keys.down} must have at most FLUX.1's {LINEAR1_WIDTH} columns, got {a.shape[1]}.")
     if keys.alpha is None:
         alpha, source = _declared_alpha(metadata, keys.parts[0], rank, where), "lora_alpha in its metadata"
     else:
@@ -118,77 +121,13 @@ def to_diffusers(file: LoraFile, transformer_only: bool = False) -> dict[str, Te
 
 
 def split_stack(a: Tensor, b: Tensor, keys: LoraKeys) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The LoRAs of a module's parts, (name in diffusers, A, B), with the products B A of the whole's rows.
-
-    Factors on a block diagonal come apart again: equal blocks as they are, others without the columns of B that a part does not use (a part
-    that uses none has no LoRA). A dense B gives its rows to the parts, and A to each.
-    """
-    if len(keys.parts) == 1:
-        if keys.style != "diffusers" and keys.parts[0] == SWAPPED:
-            b = swap_halves(b)
-        yield keys.parts[0], a.contiguous(), b.contiguous()
+    """The LoRAs of a module's parts, (name in diffusers, A, B), none sharing memory, with the products B A of the whole's rows."""
+    if len(keys.parts) != LINEAR1_PARTS:
+        for name, (part_a, part_b) in convert_module(keys.style, keys.stem, a, b).items():
+            yield name, part_a.clone(), part_b.contiguous()
         return
-    pieces = b.split(part_rows(keys.parts, a.shape[1]))
-    used = [piece.any(dim=0) for piece in pieces]
-    blocks = torch.eye(len(pieces), dtype=torch.bool).repeat_interleave(len(a) // len(pieces), dim=1)
-    if len(a) % len(pieces) == 0 and not any(bool((mine & ~block).any()) for mine, block in zip(used, blocks, strict=True)):
-        used = list(blocks)
-    for part, piece, columns in zip(keys.parts, pieces, used, strict=True):
-        if columns.any():
-            yield part, a[columns].clone(), piece[:, columns].clone()
-
-
-def swap_halves(b: Tensor) -> Tensor:
-    """The rows' second half, then the first."""
-    first, second = b.chunk(2)
-    return torch.cat([second, first])
-
-
-def from_diffusers(tensors: Mapping[str, Tensor], style: Style) -> dict[str, Tensor]:
-    """The tensors of `to_diffusers` in another style, with the same products B A.
-
-    In the styles of kohya and ComfyUI the LoRAs of a stack become one, its A rows stacked, its B on a block diagonal (parts without a LoRA
-    have rows of zeros), its rank their sum; parts that share one A keep it. alpha is the rank: the scale is 1.
-
-    Raises:
-        ValueError: If the shapes of a stack's part are not what the model's width asks for.
-    """
-    if style == "diffusers":
-        return dict(tensors)
-    stacks: dict[Place, list[str]] = {}
-    for key in tensors:
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            stacks.setdefault(stack_of(name), []).append(name)
-    result = {}
-    for place, found in stacks.items():
-        a, b = _stacked(tensors, place, found)
-        name = f"lora_unet_{place.name.replace('.', '_')}" if style == "kohya" else f"diffusion_model.{place.name}"
-        result |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(float(len(a)))}
-    return result
-
-
-def _stacked(tensors: Mapping[str, Tensor], place: Place, found: list[str]) -> tuple[Tensor, Tensor]:
-    """One LoRA of those of a stack's parts, of which `found` are there."""
-    parts = place.parts
-    factors = {name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in found}
-    if len(parts) == 1:
-        a, b = factors[parts[0]]
-        return a, swap_halves(b) if parts[0] == SWAPPED else b
-    a, _ = factors[found[0]]
-    rows = dict(zip(parts, part_rows(parts, a.shape[1]), strict=True))
-    for name, (other, b) in factors.items():
-        if (len(b), other.shape[1]) != (rows[name], a.shape[1]):
-            shapes = f"{rows[name]} rows and an A of {a.shape[1]} columns to be part of {place.name}, got {len(b)} and {other.shape[1]}"
-            raise ValueError(f"{PREFIX}{name}.lora_B.weight must have {shapes}. Is it for another model?")
-    if len(found) == len(parts) and all(torch.equal(a, other) for other, _ in factors.values()):
-        return a, torch.cat([factors[name][1] for name in parts])
-    ranks = [len(factors[name][0]) if name in factors else 0 for name in parts]
-    dtype = functools.reduce(torch.promote_types, [b.dtype for _, b in factors.values()])
-    whole = torch.zeros(sum(rows.values()), sum(ranks), dtype=dtype)
-    row = column = 0
-    for name, rank in zip(parts, ranks, strict=True):
-        if name in factors:
-            whole[row : row + rows[name], column : column + rank] = factors[name][1]
-        row, column = row + rows[name], column + rank
-    return torch.cat([factors[name][0] for name in parts if name in factors]), whole
+    # diffusers splits linear1 where FLUX.1's rows part; rows of zeros bring those of a narrower model there, and go again
+    rows, wide = part_rows(keys.parts, a.shape[1]), part_rows(keys.parts, LINEAR1_WIDTH)
+    b = torch.cat([functional.pad(piece, (0, 0, 0, w - r)) for piece, r, w in zip(b.split(rows), rows, wide, strict=True)])
+    for (name, (part_a, part_b)), count in zip(convert_module(keys.style, keys.stem, a, b).items(), rows, strict=True):
+        yield name, part_a.clone(), part_b[:count].contiguous()

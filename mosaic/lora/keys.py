@@ -1,68 +1,42 @@
-"""Names of LoRA keys in the styles of diffusers, kohya's sd-scripts and ComfyUI, and the FLUX modules that they stand for.
+"""Which LoRA of which of FLUX's linear layers the keys of a file give, in the key styles of diffusers and of other programs.
 
-Diffusers splits what FLUX's original code keeps in one matrix: `img_attn.qkv` is to_q, to_k and to_v; `linear1` of a single-stream block is
-to_q, to_k, to_v and proj_mlp. kohya and ComfyUI follow the original code, kohya with "_" in the place of ".".
+What the other programs' names stand for is diffusers' knowledge: one module at a time goes through `FluxLoraLoaderMixin.lora_state_dict`,
+because for whole files it passes over what it does not know (keys of ComfyUI that end in lora_A, biases, scales, alphas of the last layer).
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from mosaic.lora.adapter import reference_module_names, shorten
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
+from torch import Tensor, nn
 
-Style = Literal["diffusers", "kohya", "comfyui"]
+from mosaic.lora.adapter import PREFIX, reference_module_names, shorten
 
-#: Modules of FLUX's original code (the names that kohya and ComfyUI use) -> modules of diffusers whose outputs they stack.
-DOUBLE_STREAM = {
-    "img_mod.lin": ("norm1.linear",),
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-SINGLE_STREAM = {
-    "modulation.lin": ("norm.linear",),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-}
-OUTSIDE = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
-_HEADS = {"double_": "transformer_", "single_": "single_transformer_", "": ""}  # beginnings of block names, original -> diffusers
-_TABLES = {"double_": DOUBLE_STREAM, "single_": SINGLE_STREAM, "": OUTSIDE}
+Style = Literal["diffusers", "kohya", "comfyui", "fal", "xlabs"]
 
-_KEY = re.compile(r"(transformer\.|lora_unet_|diffusion_model\.|lora_transformer_)(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha)(.*)")
-_SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
-_STYLES: dict[str, Style] = {
-    "transformer.": "diffusers",
-    "lora_transformer_": "diffusers",
-    "lora_unet_": "kohya",
-    "diffusion_model.": "comfyui",
+#: Beginnings of keys -> their style, and the beginning by which diffusers' converter of the original code's names knows them.
+_STYLES: dict[str, tuple[Style, str]] = {
+    "transformer.": ("diffusers", ""),
+    "lora_transformer_": ("diffusers", ""),
+    "lora_unet_": ("kohya", "lora_unet_"),
+    "diffusion_model.": ("comfyui", "diffusion_model."),
+    "base_model.model.": ("fal", "diffusion_model."),
 }
+_KEY = re.compile(rf"({'|'.join(map(re.escape, _STYLES))})(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha)(.*)")
+_XLABS_KEY = re.compile(
+    r"((?:diffusion_model\.)?(?:double_blocks\.\d{1,4}\.processor\.(?:qkv|proj)_lora[12]|single_blocks\.\d{1,4}\.processor\.(?:qkv|proj)_lora))"
+    r"\.(down|up)\.weight"
+)
+_SIDES = {"lora_A": "down", "lora_down": "down", "down": "down", "lora_B": "up", "lora_up": "up", "up": "up", "alpha": "alpha"}
 _TEXT_ENCODERS = ("lora_te", "text_encoder")
-_BLOCK = re.compile(r"(double_|single_|transformer_|single_transformer_)blocks[._](\d{1,4})[._](.+)")
-
-
-class Place(NamedTuple):
-    """A module: its name in diffusers or in the original code, and the modules of diffusers whose outputs it stacks."""
-
-    name: str
-    parts: tuple[str, ...]
+_BLOCK = re.compile(r"((?:single_)?transformer_blocks)[._](\d{1,4})[._](.+)")
+LINEAR1_WIDTH = 3072  # of FLUX.1: diffusers splits the rows of linear1 where they part at this width, and at no other
+_ROWS = 7 * LINEAR1_WIDTH  # those of linear1, and a multiple of what other matrices are divided into
 
 
 class LoraKeys(NamedTuple):
@@ -70,6 +44,7 @@ class LoraKeys(NamedTuple):
 
     Attributes:
         style: The key style.
+        stem: The module's name for diffusers' converter.
         parts: Modules of diffusers whose outputs the module stacks; one, or three or four.
         down: Key of A [r, d_in].
         up: Key of B [d_out, r].
@@ -77,52 +52,58 @@ class LoraKeys(NamedTuple):
     """
 
     style: Style
+    stem: str
     parts: tuple[str, ...]
     down: str
     up: str
     alpha: str | None
 
 
-def original_place(module: str) -> Place | None:
-    """The place of a module named as in the original code, with "." or "_" between the words; None if FLUX has no such module."""
-    head, index, rest = _block_of(module)
-    name = next((name for name in _TABLES.get(head, {}) if _flat(name) == _flat(rest)), None)
-    if name is None:
-        return None
-    if not head:
-        return Place(name, OUTSIDE[name])
-    return Place(f"{head}blocks.{index}.{name}", tuple(f"{_HEADS[head]}blocks.{index}.{part}" for part in _TABLES[head][name]))
+def convert_module(style: Style, stem: str, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What diffusers makes of the LoRA of one module.
+
+    Args:
+        style: The key style.
+        stem: The module's name, see `LoraKeys`.
+        a: A [r, d_in].
+        b: B [d_out, r].
+
+    Returns:
+        A and B by module of diffusers; empty if FLUX has no such module.
+    """
+    if style == "diffusers":
+        converted = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    else:
+        down, up = ("down", "up") if style == "xlabs" else ("lora_down", "lora_up")
+        try:
+            converted = FluxLoraLoaderMixin.lora_state_dict({f"{stem}.{down}.weight": a, f"{stem}.{up}.weight": b})
+        except ValueError:  # "Incompatible keys"
+            return {}
+    matrices = {key.removeprefix(PREFIX).removesuffix(".weight"): value for key, value in converted.items()}
+    found = {}
+    for key, value in matrices.items():
+        name, _, side = key.rpartition(".")
+        layer = _linear_layer(name)
+        if layer is None:
+            return {}
+        if side == "lora_A":
+            found[layer] = value, matrices[f"{name}.lora_B"]
+    return found
 
 
-def diffusers_place(module: str) -> Place | None:
-    """The same for a module named as in diffusers."""
-    head, index, rest = _block_of(module)
-    table = {_HEADS[original]: table for original, table in _TABLES.items()}.get(head, {})
-    name = next((part for parts in table.values() for part in parts if _flat(part) == _flat(rest)), None)
-    if name is None:
-        return None
-    full = f"{head}blocks.{index}.{name}" if head else name
-    return Place(full, (full,))
+def _linear_layer(name: str) -> str | None:
+    """The name in diffusers of a linear layer of FLUX, given with "." or "_" between the words; None if there is none."""
+    block = _BLOCK.fullmatch(name)
+    layer = _linear_layers().get((f"{block[1]}.0.{block[3]}" if block else name).replace(".", "_"))
+    return layer.replace(".0.", f".{block[2]}.", 1) if layer and block else layer
 
 
-def stack_of(module: str) -> Place:
-    """The place in the original code of which a module of diffusers, named as there, is a part."""
-    head, index, rest = _block_of(module)
-    original = next(original for original, ours in _HEADS.items() if ours == head)
-    name = next(name for name, parts in _TABLES[original].items() if rest in parts)
-    place = original_place(f"{original}blocks.{index}.{name}" if head else name)
-    assert place is not None
-    return place
-
-
-def _block_of(module: str) -> tuple[str, int, str]:
-    """Beginning of the block's name, its number, and the name inside the block; outside of blocks "", 0 and the whole name."""
-    block = _BLOCK.fullmatch(module)
-    return (block[1], int(block[2]), block[3]) if block else ("", 0, module)
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
+@functools.cache
+def _linear_layers() -> dict[str, str]:
+    """All linear layers of a FLUX of one block of each kind, by their names with "_" for "."."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    return {name.replace(".", "_"): name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
 
 def is_text_encoder_key(key: str) -> bool:
@@ -131,7 +112,7 @@ def is_text_encoder_key(key: str) -> bool:
 
 
 def find_modules(keys: Iterable[str], where: str) -> dict[str, LoraKeys]:
-    """The LoRA's modules, sorted, by their names in diffusers or, in the other styles, in the original code.
+    """The LoRA's modules, sorted, by their names in the file, without what marks the style.
 
     Args:
         keys: All keys of a file.
@@ -140,34 +121,55 @@ def find_modules(keys: Iterable[str], where: str) -> dict[str, LoraKeys]:
     Raises:
         ValueError: If keys are missing, unexpected (of no FLUX module, of a text encoder, or of no plain LoRA), or given twice.
     """
-    sides: dict[str, dict[str, str]] = {}
-    places: dict[str, tuple[Style, tuple[str, ...]]] = {}
+    sides: dict[tuple[Style, str, str], dict[str, str]] = {}
     unexpected = []
     for key in sorted(keys):
-        match = _KEY.fullmatch(key)
-        place = match and (diffusers_place if _STYLES[match[1]] == "diffusers" else original_place)(match[2])
-        if not place or match[4] not in (("",) if match[3] == "alpha" else (".weight", ".default.weight")):
+        found = _read_key(key)
+        if not found:
             unexpected.append(key)
             continue
-        module = sides.setdefault(place.name, {})
-        if _SIDES[match[3]] in module:
-            raise ValueError(f"{where}: {module[_SIDES[match[3]]]} and {key} are of one module. A file must give each matrix once.")
-        module[_SIDES[match[3]]] = key
-        places[place.name] = _STYLES[match[1]], place.parts
-    missing = [f"{side} matrix of {name}" for name, module in sides.items() for side in ("down", "up") if side not in module]
+        style, stem, name, side = found
+        module = sides.setdefault((style, stem, name), {})
+        if side in module:
+            raise ValueError(f"{where}: {module[side]} and {key} are of one module. A file must give each matrix once.")
+        module[side] = key
+    modules: dict[str, LoraKeys] = {}
+    missing: list[str] = []
+    counts: Counter[str] = Counter()
+    no_weights = torch.zeros(1, 1), torch.zeros(1, 1).expand(_ROWS, 1)
+    for (style, stem, name), module in sides.items():
+        parts = tuple(convert_module(style, stem, *no_weights))
+        if not parts:
+            unexpected += module.values()
+            continue
+        missing += [f"{side} matrix of {name}" for side in ("down", "up") if side not in module]
+        counts.update(parts)
+        modules[name] = LoraKeys(style, stem, parts, module.get("down", ""), module.get("up", ""), module.get("alpha"))
     if missing or unexpected or not sides:
-        raise ValueError(_refusal(missing, unexpected, where))
-    counts = Counter(part for _, parts in places.values() for part in parts)
+        raise ValueError(_refusal(missing, sorted(unexpected), where))
     twice = sorted(part for part, count in counts.items() if count > 1)
     if twice:
         raise ValueError(f"{where}: has more than one LoRA for {shorten(twice)}. A file must give each matrix once.")
-    return {name: LoraKeys(*places[name], module["down"], module["up"], module.get("alpha")) for name, module in sides.items()}
+    return dict(sorted(modules.items()))
+
+
+def _read_key(key: str) -> tuple[Style, str, str, str] | None:
+    """Style, stem (see `LoraKeys`), name and side ("down", "up" or "alpha") of a key; None if it is no LoRA's."""
+    if xlabs := _XLABS_KEY.fullmatch(key):
+        return "xlabs", xlabs[1], xlabs[1], _SIDES[xlabs[2]]
+    match = _KEY.fullmatch(key)
+    if not match or match[4] not in (("",) if match[3] == "alpha" else (".weight", ".default.weight")):
+        return None
+    style, prefix = _STYLES[match[1]]
+    name = match[2] if style != "diffusers" else _linear_layer(match[2])
+    return (style, prefix + name, name, _SIDES[match[3]]) if name else None
 
 
 def _refusal(missing: list[str], unexpected: list[str], where: str) -> str:
     text = (
-        f"{where}: keys do not match a FLUX LoRA in the style of diffusers (transformer.), kohya (lora_unet_) or ComfyUI "
-        f"(diffusion_model.). Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}."
+        f"{where}: keys do not match a FLUX LoRA in the style of diffusers (transformer.), kohya (lora_unet_), ComfyUI "
+        f"(diffusion_model.), fal (base_model.model.) or XLabs (double_blocks.N.processor.). "
+        f"Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}."
     )
     if any(map(is_text_encoder_key, unexpected)):
         text += " It also adapts a text encoder: `python scripts/lora_tools.py import --transformer-only` leaves that part out."

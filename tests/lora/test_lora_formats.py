@@ -1,6 +1,7 @@
-"""Key styles of other programs: against the converters of diffusers, there and back, and files that are refused."""
+"""Key styles of other programs: against an independent twin and diffusers' own converters, and files that are refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,18 +14,10 @@ from torch import Tensor
 
 from mosaic.lora.adapter import reference_module_names
 from mosaic.lora.files import LoraFile
-from mosaic.lora.formats import from_diffusers, to_diffusers
-from mosaic.lora.keys import (
-    DOUBLE_STREAM,
-    OUTSIDE,
-    SINGLE_STREAM,
-    diffusers_place,
-    find_modules,
-    is_reference_lora,
-    original_place,
-    stack_of,
-)
+from mosaic.lora.formats import to_diffusers
+from mosaic.lora.keys import find_modules, is_reference_lora
 from tests import tiny
+from tests.lora import foreign
 
 WIDTH = 3072  # of FLUX.1-dev: diffusers' converter splits linear1 at multiples of it
 BLOCKS = (0, 18), (0, 37)
@@ -33,8 +26,8 @@ OTHER_ROWS = {"norm1.linear": 18, "norm1_context.linear": 18, "norm.linear": 9, 
 
 def all_modules() -> list[str]:
     """Every linear layer of FLUX outside of blocks, and in the first and last block of each kind."""
-    names = [part for parts in OUTSIDE.values() for part in parts]
-    for head, numbers, table in zip(("", "single_"), BLOCKS, (DOUBLE_STREAM, SINGLE_STREAM), strict=True):
+    names = [part for parts in foreign.OUTSIDE.values() for part in parts]
+    for head, numbers, table in zip(("", "single_"), BLOCKS, (foreign.DOUBLE_STREAM, foreign.SINGLE_STREAM), strict=True):
         names += [f"{head}transformer_blocks.{index}.{part}" for index in numbers for parts in table.values() for part in parts]
     return names
 
@@ -44,7 +37,7 @@ def random_lora(names: list[str], ranks: Callable[[str], int] = lambda name: 2, 
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in names:
-        parts = stack_of(name).parts
+        _, parts = foreign.place(name)
         stacked = len(parts) > 1
         wide = width if name.startswith("single") else 16
         fan_in = wide if stacked else 5
@@ -84,37 +77,37 @@ def by_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- names
 
 
-def test_the_tables_cover_all_linear_layers_of_flux(tmp_path: Path) -> None:
+def test_every_linear_layer_of_flux_is_found_by_each_program_s_name() -> None:
     transformer = FluxTransformer2DModel(**tiny.transformer_config())
     linear = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    for head, is_flat in (("lora_unet_", True), ("diffusion_model.", False), ("diffusion_model.", True), ("base_model.model.", False)):
+        found = set()
+        for name in linear:
+            original, parts = foreign.place(name)
+            stem = head + (original.replace(".", "_") if is_flat else original)
+            (keys,) = find_modules([f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"], "x").values()
+            assert keys.parts == parts
+            found |= set(parts)
+        assert found == linear
     for name in linear:
-        assert diffusers_place(name) == (name, (name,))
-        assert name in stack_of(name).parts
-        assert original_place(stack_of(name).name) == stack_of(name)
-        assert original_place(stack_of(name).name.replace(".", "_")) == stack_of(name)
-    stacks = {stack_of(name) for name in linear}
-    assert {part for place in stacks for part in place.parts} == linear
+        for stem in (f"transformer.{name}", f"lora_transformer_{name.replace('.', '_')}"):
+            (keys,) = find_modules([f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"], "x").values()
+            assert keys.parts == (name,)
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer_blocks.0.attn.to_qq", "double_blocks.0.img_attn.qkv", "transformer_blocks.x.attn.to_q", "blocks", ""]
+    "name",
+    [
+        *("transformer.transformer_blocks.0.attn.to_qq", "transformer.double_blocks.0.img_attn.qkv", "transformer.blocks", "transformer."),
+        *("transformer.transformer_blocks.x.attn.to_q", "lora_unet_transformer_blocks_0_attn_to_q", "lora_unet_double_blocks_19_img_mlp_0"),
+        *("lora_unet_single_blocks_38_linear2", "lora_transformer_transformer_blocks_0_ff", "double_blocks.0.img_attn.qkv"),
+        *("diffusion_model.double_blocks.0.img_attn.norm.query_norm", "base_model.model.img_in_", "lora_unet_text_projection"),
+        *("lora_unet_text_model_embeddings_position_embedding", "diffusion_model.text_encoders.t5xxl.transformer.x"),
+    ],
 )
-def test_unknown_modules_have_no_place(name: str) -> None:
-    assert diffusers_place(name) is None
-
-
-def test_the_keys_are_those_of_kohya_and_comfyui() -> None:
-    tensors = random_lora(["transformer_blocks.0.attn.to_q", "transformer_blocks.0.norm1.linear", "norm_out.linear"])
-    assert set(from_diffusers(tensors, "kohya")) == {
-        f"lora_unet_{name}.{end}"
-        for name in ("double_blocks_0_img_attn_qkv", "double_blocks_0_img_mod_lin", "final_layer_adaLN_modulation_1")
-        for end in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
-    assert set(from_diffusers(tensors, "comfyui")) == {
-        f"diffusion_model.{name}.{end}"
-        for name in ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.lin", "final_layer.adaLN_modulation.1")
-        for end in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
+def test_unknown_modules_are_unexpected(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Missing 0: none\\. Unexpected 2: {re.escape(name)}.lora_A"):
+        find_modules([f"{name}.lora_{side}.weight" for side in "AB"], "x")
 
 
 @pytest.mark.parametrize("num_blocks", [(2, 3), (19, 38), (0, 0)])
@@ -125,50 +118,75 @@ def test_a_reference_lora_is_known_by_its_modules(num_blocks: tuple[int, int]) -
     assert not is_reference_lora([*modules, "context_embedder"])
 
 
-# ---- out, against diffusers, and back
+# ---- stacks
 
 
-@pytest.mark.parametrize("style", ["kohya", "comfyui"])
-def test_exports_are_what_diffusers_reads(style: str, tmp_path: Path) -> None:
-    tensors = random_lora(all_modules())
-    exported = from_diffusers(tensors, style)
-    assert_same_products(by_diffusers(exported), tensors)
-    back = to_diffusers(write(tmp_path / "x.safetensors", exported))
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[key], value) for key, value in tensors.items())  # equal ranks: the factors themselves
-    assert {tuple(value.shape) for key, value in exported.items() if "linear1" in key and "up" in key} == {(7 * WIDTH, 8)}
+@pytest.mark.parametrize("style", ["kohya", "comfyui", "fal"])
+@pytest.mark.parametrize("width", [16, WIDTH])
+def test_stacks_come_apart(style: str, width: int, tmp_path: Path) -> None:
+    tensors = random_lora(all_modules(), width=width)
+    found = to_diffusers(write(tmp_path / "x.safetensors", foreign.in_style(tensors, style)))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())  # equal ranks: the factors themselves
 
 
-def test_a_stack_by_hand() -> None:
-    """to_q and to_v of ranks 1 and 2, to_k without a LoRA, width 2."""
-    block = "transformer.transformer_blocks.4.attn"
-    tensors = {
-        f"{block}.to_v.lora_A.weight": torch.tensor([[5.0, 6.0], [7.0, 8.0]]),
-        f"{block}.to_v.lora_B.weight": torch.tensor([[9.0, 10.0], [11.0, 12.0]]),
-        f"{block}.to_q.lora_A.weight": torch.tensor([[1.0, 2.0]]),
-        f"{block}.to_q.lora_B.weight": torch.tensor([[3.0], [4.0]]),
+def test_a_stack_by_hand(tmp_path: Path) -> None:
+    """to_q and to_v of ranks 1 and 2, to_k without a LoRA, width 2: the ranks become the stack's, the products stay."""
+    name, block = "lora_unet_double_blocks_4_img_attn_qkv", "transformer.transformer_blocks.4.attn"
+    stack = {
+        f"{name}.lora_down.weight": torch.tensor([[1.0, 2.0], [5.0, 6.0], [7.0, 8.0], [0.0, 0.0]]),
+        f"{name}.lora_up.weight": torch.tensor(
+            [[3, 0, 0, 0], [4, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 9, 10, 0], [0, 11, 12, 0]]
+        ).float(),
     }
-    found = from_diffusers(tensors, "kohya")
-    name = "lora_unet_double_blocks_4_img_attn_qkv"
-    assert found[f"{name}.lora_down.weight"].tolist() == [[1, 2], [5, 6], [7, 8]]
-    assert found[f"{name}.lora_up.weight"].tolist() == [[3, 0, 0], [4, 0, 0], [0, 0, 0], [0, 0, 0], [0, 9, 10], [0, 11, 12]]
-    assert found[f"{name}.alpha"].item() == 3
-    assert len(found) == 3
+    found = to_diffusers(write(tmp_path / "x.safetensors", stack))
+    products = {part: found[f"{block}.{part}.lora_B.weight"] @ found[f"{block}.{part}.lora_A.weight"] for part in ("to_q", "to_k", "to_v")}
+    assert products["to_q"].tolist() == [[3, 6], [4, 8]]
+    assert products["to_k"].tolist() == [[0, 0], [0, 0]]
+    assert products["to_v"].tolist() == [[115, 134], [139, 162]]
+    assert len(found) == 6
 
 
-def test_other_ranks_and_missing_parts_come_back(tmp_path: Path) -> None:
-    names = [name for name in all_modules() if not name.endswith(("to_k", "add_q_proj"))]
-    tensors = random_lora(names, ranks=lambda name: 1 + sum(map(ord, name)) % 4, width=16)
-    back = to_diffusers(write(tmp_path / "x.safetensors", from_diffusers(tensors, "comfyui")))
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[key], value) for key, value in tensors.items())
-
-
-def test_the_last_layer_swaps_scale_and_shift() -> None:
+def test_the_last_layer_swaps_scale_and_shift(tmp_path: Path) -> None:
     tensors = random_lora(["norm_out.linear"])
-    b = tensors["transformer.norm_out.linear.lora_B.weight"]
-    found = from_diffusers(tensors, "kohya")["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"]
-    assert torch.equal(found, torch.cat([b[3:], b[:3]]))
+    stem = "lora_unet_final_layer_adaLN_modulation_1"
+    a, b = (
+        tensors["transformer.norm_out.linear.lora_A.weight"],
+        torch.cat(tensors["transformer.norm_out.linear.lora_B.weight"].chunk(2)[::-1]),
+    )
+    found = to_diffusers(write(tmp_path / "x.safetensors", {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}))
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+
+
+def test_the_last_layer_s_alpha_is_not_lost(tmp_path: Path) -> None:
+    """diffusers' converter drops it."""
+    tensors = random_lora(["norm_out.linear", "proj_out"])
+    halved = {key: value / 2 if key.endswith("alpha") else value for key, value in foreign.in_style(tensors, "kohya").items()}
+    found = to_diffusers(write(tmp_path / "x.safetensors", halved))
+    for name in ("transformer.norm_out.linear", "transformer.proj_out"):
+        torch.testing.assert_close(product_on(found, name), product_on(tensors, name) / 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs(prefix: str, tmp_path: Path) -> None:
+    names = {
+        "double_blocks.3.processor.qkv_lora1": 48,
+        "double_blocks.3.processor.proj_lora1": 16,
+        "double_blocks.3.processor.proj_lora2": 16,
+    }
+    names |= {
+        "double_blocks.3.processor.qkv_lora2": 48,
+        "single_blocks.9.processor.qkv_lora": 48,
+        "single_blocks.9.processor.proj_lora": 16,
+    }
+    tensors = {}
+    for name, rows in names.items():
+        tensors |= {f"{prefix}{name}.down.weight": torch.randn(2, 16), f"{prefix}{name}.up.weight": torch.randn(rows, 2)}
+    found = to_diffusers(write(tmp_path / "x.safetensors", tensors))
+    assert_same_products(found, FluxPipeline.lora_state_dict(dict(tensors)))
+    query = "transformer.transformer_blocks.3.attn.to_q.lora_B.weight"
+    assert torch.equal(found[query], tensors[f"{prefix}double_blocks.3.processor.qkv_lora1.up.weight"][:16])
+    assert len(found) == 2 * (3 + 3 + 3 + 3)
 
 
 # ---- in, against diffusers
@@ -194,10 +212,7 @@ def test_imports_are_what_diffusers_makes_of_them(alpha: float | None, tmp_path:
     found = to_diffusers(write(tmp_path / "x.safetensors", tensors))
     assert_same_products(found, by_diffusers(tensors))
     assert all(len(value) == 3 for key, value in found.items() if ".lora_A." in key)
-    again = from_diffusers(found, "kohya")  # parts that share A become one again, of the same rank
-    assert all(torch.equal(found, tensors[key]) for key, found in again.items() if alpha in (None, 3.0) and not key.endswith("alpha"))
-    assert {float(value) for key, value in again.items() if key.endswith("alpha")} == {3.0}
-    save_file({key: value.contiguous() for key, value in found.items()}, tmp_path / "y.safetensors")  # no two share memory
+    save_file(found, tmp_path / "y.safetensors")  # no two share memory
 
 
 def test_comfyui_keys_and_diffusers_names_with_underscores(tmp_path: Path) -> None:
@@ -272,8 +287,8 @@ PLAIN = {f"transformer.x_embedder.lora_{side}.weight": torch.ones(*shape) for si
 LAST = "diffusion_model.final_layer.adaLN_modulation.1"
 BROKEN = {
     "nothing": ({}, r"Missing 0: none\. Unexpected 0: none\."),
-    "no up": ({DOWN: GOOD[DOWN]}, r"Missing 1: up matrix of double_blocks\.0\.img_attn\.qkv\. Unexpected 0"),
-    "no down": ({UP: GOOD[UP]}, r"Missing 1: down matrix of double_blocks\.0\.img_attn\.qkv"),
+    "no up": ({DOWN: GOOD[DOWN]}, r"Missing 1: up matrix of double_blocks_0_img_attn_qkv\. Unexpected 0"),
+    "no down": ({UP: GOOD[UP]}, r"Missing 1: down matrix of double_blocks_0_img_attn_qkv"),
     "alpha alone": ({ALPHA: torch.tensor(1.0)}, r"Missing 2: down matrix of .*, up matrix of"),
     "unknown module": (
         GOOD | {"lora_unet_middle_block.lora_down.weight": torch.ones(1, 1)},
@@ -335,18 +350,6 @@ def test_broken_files_are_refused(case: str, tmp_path: Path) -> None:
 def test_broken_metadata_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         to_diffusers(write(tmp_path / "x.safetensors", PLAIN, {"lora_adapter_metadata": text}))
-
-
-def test_parts_that_make_no_stack_are_refused() -> None:
-    block = "transformer.transformer_blocks.0.attn"
-    good = {f"{block}.to_q.lora_A.weight": torch.ones(1, 4), f"{block}.to_q.lora_B.weight": torch.ones(4, 1)}
-    wide = {f"{block}.to_k.lora_A.weight": torch.ones(1, 5), f"{block}.to_k.lora_B.weight": torch.ones(4, 1)}
-    tall = {f"{block}.to_k.lora_A.weight": torch.ones(1, 4), f"{block}.to_k.lora_B.weight": torch.ones(5, 1)}
-    for other in (wide, tall):
-        with pytest.raises(
-            ValueError, match=r"to_k\.lora_B\.weight must have 4 rows and an A of 4 columns to be part of double_blocks\.0\.img_attn\.qkv"
-        ):
-            from_diffusers(good | other, "kohya")
 
 
 def test_many_keys_are_named_briefly(tmp_path: Path) -> None:

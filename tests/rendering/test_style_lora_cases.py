@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import inference
 from mosaic.images import load_image
 from mosaic.lora.adapter import reference_lora_modules, save_reference_lora
-from mosaic.lora.formats import from_diffusers
 from mosaic.model import blocks
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.recipes import read_recipe
 from mosaic.weights.digests import weights_digest
 from tests import naive, runs, tiny
+from tests.lora.foreign import in_style
 from tests.pipeline.test_style_lora import STYLE_MODULES, close, lora_layers, run, style_pipeline
 
 CASES: list[dict[str, Any]] = [
@@ -40,10 +40,10 @@ def attach_frozen_lora(pipeline: MosaicFluxPipeline) -> dict[str, Tensor]:
 # ---- where it acts
 
 
-@pytest.mark.parametrize("style", ["diffusers", "kohya", "comfyui"])
+@pytest.mark.parametrize("style", ["diffusers", "kohya", "comfyui", "fal"])
 def test_it_acts_on_text_and_target_only(style: str, batch: tiny.Batch, tmp_path: Path) -> None:
     tensors = style_tensors()
-    save_file(from_diffusers(tensors, style), tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(in_style(tensors, style), tmp_path / "pytorch_lora_weights.safetensors")
     pipeline, stock = style_pipeline(), tiny.build_transformer(stock=True)
     reference = naive.lora_matrices(attach_frozen_lora(pipeline))
     before = run(pipeline.transformer, batch)
@@ -118,7 +118,7 @@ def refused_files() -> dict[str, tuple[dict[str, Tensor], str]]:
         ),
         "text encoder": (good | {"text_encoder.text_model.x.lora_A.weight": torch.ones(1, 1)}, "import --transformer-only"),
         "reference": (reference, "is a reference LoRA, not a style LoRA: load it with load_reference_lora"),
-        "reference for kohya": (from_diffusers(reference, "kohya"), "is a reference LoRA, not a style LoRA"),
+        "reference for kohya": (in_style(reference, "kohya"), "is a reference LoRA, not a style LoRA"),
         "not finite": (good | {query: torch.full((2, 32), torch.nan)}, "holds values that are not finite"),
     }
 
@@ -154,7 +154,7 @@ def test_other_things_are_refused(tmp_path: Path) -> None:
 def test_a_reference_lora_in_another_style_names_the_cure(tmp_path: Path) -> None:
     donor, pipeline = style_pipeline(), style_pipeline()
     tensors = {key: value.detach() for key, value in tiny.attach_random_lora(donor.transformer).items()}
-    save_file(from_diffusers(tensors, "kohya"), tmp_path / "x.safetensors")
+    save_file(in_style(tensors, "kohya"), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"Missing 50: .* Unexpected .*`python scripts/lora_tools\.py import` makes its keys ours"):
         pipeline.load_reference_lora(tmp_path / "x.safetensors")
     save_reference_lora(donor.transformer, tmp_path / "y.safetensors")
@@ -172,7 +172,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stock = tiny.build_transformer(False, stock=True, num_layers=1, num_single_layers=1)
     modules = ["x_embedder", "context_embedder", "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"]
     tensors = tiny.random_lora_file(tiny.linear_shapes(stock, modules), 2, 8)
-    save_file(from_diffusers(tensors, "kohya"), folder / "style.safetensors")
+    save_file(in_style(tensors, "kohya"), folder / "style.safetensors")
     return folder
 
 
