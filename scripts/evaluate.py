@@ -3,8 +3,8 @@
 For every K: subject identification among 8 candidates of the same class (chance 12.5 %), attribute leakage, class presence and
 attention accuracy, with the adapter and without references, and the judge's own accuracy on real renderings of the same scenes; and
 what the base draws of class, count and background without references. Intervals are 95 % Wilson intervals over subjects. Prints the
-README's tables; --output also writes JSON, with the digests of all that was measured. assets/pocket/evaluation.json is that of the
-shipped weights.
+tables of docs/pocket_world.md; --output also writes JSON, with the digests of all that was measured. assets/pocket/evaluation.json is that
+of the shipped weights.
 """
 
 import argparse

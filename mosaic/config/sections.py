@@ -160,7 +160,7 @@ LOSS_PRESETS["light"] = LOSS_PRESETS["paper"] | {
     "disentanglement_cap": 1.0,
 }
 """What each preset sets: the losses as the paper states them, as the released training code computes them, and the paper's at a tenth of
-their weights and with a cap (README, Ablation)."""
+their weights and with a cap (docs/ablation.md)."""
 
 
 _NOT_GIVEN: Any = object()

@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--short", dest="size", action="store_const", const="short", help="coarse, to see that all of it works (the default)")
-    size.add_argument("--long", dest="size", action="store_const", const="long", help="that of the README: an afternoon on two cores")
+    size.add_argument("--long", dest="size", action="store_const", const="long", help="that of docs/ablation.md: an afternoon on two cores")
     parser.set_defaults(size="short")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
     cores = os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The part of a README that an ablation fills: its main tables and figures, between two markers."""
+"""The part of a page that an ablation fills: its main tables and figures, between two markers."""
 
 import os
 from pathlib import Path
@@ -47,7 +47,7 @@ def block(results: dict[str, Any], folder: str) -> str:
         f"(one-factor variants: {size['factor_seeds']} of {size['factor_steps']:,}), {size['cases']} held-out scenes per K, in brackets "
         f"95 % intervals for other seeds and scenes (Frechet distance, pulls: for other seeds); {hardware['processor']}, "
         f"{hardware['cores']} cores, {hardware['side_by_side']} runs side by side: training {hours['training']}, measuring "
-        f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [{folder}/report.md]({folder}/report.md)."
+        f"{hours['measuring']}, added up over all runs. All tables, and every number's run: [report.md]({folder}/report.md)."
     )
     parts = [made, summary_table(results, SUMMARY_K, MEASURES), contrast_table(results)]
     parts += [k_table(results, IDENTIFICATION), contrast_k_table(results)]

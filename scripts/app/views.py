@@ -15,7 +15,7 @@ from scripts.app.uploads import Upload
 
 POCKET_NOTE = (
     "Pocket weights: a toy world of 64-pixel pictures that runs anywhere. It knows birds, cars, cats, fish, mugs, mushrooms, rockets and "
-    "snails in a few places; start from an example below. The README says how to open this page with FLUX.1-dev."
+    "snails in a few places; start from an example below. docs/page.md says how to open this page with FLUX.1-dev."
 )
 
 
