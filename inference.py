@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mosaic.config.loading import Config, load_config
-from mosaic.rendering.cases.reading import Case, read_cases
+from mosaic.rendering.cases.reading import Case, CaseFile, read_cases
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -82,8 +82,8 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(config: Config, cases: list[Case]) -> "RunResult":
-    """Render the cases, this process its share; see `mosaic.rendering.runner.run_cases`."""
+def run(config: Config, file: CaseFile) -> "RunResult":
+    """Render the cases of a file, this process its share; see `mosaic.rendering.runner.run_cases`."""
     from datetime import timedelta
 
     import torch
@@ -98,8 +98,8 @@ def run(config: Config, cases: list[Case]) -> "RunResult":
     torch.set_num_threads(config.inference.num_threads)
     try:
         if config.inference.memory == "auto":
-            config = choose_memory(config, cases, state)
-        return run_cases(cases, config, state)
+            config = choose_memory(config, file.cases, state)
+        return run_cases(file, config, state)
     finally:
         torch.set_num_threads(num_threads)
         state.destroy_process_group()
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1 if bad or unfit else 0
         if bad and first:
             print(f"{len(bad)} bad cases, listed at the end, are left out; the first: {bad[0]}", file=sys.stderr)
-        result = run(config, file.cases)
+        result = run(config, file)
     except (ValueError, OSError) as error:
         if first:
             show_problems([*bad, error])

@@ -2,8 +2,9 @@
 
 import io
 import stat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
@@ -12,6 +13,9 @@ WHITE = (255, 255, 255)
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 """Formats read, by Pillow's names. Others are left out on purpose: some of their readers start outside programs (EPS)."""
+
+MAX_FILE = 2 * 2**30
+"""Bytes of a picture file that is read; what Pillow decodes at most has fewer."""
 
 AGAIN = "Save or download it again."
 
@@ -34,6 +38,11 @@ def load_image(path: str | Path) -> Image.Image:
         ValueError: It is a folder, empty, damaged, not a picture, or cannot be read. The messages begin with the problem, so that a caller
             can put the place before them.
     """
+    return decode_image(read_picture(path), str(path))
+
+
+def read_picture(path: str | Path) -> bytes:
+    """The content of a picture file, not empty, for `decode_image`; errors are those of `load_image`."""
     path = Path(path)
     try:
         status = path.stat()
@@ -45,13 +54,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"must be a picture file, but it is a folder: {path}. Name a picture in it.")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise ValueError(f"must be a regular picture file, but it is a pipe or device: {path}. Save the picture to a file first.")
-    if status.st_size == 0:
-        raise ValueError(f"the picture file is empty (0 bytes): {path}. {AGAIN}")
+    if status.st_size > MAX_FILE:
+        raise ValueError(f"the picture file must have at most {MAX_FILE >> 20} MiB, got {status.st_size >> 20}: {path}. Make it smaller.")
     try:
-        with open(path, "rb") as file:
-            return _decode(file, str(path))
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"the file cannot be read: {path} ({error.strerror}).") from error
+    if not data:
+        raise ValueError(f"the picture file is empty (0 bytes): {path}. {AGAIN}")
+    return data
 
 
 def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> Image.Image:
@@ -70,13 +81,8 @@ def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> Image
     """
     if not data:
         raise ValueError(f"the picture file is empty (0 bytes): {name}. {AGAIN}")
-    return _decode(io.BytesIO(data), name, max_pixels)
-
-
-def _decode(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.Image:
-    """Decode an open picture file; its errors are ValueErrors that begin with the problem."""
     try:
-        with Image.open(file, formats=_readable_formats()) as picture:
+        with Image.open(io.BytesIO(data), formats=_readable_formats()) as picture:
             if max_pixels is not None and picture.width * picture.height > max_pixels:
                 given = f"{picture.width} x {picture.height} pixels"
                 raise _TooManyPixels(f"it has {given}, more than {max_pixels / 1e6:g} million; make it smaller")
@@ -131,36 +137,7 @@ def prepare_reference(image: Image.Image, size: int, scale: float = 0.9) -> Imag
     Raises:
         ValueError: `size` or `scale` is out of range, or the picture is so narrow that a side would become 0 pixels.
     """
-    image, placement = _placement(image, size, scale)
-    image = image.crop(placement.box).resize((placement.width, placement.height), Image.Resampling.LANCZOS)
-    result = Image.new("RGB", (size, size), WHITE)
-    result.paste(image, (placement.left, placement.top))
-    return result
-
-
-def prepared_position(image: Image.Image, point: tuple[int, int], size: int, scale: float = 0.9) -> tuple[float, float]:
-    """Where a pixel of a picture lies in what `prepare_reference` makes of it.
-
-    Args:
-        image: The picture as given to `prepare_reference`.
-        point: (x, y) of a pixel of `image`, counted from 0 at its upper left.
-        size: As given there.
-        scale: As given there.
-
-    Returns:
-        (x, y) of the pixel's centre in px of the prepared picture, from its upper left corner.
-
-    Raises:
-        ValueError: The pixel lies outside the part of the picture that is kept, or as `prepare_reference`.
-    """
-    _, (box, width, height, left, top) = _placement(image, size, scale)
-    x, y = point
-    if not (box[0] <= x < box[2] and box[1] <= y < box[3]):
-        raise ValueError(
-            f"must lie on the subject, x in [{box[0]}, {box[2]}) and y in [{box[1]}, {box[3]}) of the {image.width} x {image.height} "
-            f"pixels, got [{x}, {y}]."
-        )
-    return left + (x + 0.5 - box[0]) * width / (box[2] - box[0]), top + (y + 0.5 - box[1]) * height / (box[3] - box[1])
+    return PreparedReference.make(image, size, scale).picture
 
 
 class _Placement(NamedTuple):
@@ -192,6 +169,57 @@ def _placement(image: Image.Image, size: int, scale: float) -> tuple[Image.Image
             f"in a square of {size}. Use a picture whose subject is less elongated, or a larger size."
         )
     return image, _Placement(box, width, height, (size - width) // 2, (size - height) // 2)
+
+
+@dataclass(frozen=True)
+class PreparedReference:
+    """A reference picture as the model sees it, prepared once for every call and page that needs it.
+
+    Attributes:
+        picture: What `prepare_reference` makes of it.
+        scale: As given there.
+        given_size: (width, height) of the picture that was given, in px.
+    """
+
+    picture: Image.Image
+    scale: float
+    given_size: tuple[int, int]
+    _placement: "_Placement"
+
+    @classmethod
+    def make(cls, image: Image.Image, size: int, scale: float = 0.9) -> Self:
+        """Prepare a picture; arguments and errors are those of `prepare_reference`."""
+        rgb, placement = _placement(image, size, scale)
+        subject = rgb.crop(placement.box).resize((placement.width, placement.height), Image.Resampling.LANCZOS)
+        picture = Image.new("RGB", (size, size), WHITE)
+        picture.paste(subject, (placement.left, placement.top))
+        return cls(picture, scale, image.size, placement)
+
+    @property
+    def size(self) -> int:
+        """Side in pixels."""
+        return self.picture.width
+
+    def position(self, point: tuple[int, int]) -> tuple[float, float]:
+        """Where a pixel of the given picture lies in the prepared one.
+
+        Args:
+            point: (x, y) of a pixel, counted from 0 at the upper left.
+
+        Returns:
+            (x, y) of the pixel's centre in px of the prepared picture, from its upper left corner.
+
+        Raises:
+            ValueError: The pixel lies outside the part of the picture that is kept.
+        """
+        box, width, height, left, top = self._placement
+        x, y = point
+        if not (box[0] <= x < box[2] and box[1] <= y < box[3]):
+            raise ValueError(
+                f"must lie on the subject, x in [{box[0]}, {box[2]}) and y in [{box[1]}, {box[3]}) of the {self.given_size[0]} x "
+                f"{self.given_size[1]} pixels, got [{x}, {y}]."
+            )
+        return left + (x + 0.5 - box[0]) * width / (box[2] - box[0]), top + (y + 0.5 - box[1]) * height / (box[3] - box[1])
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from mosaic.config.loading import Config, load_config
 from mosaic.data import check_dataset, open_dataset
 from mosaic.data.cache.opening import latent_encoding, text_encoding
+from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.training.objective import run_grids
 from mosaic.weights.components import TEXT_COMPONENTS, component_config, component_folder
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[str]:
         pictures = PictureSource(dataset, pipeline, data.skip_invalid, data.num_workers)
         summaries.append(fill(Path(data.latent_cache), pictures, latent_encoding(config), made_of, arguments.shard_size, state))
     if data.text_cache is not None:
-        prompts = PromptSource(dataset, pipeline, config.model.text_length)
+        prompts = PromptSource(dataset, pipeline.encoders, config.model.text_length)
         summaries.append(fill(Path(data.text_cache), prompts, text_encoding(config), made_of, arguments.shard_size, state))
     return summaries
 
@@ -77,7 +78,7 @@ def load_encoders(config: Config) -> MosaicFluxPipeline:
     pipeline = MosaicFluxPipeline.from_pretrained(pretrained, dtype=DTYPES[config.model.dtype], **dict.fromkeys(absent))
     if "vae" in absent:
         levels = component_config(component_folder(pretrained, "vae"))["block_out_channels"]
-        pipeline.vae_scale_factor = 2 ** (len(levels) - 1)
+        pipeline.encoders = LiveEncoders(pipeline, 2 ** (len(levels) - 1))
     return pipeline
 
 

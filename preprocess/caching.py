@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,6 +17,7 @@ from mosaic.data.cache import texts as text_cache
 from mosaic.data.cache.tensors import DESCRIPTION, INDEX, NAMES, VERSION, is_finished, shard_path, write_index, write_shard
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import first_difference, read_json, write_text
+from mosaic.pipeline.encoders import Encoders
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
 
@@ -84,23 +84,21 @@ class PromptSource:
 
     kind, unit = text_cache.KIND, "prompt"
 
-    def __init__(self, dataset: TrainingDataset, pipeline: MosaicFluxPipeline, text_length: int) -> None:
+    def __init__(self, dataset: TrainingDataset, encoders: Encoders, text_length: int) -> None:
         """Find the distinct prompts.
 
         Args:
             dataset: The samples.
-            pipeline: With its text encoders.
+            encoders: Encode prompts.
             text_length: T5 tokens.
         """
-        self.pipeline, self.text_length = pipeline, text_length
+        self.encoders, self.text_length = encoders, text_length
         self.names: list[str | None] = list(text_cache.distinct_prompts(dataset.prompts()))
 
-    @torch.no_grad()
     def encode(self, numbers: Sequence[int]) -> Iterator[Encoded]:
         """Encode each prompt by itself."""
         for prompt in (self.names[number] for number in numbers):
-            device = self.pipeline.text_encoder_2.device
-            prompt_embeds, pooled, _ = self.pipeline.encode_prompt([prompt], device=device, max_sequence_length=self.text_length)
+            prompt_embeds, pooled = self.encoders.encode_prompts([prompt], self.text_length)
             tensors = {"prompt_embeds": prompt_embeds[0].cpu().contiguous(), "pooled": pooled[0].cpu().contiguous()}
             yield Encoded(prompt, {text_cache.prompt_key(prompt): tensors})
 

@@ -99,7 +99,7 @@ def run_sampling_case(case: Path, meta: dict) -> dict[str, Tensor]:
     pipeline.set_progress_bar_config(disable=True)
     grid, reference_grid = Grid(*meta["target_grid"]), Grid(*meta["ref_grid"])
     references = torch.stack([unpack_latents(io[f"ref.{k}"], reference_grid) for k in range(meta["K"])], dim=1)
-    token = pipeline.vae_scale_factor * 2
+    token = pipeline.encoders.vae_scale_factor * 2
     isolated = bool(meta.get("reference_kv_cache"))
     result = pipeline(
         prompt_embeds=io["prompt_embeds"],

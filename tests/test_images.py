@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mosaic.images import load_image, prepare_reference, prepared_position, to_rgb
+from mosaic.images import PreparedReference, load_image, prepare_reference, to_rgb
 
 
 def plain_prepare(image: Image.Image, size: int, scale: float) -> Image.Image:
@@ -119,8 +119,8 @@ def test_a_pixel_is_found_where_it_was_put() -> None:
         prepared = np.asarray(prepare_reference(Image.fromarray(marked), 320, 0.9))[..., 0].astype(float)
         dark = np.clip(190 - prepared, 0, None)
         centre = [float((dark.sum(axis=axis) * (np.arange(320) + 0.5)).sum() / dark.sum()) for axis in (0, 1)]
-        assert prepared_position(Image.fromarray(picture), (x, y), 320, 0.9) == pytest.approx(centre, abs=1.0)
-    assert prepared_position(Image.new("RGB", (8, 8), "white"), (7, 0), 80, 1.0) == (75, 5)
+        assert PreparedReference.make(Image.fromarray(picture), 320, 0.9).position((x, y)) == pytest.approx(centre, abs=1.0)
+    assert PreparedReference.make(Image.new("RGB", (8, 8), "white"), 80, 1.0).position((7, 0)) == (75, 5)
 
 
 @pytest.mark.parametrize("point", [(9, 10), (40, 10), (20, 3), (20, 24), (-1, 5)])
@@ -128,7 +128,7 @@ def test_points_beside_the_subject(point: tuple[int, int]) -> None:
     image = Image.new("RGB", (50, 30), "white")
     image.paste("navy", (10, 4, 40, 24))
     with pytest.raises(ValueError, match=re.escape("must lie on the subject, x in [10, 40) and y in [4, 24) of the 50 x 30 pixels, got [")):
-        prepared_position(image, point, 32)
+        PreparedReference.make(image, 32).position(point)
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config.sections import MAX_STRENGTH
+from mosaic.images import PreparedReference
 from mosaic.method.tokens import Grid
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
+from mosaic.pipeline.encoders import PromptEmbeddings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Reference = Image.Image | PreparedReference
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,17 @@ class PipelineInputs:
         reference_images: Per prompt its pictures, maybe none.
         reference_latents: Per prompt [K, C, h, w], or None if pictures are given.
         reference_strengths: Per prompt one number per reference.
-        prompt_embeds: [B, T, d] or None.
-        pooled_prompt_embeds: [B, d_pooled] or None.
+        prompt_embeddings: Those of B prompts, or None if prompts are given.
         latents: Packed start noise or None.
         generator: As given.
         num_pictures: Prompts x pictures per prompt.
     """
 
     prompts: list[str] | None
-    reference_images: list[list[Image.Image]]
+    reference_images: list[list[Reference]]
     reference_latents: list[Tensor | None] | None
     reference_strengths: list[list[float]]
-    prompt_embeds: Tensor | None
-    pooled_prompt_embeds: Tensor | None
+    prompt_embeddings: PromptEmbeddings | None
     latents: Tensor | None
     generator: torch.Generator | list[torch.Generator] | None
     num_pictures: int
@@ -84,7 +85,32 @@ def check_inputs(
     strengths = _per_prompt_strengths(reference_strength, counts, single=not isinstance(prompt, (list, tuple)))
     if (any(images) or any(x is not None and len(x) for x in tensors or [])) and not has_reference_lora:
         raise ValueError("references need a reference LoRA: call load_reference_lora(...) first, or leave the references out.")
-    return PipelineInputs(prompts, images, tensors, strengths, prompt_embeds, pooled_prompt_embeds, latents, generator, num_pictures)
+    embeddings = None if prompts is not None else PromptEmbeddings(prompt_embeds, pooled_prompt_embeds)
+    return PipelineInputs(prompts, images, tensors, strengths, embeddings, latents, generator, num_pictures)
+
+
+def prepared_references(references: Sequence[Sequence[Reference]], size: int, scale: float) -> list[list[Image.Image]]:
+    """Per prompt its references as the model sees them; those that are prepared already are not prepared again.
+
+    Args:
+        references: Per prompt its pictures.
+        size: Side in pixels.
+        scale: Share of the side that a subject's long side takes.
+
+    Raises:
+        ValueError: One was prepared for another size or scale, or cannot be prepared.
+    """
+    prepared = []
+    for p, pictures in enumerate(references):
+        prepared.append([])
+        for k, picture in enumerate(pictures):
+            if not isinstance(picture, PreparedReference):
+                picture = PreparedReference.make(picture, size, scale)
+            elif (picture.size, picture.scale) != (size, scale):
+                wanted, given = f"{size} px at scale {scale:g}", f"{picture.size} px at scale {picture.scale:g}"
+                raise ValueError(f"reference_images[{p}][{k}] must be prepared for {wanted}, as this call says, got one of {given}.")
+            prepared[-1].append(picture.picture)
+    return prepared
 
 
 def check_numbers(**values: float) -> None:
@@ -147,7 +173,7 @@ def _check_prompts(
     return prompts
 
 
-def _per_prompt_images(images: Sequence | None, num_prompts: int, single: bool) -> list[list[Image.Image]]:
+def _per_prompt_images(images: Sequence | None, num_prompts: int, single: bool) -> list[list[Reference]]:
     if images is None:
         return [[] for _ in range(num_prompts)]
     if isinstance(images, Image.Image):
@@ -160,7 +186,7 @@ def _per_prompt_images(images: Sequence | None, num_prompts: int, single: bool) 
         )
     for p, pictures in enumerate(nested):
         for k, picture in enumerate(pictures):
-            if not isinstance(picture, Image.Image):
+            if not isinstance(picture, Reference):
                 given = type(picture).__name__
                 raise ValueError(f"reference_images[{p}][{k}] must be a PIL picture, got {given}; see mosaic.load_image().")
     return [list(pictures) for pictures in nested]

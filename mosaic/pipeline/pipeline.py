@@ -21,18 +21,27 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mosaic.images import prepare_reference
 from mosaic.lora import adapter as lora
 from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
 from mosaic.model.reference_cache import CachedTransformer, refresh_interval
 from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
 from mosaic.pipeline.attention_report import AttentionRecorder, PictureAttention, subject_tokens
-from mosaic.pipeline.inputs import PipelineInputs, check_inputs, check_numbers, check_sampling, group_by_num_references
-from mosaic.pipeline.latents import decode_latents, encode_images, images_to_tensor
+from mosaic.pipeline.encoders import Encoders, LiveEncoders, PromptEmbeddings
+from mosaic.pipeline.inputs import (
+    PipelineInputs,
+    Reference,
+    check_inputs,
+    check_numbers,
+    check_sampling,
+    group_by_num_references,
+    prepared_references,
+)
+from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.lora_loading import ReferenceLoraLoaderMixin
 from mosaic.weights.hub import require_model_name, unreachable_message
 
 DEFAULT_SIZE = 512  # px; target and references, unless the loaded reference LoRA says otherwise
+References = Sequence[Reference]  # of one prompt
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of `model.dtype`
 
 
@@ -68,6 +77,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     @functools.wraps(FluxPipeline.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.encoders: Encoders = LiveEncoders(self)
         self.reference_config: dict[str, Any] = {}  # the resolved training config that a reference LoRA file carries
 
     def register_modules(self, **modules: Any) -> None:
@@ -113,7 +123,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        reference_images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        reference_images: References | Sequence[References] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
@@ -142,7 +152,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         Args:
             prompt: One prompt or a list.
             reference_images: For one prompt its pictures; for a list of prompts one list each (they may differ in K, and be
-                empty). Each is prepared by `prepare_reference`.
+                empty). Each is prepared as by `prepare_reference`, unless it is a `PreparedReference` already.
             height: In px, a multiple of the token size. None: as the reference LoRA was trained, else 512.
             width: Likewise.
             num_inference_steps: Sampling steps.
@@ -192,10 +202,10 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         )
         image_size = self._trained("data", "image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
         height, width = (given if given is not None else usual for given, usual in zip((height, width), image_size, strict=True))
-        grid = token_grid(height, width, self.vae_scale_factor)
+        grid = token_grid(height, width, self.encoders.vae_scale_factor)
         if reference_size is None:
             reference_size = self._trained("data", "reference_size") or DEFAULT_SIZE
-        token_grid(reference_size, reference_size, self.vae_scale_factor, where="reference_size")
+        token_grid(reference_size, reference_size, self.encoders.vae_scale_factor, where="reference_size")
         attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
         check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
         check_numbers(guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
@@ -203,9 +213,10 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
         self._interrupt, self._current_timestep = False, None
 
+        prepared = prepared_references(inputs.reference_images, reference_size, reference_scale)
         prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
-        references = self._encode_references(inputs, reference_size, reference_scale)
-        subjects = self._subjects(inputs, references, reference_size, reference_scale) if output_attention else None
+        references = self._reference_latents(inputs, prepared)
+        subjects = self._subjects(references, prepared) if output_attention else None
         latents = self._start_noise(inputs, grid, prompt_embeds.dtype)
         results: list[Tensor] = [None] * len(latents)
         attention: list[PictureAttention | None] = [None] * len(latents)
@@ -247,43 +258,33 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         """A setting that the loaded reference LoRA was trained with, or None."""
         return self.reference_config.get(section, {}).get(key)
 
-    def _encode_prompts(self, inputs: PipelineInputs, max_sequence_length: int | None) -> tuple[Tensor, Tensor]:
-        """[B, T, d] and [B, d_pooled], one row per prompt."""
-        if max_sequence_length is None:
-            max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
-        embeds, pooled, _ = self.encode_prompt(
-            prompt=inputs.prompts,
-            device=self._execution_device,
-            prompt_embeds=inputs.prompt_embeds,
-            pooled_prompt_embeds=inputs.pooled_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-        )
-        return embeds.to(self._execution_device), pooled.to(self._execution_device)
+    def _encode_prompts(self, inputs: PipelineInputs, max_sequence_length: int | None) -> PromptEmbeddings:
+        """[B, T, d] and [B, d_pooled], one row per prompt, on the device."""
+        found = inputs.prompt_embeddings
+        if found is None:
+            if max_sequence_length is None:
+                max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
+            found = self.encoders.encode_prompts(inputs.prompts, max_sequence_length)
+        return PromptEmbeddings(*(part.to(self._execution_device) for part in found))
 
-    def _encode_references(self, inputs: PipelineInputs, size: int, scale: float) -> list[Tensor | None]:
+    def _reference_latents(self, inputs: PipelineInputs, prepared: list[list[Image.Image]]) -> list[Tensor | None]:
         """Per prompt [K, C, h, w] latents (posterior mode, shifted and scaled), or None without references."""
         if inputs.reference_latents is not None:
             return [x.to(self._execution_device) if x is not None and len(x) else None for x in inputs.reference_latents]
-        encoded = []
-        for pictures in inputs.reference_images:
-            prepared = [prepare_reference(picture, size, scale) for picture in pictures]
-            tensor = images_to_tensor(prepared).to(self._execution_device, self.vae.dtype) if prepared else None
-            encoded.append(None if tensor is None else encode_images(self.vae, tensor))
-        return encoded
+        return self.encoders.encode_references(prepared)
 
-    def _subjects(self, inputs: PipelineInputs, references: list[Tensor | None], size: int, scale: float) -> list[Tensor | None]:
+    @staticmethod
+    def _subjects(references: list[Tensor | None], prepared: list[list[Image.Image]]) -> list[Tensor | None]:
         """Per prompt bool [K, N_ref], the tokens that the subjects cover: all where latents were given. None without references."""
         subjects: list[Tensor | None] = []
-        for number, latents in enumerate(references):
+        for latents, pictures in zip(references, prepared, strict=True):
             if latents is None:
                 subjects.append(None)
                 continue
             grid = Grid(latents.shape[-2] // 2, latents.shape[-1] // 2)
-            if inputs.reference_latents is not None:
-                subjects.append(torch.ones(len(latents), grid.num_tokens, dtype=torch.bool, device=latents.device))
-                continue
-            prepared = [prepare_reference(picture, size, scale) for picture in inputs.reference_images[number]]
-            subjects.append(torch.stack([subject_tokens(picture, grid) for picture in prepared]).to(latents.device))
+            every = torch.ones(len(latents), grid.num_tokens, dtype=torch.bool)
+            found = torch.stack([subject_tokens(picture, grid) for picture in pictures]) if pictures else every
+            subjects.append(found.to(latents.device))
         return subjects
 
     def _start_noise(self, inputs: PipelineInputs, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ What is alive at its fullest moment is what the step needs, by part. The code it
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from mosaic.method.tokens import PATCH, token_grid
 from mosaic.model.attention_rows import resolve_capture_blocks
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.pipeline.encoders import Encoders, PromptEmbeddings
 from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
@@ -179,22 +181,36 @@ def _without_capture(transformer: nn.Module) -> Any:
 
 
 def stand_in_pipeline(shape: ModelShape, transformer: MosaicFluxTransformer2DModel) -> Any:
-    """What `train_step` asks of a pipeline, with encoders that give noise of the right shape."""
-    device, dtype = transformer.device, transformer.dtype
-    channels = shape.transformer["in_channels"] // PATCH**2
-    scale = shape.vae_scale_factor
+    """What `train_step` asks of a pipeline."""
+    return SimpleNamespace(transformer=transformer, encoders=NoiseEncoders(shape, transformer.device, transformer.dtype))
 
-    def encode(images: Tensor) -> Any:
-        size = (len(images), channels, images.shape[-2] // scale, images.shape[-1] // scale)
-        latents = torch.randn(size, device=device, dtype=dtype)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents, sample=lambda generator: latents))
 
-    def encode_prompt(prompts: list[str], max_sequence_length: int, **_: Any) -> tuple[Tensor, Tensor, None]:
-        embeds = torch.randn(len(prompts), max_sequence_length, shape.transformer["joint_attention_dim"], device=device, dtype=dtype)
-        return embeds, torch.randn(len(prompts), shape.transformer["pooled_projection_dim"], device=device, dtype=dtype), None
+class NoiseEncoders(Encoders):
+    """Noise of the right shapes in place of embeddings and latents."""
 
-    vae = SimpleNamespace(dtype=dtype, config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0), encode=encode)
-    return SimpleNamespace(transformer=transformer, vae=vae, vae_scale_factor=scale, encode_prompt=encode_prompt)
+    def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> None:
+        self._shape, self._device, self._dtype = shape, device, dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+        return self._shape.vae_scale_factor
+
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeddings:
+        """Noise [B, T, d] and [B, d_pooled]."""
+        model = self._shape.transformer
+        return PromptEmbeddings(
+            self._noise(len(prompts), max_sequence_length, model["joint_attention_dim"]),
+            self._noise(len(prompts), model["pooled_projection_dim"]),
+        )
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Noise [B, C, h, w]."""
+        scale = self._shape.vae_scale_factor
+        return self._noise(len(images), self._shape.transformer["in_channels"] // PATCH**2, *(side // scale for side in images.shape[-2:]))
+
+    def _noise(self, *size: int) -> Tensor:
+        return torch.randn(size, device=self._device, dtype=self._dtype)
 
 
 def largest_batch(config: Config, shape: ModelShape, num_references: int) -> MosaicBatch:

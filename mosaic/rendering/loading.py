@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig, T5EncoderModel
 
 from mosaic.config.loading import Config
+from mosaic.pipeline.encoders import GivenPrompts, PromptEmbeddings, RememberedEncoders, encode_each
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
-from mosaic.rendering.memory_presets import GGUF, EncodedPrompts, MemoryPreset, gguf_file, place_pipeline, resolve_preset
+from mosaic.rendering.memory_presets import GGUF, MemoryPreset, gguf_file, place_pipeline, resolve_preset
 from mosaic.weights.components import TEXT_COMPONENTS, component_folder
 from mosaic.weights.quantized_files import quantized_model
 
@@ -92,7 +93,8 @@ def load_pipeline(config: Config, lora_file: Path | None, device: torch.device, 
         else:
             encoded = encode_first(loader, prompts)
             pipeline = loader.pipeline(**loader.transformer(), **dict.fromkeys(TEXT_COMPONENTS))
-            pipeline.encode_prompt = encoded
+            pipeline.encoders = GivenPrompts(pipeline.encoders, encoded)
+        pipeline.encoders = RememberedEncoders(pipeline.encoders)  # neighbouring cases often share their prompt or their pictures
         if lora_file is not None:
             pipeline.load_reference_lora(lora_file)
         style = config.inference
@@ -113,14 +115,13 @@ def _full_memory_explained(config: Config) -> Iterator[None]:
         ) from error
 
 
-def encode_first(loader: _Loader, prompts: Sequence[str]) -> EncodedPrompts:
+def encode_first(loader: _Loader, prompts: Sequence[str]) -> dict[tuple[str, int], PromptEmbeddings]:
     """The embeddings of prompts; the text encoders are loaded for them, and gone afterwards."""
-    encoders = loader.pipeline(transformer=None, vae=None, **loader.text_encoder())
+    pipeline = loader.pipeline(transformer=None, vae=None, **loader.text_encoder())
     if loader.device.type != "cpu":
-        encoders.to(loader.device)
-    encoded = EncodedPrompts()
-    encoded.encode(encoders, prompts, loader.config.model.text_length, loader.device)
-    del encoders
+        pipeline.to(loader.device)
+    encoded = encode_each(pipeline.encoders, prompts, loader.config.model.text_length)
+    del pipeline
     gc.collect()  # modules refer to themselves in circles, which would keep gigabytes until some later collection
     if loader.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -3,12 +3,10 @@
 In all of them the reference LoRA is exact and acts on reference tokens only, whatever the format of the layer below it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mosaic.config.loading import Config
 from mosaic.config.schema import FieldError
@@ -129,39 +127,3 @@ def place_pipeline(pipeline: MosaicFluxPipeline, preset: MemoryPreset, device: t
                 model.to(device)
     elif device.type != "cpu":
         pipeline.to(device)
-
-
-class EncodedPrompts:
-    """Embeddings of prompts in CPU memory (4 MiB each with FLUX.1), which stand for a pipeline's `encode_prompt`."""
-
-    def __init__(self) -> None:
-        self._embeddings: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-
-    def encode(self, pipeline: MosaicFluxPipeline, prompts: Iterable[str], text_length: int, device: torch.device) -> None:
-        """Encode prompts one at a time, as a picture's own call would; each once."""
-        with torch.no_grad():
-            for prompt in dict.fromkeys(prompts):
-                embeds, pooled, _ = pipeline.encode_prompt([prompt], None, device=device, max_sequence_length=text_length)
-                self._embeddings[prompt, text_length] = (embeds.cpu(), pooled.cpu())
-
-    def __call__(
-        self,
-        prompt: list[str] | None,
-        device: torch.device,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int = 512,
-    ) -> tuple[Tensor, Tensor, None]:
-        """Look prompts up, in place of encoding them.
-
-        Raises:
-            ValueError: If one is not there.
-        """
-        if prompt_embeds is not None:
-            return prompt_embeds, pooled_prompt_embeds, None
-        missing = [text for text in prompt if (text, max_sequence_length) not in self._embeddings]
-        if missing:
-            raise ValueError(f"the text encoders have left, and this prompt was not encoded before: {missing[0][:100]!r}.")
-        found = [self._embeddings[text, max_sequence_length] for text in prompt]
-        embeds, pooled = (torch.cat(part).to(device) for part in zip(*found, strict=True))
-        return embeds, pooled, None

@@ -1,6 +1,5 @@
 """Rendering of pictures in batches, and what is written of each."""
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,11 +12,10 @@ from tqdm.auto import tqdm
 
 from mosaic.config.loading import Config
 from mosaic.files import write_text
-from mosaic.images import decode_image
 from mosaic.model.acceleration import set_step_cache
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.pipeline.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
-from mosaic.rendering.encodings import shared_encodings
+from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
 from mosaic.rendering.outputs import Journal
 from mosaic.rendering.recipes import PictureJob, job_files, png_text, sampling_arguments
 from mosaic.rendering.report import make_report
@@ -32,6 +30,7 @@ def render_batches(
     wanted: Collection[str],
     pipeline: MosaicFluxPipeline,
     config: Config,
+    pictures: ReferencePictures,
     journal: Journal,
     show_progress: bool = True,
 ) -> None:
@@ -42,15 +41,16 @@ def render_batches(
         wanted: Names of the pictures that are to be written; the others are there already and only fill their batches.
         pipeline: The pipeline.
         config: The settings.
+        pictures: Gives the reference pictures.
         journal: Gets a line per picture.
         show_progress: Whether to show it.
     """
     steps = [len(batch) * batch[0].recipe["num_inference_steps"] for batch in batches]
-    with shared_encodings(pipeline), tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
+    with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
         for number, batch in enumerate(batches):
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
             progress.set_description(f"{batch[0].name}{more} ({number + 1} of {len(batches)})")
-            render_batch(batch, wanted, pipeline, config, journal, on_step=progress.update)
+            render_batch(batch, wanted, pipeline, config, pictures, journal, on_step=progress.update)
             progress.update(sum(steps[: number + 1]) - progress.n)
 
 
@@ -59,6 +59,7 @@ def render_batch(
     wanted: Collection[str],
     pipeline: MosaicFluxPipeline,
     config: Config,
+    pictures: ReferencePictures,
     journal: Journal,
     on_step: Callable[[int], object] = lambda _: None,
 ) -> None:
@@ -66,7 +67,7 @@ def render_batch(
     start, readable = time.perf_counter(), {}
     for job in batch:
         try:
-            readable[job.name] = read_references(job)
+            readable[job.name] = read_references(job, pictures)
         except CASE_ERRORS as error:
             note_failure(journal, job, in_one_line(error), wanted)
     jobs = [job for job in batch if job.name in readable]
@@ -85,7 +86,7 @@ def render_batch(
         tqdm.write(f"note: {len(jobs)} pictures at once failed ({failure}); they are tried one by one", file=sys.stderr)
         for job in jobs:
             if job.name in wanted:
-                render_batch([job], wanted, pipeline, config, journal)
+                render_batch([job], wanted, pipeline, config, pictures, journal)
         return
     seconds = (time.perf_counter() - start) / len(jobs)
     for number, job in enumerate(jobs):
@@ -123,7 +124,7 @@ def in_one_line(error: Exception) -> str:
 
 def sample(
     jobs: Sequence[PictureJob],
-    references: Sequence[Sequence[Image.Image]],
+    references: Sequence[Sequence[ReferencePicture]],
     pipeline: MosaicFluxPipeline,
     config: Config,
     on_step: Callable[[int], object],
@@ -143,7 +144,7 @@ def sample(
     with_lora = recipe["lora"] is not None
     set_step_cache(pipeline.transformer, settings.step_cache, settings.step_cache_threshold, recipe["num_inference_steps"])
     result = pipeline(
-        reference_images=[list(pictures) for pictures in references] if with_lora else None,
+        reference_images=[[reference.prepared for reference in found] for found in references] if with_lora else None,
         **sampling_arguments([job.recipe for job in jobs]),
         output_attention=settings.report and with_lora,
         output_type="np",  # pixels of 8 bits would hide what is not finite
@@ -157,7 +158,7 @@ def sample(
 
 def write_picture(
     job: PictureJob,
-    references: Sequence[Image.Image],
+    references: Sequence[ReferencePicture],
     picture: Image.Image,
     attention: PictureAttention | None,
     journal: Journal,
@@ -165,7 +166,7 @@ def write_picture(
 ) -> None:
     """Write a picture's files, the picture last, and its line in the journal."""
     start, text = time.perf_counter(), png_text(job.recipe)
-    report = make_report(job, references, picture, attention) if attention else None
+    report = make_report(job, [reference.prepared for reference in references], picture, attention) if attention else None
     numbers = {"attention": report.numbers} if report else {}
     journal.add(job, seconds=round(seconds + time.perf_counter() - start, 3), **numbers)
     files = job_files(job, journal.path.parent)
@@ -175,21 +176,12 @@ def write_picture(
     else:  # those of an earlier recipe are not of this picture
         files.attention.unlink(missing_ok=True)
         files.page.unlink(missing_ok=True)
-    save_picture(case_panel(references, picture, job.recipe["prompt"][:CAPTION_LETTERS]), files.panel, text)
+    panel = case_panel([reference.image for reference in references], picture, job.recipe["prompt"][:CAPTION_LETTERS])
+    save_picture(panel, files.panel, text)
     save_picture(picture, files.picture, text)
 
 
-def read_references(job: PictureJob) -> list[Image.Image]:
-    """The reference pictures of a job.
-
-    Raises:
-        ValueError: A file is not the one that was checked.
-        OSError: A file is gone.
-    """
-    pictures = []
-    for path, entry in zip(job.case.image_paths, job.recipe["references"], strict=True):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{path}: has changed since the cases were checked. Start again.")
-        pictures.append(decode_image(data, str(path)))
-    return pictures
+def read_references(job: PictureJob, pictures: ReferencePictures) -> list[ReferencePicture]:
+    """The reference pictures of a job; errors are those of `ReferencePictures.use`."""
+    entries = zip(job.case.image_paths, job.recipe["references"], strict=True)
+    return [pictures.use(path, entry["sha256"]) for path, entry in entries]

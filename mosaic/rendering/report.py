@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mosaic.images import prepare_reference, prepared_position
+from mosaic.images import PreparedReference
 from mosaic.pipeline.attention_report import Line, PictureAttention, attention_numbers
 from mosaic.rendering.recipes import PictureJob, page_digest
 from mosaic.reports.case_page import CasePage, case_page
@@ -26,16 +26,16 @@ class Report(NamedTuple):
     page: str
 
 
-def make_report(job: PictureJob, references: Sequence[Image.Image], picture: Image.Image, attention: PictureAttention) -> Report:
+def make_report(job: PictureJob, references: Sequence[PreparedReference], picture: Image.Image, attention: PictureAttention) -> Report:
     """The report of a job's picture.
 
     Args:
         job: The job.
-        references: K reference pictures as their files hold them.
+        references: K reference pictures.
         picture: The result.
         attention: Where the references look in it.
     """
-    prepared = [prepare_reference(reference, *_framing(job)) for reference in references]
+    prepared = [reference.picture for reference in references]
     lines = report_lines(job, references, attention)
     numbers = attention_numbers(attention, lines)
     chosen = [k for k, reference in enumerate(job.case.references) if reference.points]
@@ -43,19 +43,14 @@ def make_report(job: PictureJob, references: Sequence[Image.Image], picture: Ima
     return Report(numbers, attention_panel(prepared, picture, attention, lines), page)
 
 
-def report_lines(job: PictureJob, references: Sequence[Image.Image], attention: PictureAttention) -> list[Line]:
+def report_lines(job: PictureJob, references: Sequence[PreparedReference], attention: PictureAttention) -> list[Line]:
     """Lines from the points that the cases file gives for a reference; from its strongest where it gives none."""
     lines: list[Line] = []
     grid = attention.reference_grid
-    for k, (reference, image) in enumerate(zip(job.case.references, references, strict=True)):
+    for k, (reference, prepared) in enumerate(zip(job.case.references, references, strict=True)):
         for point in reference.points:
-            x, y = (position / job.recipe["reference_size"] for position in prepared_position(image, point, *_framing(job)))
+            x, y = (position / prepared.size for position in prepared.position(point))
             lines.append(attention.line(k, int(y * grid.rows) * grid.columns + int(x * grid.columns)))
         if not reference.points:
             lines += attention.strongest(k)
     return lines
-
-
-def _framing(job: PictureJob) -> tuple[int, float]:
-    """Size and scale at which references are prepared."""
-    return job.recipe["reference_size"], job.recipe["reference_scale"]

@@ -13,7 +13,7 @@ from mosaic.config.loading import Config
 from mosaic.model.acceleration import accelerate
 from mosaic.model.reference_cache import refresh_interval
 from mosaic.rendering.batches import plan_batches, unfinished_batches
-from mosaic.rendering.cases.reading import Case
+from mosaic.rendering.cases.reading import Case, CaseFile
 from mosaic.rendering.checks import check_output, check_sizes
 from mosaic.rendering.loading import load_pipeline
 from mosaic.rendering.outputs import Journal, write_manifest, write_sheets
@@ -38,11 +38,11 @@ class RunResult(NamedTuple):
     problems: list[str]
 
 
-def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> RunResult:
+def run_cases(file: CaseFile, config: Config, state: PartialState) -> RunResult:
     """Render what is not finished of the cases, this process its share; the first process then writes the manifest and the contact sheets.
 
     Args:
-        cases: Checked cases.
+        file: Checked cases and their pictures.
         config: The settings; `inference.memory` is not "auto" any more, see `mosaic.planning.memory_choice`.
         state: The processes.
 
@@ -55,7 +55,7 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
     settings, folder = config.inference, Path(config.inference.output_dir)
     check_output(folder)
     lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
-    jobs, problems = plan_jobs(cases, config, lora_file, state.device.type)
+    jobs, problems = plan_jobs(file.cases, config, lora_file, state.device.type, file.pictures.digests)
     todo = unfinished(jobs, folder, settings.report and lora_file is not None)
     state.wait_for_everyone()  # nobody writes before everybody has looked
     share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
@@ -63,7 +63,8 @@ def run_cases(cases: Sequence[Case], config: Config, state: PartialState) -> Run
         pipeline = load_pipeline(config, lora_file, state.device, [job.recipe["prompt"] for batch in share for job in batch])
         accelerate(pipeline.transformer, settings, state.device)
         names = {job.name for job in todo}
-        render_batches(share, names, pipeline, config, Journal(folder, state.process_index), show_progress=state.is_main_process)
+        journal = Journal(folder, state.process_index)
+        render_batches(share, names, pipeline, config, file.pictures, journal, show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process and jobs:
         failures = write_manifest(jobs, folder)
@@ -83,8 +84,17 @@ def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     return problems
 
 
-def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, device: str) -> tuple[list[PictureJob], list[str]]:
+def plan_jobs(
+    cases: Sequence[Case], config: Config, lora_file: Path | None, device: str, digests: dict[Path, str]
+) -> tuple[list[PictureJob], list[str]]:
     """The pictures of all cases, and a message for every case that does not fit the model; nothing is loaded.
+
+    Args:
+        cases: The cases.
+        config: The settings.
+        lora_file: The reference LoRA; None: there is none.
+        device: Type of the device, such as "cpu".
+        digests: SHA-256 of the reference pictures' files as they were checked; grows by those that are missing.
 
     Raises:
         FileNotFoundError, OSError, ValueError: The model or the settings do not fit.
@@ -95,7 +105,7 @@ def plan_jobs(cases: Sequence[Case], config: Config, lora_file: Path | None, dev
     check_sizes(config, factor)
     refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
     shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device)
-    jobs, problems, digests = [], [], {}
+    jobs, problems = [], []
     for case in cases:
         try:
             jobs += case_jobs(case, config, shared, factor, digests)

@@ -22,7 +22,7 @@ from mosaic.method.losses import (
 )
 from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, text_position_ids, token_grid
 from mosaic.model.transformer import CaptureRequest, MosaicTransformerOutput
-from mosaic.pipeline.latents import draw_latents, encode_images
+from mosaic.pipeline.latents import draw_latents
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
 
@@ -158,13 +158,12 @@ def encode_batch(
     """
     device = pipeline.transformer.device
     if batch.posteriors is None:
-        dtype = pipeline.vae.dtype
-        latents = encode_images(pipeline.vae, batch.targets.to(device, dtype), generator)
-        references = encode_images(pipeline.vae, batch.references.flatten(0, 1).to(device, dtype))
+        latents = pipeline.encoders.encode_images(batch.targets, generator)
+        references = pipeline.encoders.encode_images(batch.references.flatten(0, 1))
     else:
         latents, references = draw_cached(batch.posteriors, device, generator)
     if batch.text is None:
-        prompt_embeds, pooled, _ = pipeline.encode_prompt(prompts, device=device, max_sequence_length=text_length)
+        prompt_embeds, pooled = pipeline.encoders.encode_prompts(prompts, text_length)
     else:
         prompt_embeds, pooled = select_cached(batch.text, prompts, device)
     return EncodedBatch(pack_latents(latents), pack_latents(references).unflatten(0, (len(latents), -1)), prompt_embeds, pooled)
@@ -219,7 +218,7 @@ def batch_grids(pipeline: MosaicFluxPipeline, batch: MosaicBatch) -> Grids:
     Raises:
         ValueError: If a size is not divisible by the token size.
     """
-    factor = pipeline.vae_scale_factor
+    factor = pipeline.encoders.vae_scale_factor
     return Grids(
         token_grid(*batch.targets.shape[-2:], factor, where="targets"),
         token_grid(*batch.references.shape[-2:], factor, where="references"),
@@ -232,7 +231,7 @@ def run_grids(pipeline: MosaicFluxPipeline, config: Config) -> Grids:
     Raises:
         ValueError: If a size is not divisible by the token size.
     """
-    factor, data = pipeline.vae_scale_factor, config.data
+    factor, data = pipeline.encoders.vae_scale_factor, config.data
     return Grids(
         token_grid(*data.image_size, factor, where="data.image_size"),
         token_grid(data.reference_size, data.reference_size, factor, where="data.reference_size"),

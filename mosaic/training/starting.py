@@ -25,6 +25,7 @@ from mosaic.files import require_folder
 from mosaic.lora.adapter import attach_reference_lora, read_reference_lora, reference_lora_parameters
 from mosaic.lora.resize import resize_reference_lora
 from mosaic.model.recomputation import set_gradient_checkpointing
+from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
@@ -108,8 +109,8 @@ def load_base(config: Config, caches: Caches, device: torch.device) -> MosaicFlu
     """
     absent = dict.fromkeys(unneeded_components(config, caches))
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
-    if "vae" in absent:  # from which the pipeline would have it
-        pipeline.vae_scale_factor = caches.latents.encoding["vae"]["scale_factor"]
+    if caches.latents is not None:
+        pipeline.encoders = LiveEncoders(pipeline, caches.latents.encoding["vae"]["scale_factor"])
     quantize_base(pipeline.transformer, config.model.quantization, device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from mosaic.config.loading import Config
-from mosaic.images import prepare_reference
 from mosaic.method.tokens import token_grid
 from mosaic.model.acceleration import accelerate
 from mosaic.model.reference_cache import refresh_interval
@@ -110,7 +109,7 @@ class Studio:
     """
 
     def __init__(self, pipeline: MosaicFluxPipeline, config: Config, shared: dict[str, Any]) -> None:
-        self.config, self.vae_scale_factor = config, pipeline.vae_scale_factor
+        self.config, self.vae_scale_factor = config, pipeline.encoders.vae_scale_factor
         self.sees_references = shared["lora"] is not None
         self.shared = shared
         self._pipeline = pipeline
@@ -192,7 +191,7 @@ class Studio:
             run.change(state=CANCELLED) if run.cancel_asked else run.change(state=DONE, result=result)
 
     def _render(self, run: Run) -> Rendered:
-        recipe, references = run.job.recipe, [upload.decoded() for upload in run.uploads]
+        references = [upload.prepared for upload in run.uploads]
 
         def after_step(pipeline: MosaicFluxPipeline, step: int, *_: object) -> dict[str, Any]:
             run.change(step=step + 1)
@@ -201,7 +200,7 @@ class Studio:
 
         output = self._pipeline(
             reference_images=[references] if references else None,
-            **sampling_arguments([recipe]),
+            **sampling_arguments([run.job.recipe]),
             output_attention=run.with_attention,
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=(),
@@ -210,8 +209,8 @@ class Studio:
         if not run.with_attention or run.cancel_asked:
             return Rendered(picture, None, None, run.job, seconds)
         attention = output.attention[0]
-        prepared = [prepare_reference(reference, recipe["reference_size"], recipe["reference_scale"]) for reference in references]
-        return Rendered(picture, attention_panel(prepared, picture, attention), attention.leakage.tolist(), run.job, seconds)
+        panel = attention_panel([reference.picture for reference in references], picture, attention)
+        return Rendered(picture, panel, attention.leakage.tolist(), run.job, seconds)
 
 
 def _in_words(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mosaic.images import decode_image, prepare_reference
+from mosaic.images import PreparedReference, decode_image
 from mosaic.reports.figures import tile
 
 MAX_REFERENCES = 6
@@ -25,19 +25,15 @@ class Upload(NamedTuple):
 
     Attributes:
         name: Name of the file, without a folder.
-        data: Content of the file.
-        sha256: Of the content, in hex.
+        sha256: Of the file's content, in hex.
+        prepared: As the model sees it.
         thumbnail: A small white square with the picture, as a data URI.
     """
 
     name: str
-    data: bytes
     sha256: str
+    prepared: PreparedReference
     thumbnail: str
-
-    def decoded(self) -> Image.Image:
-        """The picture."""
-        return decode_image(self.data, self.name, MAX_PIXELS)
 
 
 class Taken(NamedTuple):
@@ -72,7 +68,7 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
 
 
 def read_upload(path: Path, size: int, scale: float) -> Upload:
-    """Read a picture file and try out everything that will be done with it.
+    """Read a picture file and do with it what will be needed.
 
     Raises:
         ValueError: It is gone, too large, or no picture that can be a reference; the message begins with the file's name.
@@ -87,10 +83,10 @@ def read_upload(path: Path, size: int, scale: float) -> Upload:
         raise ValueError(f"{name}: must have at most {MAX_BYTES >> 20} MiB. Make it smaller.")
     image = decode_image(data, name, MAX_PIXELS)
     try:
-        prepare_reference(image, size, scale)
+        prepared = PreparedReference.make(image, size, scale)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Upload(name, data, hashlib.sha256(data).hexdigest(), thumbnail(image))
+    return Upload(name, hashlib.sha256(data).hexdigest(), prepared, thumbnail(image))
 
 
 def thumbnail(image: Image.Image) -> str:

@@ -31,7 +31,8 @@ from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.method.tokens import token_grid, unpack_latents
 from mosaic.model.acceleration import compile_blocks, set_attention_backend, set_step_cache
 from mosaic.model.costs import sampling_flops
-from mosaic.pipeline.latents import decode_latents, encode_images, images_to_tensor
+from mosaic.pipeline.encoders import PromptEmbeddings
+from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import GIB
@@ -210,8 +211,9 @@ class Cell:
 
     def __init__(self, args: argparse.Namespace, pipeline: MosaicFluxPipeline, size: int, num_references: int, batch_size: int) -> None:
         self.args, self.pipeline, self.size, self.num_references = args, pipeline, size, num_references
-        self.grid = token_grid(size, size, pipeline.vae_scale_factor, where="--sizes")
-        self.reference_grid = token_grid(args.reference_size, args.reference_size, pipeline.vae_scale_factor, where="--reference-size")
+        factor = pipeline.encoders.vae_scale_factor
+        self.grid = token_grid(size, size, factor, where="--sizes")
+        self.reference_grid = token_grid(args.reference_size, args.reference_size, factor, where="--reference-size")
         generator = torch.Generator().manual_seed(args.seed)
         device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
         channels = pipeline.transformer.config.in_channels
@@ -265,7 +267,7 @@ class Cell:
 
 def encode_example(
     pipeline: MosaicFluxPipeline, cases: str | Path, num_references: int, size: int, text_tokens: int
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+) -> tuple[PromptEmbeddings, Tensor]:
     """Text embeddings [1, T, d], [1, d_pooled] and reference latents [K, C, h, w] of the case with the most references in a cases file.
 
     Raises:
@@ -277,10 +279,8 @@ def encode_example(
             f"--k must be at most {len(case.image_paths)}, as many as the cases of {Path(cases).name} have, got {num_references}"
         )
     pictures = [prepare_reference(load_image(path), size) for path in case.image_paths[:num_references]]
-    with torch.no_grad():
-        embeds, pooled, _ = pipeline.encode_prompt(case.prompt, None, max_sequence_length=text_tokens)
-        latents = encode_images(pipeline.vae, images_to_tensor(pictures).to(pipeline.vae.device, pipeline.vae.dtype))
-    return (embeds, pooled), latents
+    (latents,) = pipeline.encoders.encode_references([pictures])
+    return pipeline.encoders.encode_prompts([case.prompt], text_tokens), latents
 
 
 def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict[str, Any]]:

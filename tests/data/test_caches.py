@@ -137,7 +137,7 @@ def test_encoders_are_not_loaded(world: Path, tmp_path: Path, caches: Path) -> N
     components = cached.pipeline.components
     assert {name for name, value in components.items() if value is None and live.pipeline.components[name] is not None} == encoders
     assert {name for name, value in components.items() if isinstance(value, nn.Module)} == {"transformer"}
-    assert cached.pipeline.vae_scale_factor == live.pipeline.vae_scale_factor == 2
+    assert cached.pipeline.encoders.vae_scale_factor == live.pipeline.encoders.vae_scale_factor == 2
     only = Trainer(runs.make_config(world, tmp_path / "run", data__latent_cache=str(caches / "latents")))
     assert only.pipeline.vae is None
     assert only.pipeline.text_encoder_2 is not None

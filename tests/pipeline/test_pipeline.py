@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.images import prepare_reference
+from mosaic.images import PreparedReference, prepare_reference
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, unpack_latents
 from mosaic.pipeline.attention_report import subject_tokens
@@ -117,6 +117,16 @@ def test_prompts_with_different_k_equal_single_calls(shared: MosaicFluxPipeline)
     assert not torch.allclose(
         together[0], run(shared, prompt=["a cat"], reference_images=[references[0][::-1]], latents=start[:1])[0], atol=1e-3
     )
+
+
+def test_references_that_are_prepared_already_change_nothing(shared: MosaicFluxPipeline) -> None:
+    pictures, start = [tiny.picture(1), tiny.picture(2)], noise(1)
+    prepared = [PreparedReference.make(picture, SIZE) for picture in pictures]
+    found = [
+        run(shared, prompt="a cat", reference_images=given, latents=start) for given in (pictures, prepared, [pictures[0], prepared[1]])
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_several_pictures_per_prompt(shared: MosaicFluxPipeline) -> None:

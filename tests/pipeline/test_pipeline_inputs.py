@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mosaic.images import PreparedReference
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from tests import tiny
 from tests.tiny import run
@@ -18,6 +19,14 @@ def shared() -> MosaicFluxPipeline:
 
 PICTURE = tiny.picture(1)
 BAD_CALLS = {
+    "prepared for another size": (
+        {"reference_images": [PICTURE, PreparedReference.make(PICTURE, 12, 0.9)], "reference_size": 16},
+        r"reference_images\[0\]\[1\] must be prepared for 16 px at scale 0.9, as this call says, got one of 12 px at scale 0.9",
+    ),
+    "prepared at another scale": (
+        {"reference_images": [PreparedReference.make(PICTURE, 12, 0.5)], "reference_size": 12},
+        "must be prepared for 12 px at scale 0.9, as this call says, got one of 12 px at scale 0.5",
+    ),
     "size": (
         {"height": 22},
         r"image size: height and width must be positive multiples of the token size 4 px, got 22 x 16\. Nearest: 24 x 16",
@@ -87,7 +96,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("case", list(BAD_CALLS))
 def test_bad_calls_are_named_before_anything_runs(case: str, shared: MosaicFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, message = BAD_CALLS[case]
-    monkeypatch.setattr(shared, "encode_prompt", lambda *args, **kwargs: pytest.fail("the call began to compute"))
+    monkeypatch.setattr(shared, "encoders", SimpleNamespace(vae_scale_factor=shared.vae_scale_factor))  # which encode nothing
     with pytest.raises(ValueError, match=message):
         run(shared, **{"prompt": "a cat"} | arguments)
 

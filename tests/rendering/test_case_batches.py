@@ -2,7 +2,6 @@
 
 import json
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,14 @@ from PIL import Image
 import inference
 from mosaic.config.loading import load_config
 from mosaic.images import load_image
-from mosaic.pipeline import pipeline as pipeline_module
+from mosaic.pipeline import encoders
+from mosaic.pipeline.encoders import RememberedEncoders
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering import rendering
+from mosaic.rendering import loading, rendering
 from mosaic.rendering import runner as case_runner
 from mosaic.rendering.batches import OWN, plan_batches, unfinished_batches
-from mosaic.rendering.cases.reading import load_cases
-from mosaic.rendering.encodings import shared_encodings
+from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
+from mosaic.rendering.cases.reading import read_cases
 from mosaic.rendering.recipes import PictureJob, shared_recipe
 from tests import runs
 
@@ -123,14 +123,14 @@ def test_a_case_is_encoded_once(world: Path, tmp_path: Path, monkeypatch: pytest
     more = ["--config", str(world / "config.json"), "--cases", str(world / "seeds.json"), "--report"]
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        encode_images, encode_prompt = pipeline_module.encode_images, MosaicFluxPipeline.encode_prompt
-        patch.setattr(pipeline_module, "encode_images", lambda *rest: seen.append("references") or encode_images(*rest))
+        encode_images, encode_prompt = encoders.encode_images, MosaicFluxPipeline.encode_prompt
+        patch.setattr(encoders, "encode_images", lambda *rest: seen.append("references") or encode_images(*rest))
         patch.setattr(
             MosaicFluxPipeline, "encode_prompt", lambda self, **given: seen.append(given["prompt"][0]) or encode_prompt(self, **given)
         )
         assert inference.main([*more, "--output-dir", str(tmp_path / "once")]) == 0
     assert seen == ["a cat", "references", "a mug", "references"]
-    monkeypatch.setattr(rendering, "shared_encodings", lambda _: nullcontext())
+    monkeypatch.setattr(loading, "RememberedEncoders", lambda live: live)
     assert inference.main([*more, "--output-dir", str(tmp_path / "each")]) == 0
     once, each = (runs.files_below(tmp_path / name) for name in ("once", "each"))
     assert once.keys() == each.keys()
@@ -160,15 +160,14 @@ def test_only_the_same_prompts_and_pictures_share_their_encodings(world: Path) -
         (["a cat"], [pictures[:2]]),
     ]
     expected = [sample(*call) for call in calls]
-    with shared_encodings(pipeline):
-        for call, latents in zip(calls, expected, strict=True):
-            assert torch.equal(sample(*call), latents)
-    assert not {"encode_prompt", "_encode_references"} & vars(pipeline).keys()
+    pipeline.encoders = RememberedEncoders(pipeline.encoders)
+    for call, latents in zip(calls, expected, strict=True):
+        assert torch.equal(sample(*call), latents)
 
 
 def test_batches_are_shared_out_whole(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(world / "config.json", [f"inference.output_dir={tmp_path}", "inference.batch_size=3"])
-    cases = load_cases(world / "cases.json", runs.REFERENCE_SIZE)
+    cases = read_cases(world / "cases.json", runs.REFERENCE_SIZE)
     shares: list[list[list[str]]] = []
     monkeypatch.setattr(
         case_runner, "render_batches", lambda batches, *_, **__: shares.append([[item.name for item in batch] for batch in batches])
@@ -200,10 +199,10 @@ def test_one_bad_picture_does_not_stop_its_batch(
 ) -> None:
     read = rendering.read_references
 
-    def fail(item: PictureJob) -> list[Image.Image]:
+    def fail(item: PictureJob, pictures: ReferencePictures) -> list[ReferencePicture]:
         if item.name == BATCHES[0][1]:
             raise OSError("gone")
-        return read(item)
+        return read(item, pictures)
 
     monkeypatch.setattr(rendering, "read_references", fail)
     assert render(world, tmp_path) == 1

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import inference
 from mosaic.config.loading import load_config
@@ -17,7 +16,8 @@ from mosaic.images import load_image
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering import rendering
 from mosaic.rendering import runner as case_runner
-from mosaic.rendering.cases.reading import load_cases
+from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
+from mosaic.rendering.cases.reading import read_cases
 from mosaic.rendering.recipes import PictureJob, read_recipe
 from mosaic.weights.digests import weights_digest
 from tests import forks, runs
@@ -134,7 +134,7 @@ def test_killed_and_resumed_gives_the_same(world: Path, alone: Path, tmp_path: P
 
 def test_each_process_renders_its_share(world: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(world / "config.json", [f"inference.output_dir={tmp_path}"])
-    cases = load_cases(world / "cases.json", runs.REFERENCE_SIZE)
+    cases = read_cases(world / "cases.json", runs.REFERENCE_SIZE)
     shares: list[list[str]] = []
     monkeypatch.setattr(case_runner, "render_batches", lambda batches, *_, **__: shares.append([job.name for (job,) in batches]))
     monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
@@ -238,10 +238,10 @@ def test_a_case_that_fails_does_not_stop_the_others(
 ) -> None:
     read = rendering.read_references
 
-    def fail(job: PictureJob) -> list[Image.Image]:
+    def fail(job: PictureJob, pictures: ReferencePictures) -> list[ReferencePicture]:
         if job.name == NAMES[1]:
             raise RuntimeError("out of\nmemory")
-        return read(job)
+        return read(job, pictures)
 
     monkeypatch.setattr(rendering, "read_references", fail)
     cases = [

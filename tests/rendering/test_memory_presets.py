@@ -11,9 +11,10 @@ from PIL import Image
 
 import inference
 from mosaic.config.loading import Config, from_dict
+from mosaic.pipeline.encoders import GivenPrompts, encode_each
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering import loading, memory_presets
-from mosaic.rendering.memory_presets import PRESETS, EncodedPrompts, MemoryPreset, place_pipeline, resolve_preset
+from mosaic.rendering.memory_presets import PRESETS, MemoryPreset, place_pipeline, resolve_preset
 from mosaic.rendering.recipes import read_recipe, shared_recipe
 from mosaic.weights import quantization
 from tests import runs, tiny
@@ -74,19 +75,18 @@ def test_encoders_that_leave_change_nothing(config_of: Any, world: Path) -> None
 
 
 def test_prompts_are_looked_up_in_their_order() -> None:
-    pipeline, encoded = tiny.build_pipeline(), EncodedPrompts()
-    encoded.encode(pipeline, [*PROMPTS, PROMPTS[0]], tiny.TEXT_LENGTH, CPU)
-    embeds, pooled, _ = encoded([PROMPTS[1], PROMPTS[0], PROMPTS[1]], CPU, max_sequence_length=tiny.TEXT_LENGTH)
+    pipeline = tiny.build_pipeline()
+    known = encode_each(pipeline.encoders, [*PROMPTS, PROMPTS[0]], tiny.TEXT_LENGTH)
+    assert len(known) == len(PROMPTS)
+    given = GivenPrompts(pipeline.encoders, known)
+    embeds, pooled = given.encode_prompts([PROMPTS[1], PROMPTS[0], PROMPTS[1]], tiny.TEXT_LENGTH)
     for row, prompt in enumerate((PROMPTS[1], PROMPTS[0], PROMPTS[1])):
         with torch.no_grad():
             want, want_pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=tiny.TEXT_LENGTH)
         assert torch.equal(embeds[row], want[0])
         assert torch.equal(pooled[row], want_pooled[0])
     with pytest.raises(ValueError, match="not encoded before"):
-        encoded([PROMPTS[0]], CPU, max_sequence_length=4)
-    given, given_pooled, _ = encoded(None, CPU, prompt_embeds=want, pooled_prompt_embeds=want_pooled)
-    assert given is want
-    assert given_pooled is want_pooled
+        given.encode_prompts([PROMPTS[0]], 4)
 
 
 def test_blocks_that_wait_elsewhere_change_nothing(config_of: Any, world: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mosaic.files import write_text
+from mosaic.images import PreparedReference
 from mosaic.method.tokens import Grid
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.rendering.cases.reading import Case
@@ -91,7 +92,8 @@ def known_attention(num_references: int = 2) -> PictureAttention:
 
 def known_report(job: PictureJob | None = None, num_references: int = 2) -> Report:
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("navy", "green", "red", "teal", "gold", "grey", "pink")[:num_references]]
-    return make_report(job or one_job(), pictures, Image.new("RGB", (32, 16), "gold"), known_attention(num_references))
+    references = [PreparedReference.make(picture, 32, 1.0) for picture in pictures]
+    return make_report(job or one_job(), references, Image.new("RGB", (32, 16), "gold"), known_attention(num_references))
 
 
 # ---- what a page shows

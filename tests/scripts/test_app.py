@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 
 import inference
 from mosaic.config.loading import Config, load_config
+from mosaic.images import PreparedReference, decode_image
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.recipes import KEY, case_jobs, read_recipe, shared_recipe
 from scripts.app import command as app
@@ -46,7 +48,8 @@ def png(colour: tuple[int, int, int] = (200, 0, 0), size: tuple[int, int] = (24,
 
 def upload(name: str = "bag.png", colour: tuple[int, int, int] = (200, 0, 0)) -> Upload:
     data = png(colour)
-    return Upload(name, data, hashlib.sha256(data).hexdigest(), "data:,")
+    prepared = PreparedReference.make(decode_image(data, name), SIZE, SCALE)
+    return Upload(name, hashlib.sha256(data).hexdigest(), prepared, "data:,")
 
 
 def form(**changes: Any) -> Form:
@@ -78,9 +81,9 @@ def test_files_are_read_checked_and_removed(tmp_path: Path) -> None:
     empty.touch()
     taken = take_uploads([text, good, empty, tmp_path / "gone.png"], 6, SIZE, SCALE)
     assert [item.name for item in taken.uploads] == ["good.png"]
-    assert taken.uploads[0].data == png()
     assert taken.uploads[0].sha256 == hashlib.sha256(png()).hexdigest()
-    assert taken.uploads[0].decoded().size == (24, 16)
+    expected = PreparedReference.make(decode_image(png(), "good.png"), SIZE, SCALE)
+    assert taken.uploads[0].prepared.picture.tobytes() == expected.picture.tobytes()
     assert taken.problems == [
         "the file cannot be decoded as a picture: text.png (no known picture format). Save it in a format that can be read: "
         "PNG, JPEG, WEBP, AVIF, GIF, BMP, TIFF, PPM, JPEG2000, TGA, ICO.",
@@ -209,7 +212,7 @@ def test_a_run_renders_what_the_pipeline_renders(studio: Studio) -> None:
     assert (run.state, run.error, run.step) == (DONE, "", 2)
     expected = tiny.build_pipeline()(
         "a cat",
-        [item.decoded() for item in uploads],
+        [decode_image(png(colour), "x") for colour in ((200, 0, 0), (0, 0, 200))],
         height=32,
         width=32,
         num_inference_steps=2,
@@ -260,7 +263,7 @@ def test_references_need_a_reference_lora(config: Config) -> None:
 class Stuck:
     """Stands in for a pipeline: every step waits to be let go."""
 
-    vae_scale_factor = 4
+    encoders = SimpleNamespace(vae_scale_factor=4)
     device = torch.device("cpu")
 
     def __init__(self) -> None:

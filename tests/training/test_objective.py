@@ -72,8 +72,8 @@ def test_generators_depend_on_seed_and_index_only() -> None:
 def test_a_sample_is_the_same_in_any_batch(world: Path, tmp_path: Path) -> None:
     """Everything random: dropout, points, latents, timestep and noise; the mean over equal slices is the mean over all."""
     trainer = Trainer(runs.make_config(world, tmp_path, data__image_dropout=0.3, data__text_dropout=0.3, loss__max_points=5))
-    calls, prompts, encode = runs.captured_inputs(trainer), [], trainer.pipeline.encode_prompt
-    trainer.pipeline.encode_prompt = lambda given, **kwargs: prompts.extend(given) or encode(given, **kwargs)
+    calls, prompts, encode = runs.captured_inputs(trainer), [], trainer.pipeline.encoders.encode_prompts
+    trainer.pipeline.encoders.encode_prompts = lambda given, length: prompts.extend(given) or encode(given, length)
     samples = [trainer.dataset[i] for i, k in enumerate(trainer.dataset.num_references) if k == 2]
 
     def losses(size: int) -> list[MosaicLoss]:
@@ -144,8 +144,10 @@ def test_condition_dropout(
 ) -> None:
     config = runs.make_config(world, tmp_path, **{f"data__{dropout}": 1.0, "loss__preset": preset, "loss__disentanglement_start_step": 0})
     trainer = Trainer(config)
-    calls, prompts, encode = runs.captured_inputs(trainer), [], trainer.pipeline.encode_prompt
-    monkeypatch.setattr(trainer.pipeline, "encode_prompt", lambda given, **kwargs: prompts.append(list(given)) or encode(given, **kwargs))
+    calls, prompts, encode = runs.captured_inputs(trainer), [], trainer.pipeline.encoders.encode_prompts
+    monkeypatch.setattr(
+        trainer.pipeline.encoders, "encode_prompts", lambda given, length: prompts.append(list(given)) or encode(given, length)
+    )
     batch = runs.samples_of(trainer, num_references=2, count=2)
     loss = runs.step_loss(trainer, batch)
     references = calls[0]["reference_hidden_states"]

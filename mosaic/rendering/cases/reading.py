@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from mosaic.config.schema import Bounds, FieldError, Section
 from mosaic.config.sections import Guidance, Seed, Side, Steps
 from mosaic.files import nearest, parse_json, read_json, read_text, shown
-from mosaic.images import load_image, prepare_reference, prepared_position
 from mosaic.rendering.cases.grids import MAX_PER_CASE, MAX_PICTURES, expand_grid, num_pictures
+from mosaic.rendering.cases.pictures import ReferencePictures
 from mosaic.rendering.cases.references import Reference, check_text, named_prompt, read_paths, read_references
 from mosaic.rendering.cases.shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry, unify
 
@@ -87,11 +87,13 @@ class CaseFile(NamedTuple):
         cases: The good cases, in the order of the file.
         problems: One error for each bad case, in the order of the file.
         notes: What the reader should know of the file, one sentence each.
+        pictures: The reference pictures, as far as they fit into memory.
     """
 
     cases: list[Case]
     problems: list[ValueError | FileNotFoundError]
     notes: list[str]
+    pictures: ReferencePictures
 
 
 def load_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> list[Case]:
@@ -133,6 +135,7 @@ def read_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
     lost: str | None = None  # place of the first grid of which nobody knows how many cases it has
     after_grid = unnamed = False
     checked: dict[Path, ValueError | FileNotFoundError | None] = {}
+    pictures = ReferencePictures(reference_size, reference_scale)
     for position, (place, item, in_grid) in enumerate(_expanded(_entries(path), path)):
         after_grid |= in_grid
         if lost is None and in_grid and isinstance(item, Exception):
@@ -147,14 +150,14 @@ def read_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
                 cure = 'give it an "index", or mend the grid'
                 raise ValueError(f"{place}.index: is missing, and the position is not known, since the grid {lost} failed: {cure}.")
             _check_index(case.index, place, given, first)
-            _check_pictures(case, entry, checked, reference_size, reference_scale)
+            _check_pictures(case, entry, checked, pictures)
             cases[position] = case
         except (ValueError, FileNotFoundError) as error:
             problems[position] = error
     notes = [f"{path}: {', '.join(sorted(unused))} of its cases: of no use here, since pictures are named by index."] if unused else []
     if unnamed:
         notes.append(f'{path}: cases after a grid have no "index": their names and seeds change when the grid grows. Give them one.')
-    return CaseFile(list(cases.values()), list(problems.values()), notes)
+    return CaseFile(list(cases.values()), list(problems.values()), notes, pictures)
 
 
 _FORM = 'expected [{"index": 0, "prompt": "...", "image_paths": ["..."]}].'
@@ -306,36 +309,32 @@ def _read_case(entry: Entry, place: str, folder: Path, position: int) -> Case:
     return Case(index, prompt, references, options, place)
 
 
-def _check_pictures(case: Case, entry: Entry, checked: dict[Path, Any], reference_size: int, reference_scale: float) -> None:
-    """Decode and prepare every picture of a case that has not been checked yet, and place its points, naming the case in errors."""
+def _check_pictures(case: Case, entry: Entry, checked: dict[Path, Any], pictures: ReferencePictures) -> None:
+    """Load every picture of a case that has not been checked yet, and place its points, naming the case in errors."""
     key = next(key for key in (REFERENCES, IMAGE_PATHS) if key in entry.values)
     place = f"{case.place}.{entry.given_keys.get(key, key)}"
     by_name = isinstance(entry.values[key], dict)
     for position, reference in enumerate(case.references):
         path, where = reference.path, f"{place}{f'.{reference.name}' if by_name else f'[{position}]'}"
         if path not in checked:
-            checked[path] = _picture_problem(path, reference_size, reference_scale)
+            checked[path] = _picture_problem(path, pictures)
         if checked[path] is not None:
             raise type(checked[path])(f"{where}: {checked[path]}")
         for number, point in enumerate(reference.points):
             try:
-                prepared_position(load_image(path), point, reference_size, reference_scale)
+                pictures.load(path).prepared.position(point)
             except ValueError as error:
                 raise ValueError(f"{where}.points[{number}]: {error}") from error
 
 
-def _picture_problem(path: Path, reference_size: int, reference_scale: float) -> ValueError | FileNotFoundError | None:
+def _picture_problem(path: Path, pictures: ReferencePictures) -> ValueError | FileNotFoundError | None:
     """What is wrong with a reference picture, or None."""
     try:
-        image = load_image(path)
+        pictures.load(path)
     except FileNotFoundError as error:
         return FileNotFoundError(f"{error} Paths are relative to the JSON file.")
     except ValueError as error:
         return error
-    try:
-        prepare_reference(image, reference_size, reference_scale)
-    except (ValueError, MemoryError) as error:
-        return ValueError(f"{path}: {error}")
     return None
 
 

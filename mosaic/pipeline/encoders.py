@@ -1,0 +1,205 @@
+"""What the transformer reads besides noise: prompts as embeddings, pictures as latents.
+
+A pipeline has one object for it, `pipeline.encoders`. It encodes when asked (`LiveEncoders`), remembers what neighbouring pictures share
+(`RememberedEncoders`), or holds prompts that were encoded before the text encoders left (`GivenPrompts`).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from torch import Tensor
+
+from mosaic.pipeline.latents import encode_images, images_to_tensor
+
+
+class PromptEmbeddings(NamedTuple):
+    """Embeddings of B prompts.
+
+    Attributes:
+        prompt_embeds: [B, T, d], of T5.
+        pooled: [B, d_pooled], of CLIP.
+    """
+
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+
+class Encoders(ABC):
+    """Prompts and pictures to embeddings and latents."""
+
+    @property
+    @abstractmethod
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeddings:
+        """Embeddings of B prompts.
+
+        Args:
+            prompts: B texts; an empty one is the dropped prompt of training.
+            max_sequence_length: T, the number of T5 tokens.
+        """
+
+    @abstractmethod
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Shifted and scaled VAE latents [B, C, h, w] of pictures [B, 3, H, W] in [-1, 1].
+
+        Args:
+            images: On any device, in any floating dtype.
+            generator: Draws a posterior sample, one for all or one per picture; None takes the posterior mode.
+        """
+
+    def encode_references(self, references: Sequence[Sequence[Image.Image]]) -> list[Tensor | None]:
+        """Latents of the references of every prompt of a call.
+
+        Args:
+            references: Per prompt its prepared pictures, all of one size, maybe none.
+
+        Returns:
+            Per prompt [K, C, h, w], the posterior's mode; None where it has no references.
+        """
+        return [self.encode_images(images_to_tensor(pictures)) if pictures else None for pictures in references]
+
+
+class LiveEncoders(Encoders):
+    """The VAE and the text encoders of a pipeline, on the device that its offload hooks say."""
+
+    def __init__(self, pipeline: FluxPipeline, vae_scale_factor: int | None = None) -> None:
+        """Keep the pipeline; nothing is encoded.
+
+        Args:
+            pipeline: Whose models encode.
+            vae_scale_factor: Pixels per latent cell of the model, for a pipeline whose VAE was left out. None: as its VAE says.
+        """
+        self._pipeline, self._vae_scale_factor = pipeline, vae_scale_factor
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+        return self._vae_scale_factor or self._pipeline.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeddings:
+        """Encode prompts, as `FluxPipeline.encode_prompt` does."""
+        device = self._pipeline._execution_device
+        embeds, pooled, _ = self._pipeline.encode_prompt(prompt=list(prompts), device=device, max_sequence_length=max_sequence_length)
+        return PromptEmbeddings(embeds, pooled)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Encode pictures in the VAE's dtype (Eq. 3)."""
+        vae = self._pipeline.vae
+        return encode_images(vae, images.to(self._pipeline._execution_device, vae.dtype), generator)
+
+
+class GivenPrompts(Encoders):
+    """Embeddings of known prompts in CPU memory (4 MiB each with FLUX.1), for a pipeline without text encoders."""
+
+    def __init__(self, encoders: Encoders, known: Mapping[tuple[str, int], PromptEmbeddings]) -> None:
+        """Keep the embeddings.
+
+        Args:
+            encoders: Encode pictures.
+            known: By prompt and number of T5 tokens, as of `encode_each`.
+        """
+        self._encoders, self._known = encoders, known
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+        return self._encoders.vae_scale_factor
+
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeddings:
+        """Look prompts up.
+
+        Raises:
+            ValueError: One is not there.
+        """
+        missing = [prompt for prompt in prompts if (prompt, max_sequence_length) not in self._known]
+        if missing:
+            raise ValueError(f"the text encoders have left, and this prompt was not encoded before: {missing[0][:100]!r}.")
+        found = [self._known[prompt, max_sequence_length] for prompt in prompts]
+        return PromptEmbeddings(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Encode pictures."""
+        return self._encoders.encode_images(images, generator)
+
+
+def encode_each(encoders: Encoders, prompts: Iterable[str], max_sequence_length: int) -> dict[tuple[str, int], PromptEmbeddings]:
+    """Embeddings on the CPU of distinct prompts, one at a time, as a picture's own call would have them.
+
+    Args:
+        encoders: With their text encoders.
+        prompts: Any number; each is encoded once.
+        max_sequence_length: T5 tokens.
+    """
+    known = {}
+    for prompt in dict.fromkeys(prompts):
+        found = encoders.encode_prompts([prompt], max_sequence_length)
+        known[prompt, max_sequence_length] = PromptEmbeddings(found.prompt_embeds.cpu(), found.pooled.cpu())
+    return known
+
+
+class RememberedEncoders(Encoders):
+    """Takes over what the call before encoded from the same prompts and pictures.
+
+    The tensors are the very ones that would be computed again, so that no picture changes. Only those of the last call are kept.
+    """
+
+    def __init__(self, encoders: Encoders) -> None:
+        """Begin with nothing.
+
+        Args:
+            encoders: Encode what is new.
+        """
+        self._encoders = encoders
+        # The prompts of a call are one key: the last bits of an embedding may depend on how many are encoded at once.
+        self._prompts: tuple[tuple[tuple[str, ...], int], PromptEmbeddings] | None = None
+        self._references: dict[str, Tensor] = {}
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+        return self._encoders.vae_scale_factor
+
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeddings:
+        """Encode prompts, unless the call before had the same."""
+        key = (tuple(prompts), max_sequence_length)
+        if self._prompts is None or self._prompts[0] != key:
+            self._prompts = None  # old and new ones need not be in memory at once
+            self._prompts = key, self._encoders.encode_prompts(prompts, max_sequence_length)
+        return self._prompts[1]
+
+    def encode_references(self, references: Sequence[Sequence[Image.Image]]) -> list[Tensor | None]:
+        """Encode the references of those prompts whose pictures the call before did not have; equal ones of a call once."""
+        before, self._references = self._references, {}
+        latents: list[Tensor | None] = []
+        for pictures in references:
+            if not pictures:
+                latents.append(None)
+                continue
+            key = _pixels_digest(pictures)
+            if key not in self._references:
+                self._references[key] = before[key] if key in before else self._encoders.encode_images(images_to_tensor(pictures))
+            latents.append(self._references[key])
+        return latents
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Encode pictures; these are not remembered."""
+        return self._encoders.encode_images(images, generator)
+
+
+def _pixels_digest(pictures: Sequence[Image.Image]) -> str:
+    """SHA-256 of pictures' sizes and pixels, in order."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(f"{picture.size}".encode())
+        digest.update(picture.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""The reference pictures of a run: each is read, decoded and prepared once, by the check of the cases, and kept until it is rendered."""
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from mosaic.images import PreparedReference, decode_image, read_picture
+
+MOST_BYTES = 512 * 2**20
+
+
+class ReferencePicture(NamedTuple):
+    """A reference picture.
+
+    Attributes:
+        image: As its file holds it.
+        prepared: As the model sees it.
+    """
+
+    image: Image.Image
+    prepared: PreparedReference
+
+
+class ReferencePictures:
+    """Decoded and prepared pictures by the SHA-256 of their files.
+
+    A cases file may name more pictures than fit into memory. When `MOST_BYTES` of pixels are kept, one that was rendered from makes room
+    for the next, and while there is none, what comes is not kept: it is decoded again when it is rendered. Cases are checked and rendered
+    in one order, so that the first ones, which are kept, are the first to be used.
+
+    Attributes:
+        digests: SHA-256 of the files that were loaded, in hex.
+    """
+
+    def __init__(self, size: int, scale: float, most_bytes: int = MOST_BYTES) -> None:
+        """Begin with none.
+
+        Args:
+            size: Side in pixels for which pictures are prepared.
+            scale: Share of that side that the subject's long side fills.
+            most_bytes: Of pixels that are kept.
+        """
+        self._size, self._scale, self._most_bytes = size, scale, most_bytes
+        self.digests: dict[Path, str] = {}
+        self._waiting: dict[str, ReferencePicture] = {}
+        self._used: OrderedDict[str, ReferencePicture] = OrderedDict()  # the one whose last use is longest ago comes first
+        self._num_bytes = 0
+
+    def load(self, path: Path) -> ReferencePicture:
+        """Read a picture, to be rendered from later.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no picture, or none that can be a reference.
+        """
+        data = read_picture(path)
+        digest = self.digests[path] = hashlib.sha256(data).hexdigest()
+        return self._kept(digest) or self._decode(data, digest, path)
+
+    def use(self, path: Path, digest: str) -> ReferencePicture:
+        """The picture of a file, to render from it.
+
+        Args:
+            path: The file.
+            digest: SHA-256 that it must still have.
+
+        Raises:
+            FileNotFoundError, ValueError: As `load`, or the file is not the one that was checked.
+        """
+        data = read_picture(path)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"{path}: has changed since the cases were checked. Start again.")
+        picture = self._kept(digest) or self._decode(data, digest, path)
+        if self._kept(digest):
+            self._waiting.pop(digest, None)
+            self._used[digest] = picture
+            self._used.move_to_end(digest)
+        return picture
+
+    def _kept(self, digest: str) -> ReferencePicture | None:
+        return self._waiting.get(digest) or self._used.get(digest)
+
+    def _decode(self, data: bytes, digest: str, path: Path) -> ReferencePicture:
+        """Decode and prepare a picture, and keep it if there is room."""
+        image = decode_image(data, str(path))
+        try:
+            picture = ReferencePicture(image, PreparedReference.make(image, self._size, self._scale))
+        except (ValueError, MemoryError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        needed = _num_bytes(picture)
+        while self._used and self._num_bytes + needed > self._most_bytes:
+            self._num_bytes -= _num_bytes(self._used.popitem(last=False)[1])
+        if self._num_bytes + needed <= self._most_bytes:
+            self._waiting[digest] = picture
+            self._num_bytes += needed
+        return picture
+
+
+def _num_bytes(picture: ReferencePicture) -> int:
+    """Bytes of pixels, those of 8 bits per channel taken as such."""
+    image, prepared = picture.image, picture.prepared.picture
+    return image.width * image.height * len(image.getbands()) + 3 * prepared.width * prepared.height

@@ -1,0 +1,92 @@
+"""Reference pictures of a run: each is decoded and prepared once, however many cases, pages and settings use it; memory is bounded."""
+
+import ast
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import inference
+from mosaic import images
+from mosaic.images import PreparedReference
+from mosaic.rendering.cases import pictures as case_pictures
+from mosaic.rendering.cases.pictures import ReferencePictures
+from mosaic.rendering.cases.reading import load_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE, SCALE = 16, 0.9
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often what was decoded and prepared."""
+    counts: Counter = Counter()
+    decode, make = case_pictures.decode_image, PreparedReference.make.__func__
+
+    def counting_make(cls: type, image: Image.Image, size: int, scale: float = 0.9) -> PreparedReference:
+        counts["prepared", image.tobytes(), size, scale] += 1
+        return make(cls, image, size, scale)
+
+    for module in (case_pictures, images):
+        monkeypatch.setattr(
+            module, "decode_image", lambda data, name, *rest: counts.update([("decoded", name)]) or decode(data, name, *rest)
+        )
+    monkeypatch.setattr(PreparedReference, "make", classmethod(counting_make))
+    return counts
+
+
+def test_a_reference_is_decoded_and_prepared_once(counted: Counter, tmp_path: Path) -> None:
+    cases = ROOT / "example_cases.json"
+    paths = {str(path) for case in load_cases(cases, SIZE) for path in case.image_paths}
+    counted.clear()
+    assert inference.main(["--cases", str(cases), "--steps", "1", "--report", "--output-dir", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("case_*_report.html"))) == 10
+    prepared = {key: count for key, count in counted.items() if key[0] == "prepared"}
+    decoded = {key[1]: count for key, count in counted.items() if key[0] == "decoded" and key[1].endswith(".png")}
+    decoded = {name: count for name, count in decoded.items() if Path(name).parent != tmp_path}  # panels, for the contact sheets
+    assert {Path(name).resolve() for name in decoded} == {Path(path).resolve() for path in paths}
+    assert set(decoded.values()) == set(prepared.values()) == {1}
+    assert len(prepared) == len(paths)
+
+
+def picture(path: Path, colour: int) -> Path:
+    Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(path)
+    return path
+
+
+BYTES = 8 * 8 * 3 + SIZE * SIZE * 3  # of one that is kept
+
+
+@pytest.mark.parametrize(("room", "decodings"), [(4, 4), (3, 5), (1, 7), (0, 12)])
+def test_memory_is_bounded(room: int, decodings: int, counted: Counter, tmp_path: Path) -> None:
+    """Four pictures are checked, then each is rendered from twice in a row: the first ones, which are kept, make room for the others."""
+    pictures, paths = ReferencePictures(SIZE, SCALE, room * BYTES), [picture(tmp_path / f"{number}.png", number) for number in range(4)]
+    for path in paths:
+        pictures.load(path)
+    for path in paths:
+        for _ in range(2):
+            assert np.asarray(pictures.use(path, pictures.digests[path]).image)[0, 0, 0] == int(path.stem)
+    assert sum(count for key, count in counted.items() if key[0] == "decoded") == decodings
+
+
+def test_points_need_no_second_decoding(counted: Counter, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 9)
+    references = [{"path": "a.png", "points": [[1, 1], [2, 2]]}]
+    (tmp_path / "cases.json").write_text(json.dumps([{"prompt": "a", "references": references}]))
+    load_cases(tmp_path / "cases.json", SIZE, SCALE)
+    assert [count for key, count in counted.items() if key[0] == "decoded"] == [1]
+
+
+def test_no_method_of_a_pipeline_is_replaced_from_outside() -> None:
+    """Assignments like `pipeline.encode_prompt = ...`: what encodes is `pipeline.encoders`, and that may be given."""
+    names = {"encode_prompt", "_encode_references", "vae_scale_factor"}
+    found = []
+    for path in (file for room in ("mosaic", "scripts", "preprocess") for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            outside = (target for target in targets if isinstance(target, ast.Attribute) and ast.unparse(target.value) != "self")
+            found += [f"{path}:{node.lineno}" for target in outside if target.attr in names]
+    assert found == []
