@@ -126,7 +126,7 @@ def test_flags_win_over_set(config_file: Path, tmp_path: Path) -> None:
 
 def test_the_default_finds_the_repository_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    monkeypatch.setattr(inference, "run", lambda config, cases: found.append((config, cases)) or RunResult(len(cases), 0, []))
+    monkeypatch.setattr(inference, "run", lambda config, file: found.append((config, file.cases)) or RunResult(len(file.cases), 0, []))
     assert inference.main([]) == 0
     config, cases = found[0]
     assert Path(config.model.pretrained).resolve() == ROOT / "assets/pocket/flux"
@@ -177,7 +177,7 @@ def test_bad_cases(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = []
-    monkeypatch.setattr(inference, "run", lambda _, cases: finished.extend(cases) or RunResult(len(cases), 0, []))
+    monkeypatch.setattr(inference, "run", lambda _, file: finished.extend(file.cases) or RunResult(len(file.cases), 0, []))
     content, message = BAD_CASES[kind]
     folder = tmp_path / "cases"
     (folder / "folder").mkdir(parents=True)
