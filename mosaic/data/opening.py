@@ -19,7 +19,8 @@ def open_dataset(data: DataConfig, split: str, target_grid: Grid, reference_grid
         reference_grid: Rows and columns of one reference in tokens.
 
     Raises:
-        FileNotFoundError, ValueError: Those of the data set's class.
+        FileNotFoundError: There is no such data set, or a file of it is missing.
+        ValueError: The data set is damaged, has no such split, or does not fit the sizes.
     """
     if data.format == "semalign":
         return _open_semalign(data, split, data.downsample, token_size=data.image_size[0] // target_grid.rows)
@@ -39,7 +40,8 @@ def check_dataset(data: DataConfig, split: str) -> None:
     """Check what can be checked without knowing the model's token size; makes the index of ids where SemAlign data have none yet.
 
     Raises:
-        FileNotFoundError, ValueError: As `open_dataset`, except for sizes that do not fit the tokens.
+        FileNotFoundError: There is no such data set, or a file of it is missing.
+        ValueError: The data set is damaged or has no such split; sizes are not held against the tokens.
     """
     if data.format == "semalign":
         _open_semalign(data, split, "release", token_size=1)  # of this pair every size is a multiple

@@ -57,7 +57,7 @@ class ReadableSamples(Dataset[Sample]):
 
     @property
     def batch_keys(self) -> np.ndarray:
-        """Those of the samples that are left."""
+        """int [N, columns]: what the samples of one batch must share, of the samples that are left."""
         return self.dataset.batch_keys[self._kept]
 
     def sample_ids(self) -> list[str | None]:

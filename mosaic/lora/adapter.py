@@ -31,7 +31,7 @@ def reference_lora_modules(transformer: FluxTransformer2DModel) -> list[str]:
 
 
 def reference_module_names(num_double: int, num_single: int) -> list[str]:
-    """The same for a transformer of so many double-stream and single-stream blocks."""
+    """Names of all modules that carry the reference LoRA, on a transformer of so many double-stream and single-stream blocks."""
     names = ["x_embedder"]
     for index in range(num_double):
         names += [f"transformer_blocks.{index}.{target}" for target in DOUBLE_STREAM_TARGETS]
@@ -187,8 +187,8 @@ def load_reference_lora(transformer: FluxTransformer2DModel, path: str | os.Path
         The rank.
 
     Raises:
-        FileNotFoundError: See `read_reference_lora`.
-        ValueError: See `read_reference_lora`.
+        FileNotFoundError: If the file is missing.
+        ValueError: If keys, shapes or values are not those of a reference LoRA of this transformer.
     """
     tensors, rank = read_reference_lora(path, transformer)
     detach_reference_lora(transformer)

@@ -55,7 +55,7 @@ def check_size(case: Case, config: Config, vae_scale_factor: int) -> None:
 
 
 def given_or_set(case: Case, config: Config, name: str) -> Any:
-    """What a case says, or where it is silent the config."""
+    """The value of an option: that of the case, or where the case leaves it out that of the section `inference`."""
     own = getattr(case.options, name)
     return getattr(config.inference, name) if own is None else own
 

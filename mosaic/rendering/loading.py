@@ -30,7 +30,7 @@ class _Loader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not quantised."""
+        """Number format of all weights that are not quantised: `model.dtype`."""
         return DTYPES[self.config.model.dtype]
 
     def pipeline(self, **parts: Any) -> MosaicFluxPipeline:
@@ -56,7 +56,7 @@ class _Loader:
         }
 
     def text_encoder(self) -> dict[str, nn.Module]:
-        """T5, likewise."""
+        """T5 as an argument of `pipeline`, where its format is not the usual one."""
         if self.preset.text_encoder_2 == "none":
             return {}
         folder = component_folder(self.config.model.pretrained, "text_encoder_2")

@@ -29,7 +29,7 @@ class RunResult(NamedTuple):
 
     Attributes:
         num_pictures: Finished pictures of the cases, whenever made.
-        num_finished_before: Those of them that were there already.
+        num_finished_before: Those of `num_pictures` that an earlier run had finished.
         problems: One message for every case or picture that failed.
     """
 

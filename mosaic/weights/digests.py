@@ -55,7 +55,7 @@ def model_file(name: str, file: str) -> Path:
     """Path of a small file of a model, downloaded if the model is a hub repository.
 
     Raises:
-        FileNotFoundError, OSError: As for `model_digest`.
+        FileNotFoundError, OSError: A local folder or the repository is missing, or cannot be reached (`model_digest`).
     """
     require_model_name(name)
     try:
@@ -70,7 +70,7 @@ def vae_scale_factor(name: str) -> int:
     """Pixels per latent of a model, read from the VAE's config.
 
     Raises:
-        FileNotFoundError, OSError: As for `model_digest`.
+        FileNotFoundError, OSError: A local folder or the repository is missing, or cannot be reached (`model_digest`).
     """
     path = model_file(name, "vae/config.json")
     try:

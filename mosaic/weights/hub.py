@@ -73,7 +73,16 @@ def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None,
 
 
 def resolve_style_lora_file(source: str | os.PathLike, weight_name: str | None = None) -> Path:
-    """The same of a style LoRA, whose file is called `pytorch_lora_weights.safetensors` where none is named."""
+    """Path of a style LoRA file, downloaded if `source` is a hub repository.
+
+    Args:
+        source: A .safetensors file, a folder, or a repository `user/name`.
+        weight_name: File inside the folder or repository. None: `pytorch_lora_weights.safetensors`.
+
+    Raises:
+        FileNotFoundError: If a local file is missing.
+        OSError: If the repository is gated, missing or unreachable.
+    """
     return _local_or_download(source, weight_name or STYLE_WEIGHT_NAME, None, "style LoRA")
 
 

@@ -32,7 +32,7 @@ class CachedSamples(Dataset[Sample]):
 
     @property
     def batch_keys(self) -> np.ndarray:
-        """Those of the data set."""
+        """int [N, columns]: what the samples of one batch must share, as the data set says it."""
         return self.dataset.batch_keys
 
     @property

@@ -48,7 +48,7 @@ def content_key(*parts: bytes) -> bytes:
 
 
 def shard_path(root: Path, number: int) -> Path:
-    """Where a shard belongs."""
+    """Path of the shard with this number, from 0."""
     return root / "shards" / f"{number:06d}.safetensors"
 
 
@@ -58,7 +58,7 @@ def write_shard(path: Path, unit: Sequence[str | None], names: Sequence[str], en
     Args:
         path: Its `shard_path`; the folder must exist.
         unit: Names of all samples or prompts that the shard covers.
-        names: Those of them whose tensors it holds.
+        names: Samples or prompts of `unit` whose tensors the shard holds.
         entries: Tensors by key and name.
     """
     groups: dict[Any, list[bytes]] = {}

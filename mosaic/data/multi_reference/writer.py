@@ -193,7 +193,7 @@ def check_sample(sample: SampleRecord) -> None:
     """Refuse, before anything is written, what a reader would refuse.
 
     Raises:
-        ValueError: As for `DatasetWriter.add`.
+        ValueError: The id is unfit as a file name, split, prompt or references are missing, a grid is no grid, or points do not fit theirs.
     """
     if not _ID.fullmatch(sample.id):
         raise ValueError(f"sample id {sample.id!r}: must be of at most 200 letters a to z, digits, '-' and '_', for files are named by it")

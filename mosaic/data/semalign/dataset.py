@@ -208,7 +208,8 @@ class SemAlignDataset(Dataset[Sample]):
         """Read a row and cut out its panels, target and reference, of 512 x 512 px in the mode of the file.
 
         Raises:
-            ValueError: As `__getitem__`.
+            IndexError: There is no such sample.
+            ValueError: The row is damaged, or its pixels are not those of the index.
         """
         self.sample_id(index)  # of an unreadable row the reason comes before all else
         row = self.rows.read(self.row_number(index))

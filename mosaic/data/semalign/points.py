@@ -73,7 +73,7 @@ def vote_points(dift: Tensor, geoaware: Tensor, mask: Image.Image, reference_sid
         geoaware: The second field.
         mask: Square mask of the target.
         reference_side: Rows and columns of the reference in tokens, a divisor of 64.
-        target_side: The same of the target.
+        target_side: Rows and columns of the target in tokens, a divisor of 64.
 
     Returns:
         int64 [P, 2] of (u, v), sorted by u; u and v are unique.
@@ -92,7 +92,7 @@ def release_points(
         geoaware: The second field.
         mask: Square mask of the target.
         reference_side: Rows and columns of the reference in tokens.
-        target_side: The same of the target.
+        target_side: Rows and columns of the target in tokens.
         token_size: Pixels of a target token.
 
     Returns:

@@ -81,7 +81,7 @@ class ZipStore:
             folder: Folder inside it that stands before every name.
 
         Raises:
-            ValueError: As `ZipMembers`.
+            ValueError: The archive cannot be read.
         """
         self.folder = folder
         self._members = ZipMembers(path)
