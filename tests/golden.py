@@ -19,7 +19,8 @@ from mosaic.lora.adapter import load_reference_lora, reference_lora_parameters
 from mosaic.method.correspondence import Points, batch_points
 from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, reference_distributions
 from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids, unpack_latents
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
 TOLERANCE = 1e-4
@@ -51,7 +52,7 @@ def forward(
         reference_hidden_states=references,
         reference_ids=reference_position_ids(Grid(*meta["ref_grid"]), meta["K"]),
         reference_attention="isolated" if meta.get("reference_kv_cache") else "target",
-        capture=CaptureRequest(points.global_index, reference_means=True, blocks=blocks),
+        capture=CaptureRequest(points.global_index, all_tokens=True, blocks=blocks),
     )
 
 

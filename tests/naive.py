@@ -229,7 +229,7 @@ def correspondence(maps: Tensor, samples: Samples, num_reference_tokens: int, re
 
 
 def distribution(attention: Tensor, k: int, pairs: Tensor, num_reference_tokens: int, rows: str = "points") -> Tensor | None:
-    """Eq. 11-12: a^(k) of one sample; `rows` "points" (renormalised) or "all" (release). None if there is nothing to average."""
+    """Eq. 12: a^(k) of one sample; `rows` "points" (renormalised) or "all" (release). None if there is nothing to average."""
     if rows == "all":
         return attention[k * num_reference_tokens : (k + 1) * num_reference_tokens].mean(dim=0)
     picked = []

@@ -1,4 +1,4 @@
-"""Correspondence points (Eq. 1), their disjointness (Eq. 2), change of grid, and the global index G(u) (Eq. 9).
+"""Correspondence points, their disjointness, change of grid, and the global index G(u).
 
 A point is (u, v): u = token index in one reference, v = token index in the target. Lists of `[P_k, 2]` tensors, one per
 reference, describe a sample; `Points` holds a batch of samples, flat over their references.
@@ -18,7 +18,7 @@ class Points:
     """The supervised points of a batch, flat over the references of each sample and padded to the longest sample.
 
     Attributes:
-        global_index: int64 [B, P], G(u) in [0, K * N_ref) (Eq. 9); 0 where padded.
+        global_index: int64 [B, P], G(u) in [0, K * N_ref); 0 where padded.
         target_index: int64 [B, P], v in [0, N_tgt); 0 where padded.
         reference: int64 [B, P], the reference k in [0, K); 0 where padded.
         mask: bool [B, P], False where padded.
@@ -45,7 +45,7 @@ class Points:
 
 
 def global_index(u: Tensor, reference: Tensor | int, num_reference_tokens: int) -> Tensor:
-    """G(u) = k * N_ref + u (Eq. 9; k counted from 0, all references share one grid)."""
+    """Eq. 9: G(u) = k * N_ref + u; k counted from 0, and all references share one grid."""
     return reference * num_reference_tokens + u
 
 
@@ -106,7 +106,7 @@ def _join(
 def batch_points(
     samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, device: torch.device | str | None = None
 ) -> Points:
-    """Join the points of several samples, which share K and both grids, into one `Points`.
+    """Join the correspondence sets C^(i,k) of Eq. 1 of several samples, which share K and both grids, into one `Points`.
 
     Args:
         samples: Per sample, per reference, an integer tensor [P_k, 2] of (u, v); P_k may be 0.

@@ -1,4 +1,4 @@
-"""The training objective: flow matching (Eq. 3), SCAL (Eq. 10), MDL (Eq. 11-14) and their weighted sum (Eq. 15).
+"""The training objective: flow matching, SCAL, MDL and their weighted sum.
 
 Every term is computed per sample, [B], in float32; the batch mean comes last, so that gradient accumulation and any number
 of processes agree. A sample without points gives 0 and still counts.
@@ -18,10 +18,10 @@ class MosaicLoss(NamedTuple):
     """The terms of the objective; scalars over a batch, each without its weight except `total`.
 
     Attributes:
-        total: flow_matching + correspondence_weight * correspondence + disentanglement_weight * disentanglement (Eq. 15).
+        total: flow_matching + correspondence_weight * correspondence + disentanglement_weight * disentanglement.
         flow_matching: L_diff.
-        correspondence: L_SCA (Eq. 10), nats.
-        disentanglement: L_MD (Eq. 14), nats, never positive.
+        correspondence: L_SCA, nats.
+        disentanglement: L_MD, nats, never positive.
     """
 
     total: Tensor
@@ -45,7 +45,7 @@ def flow_matching_loss(velocity: Tensor, noise: Tensor, latents: Tensor) -> Tens
 
 
 def correspondence_loss(attention_rows: Tensor, points: Points, reduction: str = "reference") -> Tensor:
-    """L_SCA (Eq. 10): mean of -log A[G(u), v].
+    """L_SCA, Eq. 10: mean of -log A[G(u), v].
 
     Args:
         attention_rows: float32 [B, P, N_tgt], the row of each point.
@@ -77,7 +77,7 @@ def _membership(points: Points) -> Tensor:
 
 
 def reference_distributions(attention_rows: Tensor, points: Points) -> Tensor:
-    """a^(k): the mean of a reference's rows at its points, renormalised to sum 1 (Eq. 11-12).
+    """a^(k), Eq. 12: the mean of a reference's rows at its points, renormalised to sum 1.
 
     Args:
         attention_rows: float32 [B, P, N_tgt].
@@ -91,15 +91,37 @@ def reference_distributions(attention_rows: Tensor, points: Points) -> Tensor:
     return mean / mean.sum(dim=-1, keepdim=True).clamp(min=EPSILON)
 
 
+def distribution_distance(p: Tensor, q: Tensor, divergence: str = "symmetric_kl") -> Tensor:
+    """dist(p, q), Eq. 13: how far two references' distributions over the target tokens stand apart.
+
+    Args:
+        p: float32 [..., N_tgt].
+        q: float32 [..., N_tgt], broadcast against p.
+        divergence: "symmetric_kl", 1/2 KL(p, q) + 1/2 KL(q, p) (paper), or "jensen_shannon" (release).
+
+    Returns:
+        [...] float32, nats, >= 0.
+
+    Raises:
+        ValueError: If the divergence is unknown.
+    """
+    if divergence == "symmetric_kl":  # both divergences at once: the sum of p log(p / q) and q log(q / p)
+        return 0.5 * ((p - q) * (torch.log(p + EPSILON) - torch.log(q + EPSILON))).sum(dim=-1)
+    if divergence == "jensen_shannon":
+        log_mean = torch.log((p + q) / 2 + EPSILON)
+        return 0.5 * (p * (torch.log(p + EPSILON) - log_mean) + q * (torch.log(q + EPSILON) - log_mean)).sum(dim=-1)
+    raise ValueError(f'loss.divergence must be "symmetric_kl" or "jensen_shannon", got {divergence!r}.')
+
+
 def disentanglement_loss(
     distributions: Tensor, reference_mask: Tensor, divergence: str = "symmetric_kl", cap: float | None = None
 ) -> Tensor:
-    """L_MD (Eq. 13-14): minus the mean divergence over ordered pairs of references.
+    """L_MD, Eq. 14: minus the mean divergence over ordered pairs of references.
 
     Args:
         distributions: float32 [B, K, N_tgt], one distribution over target tokens per reference.
         reference_mask: bool [B, K]; only pairs of True references count.
-        divergence: "symmetric_kl", 1/2 KL(p, q) + 1/2 KL(q, p) (paper), or "jensen_shannon" (release).
+        divergence: "symmetric_kl" or "jensen_shannon", see `distribution_distance`.
         cap: Upper bound of a pair's divergence in nats; beyond it a pair has no gradient. None: no bound (the paper).
 
     Returns:
@@ -109,13 +131,7 @@ def disentanglement_loss(
         ValueError: If the divergence is unknown.
     """
     p, q = distributions.float()[:, :, None], distributions.float()[:, None]  # (B, K, 1, N), (B, 1, K, N)
-    if divergence == "symmetric_kl":
-        distance = 0.5 * ((p - q) * (torch.log(p + EPSILON) - torch.log(q + EPSILON))).sum(dim=-1)
-    elif divergence == "jensen_shannon":
-        log_mean = torch.log((p + q) / 2 + EPSILON)
-        distance = 0.5 * (p * (torch.log(p + EPSILON) - log_mean) + q * (torch.log(q + EPSILON) - log_mean)).sum(dim=-1)
-    else:
-        raise ValueError(f'loss.divergence must be "symmetric_kl" or "jensen_shannon", got {divergence!r}.')
+    distance = distribution_distance(p, q, divergence)
     if cap is not None:
         distance = distance.clamp(max=cap)
     pairs = reference_mask[:, :, None] & reference_mask[:, None]
@@ -126,7 +142,7 @@ def disentanglement_loss(
 def mosaic_loss(
     flow_matching: Tensor, correspondence: Tensor, disentanglement: Tensor, correspondence_weight: float, disentanglement_weight: float
 ) -> MosaicLoss:
-    """Batch means of the per-sample terms, [B] each, and their weighted sum (Eq. 15)."""
+    """L, Eq. 15: batch means of the per-sample terms, [B] each, and their weighted sum."""
     terms = flow_matching.mean(), correspondence.mean(), disentanglement.mean()
     total = terms[0] + correspondence_weight * terms[1] + disentanglement_weight * terms[2]
     return MosaicLoss(total, *terms)

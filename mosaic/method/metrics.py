@@ -141,7 +141,7 @@ class AttentionShape(NamedTuple):
         entropy: Mean entropy of a point's row, nats; 0 for a row that looks at one token only.
         entropy_chance: That of a uniform row, log N_tgt.
         num_points: Number of points counted.
-        overlap: Mean over pairs of references of sum_n min(a_n, b_n), a and b their mean rows (Eq. 11-12): 0 apart, 1 equal.
+        overlap: Mean over pairs of references of sum_n min(a_n, b_n), a and b their `reference_distributions`: 0 apart, 1 equal.
         num_pairs: Number of pairs counted.
     """
 

@@ -1,4 +1,4 @@
-"""Joint attention over [text, target, reference 1..K] in its three modes (Eq. 7).
+"""Joint attention over [text, target, reference 1..K] in its three modes.
 
 All tensors are [B, S, H, D] (batch, tokens, heads, head dim). Text and target tokens are the *main* tokens: their queries
 see every key. What reference queries see is `reference_attention`; it is realised by folding the references into the batch,
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mosaic.model.attention_rows import AttentionRows, Capture, capture_rows
+from mosaic.model.attention_rows import CapturedRows, CaptureRequest, capture_rows
 from mosaic.model.recomputation import recompute_copies
 from mosaic.model.strength import Attend, attend_with_bias
 
@@ -20,7 +20,7 @@ ReferenceAttention = Literal["target", "joint", "isolated"]
 REFERENCE_ATTENTION_MODES: tuple[str, ...] = get_args(ReferenceAttention)
 
 
-class KeptReferences(NamedTuple):
+class BlockReferences(NamedTuple):
     """What attention needs of the references in one block: [B, K * N_ref, H, D] each, query and key after RMSNorm and RoPE.
 
     Attributes:
@@ -42,19 +42,21 @@ class Layout(NamedTuple):
         num_reference_tokens: N_ref, per reference.
         reference_attention: "target" (text, target and itself), "joint" (everything), "isolated" (only itself).
         log_strength: float32 [B, K], added to the logits of each reference's keys; None: nothing is.
-        kept: This block's references from an earlier pass, which then are not in the sequence; None: they close it.
+        block_references: This block's references from an earlier pass, which then are not in the sequence; None: they close it.
+        keep_references: Whether the block returns its references for later passes.
     """
 
     num_references: int = 0
     num_reference_tokens: int = 0
     reference_attention: str = "target"
     log_strength: Tensor | None = None
-    kept: KeptReferences | None = None
+    block_references: BlockReferences | None = None
+    keep_references: bool = False
 
     @property
     def length(self) -> int:
         """Number of reference tokens in the sequence: K * N_ref, or 0."""
-        return self.num_references * self.num_reference_tokens if self.kept is None else 0
+        return self.num_references * self.num_reference_tokens if self.block_references is None else 0
 
     @property
     def key_bias(self) -> Tensor | None:
@@ -69,19 +71,19 @@ class AttentionOutput(NamedTuple):
         main: [B, T + N_tgt, H, D], the text and target tokens.
         references: [B, K * N_ref, H, D], or None without references in the sequence.
         rows: The rows that were wanted; empty if none were.
-        kept: The references for later passes, if they were wanted.
+        block_references: The references for later passes, if they were wanted.
     """
 
     main: Tensor
     references: Tensor | None
-    rows: AttentionRows = AttentionRows()
-    kept: KeptReferences | None = None
+    rows: CapturedRows = CapturedRows()
+    block_references: BlockReferences | None = None
 
 
 def branch_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int = 0, capture: Capture | None = None
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int = 0, capture: CaptureRequest | None = None
 ) -> AttentionOutput:
-    """Attention of the whole sequence in one of the three modes, without a mask (Eq. 7), and what is wanted of it.
+    """Joint attention, Eq. 7: of the whole sequence, in one of the three modes and without a mask; and the rows wanted of it.
 
     Args:
         query: [B, S, H, D] after RMSNorm and RoPE, order [text, target, references].
@@ -90,15 +92,15 @@ def branch_attention(
         layout: The references' place and mode.
         attend: Plain attention on [B, S, H, D] tensors, scale 1/sqrt(D); with strengths another scale is given by keyword.
         text_length: T; the target stands between the text and the references. Only `capture` needs it.
-        capture: What is wanted; None: nothing.
+        capture: The rows that are wanted; None: none.
 
     Raises:
         ValueError: If the mode is unknown.
     """
     if layout.reference_attention not in REFERENCE_ATTENTION_MODES:
         raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {layout.reference_attention!r}.")
-    if layout.kept is not None:
-        return _attention_with_kept(query, key, value, layout, attend, text_length, capture)
+    if layout.block_references is not None:
+        return _attention_with_earlier(query, key, value, layout, attend, text_length, capture)
     if layout.length == 0:
         return AttentionOutput(attend(query, key, value), None)
     # Every tensor is cut once: the gradient of a cut is one concatenation, that of separate slices a sum of padded copies.
@@ -120,24 +122,22 @@ def branch_attention(
             references = recompute_copies(per_reference, reference_query, main_keys, reference_key, [main_value], reference_value)
         main = attend_with_bias(attend, main_query, key, value, layout.key_bias)
     # Read last, so that in the backward pass the rows' gradients come first: what follows is added to them in place.
-    rows = capture_rows(reference_query, target_key, layout.num_references, capture) if capture else AttentionRows()
-    kept = _keep(reference_query, reference_key, reference_value, capture) if capture and capture.references else None
-    return AttentionOutput(main, references, rows, kept)
+    rows = capture_rows(reference_query, target_key, layout.num_references, capture) if capture else CapturedRows()
+    if not layout.keep_references:
+        return AttentionOutput(main, references, rows)
+    # Copies, because slices would keep the whole sequence. Queries are needed only where rows will be read from them again.
+    query_again = reference_query.clone() if capture is not None and capture.has_rows else None
+    return AttentionOutput(main, references, rows, BlockReferences(reference_key.clone(), reference_value.clone(), query_again))
 
 
-def _attention_with_kept(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int, capture: Capture | None
+def _attention_with_earlier(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int, capture: CaptureRequest | None
 ) -> AttentionOutput:
     """Attention of text and target over themselves and references of an earlier pass, and their rows with today's target keys."""
-    kept = layout.kept
-    rows = capture_rows(kept.query, key[:, text_length:], layout.num_references, capture) if capture else AttentionRows()
-    keys, values = torch.cat([key, kept.key], dim=1), torch.cat([value, kept.value], dim=1)
+    earlier = layout.block_references
+    rows = capture_rows(earlier.query, key[:, text_length:], layout.num_references, capture) if capture else CapturedRows()
+    keys, values = torch.cat([key, earlier.key], dim=1), torch.cat([value, earlier.value], dim=1)
     return AttentionOutput(attend_with_bias(attend, query, keys, values, layout.key_bias), None, rows)
-
-
-def _keep(query: Tensor, key: Tensor, value: Tensor, capture: Capture) -> KeptReferences:
-    """Copies, because slices would keep the whole sequence."""
-    return KeptReferences(key.clone(), value.clone(), query.clone() if capture.rows else None)
 
 
 def _attend_per_reference(
@@ -149,7 +149,11 @@ def _attend_per_reference(
     shared_values: Sequence[Tensor],
     value: Tensor,
 ) -> Tensor:
-    """Each reference's queries over the shared keys and its own, [B, K * N_ref, H, D]."""
+    """Each reference's queries over the shared keys and its own, [B, K * N_ref, H, D].
+
+    References that must not see each other become rows of the batch, each with its own copy of the shared keys: that is the mask, exactly
+    and in any attention kernel.
+    """
     bias = layout.key_bias
     folded = attend_with_bias(
         attend,

@@ -1,6 +1,7 @@
-"""The attention rows that the losses supervise: of reference tokens over the target tokens, read out of a block (Eq. 8, 11)."""
+"""The attention rows that the losses supervise: of reference tokens over the target tokens, read out of a block."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,39 +14,43 @@ MAP_BYTES = 128 * 2**20  # of the float32 rows of some heads that are held at on
 KEPT_BYTES = 4 * 2**20  # a block's rows of all heads are kept for the backward pass up to this size: FLUX.1-dev's never are
 
 
-class Capture(NamedTuple):
-    """What one block reads out of its attention.
+@dataclass(frozen=True)
+class CaptureRequest:
+    """Which attention rows a forward pass, and each captured block in it, shall return.
 
     Attributes:
-        global_index: int64 [B, P], the reference tokens G(u) whose rows are wanted, or None.
-        reference_means: Whether the mean row over all tokens of each reference is wanted.
-        references: Whether the references' keys and values are wanted, for later passes without them; with rows also their queries.
+        global_index: int64 [B, P], reference tokens G(u) of the supervised points, or None.
+        all_tokens: Whether to return the mean row over all tokens of each reference.
+        blocks: "all", "double" (the double-stream blocks) or a list of block numbers, double-stream first.
     """
 
     global_index: Tensor | None = None
-    reference_means: bool = False
-    references: bool = False
+    all_tokens: bool = False
+    blocks: str | Sequence[int] = "all"
 
     @property
-    def rows(self) -> bool:
-        """Whether any rows are wanted."""
-        return self.global_index is not None or self.reference_means
+    def has_rows(self) -> bool:
+        """Whether any rows are asked for."""
+        return self.global_index is not None or self.all_tokens
 
 
-class AttentionRows(NamedTuple):
+class CapturedRows(NamedTuple):
     """Rows of softmax(Q_ref K_tgt / sqrt(D)) over the target tokens, head mean, float32; each row sums to 1.
 
     Attributes:
-        points: [B, P, N_tgt], one row per supervised point (Eq. 8 at G(u)), or None if not asked for.
-        reference_means: [B, K, N_tgt], mean over all tokens of a reference, or None if not asked for.
+        attention_rows: [B, P, N_tgt], one row per supervised point, or None if not asked for.
+        reference_rows: [B, K, N_tgt], mean over all tokens of a reference, or None if not asked for.
     """
 
-    points: Tensor | None = None
-    reference_means: Tensor | None = None
+    attention_rows: Tensor | None = None
+    reference_rows: Tensor | None = None
 
 
-def capture_rows(reference_query: Tensor, target_key: Tensor, num_references: int, capture: Capture) -> AttentionRows:
-    """Read the wanted attention rows of one block (Eq. 8, 11), always in float32.
+def capture_rows(reference_query: Tensor, target_key: Tensor, num_references: int, capture: CaptureRequest) -> CapturedRows:
+    """Read the wanted attention rows of one block, always in float32.
+
+    A row is one summand of Eq. 8 at G(u), over all target tokens; read at the points u_j of a reference they are its a_j of Eq. 11. The
+    mean over the blocks is taken by the transformer.
 
     The softmax runs over the target tokens only, so the block's own attention output cannot be reused. Each piece is
     computed anew in the backward pass: nothing of size [heads, rows, N_tgt] outlives the block.
@@ -54,16 +59,17 @@ def capture_rows(reference_query: Tensor, target_key: Tensor, num_references: in
         reference_query: [B, K * N_ref, H, D] after RMSNorm and RoPE.
         target_key: [B, N_tgt, H, D] after RMSNorm and RoPE.
         num_references: K.
-        capture: What is wanted.
+        capture: What is wanted; its choice of blocks is not looked at here.
     """
-    points = means = None
+    attention_rows = reference_rows = None
     if capture.global_index is not None:
-        points = _PointRows.apply(reference_query, target_key, capture.global_index)
-    if capture.reference_means:
+        attention_rows = _PointRows.apply(reference_query, target_key, capture.global_index)
+    if capture.all_tokens:
         per_reference = reference_query.unflatten(1, (num_references, -1))
         chunks = per_reference.split(max(1, ROWS_PER_CHUNK // num_references), dim=2)
-        means = sum(_checkpointed(_sum_of_rows, chunk, target_key) for chunk in chunks) / per_reference.shape[2]
-    return AttentionRows(points, means)
+        # A checkpoint per chunk, not one around all: the backward pass too then holds the softmax of one chunk at a time.
+        reference_rows = sum(_checkpointed(_sum_of_rows, chunk, target_key) for chunk in chunks) / per_reference.shape[2]
+    return CapturedRows(attention_rows, reference_rows)
 
 
 def _checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -99,15 +105,17 @@ class _PointRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Through the head mean, the softmax and the scaled product."""
-        reference_query, target_key, global_index, *kept = ctx.saved_tensors
+        reference_query, target_key, global_index, *attention = ctx.saved_tensors
         rows = _rows_at(reference_query, global_index)
+        # d(head mean) / d(scores) carries 1 / H and the scores' own 1 / sqrt(D): both once, on the small gradient.
         scaled = gradient[:, None] * (rows.shape[3] ** -0.5 / rows.shape[2])
-        if kept:
-            rows_gradient, key_gradient = _row_gradients(rows, target_key, scaled, kept[0])
+        if attention:
+            rows_gradient, key_gradient = _row_gradients(rows, target_key, scaled, attention[0])
         else:
             parts = [_row_gradients(*part, scaled, _softmax_rows(*part)) for part in _head_parts(rows, target_key)]
             rows_gradient, key_gradient = (torch.cat(gradients, dim=2) for gradients in zip(*parts, strict=True))
         rows_gradient, key_gradient = rows_gradient.to(reference_query), key_gradient.to(target_key)
+        # A token may be asked for twice, and padding asks for token 0: gradients of one token are summed, not overwritten.
         query_gradient = reference_query.new_zeros(reference_query.shape)
         flat = global_index + torch.arange(len(rows), device=rows.device)[:, None] * reference_query.shape[1]
         query_gradient.flatten(0, 1).index_add_(0, flat.flatten(), rows_gradient.flatten(0, 1))
@@ -124,6 +132,7 @@ def _row_gradients(rows: Tensor, target_key: Tensor, gradient: Tensor, attention
         attention: [B, H, P, N], their softmax.
     """
     with no_autocast(rows):
+        # Through the softmax: d scores = A * (g - sum(A * g)), in two passes over one map.
         weighted = attention * gradient
         weighted.addcmul_(attention, weighted.sum(dim=-1, keepdim=True), value=-1)
         rows_gradient = weighted @ target_key.float().transpose(1, 2)  # (B, H, P, D)

@@ -1,4 +1,4 @@
-"""The two FLUX blocks with a reference branch (Eq. 4, 6, 7): they only replace `forward`; weights and names are those of diffusers."""
+"""The two FLUX blocks with a reference branch: they only replace `forward`; weights and names are those of diffusers."""
 
 from functools import partial
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from mosaic.model.attention import AttentionOutput, KeptReferences, Layout, branch_attention
-from mosaic.model.attention_rows import AttentionRows, Capture, no_autocast
+from mosaic.model.attention import AttentionOutput, BlockReferences, Layout, branch_attention
+from mosaic.model.attention_rows import CapturedRows, CaptureRequest, no_autocast
 from mosaic.model.branch import branch_linear, branch_vectors
 
 FLOAT16_LIMIT = 65504.0
@@ -23,16 +23,17 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         encoder_hidden_states: [B, T, d], text tokens.
-        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where those were kept or came apart.
+        hidden_states: [B, N_tgt + K * N_ref, d], target and reference tokens; [B, N_tgt, d] where the references are
+            of an earlier pass or came apart.
         rows: The block's attention rows; empty if nothing was asked for.
-        kept: The block's references for later passes, if they were asked for.
+        block_references: The block's references for later passes, if they were asked for.
         reference_hidden_states: [B, K * N_ref, d], the reference tokens where they came apart.
     """
 
     encoder_hidden_states: Tensor
     hidden_states: Tensor
-    rows: AttentionRows
-    kept: KeptReferences | None = None
+    rows: CapturedRows
+    block_references: BlockReferences | None = None
     reference_hidden_states: Tensor | None = None
 
 
@@ -99,13 +100,12 @@ def _with_apart(hidden_states: Tensor, references: Tensor | None) -> Tensor:
     return hidden_states if references is None else torch.cat([hidden_states, references], dim=1)
 
 
-def _output(
-    encoder_hidden_states: Tensor, hidden_states: Tensor, rows: AttentionRows, kept: KeptReferences | None, start: int, apart: bool
-) -> BlockOutput:
+def _output(encoder_hidden_states: Tensor, hidden_states: Tensor, attended: AttentionOutput, start: int, apart: bool) -> BlockOutput:
     """A block's output; `apart`: the references were given apart and come so."""
+    captured = attended.rows, attended.block_references
     if not apart:
-        return BlockOutput(encoder_hidden_states, hidden_states, rows, kept)
-    return BlockOutput(encoder_hidden_states, hidden_states[:, :start], rows, kept, hidden_states[:, start:])
+        return BlockOutput(encoder_hidden_states, hidden_states, *captured)
+    return BlockOutput(encoder_hidden_states, hidden_states[:, :start], *captured, hidden_states[:, start:])
 
 
 def _clip_float16(hidden_states: Tensor) -> Tensor:
@@ -116,6 +116,25 @@ def _heads(attn: FluxAttention, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (-1, attn.head_dim))
 
 
+def joint_projections(attn: FluxAttention, text: Tensor, image: _Tokens, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 4: query, key and value of text and target by the bare weights; the references behind them also by their LoRA (`branch_linear`).
+
+    Args:
+        attn: The attention module of a double-stream block: `to_q|k|v` for the image stream, `add_q|k|v_proj` for the text.
+        text: [B, T, d], modulated.
+        image: [B, N_tgt + K * N_ref, d], modulated.
+        start: N_tgt, where the references begin.
+
+    Returns:
+        [B, T + N_tgt + K * N_ref, H, D] each, query and key after RMSNorm.
+    """
+    query, key, value = (_heads(attn, _linear(layer, image, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    text_query, text_key, text_value = (_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    query = torch.cat([_normalize(attn.norm_added_q, text_query), _normalize(attn.norm_q, query)], dim=1)
+    key = torch.cat([_normalize(attn.norm_added_k, text_key), _normalize(attn.norm_k, key)], dim=1)
+    return query, key, torch.cat([text_value, value], dim=1)
+
+
 def _attend(
     attn: FluxAttention,
     query: Tensor,
@@ -124,7 +143,7 @@ def _attend(
     rotary: RotaryEmbedding,
     layout: Layout,
     text_length: int,
-    capture: Capture | None,
+    capture: CaptureRequest | None,
 ) -> AttentionOutput:
     """RoPE, then attention in the layout's mode, its outputs as [B, S, H * D]."""
     query = apply_rotary_emb(query, rotary, sequence_dim=1)
@@ -132,7 +151,7 @@ def _attend(
     attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
     output = branch_attention(query, key, value, layout, attend, text_length, capture)
     main, references = (x if x is None else x.flatten(2, 3).to(query.dtype) for x in (output.main, output.references))
-    return AttentionOutput(main, references, output.rows, output.kept)
+    return output._replace(main=main, references=references)
 
 
 class MosaicFluxTransformerBlock(FluxTransformerBlock):
@@ -145,18 +164,19 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         temb: Tensor,
         image_rotary_emb: RotaryEmbedding,
         layout: Layout = NO_REFERENCES,
-        capture: Capture | None = None,
+        capture: CaptureRequest | None = None,
         reference_hidden_states: Tensor | None = None,
     ) -> BlockOutput:
         """Run the block.
 
         Args:
-            hidden_states: [B, N_tgt + K * N_ref, d]; without the references where the layout has kept ones, or they come apart.
+            hidden_states: [B, N_tgt + K * N_ref, d]; without the references where the layout has those of an earlier pass, or they come
+                apart.
             encoder_hidden_states: [B, T, d].
             temb: [B, 1 or 2, d]: the main and, if there are reference tokens, the reference conditioning vector.
             image_rotary_emb: cos and sin of every token, [T + N_tgt + K * N_ref, D] each.
             layout: The references' place and attention mode.
-            capture: What to return of the attention.
+            capture: Which attention rows to return.
             reference_hidden_states: [B, K * N_ref, d], the reference tokens apart, for a step cache that looks at the target only.
         """
         hidden_states = _with_apart(hidden_states, reference_hidden_states)
@@ -166,15 +186,11 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         normed = _modulate(_normalize(self.norm1.norm, hidden_states), shift_msa, scale_msa, start)
         text, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb[:, 0])
 
-        query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        text_query, text_key, text_value = (_heads(attn, layer(text)) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-        query = torch.cat([_normalize(attn.norm_added_q, text_query), _normalize(attn.norm_q, query)], dim=1)
-        key = torch.cat([_normalize(attn.norm_added_k, text_key), _normalize(attn.norm_k, key)], dim=1)
-        value = torch.cat([text_value, value], dim=1)
-        main, references, rows, kept = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
-        attended_text, attended_target = main.split([text_length, start], dim=1)
+        query, key, value = joint_projections(attn, text, normed, start)
+        attended = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        attended_text, attended_target = attended.main.split([text_length, start], dim=1)
 
-        attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), references), start)
+        attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), attended.references), start)
         hidden_states = hidden_states + _gate(attn.to_out[1](attended_image), gate_msa, start)
         normed = _modulate(_normalize(self.norm2, hidden_states), shift_mlp, scale_mlp, start)
         inner = _with_references(self.ff.net[1](self.ff.net[0].gelu(_linear(self.ff.net[0].proj, normed, start))), start)
@@ -184,7 +200,7 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
         text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
         encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
-        return _output(_clip_float16(encoder_hidden_states), hidden_states, rows, kept, start, apart=reference_hidden_states is not None)
+        return _output(_clip_float16(encoder_hidden_states), hidden_states, attended, start, apart=reference_hidden_states is not None)
 
 
 class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
@@ -197,7 +213,7 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         temb: Tensor,
         image_rotary_emb: RotaryEmbedding,
         layout: Layout = NO_REFERENCES,
-        capture: Capture | None = None,
+        capture: CaptureRequest | None = None,
         reference_hidden_states: Tensor | None = None,
     ) -> BlockOutput:
         """Run the block; arguments as in `MosaicFluxTransformerBlock.forward`."""
@@ -211,11 +227,10 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         mlp = self.act_mlp(_linear(self.proj_mlp, normed, start))
         query, key, value = (_heads(attn, _linear(layer, normed, start)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = _normalize(attn.norm_q, query), _normalize(attn.norm_k, key)
-        main, references, rows, kept = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
+        attended = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
 
-        joined = _with_references(torch.cat([_join(main, references).joined, mlp], dim=2), start)
+        joined = _with_references(torch.cat([_join(attended.main, attended.references).joined, mlp], dim=2), start)
         output = _linear(self.proj_out, joined, start)
         output = _clip_float16(residual + _gate(output, gate, start))
-        return _output(
-            output[:, :text_length], output[:, text_length:], rows, kept, start - text_length, apart=reference_hidden_states is not None
-        )
+        apart = reference_hidden_states is not None
+        return _output(output[:, :text_length], output[:, text_length:], attended, start - text_length, apart)

@@ -1,4 +1,4 @@
-"""Where the reference LoRA acts (Eq. 6): on the reference tokens of a packed sequence, and nowhere else.
+"""Where the reference LoRA acts: on the reference tokens of a packed sequence, and nowhere else.
 
 `branch_linear` is the whole mechanism: one base matmul over the packed sequence, the reference delta on the reference
 slice, every other adapter (a style LoRA) on the rest. Nothing is switched at run time.
@@ -11,7 +11,7 @@ ADAPTER_NAME = "reference"
 
 
 def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, references: Tensor | None = None) -> Tensor:
-    """Apply a linear layer to [main; references]: base everywhere, the reference LoRA from `start` on, other adapters before it.
+    """Eq. 6: a linear layer on [main; references]: base everywhere, the reference LoRA from `start` on, other adapters before it.
 
     y = W x + b;  y[:, start:] += B_ref A_ref x[:, start:];  y[:, :start] += s B A x[:, :start] for every other active adapter.
 

@@ -201,7 +201,7 @@ def captured_row_flops(
     reference_tokens: int,
     num_points: int,
     captured_blocks: int,
-    reference_means: bool,
+    all_tokens: bool,
 ) -> float:
     """FLOPs of the supervised attention rows in forward and backward: one product, and three with the softmax computed anew.
 
@@ -215,9 +215,9 @@ def captured_row_flops(
         reference_tokens: R.
         num_points: P, points of a sample over all references.
         captured_blocks: Blocks whose attention is supervised.
-        reference_means: Whether the rows of all reference tokens are read as well.
+        all_tokens: Whether the rows of all reference tokens are read as well.
     """
-    rows = num_points + (num_references * reference_tokens if reference_means else 0)
+    rows = num_points + (num_references * reference_tokens if all_tokens else 0)
     return 4.0 * 2 * width(transformer_config) * batch_size * rows * target_tokens * captured_blocks
 
 

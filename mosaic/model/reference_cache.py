@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from mosaic.model.attention import KeptReferences
+from mosaic.model.attention import BlockReferences
 
 
-class ReferenceCache(NamedTuple):
+class KeptReferences(NamedTuple):
     """The references of one forward pass, for passes without them.
 
     Attributes:
@@ -20,7 +20,7 @@ class ReferenceCache(NamedTuple):
         num_reference_tokens: N_ref, per reference.
     """
 
-    blocks: tuple[KeptReferences, ...]
+    blocks: tuple[BlockReferences, ...]
     num_references: int
     num_reference_tokens: int
 
@@ -38,7 +38,7 @@ def reference_cache_bytes(
     bytes_per_number: int = 2,
     with_attention: bool = False,
 ) -> int:
-    """Memory of a cache in bytes, known beforehand: 0.67 GiB per 512 px reference of FLUX.1-dev in bfloat16.
+    """Memory of kept references in bytes, known beforehand: 0.67 GiB per 512 px reference of FLUX.1-dev in bfloat16.
 
     Args:
         transformer_config: `transformer/config.json` of a diffusers FLUX folder.
@@ -86,7 +86,7 @@ class CachedTransformer:
     """The transformer with one set of references, which it computes only every so many sampling steps.
 
     Attributes:
-        cache: The references of the last pass that computed them; None before, and where every pass does.
+        kept: The references of the last pass that computed them; None before, and where every pass does.
     """
 
     def __init__(self, transformer: Callable[..., Any], references: Mapping[str, Any], interval: float) -> None:
@@ -99,14 +99,14 @@ class CachedTransformer:
         """
         self.transformer, self.references = transformer, dict(references)
         self.interval = interval if references else 1
-        self.cache: ReferenceCache | None = None
+        self.kept: KeptReferences | None = None
 
     def __call__(self, step: int, **inputs: Any) -> Any:
         """The transformer's output at a sampling step; `inputs` are its other arguments."""
-        if self.cache is not None and step % self.interval:
+        if self.kept is not None and step % self.interval:
             shared = {key: value for key, value in self.references.items() if key in ("capture", "reference_strength")}
-            return self.transformer(**inputs, **shared, reference_cache=self.cache)
-        self.cache = None  # its memory, before that of the next one
+            return self.transformer(**inputs, **shared, kept_references=self.kept)
+        self.kept = None  # frees them before the next ones are made: the two together would double the memory
         output = self.transformer(**inputs, **self.references, keep_references=self.interval > 1)
-        self.cache = output.reference_cache
+        self.kept = output.kept_references
         return output

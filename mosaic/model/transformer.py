@@ -1,4 +1,4 @@
-"""FLUX with a reference branch (Eq. 4-8): stock modules and weights, one joint sequence [text, target, reference 1..K].
+"""FLUX with a reference branch: stock modules and weights, one joint sequence [text, target, reference 1..K].
 
 Text and target tokens see the bare base weights at timestep t; reference tokens see base + LoRA at timestep 0.
 """
@@ -14,27 +14,12 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from mosaic.model.attention import Layout
-from mosaic.model.attention_rows import Capture, resolve_capture_blocks
+from mosaic.model.attention import BlockReferences, Layout
+from mosaic.model.attention_rows import CaptureRequest, resolve_capture_blocks
 from mosaic.model.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.model.branch import branch_linear
-from mosaic.model.reference_cache import ReferenceCache
+from mosaic.model.reference_cache import KeptReferences
 from mosaic.model.strength import log_strength
-
-
-@dataclass(frozen=True)
-class CaptureRequest:
-    """Which attention rows the transformer shall return.
-
-    Attributes:
-        global_index: int64 [B, P], reference tokens G(u) of the supervised points, or None.
-        reference_means: Whether to return the mean row over all tokens of each reference.
-        blocks: "all", "double" (the double-stream blocks) or a list of block numbers, double-stream first.
-    """
-
-    global_index: Tensor | None = None
-    reference_means: bool = False
-    blocks: str | Sequence[int] = "all"
 
 
 @dataclass
@@ -43,15 +28,15 @@ class MosaicTransformerOutput(BaseOutput):
 
     Attributes:
         sample: [B, N_tgt, C], the predicted velocity, noise - latents.
-        attention_rows: float32 [B, P, N_tgt], mean over heads and captured blocks (Eq. 8 at G(u)), or None.
+        attention_rows: float32 [B, P, N_tgt], mean over heads and captured blocks, or None.
         reference_rows: float32 [B, K, N_tgt], the mean over all tokens of each reference, or None.
-        reference_cache: The references for passes without them, or None.
+        kept_references: The references for passes without them, or None.
     """
 
     sample: Tensor
     attention_rows: Tensor | None = None
     reference_rows: Tensor | None = None
-    reference_cache: ReferenceCache | None = None
+    kept_references: KeptReferences | None = None
 
 
 class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
@@ -116,7 +101,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         capture: CaptureRequest | None = None,
         reference_strength: Tensor | None = None,
         keep_references: bool = False,
-        reference_cache: ReferenceCache | None = None,
+        kept_references: KeptReferences | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> MosaicTransformerOutput | tuple[Tensor]:
@@ -136,13 +121,71 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             capture: Which attention rows to return; needs references.
             reference_strength: [B, K] of at least 0: its logarithm is added to the logits of the reference's keys. None: 1.
             keep_references: Whether to return the references' keys and values (and queries, where rows are captured).
-            reference_cache: What was returned so, in place of the references.
+            kept_references: What was returned so, in place of the references.
             joint_attention_kwargs: Must be empty; here for the pipelines of diffusers, which may share this transformer.
             return_dict: False, as those pipelines ask: (sample,).
 
         Raises:
             ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice or
                 without ids, `capture.blocks` is wrong, or guidance is missing or has no embedding.
+        """
+        self._check_arguments(joint_attention_kwargs, guidance, capture, reference_hidden_states, kept_references)
+        num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
+
+        # The sequence: [text, target, references]; references of an earlier pass are not in it.
+        bias = None if reference_strength is None else log_strength(reference_strength)
+        layouts = [Layout()] * len(blocks)
+        if kept_references is not None:
+            size = kept_references.num_references, kept_references.num_reference_tokens
+            layouts = [Layout(*size, reference_attention, bias, block) for block in kept_references.blocks]
+        elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
+            hidden_states, img_ids = join_references(hidden_states, img_ids, reference_hidden_states, reference_ids)
+            size = reference_hidden_states.shape[1:3]
+            layouts = [Layout(*size, reference_attention, bias, keep_references=keep_references)] * len(blocks)
+        num_reference_tokens = layouts[0].length
+        captures = self._captures(capture, layouts)
+
+        # The conditioning vectors. In the latents' dtype, as in diffusers, but before the embedder: under autocast its output would round
+        # t to 8 bits.
+        branches = 2 if num_reference_tokens else 1
+        temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, branches)
+        hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
+        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        rotary = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
+
+        # The blocks. A step cache compares and repeats a block's image tokens: the references go apart then, so it sees the target only.
+        references = None
+        if self.is_cache_enabled and num_reference_tokens:
+            hidden_states, references = hidden_states.split([num_target_tokens, num_reference_tokens], dim=1)
+        collected = _Collected(sum(wanted is not None and wanted.has_rows for wanted in captures))
+        for block, layout, wanted in zip(blocks, layouts, captures, strict=True):
+            output = self._run(block, hidden_states, encoder_hidden_states, temb, rotary, layout, wanted, references)
+            encoder_hidden_states, hidden_states = output[:2]
+            if isinstance(output, BlockOutput):  # else a step cache has left the block out
+                references = output.reference_hidden_states
+                collected.add(output)
+
+        # The output: of the target alone.
+        hidden_states = self.norm_out(hidden_states[:, :num_target_tokens], temb[:, 0])
+        sample = self.proj_out(hidden_states)
+        if not return_dict:
+            return (sample,)
+        complete = len(collected.references) == len(blocks)
+        kept = KeptReferences(tuple(collected.references), *layouts[0][:2]) if complete else None
+        return MosaicTransformerOutput(sample, collected.attention_rows, collected.reference_rows, kept)
+
+    def _check_arguments(
+        self,
+        joint_attention_kwargs: dict[str, Any] | None,
+        guidance: Tensor | None,
+        capture: CaptureRequest | None,
+        reference_hidden_states: Tensor | None,
+        kept_references: KeptReferences | None,
+    ) -> None:
+        """Refuse arguments of `forward` that do not go together.
+
+        Raises:
+            ValueError: See `forward`.
         """
         if joint_attention_kwargs:
             raise ValueError(f"joint_attention_kwargs must be empty with a reference branch, got {', '.join(joint_attention_kwargs)}.")
@@ -153,72 +196,31 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             )
         if capture is not None and self.is_cache_enabled:
             raise ValueError("attention rows are read in every block, some of which a step cache leaves out: disable_cache() first.")
-        if reference_cache is not None and reference_hidden_states is not None:
-            raise ValueError("give reference_hidden_states or reference_cache, not both.")
-        num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
-        bias = None if reference_strength is None else log_strength(reference_strength)
-        layouts = [Layout()] * len(blocks)
-        if reference_cache is not None:
-            size = (reference_cache.num_references, reference_cache.num_reference_tokens)
-            layouts = [Layout(*size, reference_attention, bias, kept) for kept in reference_cache.blocks]
-        elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
-            layouts = [Layout(*reference_hidden_states.shape[1:3], reference_attention, bias)] * len(blocks)
-            hidden_states = torch.cat([hidden_states, reference_hidden_states.flatten(1, 2)], dim=1)
-            if reference_ids is None:
-                raise ValueError(
-                    "reference_hidden_states need reference_ids, [K * N_ref, 3]: see mosaic.method.tokens.reference_position_ids."
-                )
-            img_ids = torch.cat([img_ids.float(), reference_ids.to(img_ids.device, torch.float32)], dim=0)
-        layout = layouts[0]
-        captures = self._captures(capture, layouts, keep_references and layout.length > 0)
+        if kept_references is not None and reference_hidden_states is not None:
+            raise ValueError("give reference_hidden_states or kept_references, not both.")
 
-        # The latents' dtype, as in diffusers, but before the embedder: under autocast its output would round t to 8 bits.
-        temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, branches=2 if layout.length else 1)
-        hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
-        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
-        rotary = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
+    def _run(self, block: nn.Module, *arguments: Any) -> BlockOutput | tuple[Tensor, Tensor]:
+        """One block, in training maybe under a checkpoint; where a step cache leaves it out, text and target tokens alone."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
 
-        rows, reference_rows, kept = [], [], []
-        num_captured = sum(wanted is not None and wanted.rows for wanted in captures)
-        references = None
-        if self.is_cache_enabled and layout.length:
-            hidden_states, references = hidden_states.split([num_target_tokens, layout.length], dim=1)
-        for block, layout, wanted in zip(blocks, layouts, captures, strict=True):
-            arguments = (hidden_states, encoder_hidden_states, temb, rotary, layout, wanted, references)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                output = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                output = block(*arguments)
-            encoder_hidden_states, hidden_states = output[:2]
-            if not isinstance(output, BlockOutput):  # the block was left out by a step cache
-                continue
-            references = output.reference_hidden_states
-            _accumulate(rows, output.rows.points, num_captured)
-            _accumulate(reference_rows, output.rows.reference_means, num_captured)
-            kept += [] if output.kept is None else [output.kept]
-
-        hidden_states = self.norm_out(hidden_states[:, :num_target_tokens], temb[:, 0])
-        cache = ReferenceCache(tuple(kept), layout.num_references, layout.num_reference_tokens) if len(kept) == len(blocks) else None
-        sample = self.proj_out(hidden_states)
-        return MosaicTransformerOutput(sample, *rows or [None], *reference_rows or [None], cache) if return_dict else (sample,)
-
-    def _captures(self, request: CaptureRequest | None, layouts: Sequence[Layout], keep: bool) -> list[Capture | None]:
-        """What each block shall return of its attention.
+    def _captures(self, request: CaptureRequest | None, layouts: Sequence[Layout]) -> list[CaptureRequest | None]:
+        """What each block is asked for: the request, where it names the block.
 
         Raises:
             ValueError: If rows are asked for without references or their queries, or of blocks that there are not.
         """
-        captured = frozenset()
-        if request is not None:
-            captured = resolve_capture_blocks(request.blocks, len(self.transformer_blocks), len(self.single_transformer_blocks))
+        if request is None:
+            return [None] * len(layouts)
+        captured = resolve_capture_blocks(request.blocks, len(self.transformer_blocks), len(self.single_transformer_blocks))
         for index in captured:
             if not layouts[index].num_references:
                 raise ValueError("attention rows are read from reference tokens: capture needs reference_hidden_states with K >= 1.")
-            if layouts[index].kept is not None and layouts[index].kept.query is None:
-                raise ValueError(f"reference_cache holds no queries of block {index}: it was made without this capture.")
-        kept_only = Capture(references=True) if keep else None
-        with_rows = Capture(request.global_index, request.reference_means, keep) if request is not None else None
-        return [with_rows if index in captured else kept_only for index in range(len(layouts))]
+            earlier = layouts[index].block_references
+            if earlier is not None and earlier.query is None:
+                raise ValueError(f"kept_references hold no queries of block {index}: they were kept without this capture.")
+        return [request if index in captured else None for index in range(len(layouts))]
 
     def _conditioning(
         self, dtype: torch.dtype, timestep: Tensor, guidance: Tensor | None, pooled_projections: Tensor, branches: int
@@ -243,10 +245,49 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         return vectors + mlp(embed.text_embedder, embed.text_embedder.act_1, pooled)
 
 
-def _accumulate(total: list[Tensor], rows: Tensor | None, count: int) -> None:
-    """Add one block's share of the mean over `count` captured blocks to the one tensor in `total`."""
-    if rows is not None:
-        total[:] = [rows / count if not total else total[0] + rows / count]
+def join_references(
+    hidden_states: Tensor, img_ids: Tensor, reference_hidden_states: Tensor, reference_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5: all references in a row, here behind the target; and the position ids of both.
+
+    Args:
+        hidden_states: [B, N_tgt, C], the target.
+        img_ids: [N_tgt, 3].
+        reference_hidden_states: [B, K, N_ref, C].
+        reference_ids: [K * N_ref, 3].
+
+    Returns:
+        [B, N_tgt + K * N_ref, C] and float32 [N_tgt + K * N_ref, 3].
+
+    Raises:
+        ValueError: If there are no reference_ids.
+    """
+    if reference_ids is None:
+        raise ValueError("reference_hidden_states need reference_ids, [K * N_ref, 3]: see mosaic.method.tokens.reference_position_ids.")
+    joined = torch.cat([hidden_states, reference_hidden_states.flatten(1, 2)], dim=1)
+    return joined, torch.cat([img_ids.float(), reference_ids.to(img_ids.device, torch.float32)], dim=0)
+
+
+class _Collected:
+    """What the blocks return beside their tokens: the mean of their rows, and their references for later passes."""
+
+    def __init__(self, num_captured: int) -> None:
+        self.num_captured = num_captured
+        self.attention_rows: Tensor | None = None
+        self.reference_rows: Tensor | None = None
+        self.references: list[BlockReferences] = []
+
+    def add(self, output: BlockOutput) -> None:
+        """Add one block's share; the mean over blocks is a running sum, so that no block's rows are kept."""
+        self.attention_rows = self._mean(self.attention_rows, output.rows.attention_rows)
+        self.reference_rows = self._mean(self.reference_rows, output.rows.reference_rows)
+        if output.block_references is not None:
+            self.references.append(output.block_references)
+
+    def _mean(self, so_far: Tensor | None, rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return so_far
+        return rows / self.num_captured if so_far is None else so_far + rows / self.num_captured
 
 
 def _adopt_blocks(transformer: FluxTransformer2DModel) -> None:

@@ -66,7 +66,7 @@ class PictureAttention:
 
     @property
     def distributions(self) -> Tensor:
-        """float32 [K, N_tgt]: the mean row of each subject (Eq. 11-12 with all its tokens as points); rows sum to 1."""
+        """float32 [K, N_tgt]: the mean row of each subject (Eq. 12 with all its tokens as points); rows sum to 1."""
         mean = torch.stack([rows[tokens].mean(dim=0) for rows, tokens in zip(self.maps, self.subject, strict=True)])
         return mean / mean.sum(dim=-1, keepdim=True)
 

@@ -24,7 +24,7 @@ def images_to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-    """Encode pictures to shifted and scaled latents (Eq. 3).
+    """Encode pictures to shifted and scaled latents, Eq. 3.
 
     Args:
         vae: The frozen VAE.

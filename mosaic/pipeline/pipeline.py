@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mosaic.lora import adapter as lora
 from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.reference_cache import CachedTransformer, refresh_interval
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.attention_report import AttentionRecorder, PictureAttention, subject_tokens
 from mosaic.pipeline.encoders import Encoders, LiveEncoders, PromptEmbeddings
 from mosaic.pipeline.inputs import (

@@ -18,9 +18,9 @@ from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.method.tokens import PATCH, token_grid
-from mosaic.model.attention_rows import resolve_capture_blocks
+from mosaic.model.attention_rows import CaptureRequest, resolve_capture_blocks
 from mosaic.model.recomputation import set_gradient_checkpointing
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput
 from mosaic.pipeline.encoders import Encoders, PromptEmbeddings
 from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.meta_kernels import kernels_of
@@ -173,7 +173,7 @@ def _without_capture(transformer: nn.Module) -> Any:
         zero = torch.zeros((), device=output.sample.device)
         if capture.global_index is not None:
             output["attention_rows"] = zero.expand(batch, capture.global_index.shape[1], num_target)
-        if capture.reference_means:
+        if capture.all_tokens:
             output["reference_rows"] = zero.expand(batch, inputs["reference_hidden_states"].shape[1], num_target)
         return output
 

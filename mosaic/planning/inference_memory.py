@@ -17,9 +17,9 @@ from transformers import T5Config, T5EncoderModel
 
 from mosaic.config.loading import Config
 from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids, token_grid
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.costs import lora_parameter_count, width
 from mosaic.model.reference_cache import reference_cache_bytes
-from mosaic.model.transformer import CaptureRequest
 from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES

@@ -21,7 +21,8 @@ from mosaic.method.losses import (
     reference_distributions,
 )
 from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, text_position_ids, token_grid
-from mosaic.model.transformer import CaptureRequest, MosaicTransformerOutput
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicTransformerOutput
 from mosaic.pipeline.latents import draw_latents
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
@@ -102,11 +103,11 @@ def train_step(
     noise = torch.stack([torch.randn(encoded.latents.shape[1:], generator=own) for own in generators]).to(encoded.latents)
     noisy_latents = add_noise(encoded.latents, noise, timesteps)
 
-    # One joint sequence through all blocks (Eq. 4-8); the supervised rows come back with the velocity.
+    # One joint sequence through all blocks; the supervised rows come back with the velocity.
     capture = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
     output = predict(pipeline, transformer, encoded, noisy_latents, timesteps, capture, grids, config.model.reference_attention)
 
-    # The three terms (Eq. 10-15).
+    # The three terms.
     if loss.disentanglement_rows == "all":
         distributions, counted = output.reference_rows, (~drop_image).to(device)[:, None].expand(-1, num_references)
     else:

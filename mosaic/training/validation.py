@@ -16,7 +16,7 @@ from mosaic.method.correspondence import Points, batch_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
 from mosaic.method.tokens import Grid
-from mosaic.model.transformer import CaptureRequest
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.reports.figures import case_panel, save_picture, tensor_to_image

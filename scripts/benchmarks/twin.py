@@ -105,7 +105,8 @@ def build_ours(args: argparse.Namespace, supervised: bool) -> Callable[[], Any]:
     from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
     from mosaic.method.correspondence import batch_points
     from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
-    from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+    from mosaic.model.attention_rows import CaptureRequest
+    from mosaic.model.transformer import MosaicFluxTransformer2DModel
 
     torch.manual_seed(0)
     config = transformer_config()

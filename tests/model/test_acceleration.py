@@ -12,7 +12,8 @@ from torch import Tensor
 from mosaic.config.sections import InferenceConfig
 from mosaic.model import acceleration
 from mosaic.model.acceleration import accelerate, flux_mag_ratios, set_attention_backend, set_step_cache
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from tests import tiny
 
@@ -134,7 +135,7 @@ def test_a_skipped_step_refreshes_nothing(pipeline: MosaicFluxPipeline) -> None:
 
     def spy(**inputs: Any) -> Any:
         output = forward(**inputs)
-        lengths.append((int(inputs.get("reference_cache") is None), output.reference_cache is not None))
+        lengths.append((int(inputs.get("kept_references") is None), output.kept_references is not None))
         return output
 
     transformer.forward = spy

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from mosaic.model import attention_rows
 from mosaic.model.attention import Layout, branch_attention
-from mosaic.model.attention_rows import Capture, capture_rows, resolve_capture_blocks
+from mosaic.model.attention_rows import CaptureRequest, capture_rows, resolve_capture_blocks
 from tests import naive
 
 TEXT, TARGET, REFERENCE, HEADS, WIDTH = 3, 8, 5, 2, 4
@@ -93,41 +93,41 @@ def test_no_references_is_plain_attention(generator: torch.Generator) -> None:
 def test_captured_rows_equal_the_full_map_with_gradients(generator: torch.Generator, batch: int) -> None:
     query, key, _ = draw(3, generator, batch)
     index = torch.stack([torch.randperm(15, generator=generator)[:7] for _ in range(batch)])
-    rows = capture_rows(*parts(query, key), 3, Capture(index))
+    rows = capture_rows(*parts(query, key), 3, CaptureRequest(index))
     want = torch.stack([m[i] for m, i in zip(full_map(query, key), index, strict=True)])
-    assert rows.reference_means is None
-    torch.testing.assert_close(rows.points, want, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(rows.points.sum(-1), torch.ones(batch, 7))
+    assert rows.reference_rows is None
+    torch.testing.assert_close(rows.attention_rows, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rows.attention_rows.sum(-1), torch.ones(batch, 7))
     weight = torch.randn(want.shape, generator=generator)
-    found = torch.autograd.grad((rows.points * weight).sum(), (query, key))
+    found = torch.autograd.grad((rows.attention_rows * weight).sum(), (query, key))
     for ours, expected in zip(found, torch.autograd.grad((want * weight).sum(), (query, key)), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 256])
-def test_reference_means_equal_the_full_map_for_any_chunk(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_reference_rows_equal_the_full_map_for_any_chunk(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(attention_rows, "ROWS_PER_CHUNK", chunk)
     query, key, _ = draw(3, generator)
-    rows = capture_rows(*parts(query, key), 3, Capture(reference_means=True))
+    rows = capture_rows(*parts(query, key), 3, CaptureRequest(all_tokens=True))
     want = full_map(query, key).unflatten(1, (3, REFERENCE)).mean(dim=2)
-    assert rows.points is None
-    torch.testing.assert_close(rows.reference_means, want, atol=1e-6, rtol=1e-5)
+    assert rows.attention_rows is None
+    torch.testing.assert_close(rows.reference_rows, want, atol=1e-6, rtol=1e-5)
     weight = torch.randn(want.shape, generator=generator)
-    found = torch.autograd.grad((rows.reference_means * weight).sum(), (query, key))
+    found = torch.autograd.grad((rows.reference_rows * weight).sum(), (query, key))
     for ours, expected in zip(found, torch.autograd.grad((want * weight).sum(), (query, key)), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_no_points_give_no_rows(generator: torch.Generator) -> None:
     query, key, _ = draw(2, generator)
-    rows = capture_rows(*parts(query, key), 2, Capture(torch.zeros(2, 0, dtype=torch.long)))
-    assert rows.points.shape == (2, 0, TARGET)
+    rows = capture_rows(*parts(query, key), 2, CaptureRequest(torch.zeros(2, 0, dtype=torch.long)))
+    assert rows.attention_rows.shape == (2, 0, TARGET)
 
 
 def test_rows_are_computed_in_float32_from_bfloat16(generator: torch.Generator) -> None:
     query, key, _ = (x.detach().bfloat16() for x in draw(2, generator))
     index = torch.arange(10).expand(2, -1)
-    rows = capture_rows(*parts(query, key), 2, Capture(index)).points
+    rows = capture_rows(*parts(query, key), 2, CaptureRequest(index)).attention_rows
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, full_map(query.float(), key.float()), atol=1e-6, rtol=1e-5)
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.model import costs
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from tests import tiny
 
 REFERENCE_TOKENS, TEXT = 1024, 512
@@ -86,7 +87,7 @@ def test_steps_beyond_the_run_are_refused(given: tuple[int, int], message: str) 
 
 def test_captured_rows_of_flux_dev() -> None:
     """A forward pass of 512 px, K = 2 measures 55.45 TFLOP and a step 123.9 with 512 points, 179.4 with recomputed blocks."""
-    rows = costs.captured_row_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, 512, 57, reference_means=False) / 1e12
+    rows = costs.captured_row_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, 512, 57, all_tokens=False) / 1e12
     forward = costs.forward_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, TEXT, 128, "target").total / 1e12
     assert forward + rows / 4 == pytest.approx(55.45, rel=1e-3)
     assert step(512, 2) + rows == pytest.approx(123.9, rel=2e-3)
@@ -134,7 +135,7 @@ def count(config: Mapping[str, Any], mode: str, points: int = 0) -> tuple[int, i
     index = torch.zeros(GEOMETRY["batch_size"], points, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = transformer(
-            **meta_inputs(config), reference_attention=mode, capture=CaptureRequest(index, reference_means=True) if points else None
+            **meta_inputs(config), reference_attention=mode, capture=CaptureRequest(index, all_tokens=True) if points else None
         )
         forward = counter.get_total_flops()
         loss = output.sample.sum()
@@ -161,9 +162,9 @@ def test_equals_the_operations_of_a_run_with_kept_references(mode: str) -> None:
     inputs = meta_inputs(config)
     without = {name: value for name, value in inputs.items() if not name.startswith("reference_")}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        cache = transformer(**inputs, reference_attention=mode, keep_references=True).reference_cache
+        cache = transformer(**inputs, reference_attention=mode, keep_references=True).kept_references
         for _ in range(2):
-            transformer(**without, reference_attention=mode, reference_cache=cache)
+            transformer(**without, reference_attention=mode, kept_references=cache)
     run = costs.sampling_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, num_inference_steps=3, reference_steps=1)
     assert counter.get_total_flops() == pytest.approx(run, rel=1e-6)
 
@@ -181,9 +182,9 @@ def test_equals_the_operations_of_skipped_steps(cached: bool) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         for step in range(3):
             with transformer.cache_context("pass"):
-                given = {**without, "reference_cache": kept} if cached and step else {**inputs, "keep_references": cached}
+                given = {**without, "kept_references": kept} if cached and step else {**inputs, "keep_references": cached}
                 output = transformer(**given, reference_attention="isolated")
-            kept = output.reference_cache or kept
+            kept = output.kept_references or kept
     run = costs.sampling_flops(
         config,
         **GEOMETRY,
@@ -218,7 +219,7 @@ def test_captured_rows_equal_the_operations(monkeypatch: pytest.MonkeyPatch) -> 
     without, with_rows = count(config, "target")[1], count(config, "target", points=7)[1]
     g = GEOMETRY
     sizes = (g["batch_size"], g["num_references"], g["target_tokens"], g["reference_tokens"])
-    assert with_rows - without == costs.captured_row_flops(config, *sizes, 7, 5, reference_means=True)
+    assert with_rows - without == costs.captured_row_flops(config, *sizes, 7, 5, all_tokens=True)
 
 
 def test_unknown_modes_are_refused() -> None:

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_modules, reference_lora_parameters
 from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids, token_grid
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 
 WIDTH, HEADS, DOUBLE, SINGLE = 3072, 24, 19, 38
 TEXT, TEXT_WIDTH, CHANNELS, RANK = 512, 4096, 64, 128

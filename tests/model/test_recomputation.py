@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from mosaic.method.tokens import Grid
 from mosaic.model import attention_rows
 from mosaic.model.attention import Layout, branch_attention
-from mosaic.model.attention_rows import Capture, capture_rows
+from mosaic.model.attention_rows import CaptureRequest, capture_rows
 from mosaic.model.recomputation import ATTENTION_KERNELS, set_gradient_checkpointing
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from tests import forks, tiny
 from tests.model.test_attention import attend, draw, parts
 from tests.model.test_transformer import our_step
@@ -164,7 +164,7 @@ def test_two_processes_join_the_same_gradients_in_every_mode(tmp_path: Path) -> 
 def rows_and_gradients(generator: torch.Generator) -> list[Tensor]:
     query, key, _ = draw(3, generator.manual_seed(0))
     index = torch.stack([torch.randperm(15, generator=generator)[:7] for _ in range(2)])
-    rows = capture_rows(*parts(query, key), 3, Capture(index)).points
+    rows = capture_rows(*parts(query, key), 3, CaptureRequest(index)).attention_rows
     return [rows, *torch.autograd.grad((rows * torch.randn(rows.shape, generator=generator)).sum(), (query, key))]
 
 
@@ -200,7 +200,7 @@ def test_bytes_of_the_rows(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
     query, key = (torch.randn(1, n, heads, width, generator=generator, requires_grad=True) for n in (96, target))
     index = torch.randperm(96, generator=generator)[None, :points]
     with Peak() as operations:
-        rows = capture_rows(query, key, 6, Capture(index)).points
+        rows = capture_rows(query, key, 6, CaptureRequest(index)).attention_rows
         assert operations.bytes_held() == rows_size
         assert operations.peak <= 2 * one_map // heads + 3 * rows_size + 2 * tokens
         operations.peak = 0

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mosaic.lora.adapter import save_reference_lora
 from mosaic.method.tokens import Grid, position_ids, reference_position_ids
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.costs import FLUX_DEV
 from mosaic.model.reference_cache import CachedTransformer, reference_cache_bytes, refresh_interval
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from tests import golden, naive, tiny
 from tests.tiny import CALL, noise, run
@@ -84,7 +85,7 @@ def test_isolated_is_exact(adapted: MosaicFluxTransformer2DModel, num_references
 
 
 def test_isolated_is_exact_with_strengths_and_means_of_some_blocks(adapted: MosaicFluxTransformer2DModel, batch: tiny.Batch) -> None:
-    assert_cache_is_exact(adapted, batch.inputs, reference_strength=STRENGTH, capture=CaptureRequest(blocks=[1, 2], reference_means=True))
+    assert_cache_is_exact(adapted, batch.inputs, reference_strength=STRENGTH, capture=CaptureRequest(blocks=[1, 2], all_tokens=True))
 
 
 class StaleTwin(naive.NaiveFlux):
@@ -120,13 +121,13 @@ def test_stale_references_equal_the_naive_twin(mode: str, adapted: MosaicFluxTra
 
 def test_the_cache_is_what_is_said_of_it(adapted: MosaicFluxTransformer2DModel, batch: tiny.Batch) -> None:
     with torch.no_grad():
-        assert adapted(**batch.inputs).reference_cache is None
-        assert adapted(**tiny.without_references(batch.inputs), keep_references=True).reference_cache is None
+        assert adapted(**batch.inputs).kept_references is None
+        assert adapted(**tiny.without_references(batch.inputs), keep_references=True).kept_references is None
         plain = adapted(**batch.inputs, keep_references=True)
-        with_rows = adapted(**batch.inputs, keep_references=True, capture=every_row(batch)).reference_cache
+        with_rows = adapted(**batch.inputs, keep_references=True, capture=every_row(batch)).kept_references
         assert torch.equal(plain.sample, adapted(**batch.inputs).sample)
     sizes = (adapted.config, 2, batch.num_reference_tokens, 2, 4)
-    for cache, attention in ((plain.reference_cache, False), (with_rows, True)):
+    for cache, attention in ((plain.kept_references, False), (with_rows, True)):
         assert cache.num_bytes == reference_cache_bytes(*sizes, with_attention=attention)
         held = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -137,10 +138,10 @@ def test_the_cache_is_what_is_said_of_it(adapted: MosaicFluxTransformer2DModel, 
         assert sum(held.values()) == cache.num_bytes  # no tensor holds on to a larger one
         assert (cache.num_references, cache.num_reference_tokens, len(cache.blocks)) == (2, 9, 4)
     assert reference_cache_bytes(FLUX_DEV, 1, 1024) / 2**30 == pytest.approx(0.67, abs=0.005)
-    with pytest.raises(ValueError, match="reference_cache holds no queries of block 0: it was made without this capture"):
-        adapted(**later(batch.inputs), reference_cache=plain.reference_cache, capture=every_row(batch))
-    with pytest.raises(ValueError, match="give reference_hidden_states or reference_cache, not both"):
-        adapted(**batch.inputs, reference_cache=plain.reference_cache)
+    with pytest.raises(ValueError, match="kept_references hold no queries of block 0: they were kept without this capture"):
+        adapted(**later(batch.inputs), kept_references=plain.kept_references, capture=every_row(batch))
+    with pytest.raises(ValueError, match="give reference_hidden_states or kept_references, not both"):
+        adapted(**batch.inputs, kept_references=plain.kept_references)
 
 
 def test_isolated_is_exact_on_a_quantised_base(transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch) -> None:
@@ -231,8 +232,8 @@ def test_references_run_in_these_steps_only_and_are_freed(name: str, image_guida
         if kwargs.get("reference_hidden_states") is not None and image_guidance == 1:
             assert all(reference() is None for reference in kept)  # the memory of the last cache is there for the next one
         output = forward(self, *args, **kwargs)
-        if output.reference_cache is not None:
-            kept.extend(weakref.ref(block.key) for block in output.reference_cache.blocks)
+        if output.kept_references is not None:
+            kept.extend(weakref.ref(block.key) for block in output.kept_references.blocks)
         return output
 
     monkeypatch.setattr(MosaicFluxTransformer2DModel, "forward", watched)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import inference
-from mosaic.model.attention import KeptReferences, Layout, branch_attention
+from mosaic.model.attention import BlockReferences, Layout, branch_attention
 from mosaic.model.strength import ABSENT, log_strength
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
@@ -58,7 +58,7 @@ def test_equals_the_masked_softmax(generator: torch.Generator, mode: str) -> Non
 
 def test_kept_references_have_strengths_too(generator: torch.Generator) -> None:
     query, key, value = draw(generator)
-    kept = KeptReferences(key[:, MAIN:], value[:, MAIN:])
+    kept = BlockReferences(key[:, MAIN:], value[:, MAIN:])
     layout = Layout(3, REFERENCE, "isolated", log_strength(STRENGTHS), kept)
     found = branch_attention(query[:, :MAIN], key[:, :MAIN], value[:, :MAIN], layout, attend)
     assert found.references is None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mosaic.lora.adapter import attach_reference_lora
 from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from tests import naive, tiny
 
 MODES = ["target", "joint", "isolated"]
@@ -82,7 +83,7 @@ def test_rows_come_from_the_wanted_blocks(
     transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch, blocks: object, expected: list
 ) -> None:
     parameters = tiny.attach_random_lora(transformer)
-    capture = CaptureRequest(batch.points.global_index, reference_means=True, blocks=blocks)
+    capture = CaptureRequest(batch.points.global_index, all_tokens=True, blocks=blocks)
     twin = naive.NaiveFlux(tiny.build_transformer(stock=True), naive.lora_matrices(parameters))
     with torch.no_grad():
         output, maps = transformer(**batch.inputs, capture=capture), naive.mean_maps(twin(**batch.inputs).maps, expected)
@@ -185,7 +186,7 @@ def test_bfloat16_stays_near_and_rows_stay_float32() -> None:
     batch.inputs["timestep"] = torch.tensor([0.5, 0.25])
     del batch.inputs["guidance"]
     tiny.attach_random_lora(transformer)
-    request = CaptureRequest(batch.points.global_index, reference_means=True)
+    request = CaptureRequest(batch.points.global_index, all_tokens=True)
     with torch.no_grad():
         exact = transformer(**batch.inputs, capture=request)
         transformer.to(torch.bfloat16)
@@ -225,7 +226,7 @@ def test_position_ids_stay_float32_in_a_bfloat16_model(transformer: MosaicFluxTr
 def test_sampling_compiles_without_graph_breaks(batch: tiny.Batch, mode: str) -> None:
     transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)
     tiny.attach_random_lora(transformer)
-    request = CaptureRequest(batch.points.global_index, reference_means=True)
+    request = CaptureRequest(batch.points.global_index, all_tokens=True)
     with torch.no_grad():
         want = transformer(**batch.inputs, reference_attention=mode, capture=request)
         torch._dynamo.reset()

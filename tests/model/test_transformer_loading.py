@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.blocks import MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
-from mosaic.model.transformer import CaptureRequest, MosaicFluxTransformer2DModel
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from tests import tiny
 
 

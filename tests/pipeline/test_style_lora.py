@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mosaic.lora.adapter import save_reference_lora
-from mosaic.model.transformer import CaptureRequest
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from tests import naive, tiny
 

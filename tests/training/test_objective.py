@@ -210,7 +210,7 @@ def test_release_preset(world: Path, tmp_path: Path) -> None:
     trainer.step = 1
     loss = runs.step_loss(trainer, runs.samples_of(trainer, num_references=2, count=2))
     request = calls[0]["capture"]
-    assert (request.reference_means, request.blocks) == (True, "double")
+    assert (request.all_tokens, request.blocks) == (True, "double")
     assert -math.log(2) <= loss.disentanglement < 0
     torch.testing.assert_close(loss.total, loss.flow_matching + 0.1 * loss.correspondence + 0.5 * loss.disentanglement)
     trainer.optimizer_step([runs.samples_of(trainer, num_references=2, count=2)])
