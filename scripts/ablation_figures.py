@@ -61,7 +61,8 @@ def draw(results_file: Path, folder: Path) -> Path:
     """Write the report's folder; returns the path of report.md.
 
     Raises:
-        FileNotFoundError, ValueError: Those of `read_results`.
+        FileNotFoundError: There is no such results file.
+        ValueError: It is not one of ours.
     """
     results = read_results(results_file)
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,9 @@ def planned_environment(elsewhere: bool = False) -> Mapping[str, str]:
         elsewhere: Whether the run is planned for other GPUs than those of this machine, of which there may be fewer.
 
     Raises:
-        FileNotFoundError, ValueError: Those of `make_plan` and `process_environments` of scripts/launch.py.
+        FileNotFoundError: The Accelerate config is missing.
+        ValueError: A variable of the launcher is missing, contradicts another, or is no number in its range; or it asks for more
+            processes than there are GPUs, or a config for a single process.
     """
     if "LOCAL_RANK" in os.environ:  # accelerate launch has started this process
         return os.environ

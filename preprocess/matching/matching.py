@@ -61,7 +61,7 @@ def match_features(
         target: Float [C, rows, columns].
         reference: Float [C, rows, columns], on the same device; its grid may differ.
         target_mask: Bool [N_tgt] or [rows, columns], False where a cell takes no part; None for all True.
-        reference_mask: Likewise for the reference.
+        reference_mask: Bool [N_ref] or [rows, columns], False where a cell takes no part; None for all True.
         score: What decides: "cosine", or "dot", the raw dot product of the released DIFT files (data fact A7). Vectors of large norm
             attract dot products, so that a map need not even match itself; it is for comparison with released files only.
         chunk_size: Target cells per step.

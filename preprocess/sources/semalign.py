@@ -38,7 +38,8 @@ def samples(root: Path, split: str, invalid: InvalidSamples) -> Iterator[SampleR
         Records with K = 1, both grids 64 x 64, the released id, and in `metadata` where the sample comes from.
 
     Raises:
-        FileNotFoundError, ValueError: Those of `SemAlignDataset`, and a damaged sample that is not skipped.
+        FileNotFoundError: The data set or a part of it is missing.
+        ValueError: It has other columns or archives than the released ones, or a damaged sample that is not skipped.
     """
     dataset, seen, repeated = SemAlignDataset(root), set(), 0
     for index in range(len(dataset)):

@@ -180,7 +180,7 @@ def pool_outcomes(outcomes: Sequence[Outcome]) -> Result:
 
 
 def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> Result:
-    """The same over all scenes; see `judge_scenes`."""
+    """Shares over all subjects of what the judge says of pictures of these scenes (`judge_scenes`)."""
     return pool_outcomes(judge_scenes(judge, pictures, scenes, min_visible))
 
 

@@ -26,7 +26,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def distance_of_normals(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
-    """The same of means [d] and covariances [d, d], float64; never negative."""
+    """Squared Frechet distance of two normal distributions of means [d] and covariances [d, d], float64; never negative."""
     root = symmetric_root(covariance)
     joint = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
     distance = (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * joint

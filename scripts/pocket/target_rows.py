@@ -24,7 +24,7 @@ class TargetLooks(NamedTuple):
         on_references: Share of a target token's attention that falls on any reference; the rest is on text and target.
         own_reference: Of that, the share on the reference of its point.
         peak_exact: Share of the points whose largest weight on a reference token is at u.
-        peak_near: Likewise at u or one of the up to eight tokens around it, in the same reference.
+        peak_near: Share of the points where it is at u or one of the up to eight tokens around u, in the same reference.
     """
 
     on_references: float
