@@ -11,9 +11,11 @@ from torch import Tensor
 
 from mosaic.config.sections import MAX_STRENGTH
 from mosaic.images import PreparedReference
-from mosaic.method.tokens import Grid
+from mosaic.method.tokens import Grid, token_grid
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
+from mosaic.model.reference_cache import refresh_interval
 from mosaic.pipeline.encoders import PromptEmbeddings
+from mosaic.pipeline.options import SamplingOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Reference = Image.Image | PreparedReference
@@ -113,26 +115,23 @@ def prepared_references(references: Sequence[Sequence[Reference]], size: int, sc
     return prepared
 
 
-def check_numbers(**values: float) -> None:
-    """Check that arguments are finite numbers.
+def target_grid(options: SamplingOptions, vae_scale_factor: int) -> Grid:
+    """The target's token grid.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: The size of the picture or of the references is no multiple of the token size.
     """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    grid, size = token_grid(options.height, options.width, vae_scale_factor), options.reference_size
+    token_grid(size, size, vae_scale_factor, where="reference_size")
+    return grid
 
 
-def check_sampling(
-    inputs: PipelineInputs, num_inference_steps: int, reference_attention: str, output_type: str, grid: Grid, token_channels: int
-) -> None:
+def check_sampling(inputs: PipelineInputs, options: SamplingOptions, output_type: str, grid: Grid, token_channels: int) -> None:
     """Check the sampler's settings, and the tensors of a call against the model.
 
     Args:
         inputs: The checked call.
-        num_inference_steps: Must be positive.
-        reference_attention: One of the three modes.
+        options: Its settings, none of those None that a reference LoRA may decide.
         output_type: One of `OUTPUT_TYPES`.
         grid: The target's token grid.
         token_channels: Channels of a packed token of this model (4 x latent channels).
@@ -140,10 +139,16 @@ def check_sampling(
     Raises:
         ValueError: Naming what must hold, and what was given.
     """
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
-    if reference_attention not in REFERENCE_ATTENTION_MODES:
-        raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {reference_attention!r}.")
+    steps, mode = options.num_inference_steps, options.reference_attention
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}.")
+    if mode not in REFERENCE_ATTENTION_MODES:
+        raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {mode!r}.")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    refresh_interval(options.reference_cache, options.refresh_references, mode)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
     expected = (inputs.num_pictures, grid.num_tokens, token_channels)
@@ -228,11 +233,3 @@ def _per_prompt_strengths(strength: Any, counts: Sequence[int], single: bool) ->
 def _check_strength(number: Any, where: str) -> None:
     if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= MAX_STRENGTH:
         raise ValueError(f"{where} must be a number from 0 (absent) to {MAX_STRENGTH:g}, got {number!r}.")
-
-
-def group_by_num_references(references: Sequence[Tensor | None]) -> list[list[int]]:
-    """Prompt indices grouped by K, in order of first appearance; None counts as K = 0."""
-    groups: dict[int, list[int]] = {}
-    for index, reference in enumerate(references):
-        groups.setdefault(0 if reference is None else len(reference), []).append(index)
-    return list(groups.values())

@@ -7,14 +7,12 @@ style LoRAs) is inherited.
 import functools
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -22,27 +20,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic.lora import adapter as lora
-from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, token_grid, unpack_latents
-from mosaic.model.attention_rows import CaptureRequest
-from mosaic.model.reference_cache import CachedTransformer, refresh_interval
+from mosaic.method.tokens import Grid, pack_latents, unpack_latents
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
-from mosaic.pipeline.attention_report import AttentionRecorder, PictureAttention, subject_tokens
+from mosaic.pipeline.attention_report import PictureAttention
+from mosaic.pipeline.conditions import Conditions
 from mosaic.pipeline.encoders import Encoders, LiveEncoders, PromptEmbeddings
-from mosaic.pipeline.inputs import (
-    PipelineInputs,
-    Reference,
-    check_inputs,
-    check_numbers,
-    check_sampling,
-    group_by_num_references,
-    prepared_references,
-)
+from mosaic.pipeline.inputs import PipelineInputs, Reference, check_inputs, check_sampling, prepared_references, target_grid
 from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.lora_loading import ReferenceLoraLoaderMixin
+from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.sampler import Group, denoise
 from mosaic.weights.hub import require_model_name, unreachable_message
 
-DEFAULT_SIZE = 512  # px; target and references, unless the loaded reference LoRA says otherwise
 References = Sequence[Reference]  # of one prompt
+Callback = Callable[["MosaicFluxPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of `model.dtype`
 
 
@@ -58,18 +49,6 @@ class MosaicPipelineOutput(BaseOutput):
 
     images: list[Image.Image] | np.ndarray | Tensor
     attention: list[PictureAttention | None] | None = None
-
-
-@dataclass
-class _Group:
-    """Pictures that share K and run as one batch; all tensors lead with the batch dimension."""
-
-    latents: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    reference_latents: Tensor | None  # packed [B, K, N_ref, C]
-    reference_grid: Grid | None
-    reference_strength: Tensor | None  # [B, K]
 
 
 class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
@@ -145,7 +124,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         output_attention: bool = False,
-        callback_on_step_end: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> MosaicPipelineOutput:
         """Generate pictures.
@@ -187,6 +166,19 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         Raises:
             ValueError: If arguments do not fit each other, before anything is computed.
         """
+        options = SamplingOptions(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            reference_size=reference_size,
+            reference_scale=reference_scale,
+            reference_attention=reference_attention,
+            reference_cache=reference_cache,
+            refresh_references=refresh_references,
+            max_sequence_length=max_sequence_length,
+        ).trained(self.reference_config)
         inputs = check_inputs(
             prompt=prompt,
             reference_images=reference_images,
@@ -201,92 +193,37 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             callback_tensors=callback_on_step_end_tensor_inputs,
             allowed_callback_tensors=self._callback_tensor_inputs,
         )
-        image_size = self._trained("data", "image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
-        height, width = (given if given is not None else usual for given, usual in zip((height, width), image_size, strict=True))
-        grid = token_grid(height, width, self.encoders.vae_scale_factor)
-        if reference_size is None:
-            reference_size = self._trained("data", "reference_size") or DEFAULT_SIZE
-        token_grid(reference_size, reference_size, self.encoders.vae_scale_factor, where="reference_size")
-        attention_mode = reference_attention or self._trained("model", "reference_attention") or "target"
-        check_sampling(inputs, num_inference_steps, attention_mode, output_type, grid, self.transformer.config.in_channels)
-        check_numbers(guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
-        interval = refresh_interval(reference_cache, refresh_references, attention_mode)
-        self._guidance_scale, self._image_guidance_scale = guidance_scale, image_guidance_scale
-        self._interrupt, self._current_timestep = False, None
+        grid = target_grid(options, self.encoders.vae_scale_factor)
+        check_sampling(inputs, options, output_type, grid, self.transformer.config.in_channels)
+        self._guidance_scale, self._interrupt, self._current_timestep = options.guidance_scale, False, None
 
-        prepared = prepared_references(inputs.reference_images, reference_size, reference_scale)
-        prompt_embeds, pooled_prompt_embeds = self._encode_prompts(inputs, max_sequence_length)
-        references = self._reference_latents(inputs, prepared)
-        subjects = self._subjects(references, prepared) if output_attention else None
-        latents = self._start_noise(inputs, grid, prompt_embeds.dtype)
-        results: list[Tensor] = [None] * len(latents)
-        attention: list[PictureAttention | None] = [None] * len(latents)
-        for prompts in group_by_num_references(references):
-            pictures = [p * num_images_per_prompt + i for p in prompts for i in range(num_images_per_prompt)]
-            repeated = [p for p in prompts for _ in range(num_images_per_prompt)]
-            group = _Group(latents[pictures], prompt_embeds[repeated], pooled_prompt_embeds[repeated], None, None, None)
-            recorder = None
-            if references[prompts[0]] is not None:
-                stacked = torch.stack([references[p] for p in repeated])  # (B, K, C, h, w)
-                group.reference_grid = Grid(stacked.shape[-2] // 2, stacked.shape[-1] // 2)
-                group.reference_latents = pack_latents(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]).to(group.latents)
-                strengths = [inputs.reference_strengths[p] for p in repeated]
-                if any(strength != 1 for row in strengths for strength in row):
-                    group.reference_strength = torch.tensor(strengths, device=latents.device)
-                recorder = AttentionRecorder([subjects[p] for p in repeated]) if output_attention else None
-            self._denoise(
-                group,
-                grid,
-                num_inference_steps,
-                attention_mode,
-                interval,
-                recorder,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-            )
-            recorded = recorder.results(group.reference_grid, grid) if recorder is not None else [None] * len(pictures)
-            for row, picture in enumerate(pictures):
-                results[picture] = group.latents[row]
-                attention[picture] = recorded[row]
-        images = torch.stack(results)
-        if output_type != "latent":
-            images = decode_latents(self.vae, unpack_latents(images, grid))
-            images = self.image_processor.postprocess(images, output_type=output_type)
+        conditions = self._encode(inputs, options)
+        noise = self._start_noise(inputs, grid, conditions.text.prompt_embeds.dtype)
+        latents: list[Tensor] = [noise[0]] * len(noise)
+        attention: list[PictureAttention | None] = [None] * len(noise)
+        for pictures in conditions.groups(num_images_per_prompt):
+            group = conditions.group(pictures, num_images_per_prompt, noise, grid, output_attention)
+            denoise(self, group, options, self._after_step(group, callback_on_step_end, callback_on_step_end_tensor_inputs))
+            for picture, found, recorded in zip(pictures, group.latents, group.attention(), strict=True):
+                latents[picture], attention[picture] = found, recorded
+        images = self._decode(torch.stack(latents), grid, output_type)
         self.maybe_free_model_hooks()
         return MosaicPipelineOutput(images=images, attention=attention if output_attention else None)
 
-    def _trained(self, section: str, key: str) -> Any:
-        """A setting that the loaded reference LoRA was trained with, or None."""
-        return self.reference_config.get(section, {}).get(key)
-
-    def _encode_prompts(self, inputs: PipelineInputs, max_sequence_length: int | None) -> PromptEmbeddings:
-        """[B, T, d] and [B, d_pooled], one row per prompt, on the device."""
-        found = inputs.prompt_embeddings
-        if found is None:
-            if max_sequence_length is None:
-                max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
-            found = self.encoders.encode_prompts(inputs.prompts, max_sequence_length)
-        return PromptEmbeddings(*(part.to(self._execution_device) for part in found))
-
-    def _reference_latents(self, inputs: PipelineInputs, prepared: list[list[Image.Image]]) -> list[Tensor | None]:
-        """Per prompt [K, C, h, w] latents (posterior mode, shifted and scaled), or None without references."""
-        if inputs.reference_latents is not None:
-            return [x.to(self._execution_device) if x is not None and len(x) else None for x in inputs.reference_latents]
-        return self.encoders.encode_references(prepared)
-
-    @staticmethod
-    def _subjects(references: list[Tensor | None], prepared: list[list[Image.Image]]) -> list[Tensor | None]:
-        """Per prompt bool [K, N_ref], the tokens that the subjects cover: all where latents were given. None without references."""
-        subjects: list[Tensor | None] = []
-        for latents, pictures in zip(references, prepared, strict=True):
-            if latents is None:
-                subjects.append(None)
-                continue
-            grid = Grid(latents.shape[-2] // 2, latents.shape[-1] // 2)
-            every = torch.ones(len(latents), grid.num_tokens, dtype=torch.bool)
-            found = torch.stack([subject_tokens(picture, grid) for picture in pictures]) if pictures else every
-            subjects.append(found.to(latents.device))
-        return subjects
+    def _encode(self, inputs: PipelineInputs, options: SamplingOptions) -> Conditions:
+        """Prompts and references as the transformer reads them, on the device."""
+        device, text = self._execution_device, inputs.prompt_embeddings
+        prepared = prepared_references(inputs.reference_images, options.reference_size, options.reference_scale)
+        if text is None:
+            length = options.max_sequence_length
+            if length is None:
+                length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
+            text = self.encoders.encode_prompts(inputs.prompts, length)
+        if inputs.reference_latents is None:
+            references = self.encoders.encode_references(prepared)
+        else:
+            references = [x.to(device) if x is not None and len(x) else None for x in inputs.reference_latents]
+        return Conditions(PromptEmbeddings(*(part.to(device) for part in text)), references, prepared, inputs.reference_strengths)
 
     def _start_noise(self, inputs: PipelineInputs, grid: Grid, dtype: torch.dtype) -> Tensor:
         """Packed noise [B * num_images_per_prompt, N, C], drawn for all pictures at once, whatever their groups."""
@@ -298,82 +235,18 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             noise = inputs.latents
         return noise.to(self._execution_device, dtype)
 
-    def _denoise(
-        self,
-        group: _Group,
-        grid: Grid,
-        num_inference_steps: int,
-        reference_attention: str,
-        interval: float,
-        recorder: AttentionRecorder | None,
-        callback: Callable[["MosaicFluxPipeline", int, int, dict], dict] | None,
-        callback_tensors: Sequence[str],
-    ) -> None:
-        """Run the sampler on `group.latents` in place; where there is a recorder, it gets the attention of every step."""
-        device, batch = group.latents.device, len(group.latents)
-        timesteps = self._timesteps(grid.num_tokens, num_inference_steps, device)
-        guidance = torch.full([batch], self._guidance_scale, device=device) if self.transformer.config.guidance_embeds else None
-        text_ids = torch.zeros(group.prompt_embeds.shape[1], 3, device=device)
-        references: dict[str, Any] = {}
-        if group.reference_latents is not None:
-            num_references = group.reference_latents.shape[1]
-            references["reference_hidden_states"] = group.reference_latents
-            references["reference_ids"] = reference_position_ids(group.reference_grid, num_references, device)
-            references["reference_attention"] = reference_attention
-            references["reference_strength"] = group.reference_strength
-            if recorder is not None:
-                every_token = torch.arange(num_references * group.reference_grid.num_tokens, device=device)
-                references["capture"] = CaptureRequest(every_token.expand(batch, -1))
-        absent = {"reference_hidden_states": torch.zeros_like(group.reference_latents), "capture": None} if references else {}
-        with_references = CachedTransformer(self.transformer, references, interval)
-        without_references = CachedTransformer(self.transformer, references | absent, interval)
-        self._forget_steps()
-        with self.progress_bar(total=num_inference_steps) as progress:
-            for step, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                arguments = {
-                    "hidden_states": group.latents,
-                    "timestep": t.expand(batch).to(group.latents.dtype) / 1000,
-                    "guidance": guidance,
-                    "pooled_projections": group.pooled_prompt_embeds,
-                    "encoder_hidden_states": group.prompt_embeds,
-                    "txt_ids": text_ids,
-                    "img_ids": position_ids(grid, device=device),
-                }
-                with self._step_cache("with references"):
-                    output = with_references(step, **arguments)
-                velocity = output.sample
-                if references and self._image_guidance_scale != 1:
-                    with self._step_cache("without references"):
-                        without = without_references(step, **arguments).sample
-                    velocity = without + self._image_guidance_scale * (velocity - without)
-                group.latents = self.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
-                if recorder is not None:
-                    recorder.add(output.attention_rows)
-                if callback is not None:
-                    changed = callback(self, step, t, {name: getattr(group, name) for name in callback_tensors}) or {}
-                    for name in set(changed) & set(self._callback_tensor_inputs):
-                        setattr(group, name, changed[name])
-                progress.update()
-        self._current_timestep = None
+    def _after_step(self, group: Group, callback: Callback | None, names: Sequence[str]) -> Callable[[int, Tensor], None]:
+        """What calls the callback after a step with tensors of the group, and takes over those that it changed."""
 
-    def _step_cache(self, name: str) -> AbstractContextManager[None]:
-        """Context of one of a step's passes: a step cache of the transformer, if it has one, remembers each apart."""
-        return self.transformer.cache_context(name) if self.transformer.is_cache_enabled else nullcontext()
+        def after_step(step: int, timestep: Tensor) -> None:
+            changed = callback(self, step, timestep, {name: getattr(group, name) for name in names}) or {}
+            for name in set(changed) & set(self._callback_tensor_inputs):
+                setattr(group, name, changed[name])
 
-    def _forget_steps(self) -> None:
-        """Make a step cache forget an earlier run, which may have ended halfway."""
-        if self.transformer.is_cache_enabled:
-            self.transformer._reset_stateful_cache()
+        return after_step if callback is not None else lambda *_: None
 
-    def _timesteps(self, num_tokens: int, num_inference_steps: int, device: torch.device) -> Tensor:
-        """Timesteps of FLUX: sigmas linspace(1, 1/steps) through the resolution shift."""
-        config = self.scheduler.config
-        mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
-        self.scheduler.set_begin_index(0)
-        self._num_timesteps = len(timesteps)
-        return timesteps
+    def _decode(self, latents: Tensor, grid: Grid, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+        """Packed latents [B, N, C] as pictures, or as they are."""
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(decode_latents(self.vae, unpack_latents(latents, grid)), output_type=output_type)

@@ -29,9 +29,8 @@ def plan_batches(jobs: Iterable[PictureJob], batch_size: int) -> list[list[Pictu
 
 def batch_key(job: PictureJob) -> str:
     """What the pictures of a batch have in common: all settings, and the references' number and strengths."""
-    shared = {key: value for key, value in job.recipe.items() if key not in OWN}
-    strengths = [reference["strength"] for reference in job.recipe["references"]]
-    return json.dumps([shared, strengths], sort_keys=True)
+    shared = {key: value for key, value in job.recipe.to_json().items() if key not in OWN}
+    return json.dumps([shared, job.recipe.strengths], sort_keys=True)
 
 
 def unfinished_batches(batches: Sequence[Sequence[PictureJob]], todo: Iterable[PictureJob]) -> list[list[PictureJob]]:

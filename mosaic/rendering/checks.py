@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mosaic.config.loading import Config
 from mosaic.files import require_folder
 from mosaic.method.tokens import token_grid
+from mosaic.pipeline.options import SamplingOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.weights.digests import vae_scale_factor
 
@@ -24,40 +24,33 @@ def check_run(cases: Sequence[Case], config: Config) -> list[str]:
     """
     check_output(Path(config.inference.output_dir))
     factor, problems = vae_scale_factor(config.model.pretrained), []
-    check_sizes(config, factor)
+    options = SamplingOptions.from_config(config)
+    check_sizes(options, factor)
     for case in cases:
         try:
-            check_size(case, config, factor)
+            check_size(options.given(case.options), case, factor)
         except ValueError as error:
             problems.append(str(error))
     return problems
 
 
-def check_sizes(config: Config, factor: int) -> None:
-    """Check the sizes of the settings against the model, which has `factor` pixels per latent.
+def check_sizes(options: SamplingOptions, factor: int) -> None:
+    """Check the sizes of a config's options against the model, which has `factor` pixels per latent.
 
     Raises:
         ValueError: A side is no multiple of the token size.
     """
-    settings, size = config.inference, config.data.reference_size
-    token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
-    token_grid(size, size, factor, where="data.reference_size")
+    token_grid(options.height, options.width, factor, where="inference.height, inference.width")
+    token_grid(options.reference_size, options.reference_size, factor, where="data.reference_size")
 
 
-def check_size(case: Case, config: Config, vae_scale_factor: int) -> None:
-    """Check a case's size against the model.
+def check_size(options: SamplingOptions, case: Case, vae_scale_factor: int) -> None:
+    """Check the size of a case's picture against the model.
 
     Raises:
         ValueError: A side is no multiple of the token size.
     """
-    height, width = (given_or_set(case, config, name) for name in ("height", "width"))
-    token_grid(height, width, vae_scale_factor, where=f"{case.place}.height, width")
-
-
-def given_or_set(case: Case, config: Config, name: str) -> Any:
-    """The value of an option: that of the case, or where the case leaves it out that of the section `inference`."""
-    own = getattr(case.options, name)
-    return getattr(config.inference, name) if own is None else own
+    token_grid(options.height, options.width, vae_scale_factor, where=f"{case.place}.height, width")
 
 
 def check_output(folder: Path) -> None:

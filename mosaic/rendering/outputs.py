@@ -9,7 +9,8 @@ from typing import Any
 from mosaic.files import json_line, relative_path, write_text
 from mosaic.images import load_image
 from mosaic.rendering.checks import MANIFEST
-from mosaic.rendering.recipes import PictureJob, has_digest, job_files, read_recipe
+from mosaic.rendering.recipe import has_digest, read_recipe
+from mosaic.rendering.recipes import PictureJob, job_files
 from mosaic.reports.figures import contact_sheet, save_picture
 
 JOURNALS = ".journal_*.jsonl"
@@ -25,7 +26,7 @@ class Journal:
 
     def add(self, job: PictureJob, **values: Any) -> None:
         """Add a line. A line break comes first: the last line of a killed process may be half a line."""
-        line = json_line({"name": job.name, "digest": job.recipe["digest"], **values})
+        line = json_line({"name": job.name, "digest": job.recipe.digest, **values})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")
 
@@ -74,8 +75,8 @@ def write_manifest(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     """
     notes, rows, failures = read_notes(folder), [], []
     for job in jobs:
-        note, recipe = notes.get((job.name, job.recipe["digest"]), {}), _recipe_at(folder, job.name)
-        if recipe.get("digest") != job.recipe["digest"]:
+        note, recipe = notes.get((job.name, job.recipe.digest), {}), _recipe_at(folder, job.name)
+        if recipe.get("digest") != job.recipe.digest:
             failures.append(f"{job.case.place} ({job.name}): {note.get('error') or 'its process ended before the picture was made.'}")
         else:
             attention = {"attention": note["attention"]} if "attention" in note else {}
@@ -94,7 +95,7 @@ def write_sheets(jobs: Sequence[PictureJob], folder: Path) -> None:
 
     Panels that are damaged, or of an earlier recipe, are left out.
     """
-    panels = [(job_files(job, folder).panel, job.recipe["digest"]) for job in jobs]
+    panels = [(job_files(job, folder).panel, job.recipe.digest) for job in jobs]
     paths = [path for path, digest in panels if has_digest(path, digest)]
     pages = [paths[start : start + PANELS_PER_SHEET] for start in range(0, len(paths), PANELS_PER_SHEET)]
     names = ["overview.png"] if len(pages) == 1 else [f"overview_{number}.png" for number in range(1, len(pages) + 1)]

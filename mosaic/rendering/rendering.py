@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.pipeline.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
 from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
 from mosaic.rendering.outputs import Journal
-from mosaic.rendering.recipes import PictureJob, job_files, png_text, sampling_arguments
+from mosaic.rendering.recipe import Recipe, png_text
+from mosaic.rendering.recipes import PictureJob, job_files
 from mosaic.rendering.report import make_report
 from mosaic.reports.figures import case_panel, save_picture
 
@@ -45,7 +47,7 @@ def render_batches(
         journal: Gets a line per picture.
         show_progress: Whether to show it.
     """
-    steps = [len(batch) * batch[0].recipe["num_inference_steps"] for batch in batches]
+    steps = [len(batch) * batch[0].recipe.options.num_inference_steps for batch in batches]
     with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
         for number, batch in enumerate(batches):
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
@@ -105,7 +107,7 @@ def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image
         ValueError: There is none, since its values are not finite.
     """
     if picture is None:
-        scale = f"image_guidance_scale ({job.recipe['image_guidance_scale']:g})"
+        scale = f"image_guidance_scale ({job.recipe.options.image_guidance_scale:g})"
         causes = f"{scale} is too large, or the weights of the model or of a LoRA are damaged"
         raise ValueError(f"the picture's values must be finite, but some are not. Likely causes: {causes}.")
     return picture
@@ -134,18 +136,19 @@ def sample(
     In the place of a picture is None where its latents or its pixels are not finite.
     """
     recipe, settings, finite = jobs[0].recipe, config.inference, np.ones(len(jobs), dtype=bool)
+    num_steps = recipe.options.num_inference_steps
 
     def watch(_pipeline: object, step: int, _timestep: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         on_step(len(jobs))
-        if step == recipe["num_inference_steps"] - 1:
+        if step == num_steps - 1:
             finite[:] = tensors["latents"].isfinite().flatten(1).all(dim=1).cpu().numpy()
         return {}
 
-    with_lora = recipe["lora"] is not None
-    set_step_cache(pipeline.transformer, settings.step_cache, settings.step_cache_threshold, recipe["num_inference_steps"])
+    with_lora = recipe.run.lora is not None
+    set_step_cache(pipeline.transformer, settings.step_cache, settings.step_cache_threshold, num_steps)
     result = pipeline(
         reference_images=[[reference.prepared for reference in found] for found in references] if with_lora else None,
-        **sampling_arguments([job.recipe for job in jobs]),
+        **call_arguments([job.recipe for job in jobs]),
         output_attention=settings.report and with_lora,
         output_type="np",  # pixels of 8 bits would hide what is not finite
         callback_on_step_end=watch,
@@ -154,6 +157,22 @@ def sample(
     pictures = pipeline.image_processor.numpy_to_pil(np.nan_to_num(result.images))
     result.images = [picture if fine else None for picture, fine in zip(pictures, finite, strict=True)]
     return result
+
+
+def call_arguments(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """What recipes say to `MosaicFluxPipeline.__call__`, beside the reference pictures.
+
+    Args:
+        recipes: Of pictures that have all in common but prompt, seed and references (not their number): one call makes them.
+    """
+    first = recipes[0]
+    strengths = [recipe.strengths for recipe in recipes] if first.run.lora is not None and first.references else None
+    return {
+        "prompt": [recipe.prompt for recipe in recipes],
+        "generator": [torch.Generator().manual_seed(recipe.seed) for recipe in recipes],
+        "reference_strength": strengths,
+        **first.options.arguments,
+    }
 
 
 def write_picture(
@@ -176,12 +195,12 @@ def write_picture(
     else:  # those of an earlier recipe are not of this picture
         files.attention.unlink(missing_ok=True)
         files.page.unlink(missing_ok=True)
-    panel = case_panel([reference.image for reference in references], picture, job.recipe["prompt"][:CAPTION_LETTERS])
+    panel = case_panel([reference.image for reference in references], picture, job.recipe.prompt[:CAPTION_LETTERS])
     save_picture(panel, files.panel, text)
     save_picture(picture, files.picture, text)
 
 
 def read_references(job: PictureJob, pictures: ReferencePictures) -> list[ReferencePicture]:
     """The reference pictures of a job; errors are those of `ReferencePictures.use`."""
-    entries = zip(job.case.image_paths, job.recipe["references"], strict=True)
-    return [pictures.use(path, entry["sha256"]) for path, entry in entries]
+    entries = zip(job.case.image_paths, job.recipe.references, strict=True)
+    return [pictures.use(path, entry.sha256) for path, entry in entries]

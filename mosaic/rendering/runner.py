@@ -10,18 +10,14 @@ from typing import NamedTuple
 from accelerate import PartialState
 
 from mosaic.config.loading import Config
-from mosaic.model.acceleration import accelerate
-from mosaic.model.reference_cache import refresh_interval
 from mosaic.rendering.batches import plan_batches, unfinished_batches
 from mosaic.rendering.cases.reading import Case, CaseFile
-from mosaic.rendering.checks import check_output, check_sizes
-from mosaic.rendering.loading import load_pipeline
+from mosaic.rendering.checks import check_output
 from mosaic.rendering.outputs import Journal, write_manifest, write_sheets
 from mosaic.rendering.overview import write_overview
-from mosaic.rendering.recipes import PictureJob, case_jobs, shared_recipe, unfinished
+from mosaic.rendering.recipes import PictureJob, case_jobs, unfinished
 from mosaic.rendering.rendering import CASE_ERRORS, in_one_line, render_batches
-from mosaic.weights.digests import model_digest, vae_scale_factor, weights_digest
-from mosaic.weights.hub import require_model_name, resolve_lora_file
+from mosaic.rendering.start import Start
 
 
 class RunResult(NamedTuple):
@@ -54,16 +50,14 @@ def run_cases(file: CaseFile, config: Config, state: PartialState) -> RunResult:
     """
     settings, folder = config.inference, Path(config.inference.output_dir)
     check_output(folder)
-    lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
-    jobs, problems = plan_jobs(file.cases, config, lora_file, state.device.type, file.pictures.digests)
-    todo = unfinished(jobs, folder, settings.report and lora_file is not None)
+    start = Start.check(config, state.device)
+    jobs, problems = plan_jobs(file.cases, start, file.pictures.digests)
+    todo = unfinished(jobs, folder, settings.report and start.lora_file is not None)
     state.wait_for_everyone()  # nobody writes before everybody has looked
     share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
     if share:
-        pipeline = load_pipeline(config, lora_file, state.device, [job.recipe["prompt"] for batch in share for job in batch])
-        accelerate(pipeline.transformer, settings, state.device)
-        names = {job.name for job in todo}
-        journal = Journal(folder, state.process_index)
+        pipeline = start.load([job.recipe.prompt for batch in share for job in batch])
+        names, journal = {job.name for job in todo}, Journal(folder, state.process_index)
         render_batches(share, names, pipeline, config, file.pictures, journal, show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process and jobs:
@@ -84,31 +78,18 @@ def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
     return problems
 
 
-def plan_jobs(
-    cases: Sequence[Case], config: Config, lora_file: Path | None, device: str, digests: dict[Path, str]
-) -> tuple[list[PictureJob], list[str]]:
-    """The pictures of all cases, and a message for every case that does not fit the model; nothing is loaded.
+def plan_jobs(cases: Sequence[Case], start: Start, digests: dict[Path, str]) -> tuple[list[PictureJob], list[str]]:
+    """The pictures of all cases, and a message for every case that does not fit the model.
 
     Args:
         cases: The cases.
-        config: The settings.
-        lora_file: The reference LoRA; None: there is none.
-        device: Type of the device, such as "cpu".
+        start: Of the run.
         digests: SHA-256 of the reference pictures' files as they were checked; grows by those that are missing.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: The model or the settings do not fit.
     """
-    name, settings = config.model.pretrained, config.inference
-    require_model_name(name)
-    factor = vae_scale_factor(name)
-    check_sizes(config, factor)
-    refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
-    shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device)
     jobs, problems = [], []
     for case in cases:
         try:
-            jobs += case_jobs(case, config, shared, factor, digests)
+            jobs += case_jobs(case, start.config, start.shared, start.vae_scale_factor, digests)
         except (ValueError, OSError) as error:
             problems.append(str(error))
     return jobs, problems

@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mosaic.config.loading import Config
 from mosaic.config.schema import FieldError
@@ -12,6 +12,7 @@ from mosaic.files import shown
 from mosaic.method.tokens import token_grid
 from mosaic.rendering.cases.reading import Case, CaseOptions
 from mosaic.rendering.cases.references import Reference, check_text, named_prompt, read_references
+from mosaic.rendering.recipe import RunRecipe
 from mosaic.rendering.recipes import PictureJob, case_jobs
 from scripts.app.uploads import Upload
 
@@ -64,9 +65,7 @@ def size_limits(config: Config, vae_scale_factor: int) -> SizeLimits:
     return SizeLimits(max(step, min(sides) // 2 // step * step), 2 * max(sides) // step * step, step)
 
 
-def plan_picture(
-    form: Form, uploads: Sequence[Upload], index: int, config: Config, shared: Mapping[str, Any], vae_scale_factor: int
-) -> PictureJob:
+def plan_picture(form: Form, uploads: Sequence[Upload], index: int, config: Config, shared: RunRecipe, vae_scale_factor: int) -> PictureJob:
     """The picture that a form asks for.
 
     Args:
@@ -74,7 +73,7 @@ def plan_picture(
         uploads: The reference pictures.
         index: Number of the picture, for its name.
         config: The settings.
-        shared: Parts of the recipe that all pictures share.
+        shared: The part of the recipe that all pictures share.
         vae_scale_factor: Pixels per latent.
 
     Returns:

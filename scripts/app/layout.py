@@ -245,7 +245,7 @@ def _slots(session: Session) -> list[Any]:
 
 
 def _gallery(session: Session) -> list[Any]:
-    value = [(str(kept.path), f"seed {kept.recipe['seed']}") for kept in session.pictures]
+    value = [(str(kept.path), f"seed {kept.recipe.seed}") for kept in session.pictures]
     return [gr.update(value=value, selected_index=0 if value else None)]
 
 

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mosaic.rendering.recipes import png_text
+from mosaic.rendering.recipe import Recipe, png_text
 from mosaic.reports.figures import save_picture
 from scripts.app.studio import Rendered, Run
 from scripts.app.uploads import MAX_REFERENCES, Taken, Upload, take_uploads
@@ -35,7 +35,7 @@ class Kept(NamedTuple):
     path: Path
     panel_path: Path | None
     leakage: list[list[float]] | None
-    recipe: dict[str, Any]
+    recipe: Recipe
     seconds: float
 
 

@@ -10,16 +10,13 @@ import torch
 from PIL import Image
 
 from mosaic.config.loading import Config
-from mosaic.method.tokens import token_grid
-from mosaic.model.acceleration import accelerate
-from mosaic.model.reference_cache import refresh_interval
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering.loading import load_pipeline
 from mosaic.rendering.memory_presets import resolve_preset
-from mosaic.rendering.recipes import PictureJob, sampling_arguments, shared_recipe
+from mosaic.rendering.recipe import RunRecipe
+from mosaic.rendering.recipes import PictureJob
+from mosaic.rendering.rendering import call_arguments
+from mosaic.rendering.start import Start
 from mosaic.reports.figures import attention_panel
-from mosaic.weights.digests import model_digest, vae_scale_factor, weights_digest
-from mosaic.weights.hub import require_model_name, resolve_lora_file
 from scripts.app.form import Form, plan_picture
 from scripts.app.uploads import Upload
 
@@ -52,7 +49,7 @@ class Run:
 
     def __init__(self, job: PictureJob, uploads: Sequence[Upload], with_attention: bool) -> None:
         self.job, self.uploads, self.with_attention = job, tuple(uploads), with_attention and bool(uploads)
-        self.state, self.step, self.num_steps = WAITING, 0, job.recipe["num_inference_steps"]
+        self.state, self.step, self.num_steps = WAITING, 0, job.recipe.options.num_inference_steps
         self.started: float | None = None
         self.error = ""
         self.result: Rendered | None = None
@@ -108,9 +105,9 @@ class Studio:
         sees_references: Whether a reference LoRA is loaded.
     """
 
-    def __init__(self, pipeline: MosaicFluxPipeline, config: Config, shared: dict[str, Any]) -> None:
+    def __init__(self, pipeline: MosaicFluxPipeline, config: Config, shared: RunRecipe) -> None:
         self.config, self.vae_scale_factor = config, pipeline.encoders.vae_scale_factor
-        self.sees_references = shared["lora"] is not None
+        self.sees_references = shared.lora is not None
         self.shared = shared
         self._pipeline = pipeline
         # Threads have their own number of threads, and pictures are equal bit for bit only at equal numbers.
@@ -125,24 +122,16 @@ class Studio:
         Raises:
             FileNotFoundError, OSError, ValueError: They cannot be loaded, or do not fit each other or the sizes.
         """
-        settings, name, size = config.inference, config.model.pretrained, config.data.reference_size
-        require_model_name(name)
+        settings = config.inference
         if settings.memory == "auto" or resolve_preset(config).encoders_leave:
             raise ValueError(
                 'inference.memory must be "none" or "80gb" for the page, whose prompts are not known beforehand, so that the text encoders '
                 f'stay; got "{settings.memory}". inference.quantization makes the transformer smaller; inference.py takes every preset.'
             )
-        lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
         if settings.step_cache != "none":
             raise ValueError(f'inference.step_cache must be "none" for the page, which shows attention, got "{settings.step_cache}".')
-        factor = vae_scale_factor(name)
-        token_grid(settings.height, settings.width, factor, where="inference.height, inference.width")
-        token_grid(size, size, factor, where="data.reference_size")
-        refresh_interval(settings.reference_cache, settings.refresh_references, config.model.reference_attention)
-        shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device.type)
-        pipeline = load_pipeline(config, lora_file, device)
-        accelerate(pipeline.transformer, settings, device)
-        return cls(pipeline, config, shared)
+        start = Start.check(config, device)
+        return cls(start.load(), config, start.shared)
 
     def submit(self, form: Form, uploads: Sequence[Upload], index: int, with_attention: bool = True) -> Run:
         """Check a form and put its picture into the line.
@@ -200,7 +189,7 @@ class Studio:
 
         output = self._pipeline(
             reference_images=[references] if references else None,
-            **sampling_arguments([run.job.recipe]),
+            **call_arguments([run.job.recipe]),
             output_attention=run.with_attention,
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=(),

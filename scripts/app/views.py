@@ -3,10 +3,10 @@
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from mosaic.rendering.recipe import ReferenceEntry
 from mosaic.reports.figures import LINE_COLOURS
 from scripts.app.examples import Example
 from scripts.app.sessions import Kept
@@ -88,25 +88,25 @@ def summary(kept: Kept | None) -> str:
     """The recipe of a picture in short."""
     if kept is None:
         return '<p class="m-empty">The recipe of a picture stands here once there is one.</p>'
-    recipe = kept.recipe
+    recipe, options = kept.recipe, kept.recipe.options
     rows = {
-        "Prompt": recipe["prompt"],
-        "Seed": recipe["seed"],
-        "Size": f"{recipe['width']} x {recipe['height']}",
-        "Steps": recipe["num_inference_steps"],
-        "Guidance": f"{recipe['guidance_scale']:g}",
-        "Image guidance": f"{recipe['image_guidance_scale']:g}",
+        "Prompt": recipe.prompt,
+        "Seed": recipe.seed,
+        "Size": f"{options.width} x {options.height}",
+        "Steps": options.num_inference_steps,
+        "Guidance": f"{options.guidance_scale:g}",
+        "Image guidance": f"{options.image_guidance_scale:g}",
         "Time": f"{kept.seconds:.1f} s",
     }
     cells = "".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in rows.items())
-    references = "".join(_reference_line(position, entry) for position, entry in enumerate(recipe["references"]))
+    references = "".join(_reference_line(position, entry) for position, entry in enumerate(recipe.references))
     return f'<dl class="m-recipe">{cells}<dt>References</dt><dd>{references or "none"}</dd></dl>'
 
 
-def _reference_line(position: int, entry: Mapping[str, Any]) -> str:
-    name = f" as &lt;{html.escape(entry['name'])}&gt;" if entry["name"] else ""
-    strength = f", strength {entry['strength']:g}" if entry["strength"] != 1 else ""
-    return f'<div><b class="m-dot" style="background:{colour(position)}"></b>{html.escape(entry["file"])}{name}{strength}</div>'
+def _reference_line(position: int, entry: ReferenceEntry) -> str:
+    name = f" as &lt;{html.escape(entry.name)}&gt;" if entry.name else ""
+    strength = f", strength {entry.strength:g}" if entry.strength != 1 else ""
+    return f'<div><b class="m-dot" style="background:{colour(position)}"></b>{html.escape(entry.file)}{name}{strength}</div>'
 
 
 def attention_note(kept: Kept | None) -> str:
@@ -114,7 +114,7 @@ def attention_note(kept: Kept | None) -> str:
     if kept is None:
         return '<p class="m-empty">Where each reference looks in the picture stands here once there is one.</p>'
     if kept.panel_path is None:
-        reason = "it has no references" if not kept.recipe["references"] else "the attention view was switched off for it"
+        reason = "it has no references" if not kept.recipe.references else "the attention view was switched off for it"
         return f'<p class="m-empty">No attention view for this picture: {reason}.</p>'
     text = (
         '<p class="m-help">Left: each reference with its sharpest points. Middle: where these points look in the picture. Right: where the '
@@ -143,7 +143,7 @@ def _dot(position: int) -> str:
 
 def recipe_json(kept: Kept | None) -> str:
     """A recipe for reading; empty without a picture."""
-    return json.dumps(kept.recipe, ensure_ascii=False, indent=2) if kept else ""
+    return json.dumps(kept.recipe.to_json(), ensure_ascii=False, indent=2) if kept else ""
 
 
 def public_name(source: str | None) -> str | None:

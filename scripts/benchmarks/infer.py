@@ -33,6 +33,7 @@ from mosaic.model.acceleration import compile_blocks, set_attention_backend, set
 from mosaic.model.costs import sampling_flops
 from mosaic.pipeline.encoders import PromptEmbeddings
 from mosaic.pipeline.latents import decode_latents
+from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import GIB
@@ -233,6 +234,14 @@ class Cell:
     def sample(self, mode: Mode, pictures: slice, steps: int | None = None) -> Tensor:
         """Packed latents [B, N, C] of these of the pictures, B of them at once."""
         noise = self.noise[pictures]
+        options = SamplingOptions(
+            height=self.size,
+            width=self.size,
+            num_inference_steps=steps or self.args.steps,
+            reference_size=self.args.reference_size,
+            reference_attention=mode.reference_attention,
+            **dict(mode.cache),
+        )
         set_step_cache(self.pipeline.transformer, mode.step_cache, mode.threshold, steps or self.args.steps)
         with torch.compiler.set_stance("default" if mode.compiled else "force_eager"), attention_backend(mode.backend or "native"):
             return self.pipeline(
@@ -240,13 +249,8 @@ class Cell:
                 pooled_prompt_embeds=self.embeds[1].expand(len(noise), -1),
                 reference_latents=[self.references] * len(noise),
                 latents=noise,
-                height=self.size,
-                width=self.size,
-                reference_size=self.args.reference_size,
-                num_inference_steps=steps or self.args.steps,
-                reference_attention=mode.reference_attention,
                 output_type="latent",
-                **dict(mode.cache),
+                **options.arguments,
             ).images
 
     def flops(self, mode: Mode, skipped: int) -> float:

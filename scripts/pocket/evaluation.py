@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from mosaic.method.correspondence import make_disjoint, reduce_points
 from mosaic.method.metrics import AttentionAccuracy, pool_accuracies
 from mosaic.method.tokens import Grid
 from mosaic.pipeline.latents import images_to_tensor
+from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training.objective import run_grids
 from mosaic.training.validation import batch_attention_accuracy
@@ -86,22 +86,6 @@ def render_references(scene: world.Scene, size: int = world.REFERENCE_SIZE) -> l
     return [world.render_reference(scene.placements[k].identity, size) for k in world.reference_order(scene)]
 
 
-def call_arguments(config: Config) -> dict[str, Any]:
-    """What a config says to `MosaicFluxPipeline.__call__`."""
-    settings = config.inference
-    return {
-        "height": settings.height,
-        "width": settings.width,
-        "reference_size": config.data.reference_size,
-        "reference_scale": settings.reference_scale,
-        "reference_attention": config.model.reference_attention,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "image_guidance_scale": settings.image_guidance_scale,
-        "max_sequence_length": config.model.text_length,
-    }
-
-
 def generate(
     pipeline: MosaicFluxPipeline, scenes: Sequence[world.Scene], config: Config, with_references: bool, batch_size: int, seed: int
 ) -> list[Image.Image]:
@@ -113,7 +97,7 @@ def generate(
         pictures += pipeline(
             [world.caption(scene) for scene in part],
             references if with_references else None,
-            **call_arguments(config),
+            **SamplingOptions.from_config(config).arguments,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
         ).images
     return pictures

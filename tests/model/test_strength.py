@@ -14,7 +14,7 @@ from mosaic.model.attention import BlockReferences, Layout, branch_attention
 from mosaic.model.strength import ABSENT, log_strength
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering.recipes import read_recipe
+from mosaic.rendering.recipe import read_recipe
 from tests import naive, runs, tiny
 from tests.tiny import noise, run
 

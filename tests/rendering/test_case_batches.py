@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,14 @@ from mosaic.images import load_image
 from mosaic.pipeline import encoders
 from mosaic.pipeline.encoders import RememberedEncoders
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering import loading, rendering
+from mosaic.rendering import loading, rendering, start
 from mosaic.rendering import runner as case_runner
 from mosaic.rendering.batches import OWN, plan_batches, unfinished_batches
 from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
 from mosaic.rendering.cases.reading import read_cases
 from mosaic.rendering.recipes import PictureJob, shared_recipe
 from tests import runs
+from tests.recipes import entry, make_recipe
 
 PICTURES = [f"reference_{index}.png" for index in range(3)]
 ENTRIES: list[dict[str, Any]] = [
@@ -68,9 +70,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def job(name: str, height: int, num_references: int, strength: float) -> PictureJob:
-    references = [{"file": name, "strength": strength}] * num_references
-    recipe = {"name": name, "index": 0, "prompt": name, "seed": 1, "height": height, "references": references, "digest": name}
-    return PictureJob(name, None, recipe)
+    references = (entry(name, strength=strength),) * num_references
+    return PictureJob(name, None, make_recipe(name, prompt=name, height=height, references=references))
 
 
 @given(st.lists(st.tuples(st.sampled_from([8, 16]), st.integers(1, 2), st.sampled_from([1.0, 0.5]))), st.integers(1, 4))
@@ -97,9 +98,9 @@ def test_what_changes_pictures_is_in_the_recipe(world: Path) -> None:
     settings = [[], *([f"inference.{name}={json.dumps(value)}"] for name, value in changes.items())]
     settings.append([*settings[-1], "inference.step_cache_threshold=0.1"])
     recipes = [shared_recipe(load_config(world / "config.json", given), "model", "lora", "cpu") for given in settings]
-    assert len({json.dumps(recipe) for recipe in recipes}) == len(settings)
+    assert len({json.dumps(asdict(recipe)) for recipe in recipes}) == len(settings)
     for (name, value), recipe in zip(changes.items(), recipes[1:], strict=False):
-        assert recipe[name] == value
+        assert getattr(recipe, name) == value
 
 
 def test_one_missing_picture_brings_its_whole_batch() -> None:
@@ -172,7 +173,7 @@ def test_batches_are_shared_out_whole(world: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         case_runner, "render_batches", lambda batches, *_, **__: shares.append([[item.name for item in batch] for batch in batches])
     )
-    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
+    monkeypatch.setattr(start, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
     for index in range(2):
         state = SimpleNamespace(
             process_index=index, num_processes=2, is_main_process=False, device=torch.device("cpu"), wait_for_everyone=lambda: None

@@ -12,9 +12,11 @@ from mosaic.images import load_image
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.cases.references import Reference
 from mosaic.rendering.outputs import PANELS_PER_SHEET, Journal, read_notes, write_manifest, write_sheets
-from mosaic.rendering.recipes import PictureJob, png_text, read_recipe
+from mosaic.rendering.recipe import png_text, read_recipe
+from mosaic.rendering.recipes import PictureJob
 from mosaic.reports.figures import save_picture
 from mosaic.weights.digests import BLOCK, WHOLE, weights_digest
+from tests.recipes import make_recipe
 
 CASE = Case(0, "a cat", (Reference(Path("cat.png")),))
 
@@ -33,7 +35,7 @@ def test_a_digest_of_large_weights_sees_a_change_at_both_ends_and_of_the_size(tm
 
 
 def test_many_panels_make_several_sheets(tmp_path: Path) -> None:
-    jobs = [PictureJob(f"case_{index:03d}", CASE, {"digest": f"{index}"}) for index in range(PANELS_PER_SHEET + 1)]
+    jobs = [PictureJob(f"case_{index:03d}", CASE, make_recipe(f"case_{index:03d}", seed=index)) for index in range(PANELS_PER_SHEET + 1)]
     for job in jobs:
         save_picture(Image.new("RGB", (10, 10)), tmp_path / f"{job.name}_panel.png", png_text(job.recipe))
     write_sheets(jobs, tmp_path)
@@ -45,10 +47,10 @@ def test_many_panels_make_several_sheets(tmp_path: Path) -> None:
 
 
 def test_sheets_leave_out_damaged_panels_and_those_of_earlier_recipes(tmp_path: Path) -> None:
-    jobs = [PictureJob(f"case_{index:03d}", CASE, {"digest": f"{index}"}) for index in range(3)]
+    jobs = [PictureJob(f"case_{index:03d}", CASE, make_recipe(f"case_{index:03d}", seed=index)) for index in range(3)]
     panels = [tmp_path / f"{job.name}_panel.png" for job in jobs]
-    for panel, digest in zip(panels, ("0", "1", "of an earlier recipe"), strict=True):
-        save_picture(Image.new("RGB", (10, 10)), panel, png_text({"digest": digest}))
+    for panel, recipe in zip(panels, (jobs[0].recipe, jobs[1].recipe, make_recipe(seed=7)), strict=True):
+        save_picture(Image.new("RGB", (10, 10)), panel, png_text(recipe))
     panels[1].write_bytes(panels[1].read_bytes()[:-40])
     write_sheets(jobs, tmp_path)
     assert load_image(tmp_path / "overview.png").size == (10, 10)
@@ -57,33 +59,35 @@ def test_sheets_leave_out_damaged_panels_and_those_of_earlier_recipes(tmp_path: 
 
 
 def test_lines_hold_null_for_what_json_does_not_know(tmp_path: Path) -> None:
-    job, note = PictureJob("a", CASE, {"digest": "1"}), {"owned": [math.nan, 1.0], "leakage": [(math.inf, -math.inf)]}
+    job, note = PictureJob("a", CASE, make_recipe("a")), {"owned": [math.nan, 1.0], "leakage": [(math.inf, -math.inf)]}
     save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png", png_text(job.recipe))
     Journal(tmp_path, 0).add(job, seconds=1.5, attention=note)
     assert write_manifest([job], tmp_path) == []
     line = (tmp_path / "manifest.jsonl").read_text()
     expected = {"owned": [None, 1.0], "leakage": [[None, None]]}
-    assert json.loads(line, parse_constant=pytest.fail) == {"digest": "1", "file": "a.png", "seconds": 1.5, "attention": expected}
+    assert json.loads(line, parse_constant=pytest.fail) == {**job.recipe.to_json(), "file": "a.png", "seconds": 1.5, "attention": expected}
     with pytest.raises(ValueError, match="JSON"):
-        png_text({"guidance_scale": math.inf})
+        png_text(make_recipe(guidance_scale=math.inf))
 
 
 def test_a_journal_survives_half_lines(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 3)
     journal.path.write_text('{"name": "a", "dig')
-    journal.add(PictureJob("b", CASE, {"digest": "2"}), seconds=1)
-    journal.add(PictureJob("b", CASE, {"digest": "2"}), seconds=2)
+    job = PictureJob("b", CASE, make_recipe("b"))
+    journal.add(job, seconds=1)
+    journal.add(job, seconds=2)
     (tmp_path / "manifest.jsonl").write_text('{"name": "a", "digest": "1", "seconds": 5}\n[]\n{"digest": 3}\nNaN\n')
-    assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {("a", "1"): 5, ("b", "2"): 2}
+    assert {key: note["seconds"] for key, note in read_notes(tmp_path).items()} == {("a", "1"): 5, ("b", job.recipe.digest): 2}
 
 
 def test_a_picture_that_was_made_counts_more_than_an_earlier_failure(tmp_path: Path) -> None:
     """Started again, it went to another process, whose journal comes before that with the failure."""
-    job = PictureJob("a", CASE, {"digest": "1"})
+    job = PictureJob("a", CASE, make_recipe("a"))
+    digest = job.recipe.digest
     Journal(tmp_path, 1).add(job, error="killed")
-    assert read_notes(tmp_path)["a", "1"]["error"] == "killed"
+    assert read_notes(tmp_path)["a", digest]["error"] == "killed"
     Journal(tmp_path, 0).add(job, seconds=2)
-    assert read_notes(tmp_path)["a", "1"] == {"name": "a", "digest": "1", "seconds": 2}
+    assert read_notes(tmp_path)["a", digest] == {"name": "a", "digest": digest, "seconds": 2}
 
 
 def test_saved_text_is_unicode(tmp_path: Path) -> None:

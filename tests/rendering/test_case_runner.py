@@ -13,12 +13,16 @@ import torch
 import inference
 from mosaic.config.loading import load_config
 from mosaic.images import load_image
+from mosaic.pipeline import pipeline as pipelines
+from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering import rendering
+from mosaic.pipeline.sampler import Group
+from mosaic.rendering import rendering, start
 from mosaic.rendering import runner as case_runner
 from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
 from mosaic.rendering.cases.reading import read_cases
-from mosaic.rendering.recipes import PictureJob, read_recipe
+from mosaic.rendering.recipe import read_recipe
+from mosaic.rendering.recipes import PictureJob
 from mosaic.weights.digests import weights_digest
 from tests import forks, runs
 
@@ -137,7 +141,7 @@ def test_each_process_renders_its_share(world: Path, alone: Path, tmp_path: Path
     cases = read_cases(world / "cases.json", runs.REFERENCE_SIZE)
     shares: list[list[str]] = []
     monkeypatch.setattr(case_runner, "render_batches", lambda batches, *_, **__: shares.append([job.name for (job,) in batches]))
-    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
+    monkeypatch.setattr(start, "load_pipeline", lambda *_: SimpleNamespace(transformer=None))
     for name in (f"{NAMES[0]}.png", f"{NAMES[0]}_panel.png"):  # finished: what is left is shared out
         (tmp_path / name).write_bytes((alone / name).read_bytes())
     for index in range(3):
@@ -174,7 +178,7 @@ def test_an_interruption_ends_in_one_line(
 
 def test_a_second_run_loads_nothing(world: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = runs.files_below(alone)
-    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: pytest.fail("all pictures are finished"))
+    monkeypatch.setattr(start, "load_pipeline", lambda *_: pytest.fail("all pictures are finished"))
     assert inference.main(arguments(world, alone)) == 0
     assert runs.files_below(alone) == before  # the seconds too
 
@@ -276,13 +280,13 @@ def test_a_reference_that_changes_on_the_way_is_refused(
     picture = tmp_path / "reference.png"
     picture.write_bytes((world / PICTURES[0]).read_bytes())
     (tmp_path / "cases.json").write_text(json.dumps([{"prompt": "a", "image_paths": ["reference.png"]}]))
-    load = case_runner.load_pipeline
+    load = start.load_pipeline
 
     def swap(*rest: Any) -> Any:
         picture.write_bytes((world / PICTURES[1]).read_bytes())
         return load(*rest)
 
-    monkeypatch.setattr(case_runner, "load_pipeline", swap)
+    monkeypatch.setattr(start, "load_pipeline", swap)
     assert inference.main(arguments(world, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))) == 1
     assert f"{picture}: has changed since the cases were checked. Start again." in capsys.readouterr().err
 
@@ -290,13 +294,13 @@ def test_a_reference_that_changes_on_the_way_is_refused(
 def test_a_picture_that_is_not_finite_fails(
     world: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    denoise = MosaicFluxPipeline._denoise
+    denoise = pipelines.denoise
 
-    def overflow(self: MosaicFluxPipeline, group: Any, *rest: Any) -> None:
-        denoise(self, group, *rest)
-        group.latents = group.latents * (torch.inf if self._image_guidance_scale == 99 else 1)
+    def overflow(pipeline: MosaicFluxPipeline, group: Group, options: SamplingOptions, after_step: Any) -> None:
+        denoise(pipeline, group, options, after_step)
+        group.latents = group.latents * (torch.inf if options.image_guidance_scale == 99 else 1)
 
-    monkeypatch.setattr(MosaicFluxPipeline, "_denoise", overflow)
+    monkeypatch.setattr(pipelines, "denoise", overflow)
     path = world / "guided.json"
     path.write_text(json.dumps([ENTRIES[0] | {"index": 6, "image_guidance_scale": 99}, ENTRIES[0]]))
     for _ in range(2):  # it is not taken for finished
@@ -333,7 +337,7 @@ def test_a_damaged_panel_of_another_case_hides_nothing(world: Path, tmp_path: Pa
 def test_what_can_be_known_before_is_found_by_a_check_too(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(case_runner, "load_pipeline", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(start, "load_pipeline", lambda *_: pytest.fail("the model is loaded"))
     path, taken = world / "before.json", tmp_path / "taken"
     path.write_text(json.dumps([ENTRIES[0], {"prompt": "", "image_paths": PICTURES}]))
     taken.write_text("mine")

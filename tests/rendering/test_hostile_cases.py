@@ -16,7 +16,7 @@ from PIL import Image
 import inference
 from mosaic.images import load_image, prepare_reference
 from mosaic.rendering.cases.reading import MAX_FILE, read_cases
-from mosaic.rendering.recipes import read_recipe
+from mosaic.rendering.recipe import read_recipe
 from tests import runs
 
 RED = Image.new("RGB", (8, 8), (200, 0, 0))

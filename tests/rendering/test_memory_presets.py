@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mosaic.pipeline.encoders import GivenPrompts, encode_each
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering import loading, memory_presets
 from mosaic.rendering.memory_presets import PRESETS, MemoryPreset, place_pipeline, resolve_preset
-from mosaic.rendering.recipes import read_recipe, shared_recipe
+from mosaic.rendering.recipe import read_recipe
+from mosaic.rendering.recipes import shared_recipe
 from mosaic.weights import quantization
 from tests import runs, tiny
 
@@ -190,19 +192,19 @@ def test_the_recipe_tells_pictures_of_other_formats_apart(config_of: Any, monkey
     monkeypatch.setattr(memory_presets, "check_quantization", lambda *_: None)
     monkeypatch.setattr("mosaic.rendering.recipes.importlib.metadata.version", lambda _: "1")
 
-    def storage(**settings: Any) -> dict[str, Any]:
-        return shared_recipe(config_of(**settings), "model", "lora", "cpu")["storage"]
+    def storage(**settings: Any) -> Mapping[str, Any]:
+        return shared_recipe(config_of(**settings), "model", "lora", "cpu").storage
 
     assert storage() == storage(memory="80gb") == storage(memory="48gb")
     others = [storage(), storage(memory="24gb"), storage(memory="16gb"), storage(memory="12gb"), storage(quantization="nf4")]
     assert all(others.count(other) == 1 for other in others)
-    assert "torchao" in shared_recipe(config_of(memory="24gb"), "model", "lora", "cpu")["versions"]
+    assert "torchao" in shared_recipe(config_of(memory="24gb"), "model", "lora", "cpu").versions
 
 
 @needs_gguf
 def test_the_recipe_knows_the_gguf_file(config_of: Any, world: Path, tmp_path: Path) -> None:
     files = [runs.write_gguf(world / "model", tmp_path / f"{kind}.gguf", kind) for kind in ("Q8_0", "Q4_0")]
-    digests = {shared_recipe(config_of(gguf=str(file)), "model", "lora", "cpu")["storage"]["gguf"] for file in files}
+    digests = {shared_recipe(config_of(gguf=str(file)), "model", "lora", "cpu").storage["gguf"] for file in files}
     assert len(digests) == 2
 
 

@@ -14,7 +14,7 @@ from mosaic.images import load_image
 from mosaic.lora.adapter import reference_lora_modules, save_reference_lora
 from mosaic.model import blocks
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering.recipes import read_recipe
+from mosaic.rendering.recipe import read_recipe
 from mosaic.weights.digests import weights_digest
 from tests import naive, runs, tiny
 from tests.lora.foreign import in_style

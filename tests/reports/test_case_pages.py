@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.cases.references import Reference
 from mosaic.rendering.overview import write_overview
-from mosaic.rendering.recipes import PictureJob, job_files, page_digest, png_text
+from mosaic.rendering.recipe import Weights, png_text
+from mosaic.rendering.recipes import PictureJob, job_files, page_digest
 from mosaic.rendering.report import Report, make_report
 from mosaic.reports.case_figures import EDGE, GAP, SIDE
 from mosaic.reports.case_page import case_title, strongest_leak
 from mosaic.reports.entropy_chart import HEIGHT, LABEL_DISTANCE, entropy_chart
 from mosaic.reports.figures import save_picture
 from mosaic.reports.html import page_digest_at
+from tests.recipes import entry, make_recipe
 
 HOSTILE = "a <script>alert(1)</script> \"cat\" 'x' & </title></style><img src=x onerror=alert(2)> &lt; ]]> <!-- \u202egnp"
 REFERENCE, TARGET = Grid(4, 4), Grid(2, 4)
@@ -61,23 +64,8 @@ def one_job(
     prompt: str = "a cat and a mug", names: tuple[str | None, ...] = ("cat", None), points: tuple[tuple[int, int], ...] = ()
 ) -> PictureJob:
     references = tuple(Reference(Path(f"picture_{k}.png"), name, points=points if k == 0 else ()) for k, name in enumerate(names))
-    recipe = {
-        "name": "case_003_seed_9",
-        "prompt": prompt,
-        "seed": 9,
-        "height": 16,
-        "width": 32,
-        "num_inference_steps": 3,
-        "guidance_scale": 3.5,
-        "image_guidance_scale": 1.0,
-        "reference_size": 32,
-        "reference_scale": 1.0,
-        "reference_attention": "target",
-        "references": [{"file": reference.path.name, "name": reference.name, "strength": 1.0} for reference in references],
-        "model": {"name": "model"},
-        "lora": {"name": "lora.safetensors"},
-        "digest": "ab" * 32,
-    }
+    entries = tuple(entry(reference.path.name, reference.name) for reference in references)
+    recipe = make_recipe("case_003_seed_9", index=3, prompt=prompt, seed=9, references=entries)
     return PictureJob("case_003_seed_9", Case(3, prompt, references), recipe)
 
 
@@ -178,8 +166,9 @@ def assert_harmless(content: str, link: str) -> Page:
 
 def test_hostile_prompts_and_names_are_text() -> None:
     job = one_job(HOSTILE, (HOSTILE, None))
-    job.recipe["references"][1]["file"] = '"><script>alert(3)</script>.png'
-    job.recipe["model"]["name"] = job.recipe["lora"]["name"] = HOSTILE
+    references = (job.recipe.references[0], entry('"><script>alert(3)</script>.png'))
+    run = replace(job.recipe.run, model=Weights(HOSTILE, "0"), lora=Weights(HOSTILE, "1"))
+    job = job._replace(recipe=replace(job.recipe, references=references, run=run))
     page = assert_harmless(known_report(job).page, "report.html")
     words = " ".join(HOSTILE.split())
     assert page.texts.count(words) >= 2
@@ -192,7 +181,7 @@ def reported(folder: Path, job: PictureJob) -> dict[str, Any]:
     report, files = known_report(job), job_files(job, folder)
     write_text(files.page, report.page)
     save_picture(report.panel, files.panel, png_text(job.recipe))
-    return {**job.recipe, "attention": report.numbers}
+    return {**job.recipe.to_json(), "attention": report.numbers}
 
 
 def test_overview(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import inference
 from mosaic.config.loading import Config, load_config
 from mosaic.images import PreparedReference, decode_image
 from mosaic.rendering.cases.reading import load_cases
-from mosaic.rendering.recipes import KEY, case_jobs, read_recipe, shared_recipe
+from mosaic.rendering.recipe import KEY, read_recipe
+from mosaic.rendering.recipes import case_jobs, shared_recipe
 from scripts.app import command as app
 from scripts.app import sessions as app_sessions
 from scripts.app import state as app_state
@@ -34,6 +35,7 @@ from scripts.app.sessions import MAX_PICTURES, MAX_SESSIONS, Sessions
 from scripts.app.studio import CANCELLED, DONE, FAILED, WAITING, Run, Studio
 from scripts.app.uploads import MAX_REFERENCES, Upload, read_upload, take_uploads
 from tests import tiny
+from tests.recipes import entry, make_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a" * 48
@@ -147,8 +149,8 @@ def test_a_form_gives_the_recipe_of_the_same_case(config: Config) -> None:
     state = app_state.example_state(example, config)
     job = plan_picture(app_state.make_form(state, len(example.uploads)), example.uploads, 7, config, shared, 4)
     expected = case_jobs(load_cases(ROOT / "example_cases.json", SIZE)[4], config, shared, 4, {})[0]
-    assert job.recipe["digest"] == expected.recipe["digest"]
-    assert job.recipe["references"] == expected.recipe["references"]
+    assert job.recipe.digest == expected.recipe.digest
+    assert job.recipe.references == expected.recipe.references
     assert job.name == "case_007"
 
 
@@ -156,12 +158,12 @@ def test_named_references_and_strengths(config: Config) -> None:
     uploads = [upload("same.png"), upload("same.png", (0, 0, 200))]
     given = form(prompt="a <red bag> beside a < mug >", names=("red bag", " mug "), strengths=(1.0, 0.5))
     recipe = plan_picture(given, uploads, 0, config, shared_recipe(config, "model", "lora", "cpu"), 4).recipe
-    assert recipe["prompt"] == "a red bag beside a mug"
-    assert [(entry["file"], entry["name"], entry["strength"]) for entry in recipe["references"]] == [
+    assert recipe.prompt == "a red bag beside a mug"
+    assert [(entry.file, entry.name, entry.strength) for entry in recipe.references] == [
         ("same.png", "red bag", 1.0),
         ("same.png", "mug", 0.5),
     ]
-    assert [entry["sha256"] for entry in recipe["references"]] == [item.sha256 for item in uploads]
+    assert [entry.sha256 for entry in recipe.references] == [item.sha256 for item in uploads]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_runs_without_references_or_attention(studio: Studio) -> None:
 def test_strength_reaches_the_pipeline(studio: Studio) -> None:
     plain, weak = (wait_for(studio.submit(form(strengths=(s,)), [upload()], 0, with_attention=False)) for s in (1.0, 0.0))
     assert plain.result.picture.tobytes() != weak.result.picture.tobytes()
-    assert weak.job.recipe["references"][0]["strength"] == 0
+    assert weak.job.recipe.references[0].strength == 0
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_a_picture_is_kept_with_its_recipe_until_the_session_ends(studio: Studio
     looks = list(handlers.watch("page", session, handlers.start("page", session, state, 1)))
     assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
     kept = looks[-1].kept
-    assert read_recipe(kept.path) == kept.recipe
+    assert read_recipe(kept.path) == kept.recipe.to_json()
     assert Image.open(kept.panel_path).text[KEY]
     assert handlers.runs == {}
     again = sessions.get(TOKEN)
@@ -484,8 +486,7 @@ def test_saved_numbers_out_of_range_are_the_usual_ones(config: Config) -> None:
 
 def test_what_users_give_is_escaped() -> None:
     evil = '<img src=x onerror="alert(1)">'
-    recipe = {"prompt": evil, "seed": 1, "width": 8, "height": 8, "num_inference_steps": 1, "guidance_scale": 1, "image_guidance_scale": 1}
-    recipe["references"] = [{"file": evil, "name": "x", "strength": 0.5}]
+    recipe = make_recipe(prompt=evil, references=(entry(evil, "x", 0.5),))
     kept = app_views.Kept(Path("a.png"), None, None, recipe, 1.0)
     example = Example(load_cases(ROOT / "example_cases.json", SIZE)[0]._replace(prompt=evil), ())
     views = [

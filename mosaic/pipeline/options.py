@@ -1,0 +1,78 @@
+"""What a config, a case and a Python call say to the sampler, in one object. Needs no torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from mosaic.config.loading import Config
+
+DEFAULT_SIZE = 512  # px; target and references, unless the loaded reference LoRA says otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """The settings of a call of `MosaicFluxPipeline`, under the names of its arguments; what they mean is said there.
+
+    Strengths are not among them: there is one for each reference, and they come with the references.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    image_guidance_scale: float = 1.0
+    reference_size: int | None = None
+    reference_scale: float = 0.9
+    reference_attention: str | None = None
+    reference_cache: bool = False
+    refresh_references: int | None = None
+    max_sequence_length: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """Those of the sections `inference`, `data` and `model`."""
+        settings = config.inference
+        return cls(
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            image_guidance_scale=settings.image_guidance_scale,
+            reference_size=config.data.reference_size,
+            reference_scale=settings.reference_scale,
+            reference_attention=config.model.reference_attention,
+            reference_cache=settings.reference_cache,
+            refresh_references=settings.refresh_references,
+            max_sequence_length=config.model.text_length,
+        )
+
+    def given(self, case: object) -> Self:
+        """These options, with those in place of them that a case decides for itself.
+
+        Args:
+            case: Has attributes of the same names, of which those that are None leave a decision to these options.
+        """
+        own = {name: getattr(case, name, None) for name in self.arguments}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
+    def trained(self, config: Mapping[str, Any]) -> Self:
+        """These options, with what the loaded reference LoRA was trained with where they are None.
+
+        Args:
+            config: The training config that the LoRA's file carries, as JSON; empty if it carries none.
+        """
+        data, model = config.get("data", {}), config.get("model", {})
+        height, width = data.get("image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
+        usual = {
+            "height": height,
+            "width": width,
+            "reference_size": data.get("reference_size") or DEFAULT_SIZE,
+            "reference_attention": model.get("reference_attention") or "target",
+        }
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of the pipeline."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
