@@ -112,11 +112,11 @@ def write_reference_lora(tensors: Mapping[str, Tensor], path: str | os.PathLike,
     return write_tensors(tensors, path, {METADATA_KEY: json.dumps({"adapter": ADAPTER_NAME, "config": dict(config or {})})})
 
 
-def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DModel) -> tuple[dict[str, Tensor], int]:
+def read_reference_lora(source: str | os.PathLike | LoraFile, transformer: FluxTransformer2DModel) -> tuple[dict[str, Tensor], int]:
     """Read and check a reference LoRA file against a transformer; nothing is attached.
 
     Args:
-        path: A safetensors file with keys `transformer.<module>.lora_A.weight` and `.lora_B.weight`.
+        source: A safetensors file, or one that is open already, with keys `transformer.<module>.lora_A.weight` and `.lora_B.weight`.
         transformer: Whose modules and widths the file must fit.
 
     Returns:
@@ -127,9 +127,9 @@ def read_reference_lora(path: str | os.PathLike, transformer: FluxTransformer2DM
         ValueError: If it is no safetensors file, keys are missing or unexpected, ranks differ, a shape does not fit, or a value is not
             finite.
     """
-    file = LoraFile(path, "reference LoRA")
+    file = source if isinstance(source, LoraFile) else LoraFile(source, "reference LoRA")
     tensors = {key: file[key] for key in file}
-    return tensors, check_reference_lora(tensors, transformer, str(path))
+    return tensors, check_reference_lora(tensors, transformer, str(file.path))
 
 
 def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransformer2DModel, where: str) -> int:
@@ -175,12 +175,12 @@ def shorten(keys: list[str], most: int = 6) -> str:
     return ", ".join(key[:120] for key in keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")
 
 
-def load_reference_lora(transformer: FluxTransformer2DModel, path: str | os.PathLike, pipeline: object | None = None) -> int:
+def load_reference_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike | LoraFile, pipeline: object | None = None) -> int:
     """Load a reference LoRA file, replacing one that is attached; the rank is read from the file.
 
     Args:
         transformer: Gets the adapter, in its own dtype and on its own device.
-        path: A safetensors file.
+        source: A safetensors file, or one that is open already.
         pipeline: The diffusers pipeline that owns the transformer, if any, so that offload hooks are renewed.
 
     Returns:
@@ -190,7 +190,7 @@ def load_reference_lora(transformer: FluxTransformer2DModel, path: str | os.Path
         FileNotFoundError: If the file is missing.
         ValueError: If keys, shapes or values are not those of a reference LoRA of this transformer.
     """
-    tensors, rank = read_reference_lora(path, transformer)
+    tensors, rank = read_reference_lora(source, transformer)
     detach_reference_lora(transformer)
     dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.bfloat16
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}

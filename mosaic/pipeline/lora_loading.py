@@ -50,10 +50,9 @@ class ReferenceLoraLoaderMixin:
         """
         if self.num_fused_loras:
             raise ValueError("a style LoRA is fused and would reach the reference tokens too: unfuse_lora(), or load the base anew.")
-        path = resolve_lora_file(source, weight_name, revision)
-        lora.read_reference_lora(path, self.transformer)
-        config = _reference_config(path)
-        rank = lora.load_reference_lora(self.transformer, path, pipeline=self)
+        file = LoraFile(resolve_lora_file(source, weight_name, revision), "reference LoRA")
+        config = _reference_config(file)
+        rank = lora.load_reference_lora(self.transformer, file, pipeline=self)
         self.reference_config = config
         return rank
 
@@ -190,13 +189,13 @@ def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], w
     return path.is_file() and path.suffix == ".safetensors" and bool(reference_metadata(LoraFile(path).metadata, str(path)))
 
 
-def _reference_config(path: Path) -> dict[str, Any]:
+def _reference_config(file: LoraFile) -> dict[str, Any]:
     """The resolved training config of a reference LoRA's file, empty without one; what the pipeline takes from it is checked.
 
     Raises:
         ValueError: If a setting is not what it must be.
     """
-    config = reference_metadata(LoraFile(path).metadata, str(path)).get("config", {})
+    config = reference_metadata(file.metadata, str(file.path)).get("config", {})
     for section, key, wanted, fits in (
         ("data", "image_size", "two sizes in px", lambda x: isinstance(x, list) and len(x) == 2 and all(map(_is_size, x))),
         ("data", "reference_size", "a size in px", _is_size),
@@ -204,9 +203,9 @@ def _reference_config(path: Path) -> dict[str, Any]:
     ):
         settings = config.get(section, {})
         if not isinstance(settings, dict):
-            raise ValueError(f"{path}: {section} of the config in its metadata must be an object, got {settings!r}.")
+            raise ValueError(f"{file.path}: {section} of the config in its metadata must be an object, got {settings!r}.")
         if (value := settings.get(key)) is not None and not fits(value):
-            raise ValueError(f"{path}: {section}.{key} of the config in its metadata must be {wanted}, got {value!r}.")
+            raise ValueError(f"{file.path}: {section}.{key} of the config in its metadata must be {wanted}, got {value!r}.")
     return config
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from mosaic.lora.adapter import has_reference_lora, save_reference_lora
+from mosaic.lora.adapter import has_reference_lora, reference_lora_modules, save_reference_lora
+from mosaic.lora.files import LoraFile
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.weights.hub import resolve_lora_file
@@ -141,3 +143,15 @@ def test_lora_files_are_found(tmp_path: Path) -> None:
     assert resolve_lora_file(tmp_path) == tmp_path / "lora.safetensors"
     assert resolve_lora_file(tmp_path, "other.safetensors") == tmp_path / "other.safetensors"
     assert resolve_lora_file(str(tmp_path / "other.safetensors")) == tmp_path / "other.safetensors"
+
+
+def test_a_reference_lora_is_opened_and_read_once(shared: MosaicFluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared.save_reference_lora(tmp_path / "lora.safetensors")
+    opened, read = [], Counter()
+    start, get = LoraFile.__init__, LoraFile.__getitem__
+    monkeypatch.setattr(LoraFile, "__init__", lambda self, *rest: opened.append(rest) or start(self, *rest))
+    monkeypatch.setattr(LoraFile, "__getitem__", lambda self, key: read.update([key]) or get(self, key))
+    shared.load_reference_lora(tmp_path / "lora.safetensors")
+    assert len(opened) == 1
+    assert set(read.values()) == {1}
+    assert len(read) == 2 * len(reference_lora_modules(shared.transformer))
