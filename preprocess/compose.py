@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
 from mosaic.files import parse_json
 from mosaic.images import decode_image
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.composition import (
     LAYOUTS,
     Panel,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 LAYOUTS: dict[int, tuple[tuple[int, int], ...]] = {
     2: ((1, 2), (2, 1), (2, 2)),

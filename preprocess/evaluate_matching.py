@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
 from mosaic.files import write_text
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
 from preprocess.extractors.protocol import Extractor

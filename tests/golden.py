@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.lora.adapter import load_reference_lora, reference_lora_parameters
 from mosaic.method.correspondence import Points, batch_points
+from mosaic.method.grids import Grid
 from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, reference_distributions
-from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids, unpack_latents
+from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids, unpack_latents
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput
 from mosaic.pipeline.pipeline import MosaicFluxPipeline

@@ -13,7 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.method.correspondence import Points, batch_points
-from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids
+from mosaic.method.grids import Grid
+from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.pocket.tokenizers import build_clip_tokenizer, build_t5_tokenizer

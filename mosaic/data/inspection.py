@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.data.samples import Sample
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 QUICK_SAMPLES = 64
 _HASH_SIDE = 8  # cells per side of a fingerprint: 64 bits

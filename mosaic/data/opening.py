@@ -4,7 +4,7 @@ from mosaic.config.sections import DataConfig
 from mosaic.data.multi_reference.dataset import MultiReferenceDataset
 from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.semalign.dataset import SemAlignDataset
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 TrainingDataset = MultiReferenceDataset | SemAlignDataset
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 
 @dataclass(frozen=True)

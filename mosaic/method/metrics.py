@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mosaic.method.correspondence import Points
+from mosaic.method.grids import Grid
 from mosaic.method.losses import reference_distributions
-from mosaic.method.tokens import Grid
 
 
 class AttentionAccuracy(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mosaic.images import to_rgb
 from mosaic.method.correspondence import make_disjoint
+from mosaic.method.grids import Grid
 from mosaic.method.metrics import leakage_matrix
-from mosaic.method.tokens import Grid
 
 NUM_LINES = 4  # strongest points per reference
 DIGITS = 5  # of numbers in files

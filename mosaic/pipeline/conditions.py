@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.method.tokens import Grid, pack_latents
+from mosaic.method.grids import Grid
+from mosaic.method.tokens import pack_latents
 from mosaic.pipeline.attention_report import AttentionRecorder, subject_tokens
 from mosaic.pipeline.encoders import PromptEmbeddings
 from mosaic.pipeline.sampler import Group, ReferenceGroup

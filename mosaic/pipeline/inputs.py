@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mosaic.config.sections import MAX_STRENGTH
 from mosaic.images import PreparedReference
-from mosaic.method.tokens import Grid, token_grid
+from mosaic.method.grids import Grid, token_grid
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
 from mosaic.model.reference_cache import refresh_interval
 from mosaic.pipeline.encoders import PromptEmbeddings

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic.lora import adapter as lora
-from mosaic.method.tokens import Grid, pack_latents, unpack_latents
+from mosaic.method.grids import Grid
+from mosaic.method.tokens import pack_latents, unpack_latents
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.pipeline.conditions import Conditions

@@ -11,7 +11,8 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor
 
-from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids
+from mosaic.method.grids import Grid
+from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.reference_cache import CachedTransformer, refresh_interval
 from mosaic.model.transformer import MosaicFluxTransformer2DModel

@@ -14,7 +14,7 @@ from mosaic.data.semalign.dataset import INDEX_NAME
 from mosaic.data.semalign.ids import has_all_ids
 from mosaic.data.semalign.rows import SemAlignRows, find_parquet
 from mosaic.files import read_json
-from mosaic.method.tokens import token_grid
+from mosaic.method.grids import token_grid
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
 from mosaic.planning.model_shape import ModelShape
 from mosaic.training.checkpoints.run_state import describe_run, require_same_run

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
-from mosaic.method.tokens import PATCH, token_grid
+from mosaic.method.grids import PATCH, token_grid
 from mosaic.model.attention_rows import CaptureRequest, resolve_capture_blocks
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput

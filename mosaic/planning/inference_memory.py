@@ -16,7 +16,8 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from mosaic.config.loading import Config
-from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids, token_grid
+from mosaic.method.grids import token_grid
+from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.costs import lora_parameter_count, width
 from mosaic.model.reference_cache import reference_cache_bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mosaic.config.loading import Config
 from mosaic.files import require_folder
-from mosaic.method.tokens import token_grid
+from mosaic.method.grids import token_grid
 from mosaic.pipeline.options import SamplingOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.weights.digests import vae_scale_factor

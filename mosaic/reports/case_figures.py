@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.reports.figures import LINE_COLOURS, heat_map
 from mosaic.reports.html import png_uri, text
 

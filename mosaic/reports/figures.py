@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mosaic.files import replacing
 from mosaic.images import to_rgb
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.pipeline.attention_report import Line, PictureAttention
 
 TILE = 256  # px, side of a picture in a panel

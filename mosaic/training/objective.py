@@ -12,6 +12,7 @@ from mosaic.data import MosaicBatch
 from mosaic.data.samples import Posteriors, TextEmbeddings
 from mosaic.method.correspondence import batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
+from mosaic.method.grids import Grid, token_grid
 from mosaic.method.losses import (
     MosaicLoss,
     correspondence_loss,
@@ -20,7 +21,7 @@ from mosaic.method.losses import (
     mosaic_loss,
     reference_distributions,
 )
-from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, text_position_ids, token_grid
+from mosaic.method.tokens import pack_latents, position_ids, reference_position_ids, text_position_ids
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.transformer import MosaicTransformerOutput
 from mosaic.pipeline.latents import draw_latents

@@ -14,8 +14,8 @@ from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collat
 from mosaic.images import load_image
 from mosaic.method.correspondence import Points, batch_points
 from mosaic.method.flow import add_noise, sample_timesteps
+from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
-from mosaic.method.tokens import Grid
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mosaic.config.schema import Bounds, Section
 from mosaic.config.sections import Count, Text
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding, unet_from_weights

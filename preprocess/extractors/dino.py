@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Text
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.protocol import IMAGENET_MEAN, IMAGENET_STD, fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.weights import file_digest, load_model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Text
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.dino import load_vit, patch_tokens
 from preprocess.extractors.hooks import outputs_until

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mosaic.config.schema import Bounds, Section
 from mosaic.config.sections import Count
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import fitted_grid, picture_tensor
 
 CELL = 2

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.images import to_rgb
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Text
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.weights.hub import POCKET_MODEL
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple

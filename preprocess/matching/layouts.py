@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mosaic.data import Row
 from mosaic.files import path_below, write_bytes
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching.matching import match_features
 from preprocess.matching.samples import SamplePictures, match_sample, pair_features

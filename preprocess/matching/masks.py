@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 COVERAGE = 0.5
 """Share of a cell that must be covered. Taking a cell's corner pixel instead, as the release does, shifts borders by half a cell."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 NO_MATCH = -1
 CHUNK_SIZE = 1024

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 ALPHAS = (0.05, 0.1, 0.2)
 

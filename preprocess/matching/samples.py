@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.method.correspondence import coarse_index, owned_by_similarity, reduce_points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching import matching
 from preprocess.matching.masks import covered_cells, on_black, subject_mask

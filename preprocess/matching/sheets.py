@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.reports.figures import LINE_COLOURS, MARGIN, TILE, draw_line, tile, token_position
 
 NUM_LINES = 10

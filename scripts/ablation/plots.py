@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from mosaic.images import prepare_reference
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.reports.figures import CAPTION, INK, LINE_COLOURS, MARGIN, TILE, draw_line, tile, token_position
 from scripts.ablation.tables import (
     ATTENTION_LEAKAGE,

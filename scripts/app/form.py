@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mosaic.config.loading import Config
 from mosaic.config.schema import FieldError
 from mosaic.files import shown
-from mosaic.method.tokens import token_grid
+from mosaic.method.grids import token_grid
 from mosaic.rendering.cases.reading import Case, CaseOptions
 from mosaic.rendering.cases.references import Reference, check_text, named_prompt, read_references
 from mosaic.rendering.recipe import RunRecipe

@@ -28,7 +28,8 @@ from mosaic.config.loading import from_dict
 from mosaic.files import write_text
 from mosaic.images import load_image, prepare_reference
 from mosaic.lora.adapter import reference_lora_parameters
-from mosaic.method.tokens import token_grid, unpack_latents
+from mosaic.method.grids import token_grid
+from mosaic.method.tokens import unpack_latents
 from mosaic.model.acceleration import compile_blocks, set_attention_backend, set_step_cache
 from mosaic.model.costs import sampling_flops
 from mosaic.pipeline.encoders import PromptEmbeddings

@@ -73,7 +73,8 @@ def build_inputs(args: argparse.Namespace, config: dict[str, Any]) -> tuple[dict
     """Keyword arguments of the forward pass, noise and clean latents."""
     import torch
 
-    from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids
+    from mosaic.method.grids import Grid
+    from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 
     generator = torch.Generator().manual_seed(1)
     target, reference = Grid(TARGET_SIDE, TARGET_SIDE), Grid(REFERENCE_SIDE, REFERENCE_SIDE)

@@ -24,7 +24,7 @@ from mosaic.config.loading import DataConfig
 from mosaic.data import Inspection, TrainingDataset, open_dataset
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import require_file, write_text
-from mosaic.method.tokens import token_grid
+from mosaic.method.grids import token_grid
 from scripts.doctor.findings import Findings, Training, summarise
 from scripts.doctor.page import PICTURES, write_findings
 

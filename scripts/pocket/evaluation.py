@@ -12,8 +12,8 @@ from torch import Tensor
 from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
 from mosaic.method.correspondence import make_disjoint, reduce_points
+from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, pool_accuracies
-from mosaic.method.tokens import Grid
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mosaic.method.correspondence import Points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.model import blocks
 from mosaic.model.attention import Layout
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mosaic.data.multi_reference.framing import cover, fit, nearest_bucket
 from mosaic.method.correspondence import majority_points, reduce_points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 SIDES = st.integers(1, 400)
 GRIDS = st.builds(Grid, st.integers(1, 12), st.integers(1, 12))

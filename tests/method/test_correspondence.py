@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mosaic.method.correspondence import batch_points, draw_points, global_index, make_disjoint, reduce_points, validate_points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from tests import tiny
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from mosaic.method.correspondence import batch_points
+from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, attention_leakage, pool_accuracies
-from mosaic.method.tokens import Grid
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.reports import figures
 from mosaic.reports.figures import (

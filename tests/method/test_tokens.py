@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, text_position_ids, token_grid, unpack_latents
+from mosaic.method.grids import Grid, token_grid
+from mosaic.method.tokens import pack_latents, position_ids, reference_position_ids, text_position_ids, unpack_latents
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (6, 10), (8, 4)])

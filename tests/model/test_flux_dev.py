@@ -6,7 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_modules, reference_lora_parameters
-from mosaic.method.tokens import Grid, position_ids, reference_position_ids, text_position_ids, token_grid
+from mosaic.method.grids import Grid, token_grid
+from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.model import attention_rows
 from mosaic.model.attention import Layout, branch_attention
 from mosaic.model.attention_rows import CaptureRequest, capture_rows

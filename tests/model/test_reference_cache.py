@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mosaic.lora.adapter import save_reference_lora
-from mosaic.method.tokens import Grid, position_ids, reference_position_ids
+from mosaic.method.grids import Grid
+from mosaic.method.tokens import position_ids, reference_position_ids
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.costs import FLUX_DEV
 from mosaic.model.reference_cache import CachedTransformer, reference_cache_bytes, refresh_interval

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.method.correspondence import batch_points
+from mosaic.method.grids import Grid
 from mosaic.method.metrics import attention_leakage, leakage_matrix
-from mosaic.method.tokens import Grid
 from mosaic.pipeline.attention_report import AttentionRecorder, PictureAttention, subject_tokens
 
 REFERENCE, TARGET = Grid(2, 3), Grid(3, 4)

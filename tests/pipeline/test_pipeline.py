@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mosaic.images import PreparedReference, prepare_reference
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
-from mosaic.method.tokens import Grid, pack_latents, position_ids, reference_position_ids, unpack_latents
+from mosaic.method.grids import Grid
+from mosaic.method.tokens import pack_latents, position_ids, reference_position_ids, unpack_latents
 from mosaic.pipeline.attention_report import subject_tokens
 from mosaic.pipeline.latents import decode_latents, encode_images, images_to_tensor
 from mosaic.pipeline.pipeline import MosaicFluxPipeline, MosaicPipelineOutput

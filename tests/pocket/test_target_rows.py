@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mosaic.method.correspondence import batch_points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.model import blocks
 from mosaic.model.attention import branch_attention
 from scripts.pocket.target_rows import TargetLooks, reading_target_rows, target_looks

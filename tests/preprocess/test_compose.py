@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mosaic.data import DatasetWriter, Manifest, MultiReferenceDataset, ReferenceRecord, SampleRecord
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess import compose
 from preprocess.composition import (
     LAYOUTS,

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.extractors import EXTRACTORS, build_extractor, extractor_spec
 from preprocess.extractors.aggregation import AggregationNetwork, load_aggregation
 from preprocess.extractors.geoaware import free_u, tile_starts

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess import match
 from preprocess.extractors import build_extractor, extractor_spec
 from preprocess.matching.masks import covered_cells, on_black, subject_mask

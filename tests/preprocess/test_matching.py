@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mosaic.method.correspondence import make_disjoint, owned_by_similarity
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess.matching import matching
 from preprocess.matching.matching import Match, match_features, soft_argmax
 from preprocess.matching.samples import FoundPoints, _carried

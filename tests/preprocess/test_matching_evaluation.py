@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from preprocess import evaluate_matching
 from preprocess.matching.benchmark import _measure, table
 from preprocess.matching.metrics import FilterCounts, Truth, cell_positions, filter_counts, pck

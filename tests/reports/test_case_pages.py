@@ -14,7 +14,7 @@ from PIL import Image
 
 from mosaic.files import write_text
 from mosaic.images import PreparedReference
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.cases.references import Reference

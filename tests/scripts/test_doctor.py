@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from mosaic.data import Sample
 from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, touched_cells
 from mosaic.data.readable import ReadableSamples, Unreadable
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.training import Trainer
 from scripts.doctor import command as doctor
 from scripts.doctor.findings import Findings, Training, near_duplicates, share_outside, shared_cells, summarise, tokens_per_sample

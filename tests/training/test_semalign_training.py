@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from mosaic.config.loading import from_dict
 from mosaic.data import SemAlignDataset, check_dataset, open_dataset
 from mosaic.data.semalign.points import release_points, vote_points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 from mosaic.training import Trainer, train
 from tests import runs, semalign_set
 from tests.semalign_set import needs_classic_zlib

@@ -16,7 +16,7 @@ from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.multi_reference.rows import Row
 from mosaic.data.samples import Sample
 from mosaic.method.correspondence import majority_points, make_disjoint
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 
 class MultiReferenceDataset(Dataset[Sample]):

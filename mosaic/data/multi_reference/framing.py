@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.images import WHITE
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 COARSEST_CELL = Fraction(5, 4)
 """Largest side of a grid cell, in tokens. A coarser grid leaves tokens without points and says too little about where a point lies."""

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 
 def read_stored_points(data: bytes, reference_grids: Sequence[Grid], target_grid: Grid, place: str) -> list[Tensor]:

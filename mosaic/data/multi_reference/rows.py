@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mosaic.files import relative_path, shown
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 MAX_SIDE = 65_535
 """Longest side of a grid in cells, or of a picture in pixels, that a manifest may state."""

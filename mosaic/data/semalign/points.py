@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.method.correspondence import reduce_points
-from mosaic.method.tokens import Grid
+from mosaic.method.grids import Grid
 
 FIELD_GRID = Grid(64, 64)
 FIELD_TOKEN = 16  # px of a cell of that grid in a picture of 1024 px, on which the fields were made
