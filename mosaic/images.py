@@ -240,7 +240,7 @@ def _readable_formats() -> list[str]:
 def _reason(error: Exception) -> str:
     """Return the reason of a decoding error in a few words; Pillow's "cannot identify" repeats the path."""
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller"
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels; make it smaller"
     return "no known picture format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or type(error).__name__
 
 

@@ -44,7 +44,7 @@ class Source(Protocol):
 
     kind: str
     unit: str
-    names: list[str | None]
+    names: Sequence[str | None]
 
     def encode(self, numbers: Sequence[int]) -> Iterator[Encoded]:
         """Encode samples or prompts by their numbers, in this order."""
@@ -93,7 +93,7 @@ class PromptSource:
             text_length: T5 tokens.
         """
         self.encoders, self.text_length = encoders, text_length
-        self.names: list[str | None] = list(text_cache.distinct_prompts(dataset.prompts()))
+        self.names: list[str] = list(text_cache.distinct_prompts(dataset.prompts()))
 
     def encode(self, numbers: Sequence[int]) -> Iterator[Encoded]:
         """Encode each prompt by itself."""

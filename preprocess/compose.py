@@ -202,7 +202,7 @@ def _sample(
                 phrase=entry.phrase,
                 points=None if panel.points is None else compose_points(panel.points, grid, corner, layout.side),
                 mask=None if panel.mask is None else compose_mask(panel.mask, grid, corner, layout.side, cell),
-                grid=tuple(entry.grid),
+                grid=entry.grid,
             )
         )
     pictures = [decode_image(data, row.references[0].image) for row, _, data in parts]
@@ -212,7 +212,7 @@ def _sample(
         prompt=prompt,
         target=target,
         references=references,
-        reference_grid=tuple(parts[0][0].references[0].grid),
+        reference_grid=parts[0][0].references[0].grid,
         target_grid=(layout.side, layout.side),
         metadata=metadata
         | {

@@ -119,8 +119,8 @@ def masked_matches(pair: Pair, target_mask: bool, reference_mask: bool) -> list[
     result = []
     for features in pair.features:
         on_target, on_reference = masks_of(pair.reference, features, MatchingSettings())
-        masks = {"target_mask": on_target if target_mask else None, "reference_mask": on_reference if reference_mask else None}
-        result.append(match_features(features.target, features.reference, **masks))
+        target, reference = on_target if target_mask else None, on_reference if reference_mask else None
+        result.append(match_features(features.target, features.reference, target_mask=target, reference_mask=reference))
     return result
 
 

@@ -49,8 +49,8 @@ def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
 
 def guidance_direction(teacher: dict[str, Any], layout: Layout, noisy: NoisyBatch, empty: tuple[Tensor, Tensor]) -> Tensor:
     """v - u of the teacher, [batch, tokens, 32]; `empty` are the ids of the empty caption, each [1, text length]."""
-    both = tuple(torch.cat([given, blank.expand_as(given)]) for given, blank in zip(noisy.ids, empty, strict=True))
-    captioned, uncaptioned = predict_velocity(teacher, layout, noisy.tokens.repeat(2, 1, 1), noisy.time.repeat(2), both).chunk(2)
+    first, second = (torch.cat([given, blank.expand_as(given)]) for given, blank in zip(noisy.ids, empty, strict=True))
+    captioned, uncaptioned = predict_velocity(teacher, layout, noisy.tokens.repeat(2, 1, 1), noisy.time.repeat(2), (first, second)).chunk(2)
     return captioned - uncaptioned
 
 

@@ -73,8 +73,8 @@ def find_machines(environ: Mapping[str, str]) -> Machines:
             )
     count = _integer("NNODES", values.get("NNODES", "1"), 1)
     if count > 1:
-        missing = {"NODE_RANK": f"the number of this machine, 0 to {count - 1}", "MASTER_ADDR": "the name or address of machine 0"}
-        missing = [f"{name} ({meaning})" for name, meaning in missing.items() if name not in values]
+        needed = {"NODE_RANK": f"the number of this machine, 0 to {count - 1}", "MASTER_ADDR": "the name or address of machine 0"}
+        missing = [f"{name} ({meaning})" for name, meaning in needed.items() if name not in values]
         if missing:
             raise ValueError(f"NNODES={count}, but not set: {', '.join(missing)}.")
     source = ", ".join([*given, *(["SLURM"] if step.keys() - given.keys() else [])])
@@ -115,8 +115,8 @@ def _slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodelist: str) -> str:
     """The first name of a SLURM host list: "gpu[003-007,9]-ib,login" gives "gpu003-ib"."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodelist).group()
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,10 +65,10 @@ def totals(shape: ModelShape = FLUX_DEV_SHAPE) -> dict[tuple[int, int], dict[Cho
     """Predicted GiB by (px, K) and choice."""
     result: dict[tuple[int, int], dict[Choice, float]] = {}
     steps = [(size, mode) for size in SIZES for mode in (False, True)]
-    measured: dict[tuple[int, bool], list[dict[str, int]]] = {}
+    measured: dict[tuple[int, bool], tuple[dict[str, int], dict[str, int]]] = {}
     for size, recomputed in tqdm(steps, desc="dry runs", unit="setting"):
         config = with_checkpointing(config_of(size), recomputed)
-        measured[size, recomputed] = [dry_parts(config, shape, k) for k in (REFERENCES[0], REFERENCES[-1])]
+        measured[size, recomputed] = (dry_parts(config, shape, REFERENCES[0]), dry_parts(config, shape, REFERENCES[-1]))
     for size in SIZES:
         config = config_of(size)
         for k in REFERENCES:

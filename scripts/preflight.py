@@ -31,8 +31,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="plan for a card of this size instead of the one that is here")
     parser.add_argument("--references", type=int, metavar="K", help="plan for K references instead of the most that the data have")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
-    kinds = {"nargs": "?", "const": "training", "choices": ["training", "inference"]}
-    parser.add_argument("--table", **kinds, help="print which settings fit cards of 12 to 141 GB")
+    what = "print which settings fit cards of 12 to 141 GB"
+    parser.add_argument("--table", nargs="?", const="training", choices=["training", "inference"], help=what)
     arguments = parser.parse_args(argv)
     if bool(arguments.config) == bool(arguments.table):
         parser.error("give either CONFIG or --table")

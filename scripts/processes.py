@@ -76,14 +76,15 @@ def send(children: Sequence[subprocess.Popen], number: int) -> None:
 
 def _wait(children: Sequence[subprocess.Popen], grace: float) -> int:
     """Exit code of all together; after a failure the others are stopped, and killed after `grace` seconds."""
-    failure, deadline = None, None
+    failure: int | None = None
+    deadline: float | None = None
     while any(child.poll() is None for child in children):
         if failure is None:
             failure = _first_failure(children)
             if failure is not None:
                 deadline = time.monotonic() + grace
                 send(children, signal.SIGTERM)
-        elif time.monotonic() > deadline:
+        elif deadline is not None and time.monotonic() > deadline:
             print(f"launch: processes that still run {grace:g} s after a failure are killed", file=sys.stderr)
             send(children, signal.SIGKILL)
             deadline = float("inf")

@@ -96,8 +96,8 @@ def draw_batch(
     """Clean tokens [size, tokens, 32] and caption ids of random samples, some with the empty caption."""
     chosen = torch.randint(len(store.tokens[layout.name]), (size,), generator=generator)
     dropped = (torch.rand(size, generator=generator) < EMPTY_CAPTIONS)[:, None]
-    ids = tuple(torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True))
-    return store.tokens[layout.name][chosen].float(), ids
+    first, second = (torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True))
+    return store.tokens[layout.name][chosen].float(), (first, second)
 
 
 class NoisyBatch(NamedTuple):
@@ -175,7 +175,8 @@ class BaseTraining:
             self.clock.minutes = (self.clock.seconds + seconds_until(arguments.stop_at)) / 60.0
         tokenizers = (self.components["tokenizer"], self.components["tokenizer_2"])
         self.store = TokenStore(arguments.run_dir / "tokens", *tokenizers)
-        self.empty = tuple(caption_ids(tokenizer, [""]) for tokenizer in tokenizers)
+        first, second = (caption_ids(tokenizer, [""]) for tokenizer in tokenizers)
+        self.empty = (first, second)
         self.last = {"checkpoint": time.monotonic(), "samples": time.monotonic(), "export": time.monotonic() - 420}
         if arguments.compile:
             torch._dynamo.config.automatic_dynamic_shapes = False

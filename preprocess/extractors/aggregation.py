@@ -78,10 +78,10 @@ def load_aggregation(path: str, what: str, in_channels: list[int], device: torch
         ValueError: Damaged, holds pickled objects, or is an adapter for other feature maps.
     """
     state = {name: tensor for name, tensor in read_state_dict(path, what).items() if name not in UNUSED}
-    first = [state.get(f"bottleneck_layers.{i}.0.conv1.weight") for i in range(len(in_channels))]
+    first = [state[key] for i in range(len(in_channels)) if (key := f"bottleneck_layers.{i}.0.conv1.weight") in state]
     last = state.get("bottleneck_layers.0.0.conv3.weight")
     branches = sum(name.endswith(".0.conv1.weight") for name in state)
-    if last is None or last.ndim != 4 or branches != len(in_channels) or any(w is None or w.ndim != 4 for w in first):
+    if last is None or last.ndim != 4 or not branches == len(first) == len(in_channels) or any(weight.ndim != 4 for weight in first):
         raise ValueError(f"{what}: {path} must hold an aggregation network of {len(in_channels)} branches, found {branches}.")
     found = [weight.shape[1] for weight in first]
     if found != in_channels:

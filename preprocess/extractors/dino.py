@@ -1,11 +1,11 @@
 """DINOv2 and DINOv3 patch tokens, and DINOv2 behind the adapter of DIY-SC (data facts B2, B3)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Text
@@ -13,6 +13,9 @@ from mosaic.method.grids import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.protocol import IMAGENET_MEAN, IMAGENET_STD, fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.weights import file_digest, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class Dinov2Diysc(Dino):
         return self.aggregation(tokens)[0].float()
 
 
-def load_vit(model: str, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_vit(model: str, what: str, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
     """A DINO vision transformer of transformers. Raises as `load_model`, and ValueError for a model of another kind."""
     from transformers import AutoModel
 
@@ -113,7 +116,7 @@ def load_vit(model: str, what: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def patch_tokens(
-    model: nn.Module, image: Image.Image, grid: Grid, layer: int | None, resample: Image.Resampling = Image.Resampling.BICUBIC
+    model: "PreTrainedModel", image: Image.Image, grid: Grid, layer: int | None, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Tensor:
     """Patch tokens after a block, before the final layer norm.
 

@@ -7,7 +7,7 @@ weights are not in the layout of diffusers. Here the prompt is empty, so that fe
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from PIL import Image
@@ -23,6 +23,9 @@ from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding
 from preprocess.extractors.weights import file_digest
 from preprocess.matching.matching import resize_features
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 CELL = 16
 TILE = 512
@@ -123,7 +126,7 @@ def tile_starts(side: int) -> list[int]:
     return [min(start, max(side - TILE, 0)) for start in range(0, side, TILE)]
 
 
-def amplified(hidden: Tensor, unet: nn.Module) -> Tensor:
+def amplified(hidden: Tensor, unet: "UNet2DConditionModel") -> Tensor:
     """Hidden states [B, C, rows, columns] with the first half of their channels times FreeU's gain for their width.
 
     The published features are stored before this step but share its memory, so that they carry the gain too.
@@ -135,14 +138,14 @@ def amplified(hidden: Tensor, unet: nn.Module) -> Tensor:
     return torch.cat([hidden[:, :half] * HIDDEN_GAINS[level], hidden[:, half:]], dim=1)
 
 
-def free_u_level(channels: int, unet: nn.Module) -> int | None:
+def free_u_level(channels: int, unet: "UNet2DConditionModel") -> int | None:
     """Which of FreeU's gains belong to hidden states of so many channels: 0 for the widest (1280), 1 for the second level (640)."""
     widths = unet.config.block_out_channels
     return 0 if channels == widths[-1] else 1 if channels == widths[1] else None
 
 
 @contextmanager
-def free_u(unet: nn.Module) -> Iterator[None]:
+def free_u(unet: "UNet2DConditionModel") -> Iterator[None]:
     """Apply FreeU by the width of the hidden states, as GeoAware-SC does; diffusers' own switch goes by the number of the block.
 
     Before every residual block of the decoder the first half of the hidden channels is amplified and the low frequencies of the skip

@@ -1,9 +1,14 @@
 """What the Stable Diffusion extractors share: noised latents of a picture and the embedding of a prompt."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from preprocess.extractors.weights import call_loader, load_into, load_model, read_state_dict
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 STRIDE = 64
 """Pixels of which both sides must be multiples: the VAE's 8 times three halvings in the U-Net."""
@@ -32,14 +37,16 @@ def prompt_embedding(model: str, prompt: str, what: str, device: torch.device, d
         return encoder(ids.to(device))[0].clone()
 
 
-def load_unet(model: str, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_unet(model: str, what: str, device: torch.device, dtype: torch.dtype) -> "UNet2DConditionModel":
     """The U-Net of a Stable Diffusion folder. Raises as `load_model`."""
     from diffusers import UNet2DConditionModel
 
     return load_model(UNet2DConditionModel, model, what, device, dtype, "unet")
 
 
-def unet_from_weights(model: str, what: str, weights: str, weights_what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def unet_from_weights(
+    model: str, what: str, weights: str, weights_what: str, device: torch.device, dtype: torch.dtype
+) -> "UNet2DConditionModel":
     """A U-Net of the geometry of a Stable Diffusion folder with the weights of a state dict. Raises as `load_model`, `read_state_dict`."""
     from diffusers import UNet2DConditionModel
 
@@ -53,12 +60,12 @@ def unet_from_weights(model: str, what: str, weights: str, weights_what: str, de
 class _ConfigOf:
     """Makes a diffusers class's `load_config` look like `from_pretrained`, so that its errors are treated alike."""
 
-    def __init__(self, cls: type) -> None:
+    def __init__(self, cls: "type[UNet2DConditionModel]") -> None:
         self.__name__ = f"the config of {cls.__name__}"
         self.from_pretrained = cls.load_config
 
 
-def load_vae(model: str, what: str, device: torch.device, dtype: torch.dtype, subfolder: str = "vae") -> nn.Module:
+def load_vae(model: str, what: str, device: torch.device, dtype: torch.dtype, subfolder: str = "vae") -> "AutoencoderKL":
     """The VAE of a Stable Diffusion folder. Raises as `load_model`."""
     from diffusers import AutoencoderKL
 

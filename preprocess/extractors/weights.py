@@ -16,7 +16,7 @@ from mosaic.weights.hub import require_model_name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(cls: Any, name: str, what: str, device: torch.device, dtype: torch.dtype, subfolder: str = "") -> nn.Module:
+def load_model(cls: Any, name: str, what: str, device: torch.device, dtype: torch.dtype, subfolder: str = "") -> Any:
     """Load a frozen model of diffusers or transformers, from safetensors only.
 
     Args:

@@ -114,7 +114,9 @@ class ReleaseLayout:
     def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its coordinates."""
         settings = self.settings
-        on_grid = MatchingSettings(grid=tuple(self.grid), background=settings.background, white_threshold=settings.white_threshold)
+        on_grid = MatchingSettings(
+            grid=(self.grid.rows, self.grid.columns), background=settings.background, white_threshold=settings.white_threshold
+        )
         for k, features in enumerate(pair_features(pictures, extractors, on_grid, seed)):
             for method, pair in zip(self.methods, features, strict=True):
                 match = match_features(pair.target, pair.reference, score=settings.score, chunk_size=settings.chunk_size)

@@ -97,9 +97,9 @@ def _sample(values: dict[str, Any], row: int, place: str, source: str, folder: F
     for k in range(sum(name.startswith("cond_img_") for name in values)):
         caption = values.get(f"cond_prompt_{k}")
         captions.append(caption)
-        named = isinstance(caption, str) and caption.strip() and caption.strip() in prompt
+        phrase = caption.strip() if isinstance(caption, str) else ""
         picture = _picture(values[f"cond_img_{k}"], f"{place}.cond_img_{k}", folder)
-        references.append(ReferenceRecord(picture, phrase=caption.strip() if named else ""))
+        references.append(ReferenceRecord(picture, phrase=phrase if phrase in prompt else ""))
     target = _picture(values["tgt_img"], f"{place}.tgt_img", folder)
     metadata = {"source": "musar", "file": source, "row": row, "cond_prompts": captions}
     return unmatched_sample(target, references, prompt, metadata, split, grid)

@@ -74,8 +74,8 @@ def _record(dataset: SemAlignDataset, index: int, split: str) -> SampleRecord:
         prompt=row.caption,
         target=to_rgb(target),
         references=[ReferenceRecord(to_rgb(reference), row.item, points, mask)],
-        reference_grid=tuple(FIELD_GRID),
-        target_grid=tuple(FIELD_GRID),
+        reference_grid=FIELD_GRID,
+        target_grid=FIELD_GRID,
         metadata=metadata,
     )
 

@@ -134,7 +134,8 @@ def smooth(points: Sequence[Point], closed: bool = True, steps: int = 12) -> lis
                 (t + 4 * t**2 - 3 * t**3) / 2,
                 (-(t**2) + t**3) / 2,
             )
-            result.append(tuple(sum(w * p[axis] for w, p in zip(weights, around, strict=True)) for axis in (0, 1)))
+            x, y = (sum(w * p[axis] for w, p in zip(weights, around, strict=True)) for axis in (0, 1))
+            result.append((x, y))
     return result if closed else [*result, points[-1]]
 
 

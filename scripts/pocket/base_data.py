@@ -192,7 +192,7 @@ def decode_samples(vae: AutoencoderKL, layout: Layout, tokens: Tensor) -> np.nda
     """Tokens [n, tokens, 32] -> whole pictures uint8 [n, height, width, 3]: the inverse of `encode_samples`."""
     count, scene_tokens = len(tokens), layout.scene * SCENE_GRID**2
     scenes = decode_tokens(vae, tokens[:, :scene_tokens]) if layout.scene else None
-    if not layout.panels:
+    if scenes is not None and not layout.panels:
         return scenes
     flat = tokens[:, scene_tokens:].reshape(count * layout.panels, PANEL_GRID**2, -1)
     panels = decode_tokens(vae, flat).reshape(count, layout.panels, PANEL_PIXELS, PANEL_PIXELS, 3)

@@ -253,7 +253,9 @@ def _measure(class_name: str, marking: str) -> tuple[float, Point, Point]:
     """Normalisation of a drawing: (factor, shift, half extents) so that its box is centred and its long side is 2."""
     shrink = 0.55  # drawing units may exceed the canonical square before they are normalised
     pen = _draw(class_name, marking, Pen(MEASURE_SIDE, shrink))
-    x0, y0, x1, y1 = (v / MEASURE_SIDE * 2 * CANVAS_REACH - CANVAS_REACH for v in pen.materials.getbbox())
+    box = pen.materials.getbbox()
+    assert box is not None, "every creature leaves marks"
+    x0, y0, x1, y1 = (v / MEASURE_SIDE * 2 * CANVAS_REACH - CANVAS_REACH for v in box)
     scale = 2 / max(x1 - x0, y1 - y0)
     shift = (-(x0 + x1) / 2 * scale, -(y0 + y1) / 2 * scale)
     return shrink * scale, shift, ((x1 - x0) / 2 * scale, (y1 - y0) / 2 * scale)

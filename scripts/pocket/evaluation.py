@@ -90,7 +90,7 @@ def generate(
     pipeline: MosaicFluxPipeline, scenes: Sequence[world.Scene], config: Config, with_references: bool, batch_size: int, seed: int
 ) -> list[Image.Image]:
     """Pictures for the scenes' captions, with their references or without; the start noise is the same in both."""
-    pictures = []
+    pictures: list[Image.Image] = []
     for start in range(0, len(scenes), batch_size):
         part = scenes[start : start + batch_size]
         references = [render_references(scene) for scene in part]

@@ -103,7 +103,7 @@ def mean_pulls(batches: Sequence[Gradients], config: Config) -> Pulls:
     total = sum(batch.samples for batch in batches)
 
     def mean(name: str) -> Tensor:
-        return sum(batch.samples / total * torch.as_tensor(getattr(batch, name)) for batch in batches)
+        return sum((batch.samples / total * torch.as_tensor(getattr(batch, name)) for batch in batches), torch.zeros(()))
 
     reference = mean("flow_matching")
     weights = {"correspondence": config.loss.correspondence_weight, "disentanglement": config.loss.disentanglement_weight}

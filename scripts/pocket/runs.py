@@ -47,6 +47,7 @@ class Clock:
         """Share of the run that is done."""
         if self.steps is not None:
             return min(1.0, self.step / max(1, self.steps))
+        assert self.minutes is not None, "a run is as long as its steps or its minutes say"
         return min(1.0, self.elapsed() / (60.0 * self.minutes))
 
     def remaining(self) -> float:

@@ -97,7 +97,7 @@ def sample_pictures(
 ) -> np.ndarray:
     """Euler sampling over FLUX's sigmas: whole pictures of a layout, uint8 [n, height, width, 3]."""
     scale = None if guidance is None else torch.full([len(captions)], guidance)
-    ids = tuple(caption_ids(components[name], captions) for name in ("tokenizer", "tokenizer_2"))
+    ids = (caption_ids(components["tokenizer"], captions), caption_ids(components["tokenizer_2"], captions))
     channels = components["transformer"].config.in_channels
     tokens = torch.randn((len(captions), layout.tokens, channels), generator=torch.Generator().manual_seed(seed))
     times = torch.cat([time_shift(torch.linspace(1.0, 1.0 / steps, steps), layout.tokens), torch.zeros(1)])

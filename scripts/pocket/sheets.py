@@ -93,7 +93,8 @@ def sample_strip(seed: int, split: str = "train") -> Strip:
     first = sample_identity(rng, CLASSES[names[0]], split)
     second = sample_identity(rng, CLASSES[names[1]], split)
     order: list[Identity] = [first] * 4 if rng.random() < FOUR_OF_A_KIND_SHARE else [first, first, second, second]
-    return Strip(tuple(sample_pose(rng, order[i], PANEL_SCALES, PANEL_LATTICE) for i in rng.permutation(4)))
+    a, b, c, d = (sample_pose(rng, order[i], PANEL_SCALES, PANEL_LATTICE) for i in rng.permutation(4))
+    return Strip((a, b, c, d))
 
 
 def render_strip(strip: Strip, size: int) -> Image.Image:

@@ -1,0 +1,3 @@
+from torch import nn
+
+def _remove_text_encoder_monkey_patch(text_encoder: nn.Module) -> None: ...
