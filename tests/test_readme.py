@@ -15,6 +15,7 @@ from PIL import Image
 import inference
 from mosaic.config.loading import load_config
 from mosaic.rendering.cases.reading import load_cases
+from scripts import lora_tools
 from scripts.launch import make_plan
 from scripts.pocket import world
 
@@ -150,6 +151,16 @@ def test_the_map_is_true() -> None:
     modules |= {f"mosaic/{path.parent.name}/" for path in (ROOT / "mosaic").glob("*/__init__.py")}
     assert {path for path in paths if path.startswith("mosaic/")} == modules
     assert len(set(paths)) == len(paths)
+
+
+def test_the_lora_guide_says_what_reducing_the_shipped_adapter_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reduce", str(ROOT / "assets/pocket/lora.safetensors"), "--energy", "0.9", "--output", str(tmp_path / "lora.safetensors")]
+    assert lora_tools.main(command) == 0
+    printed = capsys.readouterr().out
+    share, error = re.search(r"all \d+ modules: ([\d.]+)% of the squared norm kept, relative Frobenius error (\S+)", printed).groups()
+    rank, size = re.search(r": rank (\d+), [\d,]+ bytes \(([\d.]+)% of", printed).groups()
+    said = f"gives rank {rank}, {float(share):.1f} % of the squared norm, relative error {float(error):.3f}, {size} % of the bytes"
+    assert said in " ".join(GUIDES["docs/lora.md"].split())
 
 
 def anchors(text: str) -> set[str]:
