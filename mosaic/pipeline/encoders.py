@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
+from mosaic.pipeline.flux import FluxPipeline
 from mosaic.pipeline.latents import encode_images, images_to_tensor
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -26,6 +26,7 @@ from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.pipeline.conditions import Conditions
 from mosaic.pipeline.encoders import Encoders, LiveEncoders, PromptEmbeddings
+from mosaic.pipeline.flux import FluxPipeline
 from mosaic.pipeline.inputs import PipelineInputs, Reference, check_inputs, check_sampling, prepared_references, target_grid
 from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.lora_loading import ReferenceLoraLoaderMixin

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor
 
 from mosaic.method.grids import Grid
@@ -17,6 +15,7 @@ from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.reference_cache import CachedTransformer, refresh_interval
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.attention_report import AttentionRecorder, PictureAttention
+from mosaic.pipeline.flux import FluxPipeline, calculate_shift, retrieve_timesteps
 from mosaic.pipeline.options import SamplingOptions
 
 
