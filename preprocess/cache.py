@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import PartialState
 
 from mosaic.config.loading import Config, load_config
-from mosaic.data import check_dataset, open_dataset
+from mosaic.data import open_dataset
 from mosaic.data.cache.opening import latent_encoding, text_encoding
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
-from mosaic.training.objective import run_grids
-from mosaic.weights.components import TEXT_COMPONENTS, component_config, component_folder
+from mosaic.training.encoding import run_grids
+from mosaic.weights.components import TEXT_COMPONENTS
+from mosaic.weights.digests import vae_scale_factor
 from preprocess.caching import PictureSource, PromptSource, fill
 from preprocess.extractors.arguments import check_device
 
@@ -51,11 +52,11 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[str]:
     if arguments.shard_size < 1:
         raise ValueError(f"--shard-size must be at least 1, got {arguments.shard_size}.")
     device = check_device(arguments.device or str(state.device))
+    factor = vae_scale_factor(config.model.pretrained)
+    grids = run_grids(data, factor)
     with state.main_process_first():  # the index of ids of SemAlign data is made once
-        check_dataset(data, data.split)
-    pipeline = load_encoders(config).to(device)
-    grids = run_grids(pipeline, config)
-    dataset = open_dataset(data, data.split, grids.target, grids.reference)
+        dataset = open_dataset(data, data.split, grids.target, grids.reference)
+    pipeline = load_encoders(config, factor).to(device)
     made_of = {"format": data.format, "root": data.root, "split": data.split, "shard_size": arguments.shard_size}
     summaries = []
     if data.latent_cache is not None:
@@ -67,8 +68,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[str]:
     return summaries
 
 
-def load_encoders(config: Config) -> MosaicFluxPipeline:
-    """The pipeline without its transformer, and without the encoders that are not needed."""
+def load_encoders(config: Config, vae_scale_factor: int) -> MosaicFluxPipeline:
+    """The pipeline without its transformer, and without the encoders that are not needed; `vae_scale_factor` is what its VAE would say."""
     absent = ["transformer"]
     if config.data.latent_cache is None:
         absent.append("vae")
@@ -76,9 +77,7 @@ def load_encoders(config: Config) -> MosaicFluxPipeline:
         absent.extend(TEXT_COMPONENTS)
     pretrained = config.model.pretrained
     pipeline = MosaicFluxPipeline.from_pretrained(pretrained, dtype=DTYPES[config.model.dtype], **dict.fromkeys(absent))
-    if "vae" in absent:
-        levels = component_config(component_folder(pretrained, "vae"))["block_out_channels"]
-        pipeline.encoders = LiveEncoders(pipeline, 2 ** (len(levels) - 1))
+    pipeline.encoders = LiveEncoders(pipeline, vae_scale_factor)
     return pipeline
 
 

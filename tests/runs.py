@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from mosaic.data import DatasetWriter, MosaicBatch, ReferenceRecord, SampleRecor
 from mosaic.lora.adapter import reference_lora_modules, write_reference_lora
 from mosaic.method.losses import MosaicLoss
 from mosaic.training import Trainer
-from mosaic.training.objective import sample_generators, train_step
+from mosaic.training import trainer as training
+from mosaic.training.objective import draw_inputs, sample_generators, train_step
 from tests import tiny
 
 IMAGE_SIZE = (16, 24)  # px, height and width: 4 x 6 tokens of 4 px
@@ -183,9 +185,31 @@ def samples_of(trainer: Trainer, num_references: int, count: int) -> MosaicBatch
     return collate([trainer.dataset[i] for i in indices])
 
 
-def step_loss(trainer: Trainer, batch: MosaicBatch, seed: int = 0) -> MosaicLoss:
-    generators = sample_generators(seed, 0, len(batch.ids))
-    return train_step(trainer.pipeline, trainer.transformer, batch, trainer.config, trainer.step, generators)
+def step_loss(trainer: Trainer, batch: MosaicBatch, seed: int = 0, first_index: int = 0) -> MosaicLoss:
+    """The loss of a batch at the trainer's step, its samples drawn from `seed` and their global indices."""
+    generators = sample_generators(seed, first_index, len(batch.ids))
+    inputs = draw_inputs(trainer.pipeline.encoders, batch, trainer.config, generators, torch.device("cpu"))
+    return train_step(trainer.transformer, *inputs, trainer.config.loss, trainer.step, trainer.call)
+
+
+def watch_steps(
+    seen: Callable[[int, MosaicBatch, list[torch.Generator]], None],
+    change: Callable[[int, MosaicLoss], MosaicLoss] = lambda _, loss: loss,
+    patch: Callable[[Any, str, Any], None] = setattr,
+) -> None:
+    """Have `seen` called with step, batch and generators before the loss of every micro-step, and `change` with step and loss after it."""
+    draw, loss_of, given = training.draw_inputs, training.train_step, []
+
+    def spy_on_inputs(encoders: Any, batch: MosaicBatch, config: Any, generators: list[torch.Generator], device: Any) -> Any:
+        given[:] = batch, generators
+        return draw(encoders, batch, config, generators, device)
+
+    def spy_on_step(transformer: Any, encoded: Any, points: Any, draws: Any, loss: Any, step: int, call: Any) -> MosaicLoss:
+        seen(step, *given)
+        return change(step, loss_of(transformer, encoded, points, draws, loss, step, call))
+
+    patch(training, "draw_inputs", spy_on_inputs)
+    patch(training, "train_step", spy_on_step)
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord, sample_id
 from mosaic.data.multi_reference.rows import ReferenceEntry, Row
 from mosaic.data.multi_reference.writer import DatasetWriter
-from mosaic.data.opening import TrainingDataset, check_dataset, open_dataset
+from mosaic.data.opening import TrainingDataset, open_dataset
 from mosaic.data.readable import ReadableSamples, find_unreadable
 from mosaic.data.sampler import BucketBatchSampler
 from mosaic.data.samples import MosaicBatch, Sample, collate
@@ -29,7 +29,6 @@ __all__ = [
     "SampleRecord",
     "SemAlignDataset",
     "TrainingDataset",
-    "check_dataset",
     "check_supervision",
     "collate",
     "find_unreadable",

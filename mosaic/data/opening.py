@@ -2,7 +2,6 @@
 
 from mosaic.config.sections import DataConfig
 from mosaic.data.multi_reference.dataset import MultiReferenceDataset
-from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.semalign.dataset import SemAlignDataset
 from mosaic.method.grids import Grid
 
@@ -23,7 +22,19 @@ def open_dataset(data: DataConfig, split: str, target_grid: Grid, reference_grid
         ValueError: The data set is damaged, has no such split, or does not fit the sizes.
     """
     if data.format == "semalign":
-        return _open_semalign(data, split, data.downsample, token_size=data.image_size[0] // target_grid.rows)
+        return SemAlignDataset(
+            data.root,
+            data.image_size[0],
+            data.downsample,
+            reference_size=data.reference_size,
+            token_size=data.image_size[0] // target_grid.rows,
+            split=split,
+            heldout_share=data.heldout_share,
+            parquet=data.parquet,
+            masks=data.masks,
+            coordinates=data.coordinates,
+            id_index=data.id_index,
+        )
     return MultiReferenceDataset(
         data.root,
         split=split,
@@ -33,33 +44,4 @@ def open_dataset(data: DataConfig, split: str, target_grid: Grid, reference_grid
         reference_token_grid=reference_grid,
         max_references=data.max_references,
         buckets=data.buckets,
-    )
-
-
-def check_dataset(data: DataConfig, split: str) -> None:
-    """Check what can be checked without knowing the model's token size; makes the index of ids where SemAlign data have none yet.
-
-    Raises:
-        FileNotFoundError: There is no such data set, or a file of it is missing.
-        ValueError: The data set is damaged or has no such split; sizes are not held against the tokens.
-    """
-    if data.format == "semalign":
-        _open_semalign(data, split, "release", token_size=1)  # of this pair every size is a multiple
-    else:
-        Manifest(data.root, split)
-
-
-def _open_semalign(data: DataConfig, split: str, downsample: str, token_size: int) -> SemAlignDataset:
-    return SemAlignDataset(
-        data.root,
-        data.image_size[0],
-        downsample,
-        reference_size=data.reference_size,
-        token_size=token_size,
-        split=split,
-        heldout_share=data.heldout_share,
-        parquet=data.parquet,
-        masks=data.masks,
-        coordinates=data.coordinates,
-        id_index=data.id_index,
     )

@@ -4,6 +4,7 @@ Every term is computed per sample, [B], in float32; the batch mean comes last, s
 of processes agree. A sample without points gives 0 and still counts.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,14 @@ from mosaic.method.correspondence import Points
 EPSILON = 1e-8  # inside every logarithm
 
 
+SHORT_NAMES = {"flow_matching": "flow", "correspondence": "scal", "disentanglement": "mdl"}  # of the terms, for a progress bar
+
+
 class MosaicLoss(NamedTuple):
     """The terms of the objective; scalars over a batch, each without its weight except `total`.
 
     Attributes:
-        total: flow_matching + correspondence_weight * correspondence + disentanglement_weight * disentanglement.
+        total: Their weighted sum.
         flow_matching: L_diff.
         correspondence: L_SCA, nats.
         disentanglement: L_MD, nats, never positive.
@@ -139,10 +143,16 @@ def disentanglement_loss(
     return -(distance * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
 
 
-def mosaic_loss(
-    flow_matching: Tensor, correspondence: Tensor, disentanglement: Tensor, correspondence_weight: float, disentanglement_weight: float
-) -> MosaicLoss:
-    """L, Eq. 15: batch means of the per-sample terms, [B] each, and their weighted sum."""
-    terms = flow_matching.mean(), correspondence.mean(), disentanglement.mean()
-    total = terms[0] + correspondence_weight * terms[1] + disentanglement_weight * terms[2]
-    return MosaicLoss(total, *terms)
+def mosaic_loss(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> MosaicLoss:
+    """L, Eq. 15: batch means of the terms, and flow matching plus the weighted sum of the others.
+
+    Args:
+        terms: [B] each, by the names of `MosaicLoss`.
+        weights: Of every term but flow matching, whose weight is 1: alpha of "correspondence", beta of "disentanglement".
+    """
+    assert weights.keys() == terms.keys() - {"flow_matching"}, (terms.keys(), weights.keys())
+    means = {name: term.mean() for name, term in terms.items()}
+    total = means["flow_matching"]
+    for name, weight in weights.items():
+        total = total + weight * means[name]
+    return MosaicLoss(total, **means)

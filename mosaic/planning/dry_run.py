@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import TEMPORARY, StorageMeter, storage_bytes
-from mosaic.training.objective import sample_generators, train_step
+from mosaic.training.objective import call_settings, draw_inputs, sample_generators, train_step
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
 SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"
@@ -147,7 +146,8 @@ class StandInStep:
     ) -> None:
         data = replace(config.data, image_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
         self.config, self.supervised = replace(config, data=data), supervised
-        self.pipeline = stand_in_pipeline(shape, transformer)
+        self.encoders, self.device = NoiseEncoders(shape, transformer.device, transformer.dtype), transformer.device
+        self.call = call_settings(config, transformer)
         self.batch = largest_batch(config, shape, num_references)
         self.forward = transformer if supervised else _without_capture(transformer)
         self.autocast = config.training.mixed_precision == "bf16" and transformer.device.type != "meta"
@@ -155,7 +155,8 @@ class StandInStep:
     def __call__(self) -> Tensor:
         """The loss: all terms, or flow matching alone where nothing is supervised."""
         generators = sample_generators(0, 0, len(self.batch.ids))
-        loss = train_step(self.pipeline, self._transformer, self.batch, self.config, 0, generators)
+        inputs = draw_inputs(self.encoders, self.batch, self.config, generators, self.device)
+        loss = train_step(self._transformer, *inputs, self.config.loss, 0, self.call)
         return loss.total if self.supervised else loss.flow_matching
 
     def _transformer(self, **inputs: Any) -> Any:
@@ -178,11 +179,6 @@ def _without_capture(transformer: nn.Module) -> Any:
         return output
 
     return forward
-
-
-def stand_in_pipeline(shape: ModelShape, transformer: MosaicFluxTransformer2DModel) -> Any:
-    """What `train_step` asks of a pipeline."""
-    return SimpleNamespace(transformer=transformer, encoders=NoiseEncoders(shape, transformer.device, transformer.dtype))
 
 
 class NoiseEncoders(Encoders):

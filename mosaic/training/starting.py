@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,12 +16,11 @@ from mosaic.data import (
     CachedSamples,
     ReadableSamples,
     TrainingDataset,
-    check_dataset,
     check_supervision,
     find_unreadable,
     open_dataset,
 )
-from mosaic.data.cache.opening import Caches, unneeded_components
+from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
 from mosaic.files import require_folder
 from mosaic.lora.adapter import attach_reference_lora, read_reference_lora, reference_lora_parameters
 from mosaic.lora.resize import resize_reference_lora
@@ -29,9 +29,10 @@ from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
-from mosaic.training.objective import Grids
+from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
+from mosaic.weights.digests import vae_scale_factor
 from mosaic.weights.hub import resolve_lora_file
 from mosaic.weights.quantization import check_quantization, quantize_base
 
@@ -39,28 +40,61 @@ WAIT = timedelta(hours=6)  # that processes wait for one another: the main one v
 logger = logging.getLogger(__name__)
 
 
-def check_files(config: Config, continues: bool) -> None:
-    """Check what can be checked before the base model is loaded, which may take minutes.
+def check_settings(config: Config) -> None:
+    """Check where the run writes, and that what it asks for is installed.
+
+    Raises:
+        OSError, ValueError: Those of `check_output`, `check_quantization` and `check_optimizer`.
+    """
+    check_output(Path(config.training.output_dir))
+    check_quantization(config.model.quantization)
+    check_optimizer(config.optimizer)
+    warn_of_best(config)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run reads, opened once and before the base model is loaded, which may take minutes.
+
+    Attributes:
+        vae_scale_factor: Pixels per latent cell.
+        samples: Those to train on.
+        held_out: Those of the validation; None without one.
+        caches: Those of the run.
+        adapter: The file that training starts from; None: a fresh adapter, or that of a checkpoint.
+    """
+
+    vae_scale_factor: int
+    samples: TrainingDataset
+    held_out: TrainingDataset | None
+    caches: Caches
+    adapter: Path | None
+
+
+def open_run(config: Config, continues: bool) -> Opened:
+    """Open what a run reads.
 
     Args:
         config: The run's settings.
         continues: Whether a checkpoint gives the adapter; `lora.pretrained` is behind then, and need not be there any more.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: Those of `check_output`, `check_quantization`, `check_optimizer`, `check_dataset`,
-            `load_cases` and `resolve_lora_file`.
+        FileNotFoundError, OSError, ValueError: Those of `vae_scale_factor`, `open_dataset`, `load_cases`, `resolve_lora_file` and
+            `open_caches`, or a size does not fit the tokens.
     """
-    check_output(Path(config.training.output_dir))
-    check_quantization(config.model.quantization)
-    check_optimizer(config.optimizer)
-    check_dataset(config.data, config.data.split)
-    if config.validation.every:
-        check_dataset(config.data, config.validation.split)
-        if config.validation.cases is not None:
-            load_cases(config.validation.cases, config.data.reference_size)
-    if config.lora.pretrained is not None and not continues:
-        resolve_lora_file(config.lora.pretrained, config.lora.weight_name)
-    warn_of_best(config)
+    data, validation, lora = config.data, config.validation, config.lora
+    factor = vae_scale_factor(config.model.pretrained)  # of a small file: the model itself would be minutes of loading
+    grids = run_grids(data, factor)
+    samples = open_dataset(data, data.split, grids.target, grids.reference)
+    held_out = None
+    if validation.every:
+        same = validation.split == data.split
+        held_out = samples if same else open_dataset(data, validation.split, grids.target, grids.reference)
+        if validation.cases is not None:
+            load_cases(validation.cases, data.reference_size)
+    starts_from = lora.pretrained if not continues else None
+    adapter = resolve_lora_file(starts_from, lora.weight_name) if starts_from is not None else None
+    return Opened(factor, samples, held_out, open_caches(config), adapter)
 
 
 def check_output(folder: Path) -> None:
@@ -101,38 +135,35 @@ def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path 
     return Path(found[0]) if found[0] is not None else None
 
 
-def load_base(config: Config, caches: Caches, device: torch.device) -> MosaicFluxPipeline:
+def load_base(config: Config, opened: Opened, device: torch.device) -> MosaicFluxPipeline:
     """The frozen base, quantised where the config asks for it, without the models whose outputs are cached.
 
     Raises:
         OSError, ValueError: Those of `MosaicFluxPipeline.from_pretrained`.
     """
-    absent = dict.fromkeys(unneeded_components(config, caches))
+    absent = dict.fromkeys(unneeded_components(config, opened.caches))
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
-    if caches.latents is not None:
-        pipeline.encoders = LiveEncoders(pipeline, caches.latents.encoding["vae"]["scale_factor"])
+    pipeline.encoders = LiveEncoders(pipeline, opened.vae_scale_factor)  # the VAE, which would say it, may be absent
     quantize_base(pipeline.transformer, config.model.quantization, device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def training_dataset(
-    config: Config, grids: Grids, caches: Caches, accelerator: Accelerator, continues: bool
+    config: Config, opened: Opened, accelerator: Accelerator, continues: bool
 ) -> TrainingDataset | ReadableSamples | CachedSamples:
     """The samples to train on, with what the caches hold; without those that cannot be read where `data.skip_invalid` asks for that.
 
     Args:
         config: The run's settings.
-        grids: Token grids.
-        caches: Those of the run.
+        opened: What the run reads.
         accelerator: The processes.
         continues: Whether a checkpoint is continued, for which the samples that were left out stay so; else they are looked for anew.
 
     Raises:
-        FileNotFoundError, ValueError: Those of `open_dataset`, or the data cannot supervise.
+        ValueError: A sample cannot be read, or the data cannot supervise.
     """
-    data = config.data
-    dataset = open_dataset(data, data.split, grids.target, grids.reference)
+    data, dataset = config.data, opened.samples
     file = Path(config.training.output_dir) / "skipped.jsonl"
     if accelerator.is_main_process and not continues:
         file.unlink(missing_ok=True)  # of an earlier start in this folder, maybe with other data
@@ -142,8 +173,8 @@ def training_dataset(
         if skipped:
             logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
             dataset = ReadableSamples(dataset, skipped)
-    if caches != Caches(None, None):
-        dataset = CachedSamples(dataset, *caches)
+    if opened.caches != Caches(None, None):
+        dataset = CachedSamples(dataset, *opened.caches)
     check_supervision(dataset, data.min_point_coverage)
     return dataset
 
@@ -175,13 +206,13 @@ def training_sampler(
     return sampler
 
 
-def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, continues: bool) -> None:
+def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, file: Path | None) -> None:
     """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32.
 
     Args:
         pipeline: Gets the adapter.
         config: The run's settings.
-        continues: Whether a checkpoint will give the weights; `lora.pretrained` is not read then.
+        file: What `lora.pretrained` names; None: a fresh adapter, whose weights a checkpoint may replace.
 
     Raises:
         ValueError: The file does not fit, or has another rank and `lora.resize` is false.
@@ -191,19 +222,18 @@ def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, continues: bool
         if module is not None:  # its outputs may be cached
             module.requires_grad_(False)
     start = None
-    if settings.pretrained is None or continues:
+    if file is None:
         torch.manual_seed(config.training.seed)
         attach_reference_lora(transformer, settings.rank)
     else:
-        path = resolve_lora_file(settings.pretrained, settings.weight_name)
-        start, rank = read_reference_lora(path, transformer)
+        start, rank = read_reference_lora(file, transformer)
         if rank != settings.rank:
             if not settings.resize:
                 raise ValueError(
-                    f"lora.rank is {settings.rank}, but {path} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
+                    f"lora.rank is {settings.rank}, but {file} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
                 )
-            start, kept = resize_reference_lora(start, settings.rank, config.training.seed)
-            logger.info("%s: rank %d resized to %d, %.2f %% of the squared norm kept", path, rank, settings.rank, 100 * kept)
+            start, share = resize_reference_lora(start, settings.rank, config.training.seed)
+            logger.info("%s: rank %d resized to %d, %.2f %% of the squared norm kept", file, rank, settings.rank, 100 * share)
         attach_reference_lora(transformer, settings.rank)
     set_gradient_checkpointing(transformer, config.model.gradient_checkpointing)
     if config.model.compile:

@@ -11,12 +11,11 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from mosaic.config.loading import Config, config_to_json, resolved_dict
-from mosaic.data import MosaicBatch, open_dataset
+from mosaic.data import MosaicBatch
 from mosaic.data.batches import batches_from
-from mosaic.data.cache.opening import open_caches
 from mosaic.files import write_text
 from mosaic.lora.adapter import reference_lora_parameters, save_reference_lora
-from mosaic.method.losses import MosaicLoss
+from mosaic.method.losses import SHORT_NAMES, MosaicLoss
 from mosaic.model.attention_rows import resolve_capture_blocks
 from mosaic.training.averaging import averaged
 from mosaic.training.checkpoints.checkpoint import folder_of, load_snapshot, set_aside
@@ -25,11 +24,19 @@ from mosaic.training.checkpoints.snapshot import restore_snapshot, take_snapshot
 from mosaic.training.checkpoints.writer import CheckpointWriter
 from mosaic.training.distributed.sharding import check_distribution, is_sharded, place_models, uses_deepspeed
 from mosaic.training.distributed.zero import ZeroUpdates
-from mosaic.training.objective import disentanglement_weight, run_grids, sample_generators, train_step
+from mosaic.training.objective import call_settings, draw_inputs, sample_generators, scheduled_weights, train_step
 from mosaic.training.optimizers import build_optimizer
 from mosaic.training.run_lock import RunLock
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
-from mosaic.training.starting import attach_adapter, check_files, choose_checkpoint, load_base, training_dataset, training_sampler
+from mosaic.training.starting import (
+    attach_adapter,
+    check_settings,
+    choose_checkpoint,
+    load_base,
+    open_run,
+    training_dataset,
+    training_sampler,
+)
 from mosaic.training.updates import Updates
 from mosaic.training.validation import ValidationStopped, validate
 from mosaic.training.watch.non_finite import NonFiniteLoss, NonFiniteSteps
@@ -86,20 +93,19 @@ class Trainer:
         training = config.training
         self.run_dir = Path(training.output_dir)
         self.signals = signals or StopSignals()
-        check_files(config, continues)
+        check_settings(config)
+        opened = open_run(config, continues)
         check_distribution(config.optimizer)
         self.accelerator = Accelerator(mixed_precision=training.mixed_precision)
-        self.caches = open_caches(config)
-        self.pipeline = load_base(config, self.caches, self.accelerator.device)
-        blocks = self.pipeline.transformer.config
-        resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
-        grids = run_grids(self.pipeline, config)
-        self.dataset = training_dataset(config, grids, self.caches, self.accelerator, continues)
+        self.dataset = training_dataset(config, opened, self.accelerator, continues)
         self.sampler = training_sampler(config, self.dataset, self.accelerator.process_index, self.accelerator.num_processes)
         self.global_batch = self.sampler.global_batch
-        validation = config.validation
-        self.held_out = open_dataset(config.data, validation.split, grids.target, grids.reference) if validation.every else None
-        attach_adapter(self.pipeline, config, continues)
+        self.held_out = opened.held_out
+        self.pipeline = load_base(config, opened, self.accelerator.device)
+        self.call = call_settings(config, self.pipeline.transformer)
+        blocks = self.pipeline.transformer.config
+        resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
+        attach_adapter(self.pipeline, config, opened.adapter)
         placed = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
@@ -143,8 +149,7 @@ class Trainer:
         optimizer = self.updates.optimizer_state()
         if self.accelerator.is_main_process:
             self.log.flush()
-            weight = disentanglement_weight(self.config.loss, self.step)
-            schedule = {"learning_rate": self._learning_rate(), "disentanglement_weight": weight}
+            schedule = {"learning_rate": self._learning_rate(), **scheduled_weights(self.config.loss, self.step)}
             state = {"samples_seen": self.step * self.global_batch, "schedule": schedule, **self.run}
             self.writer.submit(take_snapshot(self.step, self.parameters, optimizer, self.ema, state))
         self._saved_step = self.step
@@ -178,7 +183,8 @@ class Trainer:
         for micro_step, batch in enumerate(batches):
             generators = self._generators(batch, micro_step)
             with self.updates.micro_batch(is_last=micro_step == len(batches) - 1):
-                loss = train_step(self.pipeline, self.transformer, batch, self.config, self.step, generators)
+                inputs = draw_inputs(self.pipeline.encoders, batch, self.config, generators, self.pipeline.transformer.device)
+                loss = train_step(self.transformer, *inputs, self.config.loss, self.step, self.call)
                 self.updates.backward(loss.total / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         # All slices have one size, so the mean of their means is the mean over the samples.
@@ -256,10 +262,11 @@ class Trainer:
         self._write(self.speed_log, speed)
         if not all(map(torch.isfinite, (*loss, self.gradient_norm))):
             return  # the log has an entry of its own
-        progress.set_postfix({name: f"{value:.3f}" for name, value in zip(("flow", "scal", "mdl"), loss[1:], strict=True)})
-        terms = {f"loss/{name}": value.item() for name, value in loss._asdict().items()}
+        terms = loss._asdict()
+        progress.set_postfix({short: f"{terms[name]:.3f}" for name, short in SHORT_NAMES.items()})
         rate = self.optimizer.param_groups[0]["lr"]
-        self._write(self.log, {**terms, "optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate})
+        values = {f"loss/{name}": value.item() for name, value in terms.items()}
+        self._write(self.log, {**values, "optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate})
 
     def _write(self, log: RunLog, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

@@ -20,7 +20,8 @@ from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.reports.figures import case_panel, save_picture, tensor_to_image
-from mosaic.training.objective import batch_grids, encode_batch, predict
+from mosaic.training.encoding import encode_batch
+from mosaic.training.objective import call_settings, predict
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +111,16 @@ def batch_attention_rows(
     pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator, timestep: float | None = None
 ) -> tuple[Tensor, Points, Grid]:
     """Attention rows [B, P, N_tgt] of one batch at a timestep, or at ones drawn as in training; their points and the target's grid."""
-    grids = batch_grids(pipeline, batch)
-    points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, pipeline.transformer.device)
-    encoded = encode_batch(pipeline, batch, batch.prompts, config.model.text_length, generator=None)
+    device = pipeline.transformer.device
+    encoded = encode_batch(pipeline.encoders, batch, batch.prompts, config.model.text_length, None, device)
+    grids = encoded.grids
+    points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, device)
     timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
     if timestep is not None:
         timesteps = torch.full_like(timesteps, timestep)
     noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
     capture = CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
     noisy_latents = add_noise(encoded.latents, noise, timesteps)
-    output = predict(pipeline, pipeline.transformer, encoded, noisy_latents, timesteps, capture, grids, config.model.reference_attention)
+    call = call_settings(config, pipeline.transformer)
+    output = predict(pipeline.transformer, encoded, noisy_latents, timesteps, capture, call)
     return output.attention_rows, points, grids.target

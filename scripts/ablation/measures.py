@@ -19,7 +19,7 @@ from mosaic.method.metrics import attention_accuracy, attention_shape, pool_accu
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training.objective import run_grids
+from mosaic.training.encoding import run_grids
 from mosaic.training.validation import batch_attention_rows
 from scripts.ablation.tasks import NOISE_SEED, Task, features_file
 from scripts.pocket import world
@@ -159,7 +159,7 @@ def measure_lines(task: Task, config: Config) -> dict[str, Any]:
     peaks = rows[0].argmax(dim=-1)[points.mask[0]]
     tokens = points.global_index[0][points.mask[0]]
     reference = points.reference[0][points.mask[0]]
-    per_reference = run_grids(pipeline, config).reference.num_tokens
+    per_reference = run_grids(config.data, pipeline.encoders.vae_scale_factor).reference.num_tokens
     columns = {"k": reference, "u": tokens - reference * per_reference, "v": points.target_index[0][points.mask[0]], "peak": peaks}
     return {"target_columns": grid.columns, "reference_tokens": per_reference, **{name: value.tolist() for name, value in columns.items()}}
 
@@ -171,7 +171,8 @@ def measure_target_rows(task: Task, config: Config) -> dict[str, Any]:
     for scene in held_out_scenes(task.num_references, task.cases):
         with reading_target_rows() as rows:
             _, points, _ = batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator)
-        found.append(target_looks(torch.stack(rows).mean(dim=0), points, run_grids(pipeline, config).reference))
+        reference_grid = run_grids(config.data, pipeline.encoders.vae_scale_factor).reference
+        found.append(target_looks(torch.stack(rows).mean(dim=0), points, reference_grid))
     by_scene = {name: [getattr(looks, name) for looks in found] for name in TargetLooks._fields}
     return {**{name: statistics.fmean(values) for name, values in by_scene.items()}, "scenes": scene_texts(by_scene)}
 

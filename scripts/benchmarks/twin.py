@@ -105,7 +105,7 @@ def build_ours(args: argparse.Namespace, supervised: bool) -> Callable[[], Any]:
 
     from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
     from mosaic.method.correspondence import batch_points
-    from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
+    from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, reference_distributions
     from mosaic.model.attention_rows import CaptureRequest
     from mosaic.model.transformer import MosaicFluxTransformer2DModel
 
@@ -124,13 +124,10 @@ def build_ours(args: argparse.Namespace, supervised: bool) -> Callable[[], Any]:
             points = batch_points(samples, REFERENCE_SIDE**2, TARGET_SIDE**2)
             output = transformer(**inputs, capture=CaptureRequest(points.global_index))
             distributions = reference_distributions(output.attention_rows, points)
-            total = mosaic_loss(
-                flow_matching_loss(output.sample, noise, latents),
-                correspondence_loss(output.attention_rows, points),
-                disentanglement_loss(distributions, points.reference_mask),
-                CORRESPONDENCE_WEIGHT,
-                DISENTANGLEMENT_WEIGHT,
-            ).total
+            flow_matching = flow_matching_loss(output.sample, noise, latents).mean()
+            correspondence = correspondence_loss(output.attention_rows, points).mean()
+            disentanglement = disentanglement_loss(distributions, points.reference_mask).mean()
+            total = flow_matching + CORRESPONDENCE_WEIGHT * correspondence + DISENTANGLEMENT_WEIGHT * disentanglement
         total.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from mosaic.method.metrics import AttentionAccuracy, pool_accuracies
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training.objective import run_grids
+from mosaic.training.encoding import run_grids
 from mosaic.training.validation import batch_attention_accuracy
 from scripts.pocket import world
 from scripts.pocket.judge import JUDGE_SIZE, Judge, make_candidates
@@ -171,7 +171,7 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequen
 def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, config: Config) -> MosaicBatch:
     """Rendered scenes of one K as a training batch."""
     height, size = config.data.image_size[0], config.data.reference_size
-    grids = run_grids(pipeline, config)
+    grids = run_grids(config.data, pipeline.encoders.vae_scale_factor)
     images = [world.render_scene(scene, height).image for scene in scenes]
     return MosaicBatch(
         ids=[str(scene.seed) for scene in scenes],

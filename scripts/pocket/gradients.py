@@ -16,7 +16,7 @@ from mosaic.data import MosaicBatch
 from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.method.losses import MosaicLoss
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training.objective import sample_generators, train_step
+from mosaic.training.objective import call_settings, draw_inputs, sample_generators, train_step
 
 
 class Gradients(NamedTuple):
@@ -75,7 +75,8 @@ def batch_gradients(pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Co
 
     def terms() -> MosaicLoss:
         generators = sample_generators(seed, first_index, len(batch.prompts))
-        return train_step(pipeline, pipeline.transformer, batch, config, 0, generators)
+        inputs = draw_inputs(pipeline.encoders, batch, config, generators, pipeline.transformer.device)
+        return train_step(pipeline.transformer, *inputs, config.loss, 0, call_settings(config, pipeline.transformer))
 
     def gradient(term: Tensor) -> Tensor:
         found = torch.autograd.grad(term, parameters, allow_unused=True)

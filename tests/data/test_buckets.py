@@ -13,7 +13,7 @@ from PIL import Image
 from mosaic.config.loading import from_dict
 from mosaic.data import BucketBatchSampler, DatasetWriter, ReferenceRecord, SampleRecord, collate
 from mosaic.training import Trainer, train
-from mosaic.training.objective import batch_grids
+from mosaic.training.encoding import batch_grids
 from preprocess import compose
 from tests import runs
 
@@ -46,7 +46,7 @@ def test_a_run_with_buckets(world: Path, tmp_path: Path) -> None:
     shapes = set()
     for indices in BucketBatchSampler(dataset.batch_keys, 2, seed=0):
         batch = collate([dataset[index] for index in indices])
-        grids = batch_grids(trainer.pipeline, batch)
+        grids = batch_grids(batch, trainer.pipeline.encoders.vae_scale_factor)
         assert (grids.target.rows * 4, grids.target.columns * 4) == batch.targets.shape[-2:]
         assert tuple(grids.reference) == (3, 3)
         shapes.add(tuple(batch.targets.shape[-2:]))

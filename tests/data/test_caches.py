@@ -16,10 +16,12 @@ from torch import nn
 
 from mosaic.data import BucketBatchSampler, CachedSamples, collate
 from mosaic.training import Trainer, train
-from mosaic.training.objective import encode_batch
+from mosaic.training.encoding import encode_batch
 from preprocess import cache
 from tests import runs, semalign_set, tiny
 from tests.semalign_set import needs_classic_zlib
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -108,12 +110,12 @@ def test_the_tensors_are_those_of_the_encoders(world: Path, tmp_path: Path, cach
             found = []
             for trainer, batch in zip((live, cached), batches, strict=True):
                 generator = None if seed is None else torch.Generator().manual_seed(seed)
-                found.append(encode_batch(trainer.pipeline, batch, batch.prompts, tiny.TEXT_LENGTH, generator))
+                found.append(encode_batch(trainer.pipeline.encoders, batch, batch.prompts, tiny.TEXT_LENGTH, generator, CPU))
             for name in ("latents", "references", "prompt_embeds", "pooled"):
                 assert torch.equal(getattr(found[0], name), getattr(found[1], name)), name
     batch = collate([cached.dataset[0], cached.dataset[2]])
-    mixed = encode_batch(cached.pipeline, batch, ["", batch.prompts[1]], tiny.TEXT_LENGTH, None)
-    empty = encode_batch(live.pipeline, collate([live.dataset[0]]), [""], tiny.TEXT_LENGTH, None)
+    mixed = encode_batch(cached.pipeline.encoders, batch, ["", batch.prompts[1]], tiny.TEXT_LENGTH, None, CPU)
+    empty = encode_batch(live.pipeline.encoders, collate([live.dataset[0]]), [""], tiny.TEXT_LENGTH, None, CPU)
     assert torch.equal(mixed.prompt_embeds[:1], empty.prompt_embeds)
     assert torch.equal(mixed.pooled[:1], empty.pooled)
     assert not torch.equal(mixed.prompt_embeds[1], mixed.prompt_embeds[0])

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from mosaic.method.correspondence import Points, batch_points
-from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, mosaic_loss, reference_distributions
+from mosaic.method.losses import (
+    SHORT_NAMES,
+    MosaicLoss,
+    correspondence_loss,
+    disentanglement_loss,
+    flow_matching_loss,
+    mosaic_loss,
+    reference_distributions,
+)
 from tests import naive, tiny
 
 NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS = 9, 24
@@ -190,7 +198,8 @@ def test_a_sample_without_points_counts_in_the_mean() -> None:
     single = batch_points(samples[1:], NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS)
     rows = rows_of(maps, points)
     alone = correspondence_loss(rows[1:, : single.mask.shape[1]], single)
-    both = mosaic_loss(torch.zeros(2), correspondence_loss(rows, points), torch.zeros(2), 1.0, 0.0)
+    terms = {"flow_matching": torch.zeros(2), "correspondence": correspondence_loss(rows, points), "disentanglement": torch.zeros(2)}
+    both = mosaic_loss(terms, {"correspondence": 1.0, "disentanglement": 0.0})
     assert alone.item() > 0
     torch.testing.assert_close(both.correspondence, alone[0] / 2)
     torch.testing.assert_close(both.total, alone[0] / 2)
@@ -205,11 +214,19 @@ def test_no_points_at_all_give_zero_and_a_gradient() -> None:
 
 
 def test_weighted_sum() -> None:
-    loss = mosaic_loss(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 6.0]), torch.tensor([-1.0, -2.0]), 0.4, 0.6)
+    values = {"flow_matching": [1.0, 3.0], "correspondence": [4.0, 6.0], "disentanglement": [-1.0, -2.0]}
+    terms = {name: torch.tensor(value) for name, value in values.items()}
+    loss = mosaic_loss(terms, {"correspondence": 0.4, "disentanglement": 0.6})
     assert loss.flow_matching.item() == 2
     assert loss.correspondence.item() == 5
     assert loss.disentanglement.item() == -1.5
     assert loss.total.item() == pytest.approx(2 + 0.4 * 5 - 0.6 * 1.5)
+    with pytest.raises(AssertionError):
+        mosaic_loss(terms, {"correspondence": 0.4})  # a term without a weight would not be trained
+
+
+def test_every_term_has_a_short_name() -> None:
+    assert ("total", *SHORT_NAMES) == MosaicLoss._fields
 
 
 @pytest.mark.parametrize("term", ["reference", "point", "symmetric_kl", "jensen_shannon"])

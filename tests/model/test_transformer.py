@@ -25,12 +25,12 @@ def our_step(
     capture = CaptureRequest(batch.points.global_index)
     output = transformer(**batch.inputs, reference_attention=mode, capture=capture)
     distributions = reference_distributions(output.attention_rows, batch.points)
-    terms = (
-        flow_matching_loss(output.sample, batch.noise, batch.latents),
-        correspondence_loss(output.attention_rows, batch.points),
-        disentanglement_loss(distributions, batch.points.reference_mask),
-    )
-    total = mosaic_loss(*terms, 0.4, 0.6).total
+    terms = {
+        "flow_matching": flow_matching_loss(output.sample, batch.noise, batch.latents),
+        "correspondence": correspondence_loss(output.attention_rows, batch.points),
+        "disentanglement": disentanglement_loss(distributions, batch.points.reference_mask),
+    }
+    total = mosaic_loss(terms, {"correspondence": 0.4, "disentanglement": 0.6}).total
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     found = {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(parameters.items(), gradients, strict=True)}
     return output.sample, output.attention_rows, total, found

@@ -9,7 +9,7 @@ from torch import Tensor
 from mosaic.config.loading import load_config
 from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training.objective import sample_generators, train_step
+from mosaic.training.objective import call_settings, draw_inputs, sample_generators, train_step
 from scripts.pocket.evaluation import held_out_scenes, scene_batch
 from scripts.pocket.gradients import Gradients, batch_gradients, mean_pulls, paper_objective
 
@@ -29,7 +29,8 @@ def test_the_parts_make_the_gradient_of_the_sum() -> None:
     def total(**weights: float) -> tuple[float, Tensor]:
         """The sum and its gradient."""
         weighted = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **weights))
-        terms = train_step(pipeline, pipeline.transformer, batch, weighted, 0, sample_generators(SEED, FIRST, 2))
+        inputs = draw_inputs(pipeline.encoders, batch, weighted, sample_generators(SEED, FIRST, 2), torch.device("cpu"))
+        terms = train_step(pipeline.transformer, *inputs, weighted.loss, 0, call_settings(weighted, pipeline.transformer))
         gradients = torch.autograd.grad(terms.total, parameters)
         return terms.total.item(), torch.cat([gradient.flatten() for gradient in gradients])
 

@@ -14,7 +14,7 @@ from mosaic.data import collate
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import MosaicLoss
 from mosaic.training import Trainer, objective
-from mosaic.training.objective import disentanglement_weight, sample_generators, train_step
+from mosaic.training.objective import loss_weights, sample_generators
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -52,11 +52,11 @@ def test_noise_at_the_ends(generator: torch.Generator) -> None:
 
 def test_disentanglement_schedule() -> None:
     paper, release = (from_dict({"loss": {"preset": name}}).loss for name in ("paper", "release"))
-    assert [disentanglement_weight(paper, step) for step in (0, 1, 99_999)] == [0.6, 0.6, 0.6]
-    found = [disentanglement_weight(release, step) for step in (0, 9_999, 10_000, 10_250, 10_500, 11_000, 50_000)]
+    assert [loss_weights(paper, step) for step in (0, 1, 99_999)] == [{"correspondence": 0.4, "disentanglement": 0.6}] * 3
+    found = [loss_weights(release, step)["disentanglement"] for step in (0, 9_999, 10_000, 10_250, 10_500, 11_000, 50_000)]
     assert found == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
     late = from_dict({"loss": {"disentanglement_start_step": 5, "disentanglement_weight": 2.0}}).loss
-    assert [disentanglement_weight(late, step) for step in (4, 5)] == [0, 2.0]
+    assert [loss_weights(late, step)["disentanglement"] for step in (4, 5)] == [0, 2.0]
 
 
 def test_generators_depend_on_seed_and_index_only() -> None:
@@ -79,10 +79,7 @@ def test_a_sample_is_the_same_in_any_batch(world: Path, tmp_path: Path) -> None:
     def losses(size: int) -> list[MosaicLoss]:
         found = []
         for start in range(0, 6, size):
-            generators = sample_generators(7, 100 + start, size)
-            found.append(
-                train_step(trainer.pipeline, trainer.transformer, collate(samples[start : start + size]), trainer.config, 0, generators)
-            )
+            found.append(runs.step_loss(trainer, collate(samples[start : start + size]), 7, 100 + start))
         return found
 
     (whole,), parts, single = losses(6), losses(3), losses(1)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from mosaic.training import objective
-from mosaic.training import trainer as training
 from mosaic.training.checkpoints.checkpoint import find_damage
 from scripts.train import main as train_main
 from tests import forks, runs
@@ -32,21 +31,20 @@ def train_and_record(config: str, record: Path, stop: tuple[int, int, str] | Non
     """One rank; keeps [id, timestep, mean of x_t] of its samples of each step, and gets the signal `stop`: rank, step, name."""
     rank = int(os.environ.get("RANK", "0"))
     seen: dict[int, list] = {}
-    train_step, predict = training.train_step, objective.predict
+    predict = objective.predict
 
-    def spy_step(pipeline: Any, transformer: Any, batch: Any, config: Any, step: int, generators: Any) -> Any:
+    def seen_step(step: int, batch: Any, _: Any) -> None:
         if stop and stop[:2] == (rank, step):
             os.kill(os.getpid(), signal.Signals[stop[2]])
 
-        def spy_predict(pipeline: Any, transformer: Any, encoded: Any, noisy_latents: torch.Tensor, timesteps: Any, *others: Any) -> Any:
+        def spy_predict(transformer: Any, encoded: Any, noisy_latents: torch.Tensor, timesteps: Any, *others: Any) -> Any:
             means = noisy_latents.double().mean(dim=(1, 2)).tolist()
             seen.setdefault(step, []).extend(map(list, zip(batch.ids, timesteps.tolist(), means, strict=True)))
-            return predict(pipeline, transformer, encoded, noisy_latents, timesteps, *others)
+            return predict(transformer, encoded, noisy_latents, timesteps, *others)
 
         objective.predict = spy_predict
-        return train_step(pipeline, transformer, batch, config, step, generators)
 
-    training.train_step = spy_step
+    runs.watch_steps(seen_step)
     code = train_main([config, "--resume", "auto"])
     record.with_name(f"{record.name}_rank_{rank}.json").write_text(json.dumps(seen))
     return code

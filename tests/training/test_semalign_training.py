@@ -13,10 +13,11 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from mosaic.config.loading import from_dict
-from mosaic.data import SemAlignDataset, check_dataset, open_dataset
+from mosaic.data import SemAlignDataset, open_dataset
 from mosaic.data.semalign.points import release_points, vote_points
 from mosaic.method.grids import Grid
 from mosaic.training import Trainer, train
+from mosaic.training import trainer as training
 from tests import runs, semalign_set
 from tests.semalign_set import needs_classic_zlib
 
@@ -80,10 +81,11 @@ def test_the_settings_reach_the_data_set(world: Path, tmp_path: Path, one_held_o
     for name in ("parquet", "masks", "coordinates", "id_index"):
         nowhere = str(world / "lora.safetensors/x")  # below a file
         with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(nowhere)}: "):
-            check_dataset(runs.make_config(world, tmp_path, **SIZES, **{f"data__{name}": nowhere}).data, "train")
+            open_dataset(runs.make_config(world, tmp_path, **SIZES, **{f"data__{name}": nowhere}).data, "train", Grid(16, 16), Grid(8, 8))
 
 
-def test_what_does_not_fit_is_refused_before_the_model_is_loaded(world: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "load_base", pytest.fail)
     with pytest.raises(ValueError, match=r"data.image_size must be square where data.format is \"semalign\", got \[64, 32\]"):
         from_dict({"data": {"format": "semalign", "image_size": [64, 32]}})
     shutil.copytree(world / "data/data", tmp_path / "data")
@@ -91,8 +93,18 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(world: Path, tm
     with pytest.raises(ValueError, match='has no sample of the split "heldout" with a heldout_share of 0'):
         train(config)
     assert (tmp_path / "semalign_ids.parquet").is_file()
-    config = runs.make_config(
-        world, tmp_path / "run", **SIZES, data__root=str(tmp_path / "no"), model__pretrained=str(tmp_path / "no_model")
-    )
+    config = runs.make_config(world, tmp_path / "run", **SIZES, data__root=str(tmp_path / "no"))
     with pytest.raises(FileNotFoundError, match="root must be a SemAlign-MS-Subjects200K data set"):
         train(config)
+
+
+def test_a_start_opens_each_split_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_held_out: float) -> None:
+    splits, opened = [], SemAlignDataset.__init__
+
+    def count(self: SemAlignDataset, *sizes: Any, split: str, **settings: Any) -> None:
+        splits.append(split)
+        opened(self, *sizes, split=split, **settings)
+
+    monkeypatch.setattr(SemAlignDataset, "__init__", count)
+    Trainer(runs.make_config(world, tmp_path / "run", **SIZES, data__heldout_share=one_held_out, validation__every=1))
+    assert sorted(splits) == ["heldout", "train"]

@@ -15,7 +15,6 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mosaic.data import MosaicBatch
 from mosaic.data.batches import batches_from
 from mosaic.method.losses import MosaicLoss
 from mosaic.training import Trainer, train, validation
@@ -52,12 +51,11 @@ def at_step(number: int, action: Callable[[MosaicLoss], MosaicLoss], monkeypatch
     """Let `action` change the loss of one optimizer step; returns the ids and global steps as they come."""
     seen: list[tuple] = []
 
-    def spy(pipeline: Any, transformer: Any, batch: MosaicBatch, config: Any, step: int, generators: list) -> MosaicLoss:
-        seen.append((step, batch.ids))
-        loss = train_step(pipeline, transformer, batch, config, step, generators)
-        return action(loss) if step == number else loss
-
-    monkeypatch.setattr(training, "train_step", spy)
+    runs.watch_steps(
+        lambda step, batch, _: seen.append((step, batch.ids)),
+        lambda step, loss: action(loss) if step == number else loss,
+        monkeypatch.setattr,
+    )
     return seen
 
 

@@ -18,8 +18,6 @@ import mosaic.training
 from mosaic.config.loading import load_config
 from mosaic.data import collate
 from mosaic.training import Trainer
-from mosaic.training import trainer as training
-from mosaic.training.objective import sample_generators, train_step
 from scripts.train import main
 from tests import forks, runs
 
@@ -144,12 +142,11 @@ def train_and_keep_gradients(folder: Path) -> None:
     ids: list[tuple[str, ...]] = []
     seeds: list[int] = []
 
-    def spy(pipeline: Any, transformer: Any, batch: Any, config: Any, step: int, generators: list[torch.Generator]) -> Any:
+    def seen(_: int, batch: Any, generators: list[torch.Generator]) -> None:
         ids.append(batch.ids)
         seeds.extend(generator.initial_seed() for generator in generators)
-        return train_step(pipeline, transformer, batch, config, step, generators)
 
-    training.train_step = spy
+    runs.watch_steps(seen)
     trainer = Trainer(load_config(folder / "config.json"))
     rank, step = trainer.accelerator.process_index, trainer.optimizer.step
 
@@ -193,8 +190,7 @@ def test_two_processes(world: Path, tmp_path: Path) -> None:
     terms = []
     for rank, record in enumerate(ranks):
         for micro_step, (name,) in enumerate(record["ids"]):
-            generators = sample_generators(single.config.training.seed, micro_step * 2 + rank, 1)
-            loss = train_step(single.pipeline, single.transformer, collate([samples[name]]), single.config, 0, generators)
+            loss = runs.step_loss(single, collate([samples[name]]), single.config.training.seed, micro_step * 2 + rank)
             (loss.total / 4).backward()
             terms.append([float(term.detach()) for term in loss])
     torch.testing.assert_close(found[0], {key: p.grad for key, p in single.parameters.items()}, rtol=1e-4, atol=1e-6)

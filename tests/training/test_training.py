@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mosaic.config.loading import resolved_dict
-from mosaic.data import MosaicBatch, collate
+from mosaic.data import Manifest, MosaicBatch, collate
+from mosaic.lora import adapter
 from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.method.losses import MosaicLoss
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer, train
 from mosaic.training import trainer as training
-from mosaic.training.objective import train_step
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -167,6 +168,25 @@ def test_averages_are_validated_and_exported_and_the_trained_weights_come_back(
     assert not torch.equal(trained[-1][next(iter(average))], average[next(iter(average))])
 
 
+# ---- starting
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_start_opens_each_split_and_reads_the_adapter_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    config = runs.make_config(world, tmp_path / "run", validation__every=1, validation__num_cases=1, training__max_steps=1)
+    if resume:
+        train(config)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    splits, adapters, open_manifest, read = [], [], Manifest.__init__, adapter.LoraFile.__init__
+    monkeypatch.setattr(Manifest, "__init__", lambda self, root, split: splits.append(split) or open_manifest(self, root, split))
+    monkeypatch.setattr(adapter.LoraFile, "__init__", lambda self, path, what: adapters.append(Path(path)) or read(self, path, what))
+    train(replace(config, training=replace(config.training, max_steps=2)), resume="auto")
+    assert sorted(splits) == ["heldout", "train"]
+    assert adapters == [tmp_path / "run/checkpoints/step_00000001/lora.safetensors" if resume else world / "lora.safetensors"]
+
+
 # ---- resuming
 
 
@@ -176,11 +196,10 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple] = []
 
-        def spy(pipeline: Any, transformer: Any, batch: MosaicBatch, config: Any, step: int, generators: list) -> MosaicLoss:
+        def seen(step: int, batch: MosaicBatch, generators: list[torch.Generator]) -> None:
             self.calls.append((step, tuple(batch.ids), *(generator.initial_seed() for generator in generators)))
-            return train_step(pipeline, transformer, batch, config, step, generators)
 
-        monkeypatch.setattr(training, "train_step", spy)
+        runs.watch_steps(seen, patch=monkeypatch.setattr)
 
 
 @pytest.mark.parametrize(("accumulation", "done"), [(1, 2), (1, 4), (2, 2)])

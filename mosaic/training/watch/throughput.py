@@ -12,7 +12,7 @@ import torch
 from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training.objective import batch_grids
+from mosaic.training.encoding import batch_grids
 
 Step = TypeVar("Step")
 
@@ -59,7 +59,7 @@ def batch_work(batch: MosaicBatch, pipeline: MosaicFluxPipeline, config: Config)
     """The work of one micro-batch, by `mosaic.model.costs`; encoders, losses and the optimizer are not counted."""
     from mosaic.model.costs import training_step_flops
 
-    grids, count = batch_grids(pipeline, batch), len(batch.prompts)
+    grids, count = batch_grids(batch, pipeline.encoders.vae_scale_factor), len(batch.prompts)
     num_references, text_tokens = batch.num_references, config.model.text_length
     target, reference = grids.target.num_tokens, grids.reference.num_tokens
     flops = training_step_flops(
