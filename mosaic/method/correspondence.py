@@ -1,7 +1,7 @@
 """Correspondence points, their disjointness, change of grid, and the global index G(u).
 
-A point is (u, v): u = token index in one reference, v = token index in the target. Lists of `[P_k, 2]` tensors, one per
-reference, describe a sample; `Points` holds a batch of samples, flat over their references.
+A point is (u, v): u = token index in one reference, v = token index in the target. The points of one reference are `pairs`, [P_k, 2];
+those of a sample a list of such tensors, one per reference; `Points` holds a batch of samples, flat over their references.
 """
 
 from collections.abc import Sequence
@@ -88,10 +88,12 @@ def _join(
         if (bad := (index < 0) | (index >= limit)).any():
             at, where = first(bad)
             raise ValueError(f"{where}: {name} must lie in [0, {limit}), got {int(index[at])} in point {[int(u[at]), int(v[at])]}.")
+    # One number per (sample, reference, u): a number that occurs twice is a u with two points.
     place = owner * num_reference_tokens + u
     if (bad := torch.bincount(place)[place] > 1).any():
         at, where = first(bad)
         raise ValueError(f"{where}: a reference token u may carry one point only; u = {int(u[at])} stands twice. Use reduce_points().")
+    # Every target cell is offered to the lowest reference that has a point on it: a point of another one breaks Eq. 2.
     cell = sample * num_target_tokens + v
     lowest = torch.full((len(samples) * num_target_tokens,), num_references).scatter_reduce(0, cell, reference, "amin")[cell]
     if (bad := lowest != reference).any():
@@ -144,18 +146,18 @@ def draw_points(samples: Sequence[Sequence[Tensor]], max_points: int, generator:
     return drawn
 
 
-def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_reference_grid: Grid, to_target_grid: Grid) -> Tensor:
+def reduce_points(pairs: Tensor, reference_grid: Grid, target_grid: Grid, to_reference_grid: Grid, to_target_grid: Grid) -> Tensor:
     """Carry the points of one reference to coarser grids by majority vote.
 
     Every fine point votes for the pair of coarse cells it falls into. Each coarse v keeps the u with most votes (ties: the
     lowest u); then each u keeps the v with most votes (ties: the lowest v). So u is unique; nothing is averaged.
 
     Args:
-        points: int64 [P, 2] (u, v) on `reference_grid` and `target_grid`.
+        pairs: int64 [P, 2] (u, v) on `reference_grid` and `target_grid`.
         reference_grid: The grid that u was found on.
         target_grid: The grid that v was found on.
         to_reference_grid: The grid wanted for u; its sides must divide those of `reference_grid`.
-        to_target_grid: The grid wanted for v; likewise.
+        to_target_grid: The grid wanted for v; its sides must divide those of `target_grid`.
 
     Returns:
         int64 [P', 2], sorted by u.
@@ -163,8 +165,8 @@ def reduce_points(points: Tensor, reference_grid: Grid, target_grid: Grid, to_re
     Raises:
         ValueError: If a grid does not divide into the coarser one.
     """
-    u = coarse_index(points[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
-    v = coarse_index(points[:, 1].long(), target_grid, to_target_grid, "target grid")
+    u = coarse_index(pairs[:, 0].long(), reference_grid, to_reference_grid, "reference grid")
+    v = coarse_index(pairs[:, 1].long(), target_grid, to_target_grid, "target grid")
     return majority_points(u, v, to_reference_grid.num_tokens, to_target_grid.num_tokens)
 
 
@@ -200,6 +202,7 @@ def coarse_index(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
 
 def _winners(group: Tensor, votes: Tensor, tie: Tensor, num_groups: int, num_ties: int) -> Tensor:
     """bool [N]: per group, the entry with most votes, ties to the lowest `tie` (unique within a group)."""
+    # Votes and tie in one integer, votes first, so that one maximum per group decides both and no two scores of a group are equal.
     score = votes * num_ties + (num_ties - 1 - tie)
     best = torch.full((num_groups,), -1, dtype=score.dtype).scatter_reduce(0, group, score, reduce="amax")
     return score == best[group]

@@ -24,9 +24,9 @@ class BlockReferences(NamedTuple):
     """What attention needs of the references in one block: [B, K * N_ref, H, D] each, query and key after RMSNorm and RoPE.
 
     Attributes:
-        key: Their keys.
-        value: Their values.
-        query: Their queries, from which attention rows are read; None: no rows can be.
+        key: What text and target tokens are compared with.
+        value: What they take over.
+        query: What attention rows are read from; None: no rows can be.
     """
 
     key: Tensor

@@ -11,7 +11,7 @@ from mosaic.model.recomputation import recompute
 
 ROWS_PER_CHUNK = 256  # rows of a sample whose softmax is held at once when all tokens of the references are averaged
 MAP_BYTES = 128 * 2**20  # of the float32 rows of some heads that are held at once; a pass holds two such maps
-KEPT_BYTES = 4 * 2**20  # a block's rows of all heads are kept for the backward pass up to this size: FLUX.1-dev's never are
+SAVED_BYTES = 4 * 2**20  # a block's rows of all heads are saved for the backward pass up to this size: FLUX.1-dev's never are
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _PointRows(torch.autograd.Function):
     def forward(ctx: Any, reference_query: Tensor, target_key: Tensor, global_index: Tensor) -> Tensor:
         """reference_query [B, K * N_ref, H, D], target_key [B, N_tgt, H, D], global_index [B, P]."""
         rows, heads = _rows_at(reference_query, global_index), reference_query.shape[2]
-        if 4 * heads * global_index.numel() * target_key.shape[1] <= KEPT_BYTES:
+        if 4 * heads * global_index.numel() * target_key.shape[1] <= SAVED_BYTES:
             attention = _softmax_rows(rows, target_key)
             ctx.save_for_backward(reference_query, target_key, global_index, attention)
             return attention.sum(dim=1) / heads

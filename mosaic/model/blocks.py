@@ -37,6 +37,10 @@ class BlockOutput(NamedTuple):
     reference_hidden_states: Tensor | None = None
 
 
+# In a block, main tokens and references go through the same layers but not the same numbers. Each helper below takes both and keeps them
+# apart by `start`, the index of the first reference token; without references everything is main.
+
+
 class _Vectors(NamedTuple):
     """A shift, scale or gate: [B, 1, d] for the main tokens, and for the references (None without them)."""
 

@@ -40,7 +40,11 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, reference
 
 
 def branch_vectors(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The same for conditioning vectors, [B, 1 or 2, d_in]: the main one, and the references' if there is one.
+    """`branch_linear` for conditioning vectors, [B, 1 or 2, d_in]: base on both, the reference LoRA on the references' alone.
+
+    Args:
+        layer: A linear layer, as of `branch_linear`.
+        vectors: The main one, and behind it the references' where there are references.
 
     Returns:
         [B, 1, d_out] each, apart: only the references' depends on what is trained, so that nothing is kept to train the main one.

@@ -179,9 +179,9 @@ def sampling_flops(
     def step(config: Mapping[str, Any], with_references: bool) -> float:
         if with_references:
             return forward_flops(config, batch_size, num_references, *sizes, lora_rank, reference_attention).total
-        kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * batch_size
-        kept *= (text_tokens + target_tokens) * num_references * reference_tokens
-        return forward_flops(config, batch_size, 0, *sizes, lora_rank, reference_attention).total + kept
+        over_kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * batch_size
+        over_kept *= (text_tokens + target_tokens) * num_references * reference_tokens
+        return forward_flops(config, batch_size, 0, *sizes, lora_rank, reference_attention).total + over_kept
 
     skipped_without = min(skipped_steps, num_inference_steps - reference_steps)
     skipped_with = skipped_steps - skipped_without
@@ -205,7 +205,7 @@ def captured_row_flops(
 ) -> float:
     """FLOPs of the supervised attention rows in forward and backward: one product, and three with the softmax computed anew.
 
-    One product less where rows are tiny and kept (`mosaic.model.attention_rows.KEPT_BYTES`), which none of FLUX.1-dev's are.
+    One product less where rows are tiny and saved (`mosaic.model.attention_rows.SAVED_BYTES`), which none of FLUX.1-dev's are.
 
     Args:
         transformer_config: As for `training_step_flops`.

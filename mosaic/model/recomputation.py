@@ -31,7 +31,7 @@ def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recompute_around_attention(function: Callable[..., Any], *inputs: Any) -> Any:
-    """The same, but what attention kernels returned is kept, so that they run once."""
+    """Call a function and call it again in the backward pass, but for attention kernels: what they returned is saved, so they run once."""
     contexts = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 

@@ -95,7 +95,7 @@ class CachedTransformer:
         Args:
             transformer: A `MosaicFluxTransformer2DModel`.
             references: Its arguments that have to do with references; empty without references.
-            interval: See `refresh_interval`.
+            interval: Sampling steps from one computation of the references to the next (`refresh_interval`).
         """
         self.transformer, self.references = transformer, dict(references)
         self.interval = interval if references else 1

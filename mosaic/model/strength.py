@@ -37,6 +37,7 @@ def attend_with_bias(attend: Attend, query: Tensor, key: Tensor, value: Tensor, 
     """
     if bias is None:
         return attend(query, key, value)
+    # A query channel of 1 against a key channel of b * sqrt(D) adds b to the scaled logit; values get channels of 0, cut off afterwards.
     width = query.shape[-1]
     exact = bias * width**0.5
     rounded = exact.to(key.dtype)

@@ -185,7 +185,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         """Refuse arguments of `forward` that do not go together.
 
         Raises:
-            ValueError: See `forward`.
+            ValueError: Rows are asked for with a step cache, references are given twice, or guidance is missing or has no embedding.
         """
         if joint_attention_kwargs:
             raise ValueError(f"joint_attention_kwargs must be empty with a reference branch, got {', '.join(joint_attention_kwargs)}.")

@@ -81,7 +81,7 @@ def predict_memory(
 
 
 def _share_out(parts: dict[str, int], shape: ModelShape, adapter_weights: int, element: int, distribution: Distribution) -> None:
-    """Change the parts to those of one of several processes.
+    """Change the parts from what the only process needs to what one of several needs.
 
     Replicas keep a copy of the gradients in buckets. A sharded base is gathered block by block, two at a time, and once what is outside of
     blocks. Shared optimizer state comes with a float32 copy of the adapter, and with room for the gradients that are being sent.

@@ -103,9 +103,9 @@ def draw_inputs(
     # Condition dropout: a dropped reference is zero latents, which stay in the sequence, and its points go with it.
     drop_image, drop_text = _draw_dropout(config.data, generators)
     prompts = ["" if dropped else prompt for prompt, dropped in zip(batch.prompts, drop_text.tolist(), strict=True)]
-    pairs = [[p[:0] if dropped else p for p in sample] for sample, dropped in zip(batch.points, drop_image.tolist(), strict=True)]
-    pairs = [draw_points([sample], config.loss.max_points, own)[0] for sample, own in zip(pairs, generators, strict=True)]
-    points = batch_points(pairs, grids.reference.num_tokens, grids.target.num_tokens, device)
+    samples = [[p[:0] if dropped else p for p in pairs] for pairs, dropped in zip(batch.points, drop_image.tolist(), strict=True)]
+    samples = [draw_points([sample], config.loss.max_points, own)[0] for sample, own in zip(samples, generators, strict=True)]
+    points = batch_points(samples, grids.reference.num_tokens, grids.target.num_tokens, device)
 
     # Eq. 3: targets are drawn from the VAE posterior, references take its mode. All frozen.
     encoded = encode_batch(encoders, batch, prompts, config.model.text_length, generators, device)

@@ -44,7 +44,7 @@ def check_settings(config: Config) -> None:
     """Check where the run writes, and that what it asks for is installed.
 
     Raises:
-        OSError, ValueError: Those of `check_output`, `check_quantization` and `check_optimizer`.
+        ValueError: The folder cannot be written to, or a package that the quantization or the optimizer needs is missing.
     """
     check_output(Path(config.training.output_dir))
     check_quantization(config.model.quantization)
@@ -59,8 +59,8 @@ class Opened:
     Attributes:
         vae_scale_factor: Pixels per latent cell.
         samples: Those to train on.
-        held_out: Those of the validation; None without one.
-        caches: Those of the run.
+        held_out: The samples of the validation; None without one.
+        caches: The latents and embeddings that the run reads instead of encoding.
         adapter: The file that training starts from; None: a fresh adapter, or that of a checkpoint.
     """
 
@@ -79,8 +79,9 @@ def open_run(config: Config, continues: bool) -> Opened:
         continues: Whether a checkpoint gives the adapter; `lora.pretrained` is behind then, and need not be there any more.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: Those of `vae_scale_factor`, `open_dataset`, `load_cases`, `resolve_lora_file` and
-            `open_caches`, or a size does not fit the tokens.
+        FileNotFoundError: The base model, the data set, a cases file, the adapter or a cache is not there.
+        OSError: A hub id is gated, missing or unreachable, or a folder damaged.
+        ValueError: The data set is damaged or lacks the split, a case is not one, a cache is stale, or a size does not fit the tokens.
     """
     data, validation, lora = config.data, config.validation, config.lora
     factor = vae_scale_factor(config.model.pretrained)  # of a small file: the model itself would be minutes of loading
@@ -122,7 +123,8 @@ def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path 
     """The checkpoint that `--resume` names, found by the main process for all; takes the lock of a folder that is there already.
 
     Raises:
-        FileNotFoundError, ValueError: Those of `RunLock.acquire` and `find_checkpoint`.
+        FileNotFoundError: `resume` is no checkpoint.
+        ValueError: The checkpoints are damaged, the folder holds those of an earlier run, or another run has it locked.
     """
     found: list[str | None] = [None]
     if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT).is_main_process:
@@ -139,7 +141,7 @@ def load_base(config: Config, opened: Opened, device: torch.device) -> MosaicFlu
     """The frozen base, quantised where the config asks for it, without the models whose outputs are cached.
 
     Raises:
-        OSError, ValueError: Those of `MosaicFluxPipeline.from_pretrained`.
+        FileNotFoundError, OSError: The base model is not there, gated, unreachable or damaged.
     """
     absent = dict.fromkeys(unneeded_components(config, opened.caches))
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)

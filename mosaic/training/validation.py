@@ -46,7 +46,7 @@ def validate(
         asked_to_stop: Called before each picture and batch; in a sharded pass all processes must get the same answer.
 
     Raises:
-        ValidationStopped: It was.
+        ValidationStopped: `asked_to_stop` said so; no panel or accuracy is missing in part.
     """
     validation = config.validation
 

@@ -214,7 +214,7 @@ def test_follows_the_operations_of_the_real_backward(mode: str) -> None:
 
 
 def test_captured_rows_equal_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mosaic.model.attention_rows.KEPT_BYTES", 0)  # FLUX.1-dev's are never kept
+    monkeypatch.setattr("mosaic.model.attention_rows.SAVED_BYTES", 0)  # FLUX.1-dev's are never kept
     config = tiny.transformer_config(num_layers=2, num_single_layers=3)
     without, with_rows = count(config, "target")[1], count(config, "target", points=7)[1]
     g = GEOMETRY

@@ -170,7 +170,7 @@ def rows_and_gradients(generator: torch.Generator) -> list[Tensor]:
 
 def test_rows_of_one_head_at_a_time(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = rows_and_gradients(generator)
-    monkeypatch.setattr(attention_rows, "KEPT_BYTES", 0)
+    monkeypatch.setattr(attention_rows, "SAVED_BYTES", 0)
     expected = rows_and_gradients(generator)
     assert all(map(torch.equal, kept, expected))
     monkeypatch.setattr(attention_rows, "MAP_BYTES", 1)
@@ -196,7 +196,7 @@ def test_bytes_of_the_rows(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
     heads, width, points, target = 24, 16, 64, 256
     one_map, rows_size, tokens = 4 * heads * points * target, 4 * points * target, 4 * heads * width * (points + target)
     monkeypatch.setattr(attention_rows, "MAP_BYTES", one_map // heads)
-    monkeypatch.setattr(attention_rows, "KEPT_BYTES", one_map - 1)
+    monkeypatch.setattr(attention_rows, "SAVED_BYTES", one_map - 1)
     query, key = (torch.randn(1, n, heads, width, generator=generator, requires_grad=True) for n in (96, target))
     index = torch.randperm(96, generator=generator)[None, :points]
     with Peak() as operations:
@@ -211,7 +211,7 @@ def test_bytes_of_the_rows(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
 
 def test_rows_of_many_blocks_hold_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every captured block adds to one float32 sum: what is held does not grow with their number, where maps are not tiny."""
-    monkeypatch.setattr(attention_rows, "KEPT_BYTES", 0)
+    monkeypatch.setattr(attention_rows, "SAVED_BYTES", 0)
     held = []
     for blocks in ("all", [0], None):
         transformer, batch = tiny.build_transformer(), tiny.build_batch(2, 1, Grid(16, 16), Grid(8, 8))

@@ -241,7 +241,7 @@ def rotate(folder: Path, newest: int, keep: int | None, milestone_every: int | N
     if keep is None:
         return
     steps = [_step(path) for path in checkpoint_folders(folder) if _step(path) <= newest]
-    kept = {*steps[-keep:], best_of(steps)} | {step for step in steps if milestone_every and step % milestone_every == 0}
+    stay = {*steps[-keep:], best_of(steps)} | {step for step in steps if milestone_every and step % milestone_every == 0}
     for step in steps:
-        if step not in kept:
+        if step not in stay:
             remove_folder(folder_of(folder, step))

@@ -63,10 +63,10 @@ class Samples(Protocol):
         """[N, 2], number of references and bucket of each."""
 
     def sample_ids(self) -> list[str | None]:
-        """Their names."""
+        """Names of all samples in order, None where one cannot be read."""
 
     def prompts(self) -> list[str]:
-        """Their prompts."""
+        """Prompts of all samples."""
 
 
 def describe_run(config: Config, global_batch: int, processes: int, dataset: Samples) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def take_snapshot(
         step: Optimizer steps done.
         parameters: The adapter by file key.
         optimizer: `Updates.optimizer_state` of now.
-        ema: Their average, if there is one.
+        ema: The moving average of the adapter's weights, by file key; None: there is none.
         state: What else the checkpoint says, as JSON types.
     """
     tensors, hyperparameters = optimizer

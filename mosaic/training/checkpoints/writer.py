@@ -20,8 +20,8 @@ class CheckpointWriter:
 
         Args:
             folder: Where checkpoints live.
-            training: What is kept.
-            best_of: The best of some steps, which is kept; or None.
+            training: Which checkpoints stay: `keep_checkpoints` and `milestone_every`.
+            best_of: The best of some steps, whose checkpoint stays; or None.
         """
         self.folder, self.training, self.best_of = folder, training, best_of
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

@@ -27,7 +27,7 @@ class Distribution(NamedTuple):
     Attributes:
         processes: Their number.
         base_shards: Parts into which the frozen base is cut; 1: it is whole in each process.
-        optimizer_shards: Parts into which the adapter's gradient and optimizer state are cut; 1: likewise.
+        optimizer_shards: Parts into which the adapter's gradient and optimizer state are cut; 1: each process holds them whole.
     """
 
     processes: int = 1

@@ -22,8 +22,8 @@ class RunLog:
     def start(self, step: int) -> None:
         """Drop the entries beyond `step`, which will be written again, and those that a kill has cut."""
         if self.file.is_file():
-            kept = [entry for entry in self.entries() if entry["step"] <= step] if step else []
-            write_text(self.file, "".join(json_line(entry) + "\n" for entry in kept))
+            still_true = [entry for entry in self.entries() if entry["step"] <= step] if step else []
+            write_text(self.file, "".join(json_line(entry) + "\n" for entry in still_true))
 
     def entries(self) -> list[dict[str, Any]]:
         """The complete entries of the file, oldest first."""

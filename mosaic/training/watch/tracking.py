@@ -71,7 +71,7 @@ TRACKERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Tracker]] = {"tenso
 
 
 class Trackers:
-    """Those of `training.trackers` that work."""
+    """The trackers that `training.trackers` names, less those that have failed."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         """Name them; nothing is started yet.
