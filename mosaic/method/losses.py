@@ -15,7 +15,11 @@ from mosaic.method.correspondence import Points
 EPSILON = 1e-8  # inside every logarithm
 
 
-SHORT_NAMES = {"flow_matching": "flow", "correspondence": "scal", "disentanglement": "mdl"}  # of the terms, for a progress bar
+SHORT_NAMES = {  # of the terms, for a progress bar
+    "flow_matching": "flow",
+    "correspondence": "scal",
+    "disentanglement": "mdl",
+}
 
 
 class MosaicLoss(NamedTuple):
