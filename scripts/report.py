@@ -11,20 +11,18 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mosaic.files import require_file, write_text
-from mosaic.reports.html import embedded, page
+from mosaic.reports.charts import Point, Series, line_chart
+from mosaic.reports.html import page
 
 CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL"), ("loss/disentanglement", "MDL"))
-WIDTH, HEIGHT, PAD = 340, 200, 42
 
-
-def figure(path: Path, caption: str) -> str:
-    """A PNG file inside the page, with its caption."""
-    return embedded(path.read_bytes(), caption)
+Figure = tuple[bytes, str]  # a PNG and its caption
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -43,75 +41,45 @@ def read_metrics(run: Path) -> list[dict]:
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> str:
     """One loss curve as SVG: the logged values, and their running mean in bold."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    low, high = min(ys), max(ys)
-    span_x, span_y = max(xs[-1] - xs[0], 1), max(high - low, 1e-9)
-
-    def place(x: float, y: float) -> str:
-        left = PAD + (x - xs[0]) / span_x * (WIDTH - PAD - 10)
-        return f"{left:.1f},{HEIGHT - 28 - (y - low) / span_y * (HEIGHT - 56):.1f}"
-
-    smooth, mean = [], ys[0]
+    ys, ends = [y for _, y in points], sorted({points[0][0], points[-1][0]})
+    mean, means = ys[0], []
     for x, y in points:
         mean = 0.85 * mean + 0.15 * y
-        smooth.append(place(x, mean))
-    thin = " ".join(place(x, y) for x, y in points)
-    return (
-        f'<svg class="plot" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{title}">'
-        f'<text x="{PAD}" y="18" font-size="14" font-weight="600">{title}</text>'
-        f'<polyline points="{thin}" fill="none" stroke="#9bb8d8" stroke-width="1"/>'
-        f'<polyline points="{" ".join(smooth)}" fill="none" stroke="#1d4e89" stroke-width="2.5"/>'
-        f'<text x="4" y="36" font-size="11">{high:.2f}</text><text x="4" y="{HEIGHT - 28}" font-size="11">{low:.2f}</text>'
-        f'<text x="{PAD}" y="{HEIGHT - 8}" font-size="11">step {xs[0]:g}</text>'
-        f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" font-size="11" text-anchor="end">step {xs[-1]:g}</text></svg>'
-    )
+        means.append(Point(x, mean))
+    series = [Series("", [Point(x, y) for x, y in points], "#9bb8d8", width=1), Series("", means, "#1d4e89", width=2.5)]
+    return line_chart(series, f"{title}: {min(ys):.2f} to {max(ys):.2f}", "step", "", x_ticks=ends, alt=title)
 
 
-def examples_section(folder: Path) -> list[str]:
+def example_figures(folder: Path) -> tuple[list[Figure], list[Figure]]:
     """Panels and attention maps of rendered cases."""
     panels = sorted(folder.glob("case_*_panel.png"))
     if not panels:
         raise FileNotFoundError(f"--examples {folder}: no case_*_panel.png there; run inference.py with --output-dir {folder} first.")
-    parts = ["<h2>Example cases</h2><p>References at the left, the generated picture at the right.</p><div class=row>"]
-    parts += [figure(path, path.stem.removesuffix("_panel").replace("_", " ")) for path in panels]
-    parts.append("</div>")
     maps = sorted(folder.glob("case_*_attention.png"))
-    if maps:
-        parts.append(
-            "<h2>Where the references look</h2><p>Per reference: lines from its points to the peak of their attention in the "
-            "picture (mean over heads, blocks and steps), and the mean attention of the whole subject in red.</p><div class=row>"
-        )
-        parts += [figure(path, path.stem.replace("_", " ")) for path in maps]
-        parts.append("</div>")
-    return parts
+    return [figure(path, path.stem.removesuffix("_panel")) for path in panels], [figure(path, path.stem) for path in maps]
 
 
-def run_section(run: Path) -> list[str]:
-    """Loss curves, attention accuracy, and held-out panels before and after."""
-    metrics = read_metrics(run)
-    parts = ["<h2>Training</h2><p>Thin: logged values; bold: their running mean.</p><div class=row>"]
+def figure(path: Path, caption: str) -> Figure:
+    """A PNG file, and its caption without underscores."""
+    return path.read_bytes(), caption.replace("_", " ")
+
+
+def run_findings(run: Path) -> dict[str, Any]:
+    """Loss curves, attention accuracy, and held-out panels before and after; those are None where validation came no more than once."""
+    metrics, charts = read_metrics(run), []
     for key, title in CURVES:
         points = [(entry["step"], entry[key]) for entry in metrics if math.isfinite(entry.get(key, math.nan))]
         if points:
-            parts.append(curve(points, title))
-    parts.append("</div>")
+            charts.append(curve(points, title))
     accuracies = [entry for entry in metrics if math.isfinite(entry.get("attention/exact", math.nan))]
-    if accuracies:
-        parts.append("<h2>Attention accuracy on held-out samples</h2><table><tr><th>step</th><th>exact</th><th>chance</th>")
-        parts.append("<th>within one token</th><th>chance</th></tr>")
-        for entry in accuracies:
-            values = [entry[f"attention/{name}"] for name in ("exact", "exact_chance", "near", "near_chance")]
-            parts.append(f"<tr><td>{entry['step']}</td>" + "".join(f"<td>{100 * value:.1f} %</td>" for value in values) + "</tr>")
-        parts.append("</table>")
     steps = sorted((run / "validation").glob("step_*"))
-    if len(steps) > 1:
-        parts.append("<h2>Held-out cases, before and after</h2>")
-        for before in sorted(steps[0].glob("case_*.png")):
-            after = steps[-1] / before.name
-            if after.is_file():
-                parts.append('<div class="row">' + figure(before, f"{before.stem}, step {int(steps[0].name[5:])}"))
-                parts.append(figure(after, f"{after.stem}, step {int(steps[-1].name[5:])}") + "</div>")
-    return parts
+    return {"charts": charts, "accuracies": accuracies, "pairs": held_out_pairs(steps[0], steps[-1]) if len(steps) > 1 else None}
+
+
+def held_out_pairs(first: Path, last: Path) -> list[list[Figure]]:
+    """The panels that two folders of validation share."""
+    names = [path.name for path in sorted(first.glob("case_*.png")) if (last / path.name).is_file()]
+    return [[((step / name).read_bytes(), f"{Path(name).stem}, step {int(step.name[5:])}") for step in (first, last)] for name in names]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         require_file(arguments.output, "--output")
         if not (arguments.examples or arguments.run):
             raise ValueError("give --examples, --run, or both.")
-        parts = examples_section(arguments.examples) if arguments.examples else []
-        parts += run_section(arguments.run) if arguments.run else []
-        write_text(arguments.output, page("MOSAIC report", ["<h1>MOSAIC report</h1>", *parts]))
+        panels, maps = example_figures(arguments.examples) if arguments.examples else ([], [])
+        run = run_findings(arguments.run) if arguments.run else None
+        write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", panels=panels, maps=maps, run=run))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

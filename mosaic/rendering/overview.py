@@ -10,11 +10,9 @@ from mosaic.images import load_image
 from mosaic.rendering.outputs import read_manifest
 from mosaic.rendering.recipe import has_digest
 from mosaic.rendering.recipes import PAGE, PANEL
-from mosaic.reports.case_figures import percent
 from mosaic.reports.case_page import OVERVIEW, case_title, strongest_leak
 from mosaic.reports.figures import MARGIN, TILE
-from mosaic.reports.html import jpeg_uri, page, text
-from mosaic.reports.page_style import STYLE
+from mosaic.reports.html import page
 
 
 def write_overview(folder: Path) -> None:
@@ -23,14 +21,8 @@ def write_overview(folder: Path) -> None:
     if not rows:
         (folder / OVERVIEW).unlink(missing_ok=True)
         return
-    count = f"{len(rows)} picture{'s' if len(rows) > 1 else ''} with an attention report."
-    parts = [
-        "<header><h1>Where the references look</h1>",
-        f'<p class="soft">{count} Own place: the share of the references&rsquo; attention on the tokens '
-        "where their own peaks are. Others&rsquo; places: the share on the tokens of another reference.</p></header>",
-        f'<main><ul class="cases">{"".join(_entry(row, folder) for row in rows)}</ul></main>',
-    ]
-    write_text(folder / OVERVIEW, page("MOSAIC: where the references look", parts, STYLE))
+    entries = [_entry(row, folder) for row in rows]
+    write_text(folder / OVERVIEW, page("overview.html.jinja", title="MOSAIC: where the references look", entries=entries))
 
 
 def _is_reported(row: Mapping[str, Any], folder: Path) -> bool:
@@ -50,22 +42,20 @@ def _panel(row: Mapping[str, Any], folder: Path) -> Path:
     return folder / f"{row['name']}{PANEL}"
 
 
-def _entry(row: Mapping[str, Any], folder: Path) -> str:
-    """A card that links a page."""
-    numbers, name = row["attention"], row["name"]
+def _entry(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the card that links a page shows."""
+    numbers, name, panel = row["attention"], row["name"], load_image(_panel(row, folder))
     leakage, count = numbers["leakage"], len(numbers["owned"])
     own = sum(line[k] for k, line in enumerate(leakage)) / count
-    others = sum(map(sum, leakage)) / count - own
-    panel = load_image(_panel(row, folder))
-    thumbnail = jpeg_uri(panel.crop((0, MARGIN // 2, panel.width, min(panel.height, TILE + MARGIN))).convert("RGB"))
-    facts = f"own place {percent(own)}" + (f" · others&rsquo; places {percent(others)}" if count > 1 else "")
-    pair = strongest_leak(numbers)
-    leak = ""
-    if pair is not None:
-        i, j = pair
-        leak = f"<p>Strongest leak: reference {i + 1} on the place of {j + 1}, {percent(leakage[i][j])}</p>"
-    alt = f"{count} reference{'s' if count > 1 else ''} and the result for: {row['prompt']}"
-    return (
-        f'<li><a class="card" href="{text(urllib.parse.quote(name + PAGE))}"><img alt="{text(alt)}" src="{thumbnail}">'
-        f'<h2>{text(case_title(name))}</h2><p><bdi>{text(row["prompt"])}</bdi></p><p class="soft">{facts}</p>{leak}</a></li>'
-    )
+    leak = strongest_leak(numbers)
+    return {
+        "link": urllib.parse.quote(name + PAGE),
+        "heading": case_title(name),
+        "prompt": row["prompt"],
+        "thumbnail": panel.crop((0, MARGIN // 2, panel.width, min(panel.height, TILE + MARGIN))).convert("RGB"),
+        "count": count,
+        "own": own,
+        "others": sum(map(sum, leakage)) / count - own,
+        "leak": leak,
+        "leaked": leak and leakage[leak[0]][leak[1]],
+    }

@@ -23,6 +23,11 @@ HEAT = (150, 12, 28)  # darker than any part of the light grey below it, so that
 LINE_COLOURS = ((230, 57, 70), (29, 120, 216), (46, 160, 67), (244, 148, 6), (142, 68, 173), (0, 160, 160))
 
 
+def colour_name(k: int) -> str:
+    """The colour of reference k, as HTML writes it."""
+    return "#{:02x}{:02x}{:02x}".format(*LINE_COLOURS[k % len(LINE_COLOURS)])
+
+
 def tensor_to_image(image: Tensor) -> Image.Image:
     """float [3, H, W] in [-1, 1] -> RGB picture."""
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

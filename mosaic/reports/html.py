@@ -1,37 +1,64 @@
-"""Self-contained HTML pages: one file each, pictures embedded, no script, nothing loaded from elsewhere. All text is escaped here."""
+"""Self-contained HTML pages from templates: one file each, pictures embedded, no script, nothing loaded from elsewhere.
+
+Every value is escaped where a template shows it, but the charts of `mosaic.reports.charts`, which escape their words themselves.
+"""
 
 import base64
-import html
+import functools
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-HEAD = '<!doctype html>\n<html lang="en"><head>'
-STYLE = """
-:root { color-scheme: light; --ink: #22242a; --soft: #5b606b; --line: #dfe1e6; --paper: #f5f5f2; --card: #fff; --accent: #1d4e89; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper);
-  margin: 0 auto; max-width: 1120px; padding: 2rem 1.25rem 4rem; }
-h1, h2, h3 { line-height: 1.2; margin: 0 0 .5rem; } h1 { font-size: 1.9rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
-h3 { font-size: 1.02rem; } p { margin: 0 0 .8rem; max-width: 76ch; } a { color: var(--accent); }
-a:focus-visible, summary:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
-figure { margin: 0 0 1.5rem; } figcaption { color: var(--soft); font-size: .9rem; }
-img { max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; }
-.row figure { flex: 1 1 320px; } svg.plot { background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding: 0 0 .4rem; }
-td, th { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-"""
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+DIGEST = re.compile(
+    r'<!doctype html>\n<html lang="en"><head><meta name="mosaic-digest" content="([0-9a-f]+)">'
+)  # as page.html.jinja begins
 
 
-def text(value: object) -> str:
-    """A value as text of a page or of an attribute in double quotes, whatever letters it holds."""
-    return html.escape(" ".join(str(value).split()), quote=True)
+@functools.cache
+def environment(folder: Path = TEMPLATES) -> "Environment":
+    """The templates of a folder, which may build on those of this one."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # most commands write no page
+
+    from mosaic.reports.figures import colour_name  # and torch
+
+    loader = FileSystemLoader([folder, TEMPLATES])
+    found = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    found.filters.update(png=png_uri, jpeg=jpeg_uri, data_uri=data_uri, percent=percent, colour=colour_name)
+    return found
+
+
+def page(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
+    """A whole page.
+
+    Args:
+        template: Name of a template that extends page.html.jinja.
+        folder: Where it lies.
+        values: What it shows; `title` is that of the window, `digest` that of what decides the page, in hexadecimal, or empty:
+            `page_digest_at` reads it again.
+
+    Raises:
+        jinja2.UndefinedError: A value is missing.
+    """
+    return environment(folder).get_template(template).render({"digest": "", **values})
+
+
+def page_digest_at(path: Path) -> str | None:
+    """The digest that a page carries; None where there is no such page."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            found = DIGEST.match(file.read(400))
+    except OSError:
+        return None
+    return found and found[1]
 
 
 def png_uri(image: Image.Image) -> str:
@@ -49,36 +76,9 @@ def data_uri(data: bytes, form: str = "png") -> str:
     return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
 
 
-def embedded(png: bytes, caption: str) -> str:
-    """A PNG inside the page, with its caption."""
-    return f'<figure><img alt="{text(caption)}" src="{data_uri(png)}"><figcaption>{text(caption)}</figcaption></figure>'
-
-
-def page(title: str, parts: Sequence[str], style: str = "", digest: str = "") -> str:
-    """A whole page.
-
-    Args:
-        title: Title of the window; what the page shows as its heading is in `parts`.
-        parts: HTML, in which every text has gone through `text`.
-        style: CSS after the common one.
-        digest: Of what decides the page, in hexadecimal; `page_digest_at` reads it again.
-    """
-    security = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    return (
-        f'{HEAD}<meta name="mosaic-digest" content="{text(digest)}"><meta charset="utf-8">{security}'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>'
-        f"<style>{STYLE}{style}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def page_digest_at(path: Path) -> str | None:
-    """The digest that a page carries; None where there is no such page."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            found = re.match(re.escape(HEAD) + '<meta name="mosaic-digest" content="([0-9a-f]+)">', file.read(400))
-    except OSError:
-        return None
-    return found and found[1]
+def percent(share: float) -> str:
+    """A share of 1; small ones are not rounded to nothing."""
+    return "<1\u00a0%" if 0 < share < 0.005 else f"{100 * share:.0f}\u00a0%"
 
 
 def _encoded(image: Image.Image, form: str, **options: int) -> bytes:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mosaic.images import prepare_reference
 from mosaic.method.grids import Grid
+from mosaic.reports.charts import Point, Row, Series, line_chart, row_chart
 from mosaic.reports.figures import CAPTION, INK, LINE_COLOURS, MARGIN, TILE, draw_line, tile, token_position
 from scripts.ablation.tables import (
     ATTENTION_LEAKAGE,
@@ -25,7 +26,6 @@ from scripts.ablation.tables import (
 )
 from scripts.ablation.tasks import LINES_K
 from scripts.pocket import world
-from scripts.pocket.charts import Point, Row, line_chart, row_chart
 from scripts.pocket.evaluation import held_out_scenes, render_references
 
 CURVES = {
@@ -53,11 +53,11 @@ def charts(results: dict[str, Any]) -> dict[str, str]:
     found = {}
     for name, label in CURVES.items():
         hidden = () if name == "loss/flow_matching" else OTHER_DEFINITIONS
-        series = {runs[0]["meaning"]: [] if arm in hidden else mean_curve(runs, name) for arm, runs in arms.items()}
+        series = [Series(runs[0]["meaning"], [] if arm in hidden else mean_curve(runs, name)) for arm, runs in arms.items()]
         found[f"learning_{name.partition('/')[2]}.svg"] = line_chart(series, f"{label} during training", "step", "")
     ks = ks_of(list(arms.values()))
     for name, measure in K_MEASURES.items():
-        series = {runs[0]["meaning"]: [Point(k, *value_of(measure, runs, k)) for k in ks] for runs in arms.values()}
+        series = [Series(runs[0]["meaning"], [Point(k, *value_of(measure, runs, k)) for k in ks]) for runs in arms.values()]
         chance = ("chance", 12.5) if measure is IDENTIFICATION else None
         title = f"{measure.title} (training saw K up to 4)"
         found[f"k_{name}.svg"] = line_chart(series, title, "number of references K", "", chance)

@@ -12,7 +12,7 @@ from scripts.app.handlers import Handlers, random_seed
 from scripts.app.sessions import Kept, Session
 from scripts.app.state import MAX_STRENGTH, SETTINGS, PageState, default_state, example_state, saved_state
 from scripts.app.uploads import MAX_BYTES, MAX_REFERENCES
-from scripts.app.views import attention_note, card, header, notice, public_name, recipe_json, sample, summary
+from scripts.app.views import attention_note, card, drop_help, header, notice, public_name, recipe_json, sample, summary, title
 
 FOLDER = Path(__file__).resolve().parent
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -42,7 +42,7 @@ class Page:
             self._events()
 
     def _references(self) -> None:
-        gr.HTML("<h2 class='m-title'>References <small>up to 6, each with one subject on white</small></h2>")
+        gr.HTML(title("References", "up to 6, each with one subject on white"))
         self.cards, self.pictures, self.names, self.strengths, self.removes = [], [], [], [], []
         with gr.Row(elem_id="m-cards"):
             for position in range(MAX_REFERENCES):
@@ -53,16 +53,14 @@ class Page:
                     self.names.append(gr.Textbox("", max_lines=1, container=False, elem_classes="m-name", **name))
                     self.strengths.append(gr.Slider(0, MAX_STRENGTH, 1, step=0.05, label="Strength", elem_classes="m-strength"))
                 self.cards.append(slot)
-        gr.HTML(
-            f'<p class="m-drop-help"><b>Drop pictures here</b>, paste them, or click to choose. At most {MAX_BYTES >> 20} MiB each.</p>'
-        )
+        gr.HTML(drop_help(MAX_BYTES))
         self.drop = gr.File(label="Reference pictures", file_count="multiple", elem_id="m-drop", height=84, show_label=False)
         self.upload_notice = gr.HTML(elem_id="m-upload-notice")
 
     def _prompt(self) -> None:
         usual = default_state(self.config).settings
         limits = size_limits(self.config, self.handlers.studio.vae_scale_factor)
-        gr.HTML("<h2 class='m-title'>Prompt <small>write &lt;bag&gt; for the reference named bag</small></h2>")
+        gr.HTML(title("Prompt", "write <bag> for the reference named bag"))
         self.prompt = gr.Textbox("", show_label=False, lines=3, max_length=10_000, placeholder="a bird in a meadow", elem_id="m-prompt")
         with gr.Row(elem_id="m-actions"):
             self.generate = gr.Button("Generate", variant="primary", elem_id="m-generate", scale=3)
@@ -90,7 +88,7 @@ class Page:
 
     def _results(self) -> None:
         small = max(self.config.inference.height, self.config.inference.width) < SMALL_PICTURE
-        gr.HTML("<h2 class='m-title'>Pictures <small>newest first, kept while this page is open</small></h2>")
+        gr.HTML(title("Pictures", "newest first, kept while this page is open"))
         self.gallery = gr.Gallery(
             show_label=False,
             columns=6,
@@ -117,7 +115,7 @@ class Page:
     def _examples(self) -> None:
         self.dataset = None
         if self.examples:
-            gr.HTML("<h2 class='m-title'>Examples <small>click one, then Generate</small></h2>")
+            gr.HTML(title("Examples", "click one, then Generate"))
             self.dataset = gr.Dataset(
                 components=[gr.HTML(visible=False)],
                 headers=["Example"],

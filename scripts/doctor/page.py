@@ -1,6 +1,5 @@
 """The doctor's page: findings as a table, and a contact sheet of samples with lines between corresponding cells."""
 
-import html
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 from mosaic.data import Inspection
 from mosaic.files import write_text
 from mosaic.reports.figures import contact_sheet
-from mosaic.reports.html import embedded, page
+from mosaic.reports.html import page
 from preprocess.matching.sheets import correspondence_panel
 
+FOLDER = Path(__file__).resolve().parent
 PICTURES = 12  # samples on the sheet
 
 
@@ -25,13 +25,9 @@ def write_findings(summary: dict[str, Any], shown: Sequence[Inspection], path: P
         title: What was looked at.
     """
     verdict = "Fit for training." if summary["healthy"] else f"Not fit for training: {'; '.join(summary['reasons'])}."
-    cells = "".join(
-        f'<tr><td style="text-align:left">{html.escape(name)}</td><td>{html.escape(text)}</td></tr>' for name, text in _flat(summary)
-    )
-    parts = [f"<p><b>{html.escape(verdict)}</b></p>", f"<table>{cells}</table>"]
-    if shown:
-        parts.append(embedded(_sheet(shown), "samples: each reference, the target, and lines between corresponding cells"))
-    write_text(path, page(title, [f"<h1>{html.escape(title)}</h1>", *parts]))
+    sheet = _sheet(shown) if shown else None
+    rows = list(_flat(summary))
+    write_text(path, page("findings.html.jinja", FOLDER, title=title, verdict=verdict, rows=rows, sheet=sheet))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

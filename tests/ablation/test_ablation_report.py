@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mosaic.reports.charts import COLOURS, Point, Row, Series, line_chart, nice_ticks, row_chart
 from scripts import ablation_figures
 from scripts.ablation import readme as ablation_readme
 from scripts.ablation import tables as tables
@@ -16,7 +17,6 @@ from scripts.ablation.plots import mean_curve, peak_share, spread
 from scripts.ablation.readme import MARKER
 from scripts.ablation.results import CURVE_POINTS, FORMAT, VERSION, curves_of
 from scripts.ablation.tables import FRECHET, IDENTIFICATION, LEAKAGE, NEAR, Value, cell, contrast, value_of, verdict
-from scripts.pocket.charts import COLOURS, Point, Row, line_chart, nice_ticks, row_chart
 
 NOTHING = {"share": None, "low": None, "high": None, "count": 0}
 
@@ -288,18 +288,20 @@ def test_curves_of_a_run_and_their_mean(tmp_path: Path, results: dict[str, Any])
 
 
 def test_a_chart_puts_larger_values_higher() -> None:
-    svg = line_chart({"a & b": [Point(1, 10, 5, 15), Point(2, 30), Point(3, math.nan)]}, "t", "x", "y", ("chance", 12.5))
+    svg = line_chart([Series("a & b", [Point(1, 10, 5, 15), Point(2, 30), Point(3, math.nan)])], "t", "x", "y", ("chance", 12.5))
     (line,) = re.findall(r'points="([^"]*)"', svg)
     (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in line.split())
     assert x0 < x1
     assert y1 < y0  # SVG's y grows downwards
     assert "a &amp; b" in svg
     assert "nan" not in svg
-    assert "nothing measured yet" in line_chart({"a": []}, "t", "x", "y")
+    assert "nothing measured yet" in line_chart([Series("a", [])], "t", "x", "y")
 
 
 def test_a_series_keeps_its_colour_beside_one_without_points() -> None:
-    alone, both = (line_chart({"base": points, "b": [Point(1, 2), Point(2, 3)]}, "t", "x", "y") for points in ([], [Point(1, 1)]))
+    alone, both = (
+        line_chart([Series("base", points), Series("b", [Point(1, 2), Point(2, 3)])], "t", "x", "y") for points in ([], [Point(1, 1)])
+    )
     assert COLOURS[1] in alone
     assert COLOURS[0] in both
     assert COLOURS[0] not in alone

@@ -22,9 +22,9 @@ from mosaic.rendering.overview import write_overview
 from mosaic.rendering.recipe import Weights, png_text
 from mosaic.rendering.recipes import PictureJob, job_files, page_digest
 from mosaic.rendering.report import Report, make_report
-from mosaic.reports.case_figures import EDGE, GAP, SIDE
+from mosaic.reports.case_figures import EDGE, GAP, SIDE, entropy_chart
 from mosaic.reports.case_page import case_title, strongest_leak
-from mosaic.reports.entropy_chart import HEIGHT, LABEL_DISTANCE, entropy_chart
+from mosaic.reports.charts import LEGEND_ROW
 from mosaic.reports.figures import save_picture
 from mosaic.reports.html import page_digest_at
 from tests.recipes import entry, make_recipe
@@ -100,10 +100,10 @@ def test_numbers_are_those_of_the_attention_and_stand_on_the_page() -> None:
     assert json.loads(json.dumps(numbers)) == numbers
     table = re.search(r'<table class="leakage">.*?</table>', report.page, re.DOTALL)[0]
     shares = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
-    shares = [[cell.replace("&nbsp;", " ") for cell in row] for row in shares]
+    shares = [[cell.replace("\u00a0", " ") for cell in row] for row in shares]
     assert shares == [[""], ["100 %", "0 %", "0 %"], ["75 %", "25 %", "0 %"], ["12 %", "12 %", "75 %"]]
     assert "<td>0.250</td>" in report.page
-    assert "reference 2 (picture_1) has 75&nbsp;% of its attention on the place of reference 1 (cat), 6.0 times" in report.page
+    assert "reference 2 (picture_1) has 75\u00a0% of its attention on the place of reference 1 (cat), 6.0 times" in report.page
 
 
 def test_lines_run_from_points_to_peaks() -> None:
@@ -236,13 +236,21 @@ def test_the_strongest_leak_is_beyond_the_share_of_the_picture() -> None:
 
 @pytest.mark.parametrize("values", [[1.0] * 12, [0.0] * 12, [2.07] * 12, [0.1 * k for k in range(12)]])
 def test_names_of_curves_do_not_cover_each_other(values: list[float]) -> None:
-    chart = entropy_chart(["x" * 50] * 12, {"entropy": [values, values], "uniform_entropy": 2.08})
-    heights = sorted(float(y) for y in re.findall(r'<text x="584" y="([-\d.]+)"', chart))
-    assert len(heights) == 13
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= LABEL_DISTANCE - 0.2
-    assert heights[0] > 0
-    assert heights[-1] < HEIGHT
+    chart = entropy_chart(["x" * 90] * 12, {"entropy": [values, values], "uniform_entropy": 2.08})
+    heights = sorted(float(y) for y in re.findall(r'<text x="86.0" y="([-\d.]+)"[^>]*>\d+ x{20,}…<', chart))
+    assert len(heights) == 12
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= LEGEND_ROW
+    lowest = max(float(y) for line in re.findall(r'points="([^"]*)"', chart) for y in re.findall(r",([\d.]+)", line))
+    assert lowest < heights[0]
+    assert heights[-1] < float(re.search(r'height="(\d+)"', chart)[1])
     assert "nan" not in entropy_chart(["a"], {"entropy": [[0.0]], "uniform_entropy": 0.0})
+
+
+def test_the_entropy_is_drawn_from_nought_to_beyond_that_of_even_attention() -> None:
+    """Ends of the axis at 0 and at the next whole nat, of the steps at the first and the last, counted from 1."""
+    chart = entropy_chart(["a"], {"entropy": [[1.5]] * 29, "uniform_entropy": 2.08})
+    assert re.findall(r'text-anchor="end">([^<]*)<', chart) == ["0", "1", "2", "3", "even: 2.08"]
+    assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == ["sampling step", "1", "8", "15", "22", "29"]
 
 
 def test_a_falling_entropy_falls() -> None:

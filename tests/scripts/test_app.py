@@ -509,7 +509,7 @@ def test_views_of_nothing() -> None:
 
 
 def test_leakage_table_says_what_lies_elsewhere() -> None:
-    table = app_views.leakage_table([[0.5, 0.25], [0.0, 1.0]])
+    table = app_views.view("leakage_table", [[0.5, 0.25], [0.0, 1.0]])
     assert [cell.split("</td>")[0].rsplit(">", 1)[-1] for cell in table.split("<td")[2:]] == ["50 %", "25 %", "25 %", "0 %", "100 %", "0 %"]
 
 

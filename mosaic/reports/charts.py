@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from mosaic.reports.figures import LINE_COLOURS, colour_name
+
 WIDTH, HEIGHT = 560, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 44
-LEGEND_ROW = 18
+LEGEND_ROW, LEGEND_LETTERS = 18, 70
 LETTER, PLOT, ROWS_TOP, ROW_HEIGHT = 6.6, 330, 44, 19  # of a chart of rows: px of a letter of a name, of the values, of a row
-COLOURS = ("#7a7a85", "#e63946", "#1d78d8", "#2ea043", "#f49406", "#8e44ad", "#00a0a0")
+COLOURS = ("#7a7a85", *(colour_name(k) for k in range(len(LINE_COLOURS))))
 
 
 class Point(NamedTuple):
@@ -21,56 +23,90 @@ class Point(NamedTuple):
     high: float = math.nan
 
 
-def line_chart(series: dict[str, Sequence[Point]], title: str, x_label: str, y_label: str, level: tuple[str, float] | None = None) -> str:
+class Series(NamedTuple):
+    """Points joined by a line.
+
+    Attributes:
+        name: In the legend, cut where it is too long for a row; a series without a name is not in the legend.
+        points: From left to right; those whose y is no number are left out.
+        colour: Empty: by the position of the series in its chart, of which a series without points keeps its own.
+        width: Of the line, px.
+        dashes: Of the line, as SVG names them.
+    """
+
+    name: str
+    points: Sequence[Point]
+    colour: str = ""
+    width: float = 2
+    dashes: str = "none"
+
+
+def line_chart(
+    series: Sequence[Series],
+    title: str,
+    x_label: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+    x_ticks: Sequence[float] = (),
+    y_ticks: Sequence[float] = (),
+    alt: str = "",
+) -> str:
     """An SVG picture.
 
     Args:
-        series: Points by name, in the order of the colours, of which a series without points keeps its own; points whose y is no number
-            are left out.
+        series: What to draw.
         title: Above the chart.
         x_label: Below it.
         y_label: At its left end.
         level: A name and a value to draw a dashed line at, such as chance.
+        x_ticks: Values to write below the chart; none: all of up to twelve, or both ends and the middle.
+        y_ticks: Values to write at its left end, the first and the last of which are the chart's ends; none: round ones.
+        alt: What the chart shows, in words, for a chart inside a page; none: the chart is a file of its own.
     """
-    drawn = {name: [point for point in points if not math.isnan(point.y)] for name, points in series.items()}
-    every = [point for points in drawn.values() for point in points]
-    if not every:
-        return _svg([_text(LEFT, 20, title, 15, "600"), _text(LEFT, TOP + 30, "nothing measured yet", 12)], HEIGHT)
-    xs = [point.x for point in every]
+    drawn = [one._replace(colour=one.colour or COLOURS[number % len(COLOURS)]) for number, one in enumerate(series)]
+    drawn = [one._replace(points=[point for point in one.points if not math.isnan(point.y)]) for one in drawn]
+    drawn = [one for one in drawn if one.points]
+    if not drawn:
+        return _svg([_text(LEFT, 20, title, 15, "600"), _text(LEFT, TOP + 30, "nothing measured yet", 12)], HEIGHT, alt=alt)
+    every = [point for one in drawn for point in one.points]
+    xs = sorted({point.x for point in every})
     ys = [y for point in every for y in (point.y, point.low, point.high) if not math.isnan(y)] + ([level[1]] if level else [])
-    ticks = nice_ticks(min(ys), max(ys))
-    x_low, x_span, y_low, y_span = min(xs), (max(xs) - min(xs)) or 1.0, ticks[0], ticks[-1] - ticks[0]
+    y_ticks = y_ticks or nice_ticks(min(ys), max(ys))
+    x_low, x_span, y_low, y_span = xs[0], (xs[-1] - xs[0]) or 1.0, y_ticks[0], (y_ticks[-1] - y_ticks[0]) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         left = LEFT + (x - x_low) / x_span * (WIDTH - LEFT - RIGHT)
         return left, HEIGHT - BOTTOM - (y - y_low) / y_span * (HEIGHT - TOP - BOTTOM)
 
     parts = [_text(LEFT, 20, title, 15, "600"), _text(WIDTH / 2, HEIGHT - 8, x_label, 12, anchor="middle"), _text(4, TOP - 2, y_label, 11)]
-    for tick in ticks:
+    for tick in y_ticks:
         _, y = place(x_low, tick)
         parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#e2e2e8", 1), _text(LEFT - 6, y + 4, f"{tick:g}", 11, anchor="end")]
-    for x in sorted(set(xs)) if len(set(xs)) <= 12 else [x_low, x_low + x_span / 2, x_low + x_span]:
-        parts.append(_text(place(x, y_low)[0], HEIGHT - BOTTOM + 16, f"{x:g}", 11, anchor="middle"))
+    for tick in x_ticks or (xs if len(xs) <= 12 else [x_low, x_low + x_span / 2, x_low + x_span]):
+        parts.append(_text(place(tick, y_low)[0], HEIGHT - BOTTOM + 16, f"{tick:g}", 11, anchor="middle"))
     if level:
         _, y = place(x_low, level[1])
         parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#555555", 1, "4 4"), _text(WIDTH - RIGHT, y - 4, level[0], 11, anchor="end")]
-    shown = [(COLOURS[number % len(COLOURS)], name, points) for number, (name, points) in enumerate(drawn.items()) if points]
-    for number, (colour, name, points) in enumerate(shown):
-        parts += _series(points, colour, place)
-        row = HEIGHT + number * LEGEND_ROW
-        parts += [_line(LEFT, row + 4, LEFT + 22, row + 4, colour, 3), _text(LEFT + 30, row + 8, name, 12)]
-    return _svg(parts, HEIGHT + len(shown) * LEGEND_ROW + 6)
+    row = HEIGHT
+    for one in drawn:
+        parts += _curve(one, place)
+        if one.name:
+            name = one.name if len(one.name) <= LEGEND_LETTERS else one.name[: LEGEND_LETTERS - 1] + "…"
+            parts += [_line(LEFT, row + 4, LEFT + 22, row + 4, one.colour, 3, one.dashes), _text(LEFT + 30, row + 8, name, 12)]
+            row += LEGEND_ROW
+    return _svg(parts, row + 6, alt=alt)
 
 
-def _series(points: Sequence[Point], colour: str, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(point.x, point.y) for point in points))
-    parts = [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>']
-    for point in points:
+def _curve(series: Series, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(point.x, point.y) for point in series.points))
+    dashes = "" if series.dashes == "none" else f' stroke-dasharray="{series.dashes}"'
+    parts = [f'<polyline points="{line}" fill="none" stroke="{series.colour}" stroke-width="{series.width}"{dashes}/>']
+    for point in series.points:
         x, y = place(point.x, point.y)
-        if len(points) <= 12:
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+        if len(series.points) <= 12:
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{series.colour}"/>')
         if not math.isnan(point.low):
-            parts.append(_line(x, place(point.x, point.low)[1], x, place(point.x, point.high)[1], colour, 1))
+            parts.append(_line(x, place(point.x, point.low)[1], x, place(point.x, point.high)[1], series.colour, 1))
     return parts
 
 
@@ -135,7 +171,7 @@ def _line(x0: float, y0: float, x1: float, y1: float, colour: str, width: float,
     return f'<line {where} stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
 
 
-def _svg(parts: Sequence[str], height: float, width: float = WIDTH) -> str:
-    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+def _svg(parts: Sequence[str], height: float, width: float = WIDTH, alt: str = "") -> str:
+    kind = f'class="chart" role="img" aria-label="{html.escape(alt)}"' if alt else 'xmlns="http://www.w3.org/2000/svg"'
+    head = f'<svg {kind} width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" font-family="sans-serif">'
     return "\n".join([head, f'<rect width="{width:g}" height="{height:g}" fill="white"/>', *parts, "</svg>"]) + "\n"
