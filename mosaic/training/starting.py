@@ -27,11 +27,11 @@ from mosaic.lora.resize import resize_reference_lora
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
-from mosaic.rendering.cases.reading import load_cases
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
 from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
+from mosaic.training.validation import check_panels
 from mosaic.weights.digests import vae_scale_factor
 from mosaic.weights.hub import resolve_lora_file
 from mosaic.weights.quantization import check_quantization, quantize_base
@@ -92,7 +92,7 @@ def open_run(config: Config, continues: bool) -> Opened:
         same = validation.split == data.split
         held_out = samples if same else open_dataset(data, validation.split, grids.target, grids.reference)
         if validation.cases is not None:
-            load_cases(validation.cases, data.reference_size)
+            check_panels(config, factor)
     starts_from = lora.pretrained if not continues else None
     adapter = resolve_lora_file(starts_from, lora.weight_name) if starts_from is not None else None
     return Opened(factor, samples, held_out, open_caches(config), adapter)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -17,8 +18,10 @@ from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
 from mosaic.model.attention_rows import CaptureRequest
+from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
+from mosaic.rendering.checks import check_size
 from mosaic.reports.figures import case_panel, save_picture, tensor_to_image
 from mosaic.training.encoding import encode_batch
 from mosaic.training.objective import call_settings, predict
@@ -54,22 +57,12 @@ def validate(
         if asked_to_stop():
             raise ValidationStopped
 
-    for index, (prompt, references) in enumerate(_cases(dataset, config)):
+    for index, case in enumerate(_cases(dataset, config)):
         go_on()
-        result = pipeline(
-            prompt,
-            references,
-            height=config.data.image_size[0],
-            width=config.data.image_size[1],
-            reference_size=config.data.reference_size,
-            reference_attention=config.model.reference_attention,
-            num_inference_steps=validation.num_inference_steps,
-            guidance_scale=validation.guidance_scale,
-            max_sequence_length=config.model.text_length,
-            generator=torch.Generator().manual_seed(validation.seed + index),
-        )
+        generator = torch.Generator().manual_seed(validation.seed + index)
+        result = pipeline(case.prompt, case.references, reference_strength=case.strengths, generator=generator, **case.options.arguments)
         if folder is not None:
-            _write_panel(case_panel(references, result.images[0], prompt), folder / f"case_{index}.png")
+            _write_panel(case_panel(case.references, result.images[0], case.prompt), folder / f"case_{index}.png")
     sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)
@@ -88,15 +81,54 @@ def _write_panel(panel: Image.Image, path: Path) -> None:
         logger.exception("%s cannot be written; validation goes on", path)
 
 
-def _cases(dataset: TrainingDataset, config: Config) -> list[tuple[str, list]]:
-    """(prompt, reference pictures) of the panels: from a cases file, or spread over the held-out samples."""
-    validation = config.validation
+class _Case(NamedTuple):
+    """A panel: prompt, references with their strengths, and what the sampler is told."""
+
+    prompt: str
+    references: list[Image.Image]
+    strengths: list[float] | None
+    options: SamplingOptions
+
+
+def panel_options(config: Config) -> SamplingOptions:
+    """What the sampler is told for the panels of held-out samples, and of cases where these leave it open."""
+    height, width = config.data.image_size
+    return SamplingOptions(
+        height=height,
+        width=width,
+        num_inference_steps=config.validation.num_inference_steps,
+        guidance_scale=config.validation.guidance_scale,
+        reference_size=config.data.reference_size,
+        reference_attention=config.model.reference_attention,
+        max_sequence_length=config.model.text_length,
+    )
+
+
+def check_panels(config: Config, vae_scale_factor: int) -> None:
+    """Check the cases of `validation.cases`, and their sizes against the model.
+
+    Raises:
+        FileNotFoundError: The file or a picture is missing.
+        ValueError: A case is bad, or its size does not fit the tokens.
+    """
+    options = panel_options(config)
+    for case in load_cases(config.validation.cases, config.data.reference_size):
+        check_size(options.given(case.options), case, vae_scale_factor)
+
+
+def _cases(dataset: TrainingDataset, config: Config) -> list[_Case]:
+    """The panels: cases of a cases file, or samples spread over the held-out ones."""
+    validation, options = config.validation, panel_options(config)
     if validation.cases is not None:
         cases = load_cases(validation.cases, config.data.reference_size)[: validation.num_cases]
-        return [(case.prompt, [load_image(path) for path in case.image_paths]) for case in cases]
+        pictures = [[load_image(path) for path in case.image_paths] for case in cases]
+        return [
+            _Case(case.prompt, images, [reference.strength for reference in case.references], options.given(case.options))
+            for case, images in zip(cases, pictures, strict=True)
+        ]
     count = min(validation.num_cases, len(dataset))
     samples = [dataset[index * len(dataset) // count] for index in range(count)]
-    return [(sample.prompt, [tensor_to_image(reference) for reference in sample.references]) for sample in samples]
+    return [_Case(sample.prompt, [tensor_to_image(reference) for reference in sample.references], None, options) for sample in samples]
 
 
 def batch_attention_accuracy(

@@ -19,6 +19,7 @@ from mosaic.method.losses import MosaicLoss
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer, train
 from mosaic.training import trainer as training
+from mosaic.training.starting import open_run
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -119,6 +120,45 @@ def test_validation_takes_a_cases_file(world: Path, tmp_path: Path) -> None:
     )
     train(config)
     assert len(list((tmp_path / "run/validation/step_00000001").iterdir())) == 2
+
+
+def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"width": 16, "num_inference_steps": 3, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    pictures = ["reference_0.png", "reference_1.png"]
+    entries = [
+        {"prompt": "a cat and a mug", "references": [{"path": pictures[0], "strength": 0.5}, pictures[1]], **own},
+        {"prompt": "a cat", "image_paths": pictures[:1]},
+    ]
+    path = tmp_path / "panels.json"
+    for name in pictures:
+        (tmp_path / name).write_bytes((world / name).read_bytes())
+    path.write_text(json.dumps(entries))
+    trainer = Trainer(runs.make_config(world, tmp_path / "run", validation__every=1, validation__cases=str(path), validation__seed=5))
+    seen: list[dict[str, Any]] = []
+    call = MosaicFluxPipeline.__call__
+
+    def record(self: MosaicFluxPipeline, prompt: str, references: list, **given: Any) -> Any:
+        seen.append(given)
+        return call(self, prompt, references, **given)
+
+    monkeypatch.setattr(MosaicFluxPipeline, "__call__", record)
+    training.validate(trainer.pipeline, trainer.held_out, trainer.config, None, lambda: False)
+    assert [given["reference_strength"] for given in seen] == [[0.5, 1.0], [1.0]]
+    usual = {"width": trainer.config.data.image_size[1], "image_guidance_scale": 1.0, "guidance_scale": 3.5}
+    usual |= {"num_inference_steps": trainer.config.validation.num_inference_steps}
+    assert [{name: given[name] for name in own} for given in seen] == [own, usual]
+    assert {given["reference_attention"] for given in seen} == {trainer.config.model.reference_attention}
+    assert [given["generator"].initial_seed() for given in seen] == [5, 6]
+
+
+def test_panels_of_a_size_that_the_model_cannot_have_are_refused_before_it_is_loaded(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "reference_0.png").write_bytes((world / "reference_0.png").read_bytes())
+    path = tmp_path / "panels.json"
+    path.write_text(json.dumps([{"prompt": "a cat", "image_paths": ["reference_0.png"], "height": 18}]))
+    with pytest.raises(
+        ValueError, match=r"panels.json\[0\].height, width: height and width must be positive multiples of the token size 4"
+    ):
+        open_run(runs.make_config(world, tmp_path / "run", validation__every=1, validation__cases=str(path)), False)
 
 
 def test_validation_is_reproducible_and_changes_nothing(world: Path, tmp_path: Path) -> None:
