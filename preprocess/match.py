@@ -17,7 +17,6 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from mosaic.config.schema import build_section
 from mosaic.data import Manifest, Row
 from mosaic.reports.figures import contact_sheet, save_picture
 from preprocess.extractors import build_extractor
@@ -83,14 +82,14 @@ def matching_settings(arguments: argparse.Namespace) -> MatchingSettings:
     Raises:
         ValueError: A value is out of range, or a filter was asked for in the released layout, which cannot hold its result.
     """
-    given = {name: getattr(arguments, name) for name in MatchingSettings.__dataclass_fields__ if hasattr(arguments, name)}
+    given = {name: getattr(arguments, name) for name in MatchingSettings.model_fields if hasattr(arguments, name)}
     filters = [name for name in FILTERS if name in given]
     if arguments.layout == "release" and filters:
         raise ValueError(
             f"--{filters[0].replace('_', '-')} must not be given with --layout release: its files hold a match for every target cell, "
             "and consensus is left to their reader."
         )
-    return build_section(MatchingSettings, given)
+    return MatchingSettings(**given)
 
 
 def run(arguments: argparse.Namespace, state: PartialState) -> str:

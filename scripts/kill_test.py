@@ -113,7 +113,7 @@ def kill_test(config: Config, output: Path, kills: int, rng: random.Random) -> R
 
 def _with_output(config: Config, folder: Path) -> Config:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, output_dir=str(folder), log_every=1))
+    return config.replace(training=config.training.replace(output_dir=str(folder), log_every=1))
 
 
 def preload() -> None:

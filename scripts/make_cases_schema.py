@@ -4,17 +4,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mosaic.config.sections import MAX_STRENGTH
-from mosaic.rendering.cases.grids import MAX_PER_CASE
-from mosaic.rendering.cases.reading import MAX_INDEX, OPTIONS, CaseOptions
+from mosaic.rendering.cases.reading import MAX_INDEX, CaseOptions
 from mosaic.rendering.cases.references import KEYS, MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
 from mosaic.rendering.cases.shapes import IMAGE_PATHS, SHAPES, Shape
-from scripts.make_config_schema import field_meanings, type_schema, write_schema
+from scripts.make_config_schema import write_schema
 
 FILE = ROOT / "configs/cases.schema.json"
 TEXT = {"type": "string", "pattern": r"\S", "maxLength": MAX_TEXT}
@@ -38,11 +37,8 @@ POINTS = {
 
 def options_schema() -> dict[str, Any]:
     """What a case may decide for itself, and its index."""
-    hints, meanings = get_type_hints(CaseOptions, include_extras=True), field_meanings(CaseOptions)
-    options = {name: {"description": meanings[name]} | type_schema(hints[name]) for name in OPTIONS}
-    options["seeds"] |= {"maxItems": MAX_PER_CASE}
     index = {"description": "Number in the names of the output files; without it the position in the file.", "type": "integer"}
-    return {"index": index | {"minimum": 0, "maximum": MAX_INDEX}, **options}
+    return {"index": index | {"minimum": 0, "maximum": MAX_INDEX}, **CaseOptions.model_json_schema()["properties"]}
 
 
 def references_schema() -> dict[str, Any]:
@@ -75,7 +71,7 @@ def foreign_schema(shape: Shape) -> dict[str, Any]:
         patterns = {"patternProperties": {f"^{shape.path_prefix}[0-9]+$": PATH}}
         required = ["prompt", f"{shape.path_prefix}0"]
     unused = {key: {"description": "Without effect; a note says so."} for key in shape.unused}
-    told = {"anyOf": [{"required": [key]} for key in shape.told_by]}
+    told: dict[str, Any] = {"anyOf": [{"required": [key]} for key in shape.told_by]}
     schema = {"title": f"A case of {shape.name}", "type": "object", "required": required, "additionalProperties": False, **patterns}
     if shape.one_path:
         told = {"allOf": [told, {"oneOf": [{"required": [IMAGE_PATHS]}, {"required": [shape.one_path]}]}]}

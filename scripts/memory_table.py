@@ -1,7 +1,6 @@
 """Which settings fit which cards: predicted memory of FLUX.1-dev's training and inference over K, resolution and what saves memory."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -83,7 +82,7 @@ def totals(shape: ModelShape = FLUX_DEV_SHAPE) -> dict[tuple[int, int], dict[Cho
 
 def with_checkpointing(config: Config, recomputed: bool) -> Config:
     """The config with or without recomputed blocks."""
-    return replace(config, model=replace(config.model, gradient_checkpointing="block" if recomputed else "none"))
+    return config.replace(model=config.model.replace(gradient_checkpointing="block" if recomputed else "none"))
 
 
 def total_of(config: Config, shape: ModelShape, num_references: int, choice: Choice, parts: Mapping[str, int]) -> float:

@@ -1,17 +1,18 @@
-"""The settings of training and inference: JSON files and `--set` overrides into one frozen, validated `Config`. Standard library only.
+"""The settings of training and inference: JSON files and `--set` overrides into one frozen, validated `Config`.
 
 The sections and their fields, with defaults and meanings, are in `mosaic.config.sections`; a config file lists only what differs.
 Files and folders named in a config (`data.root`, `inference.cases`, a local `model.pretrained`) are relative to the current
 directory, as in a shell, not to the config file.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosaic.config.schema import FieldError, build_section, refuse_unknown_keys, to_plain
+from pydantic import Field
+
+from mosaic.config.schema import FieldError, Section, unknown_setting
 from mosaic.config.sections import (
     LOSS_PRESETS,
     DataConfig,
@@ -20,11 +21,10 @@ from mosaic.config.sections import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    Section,
     TrainingConfig,
     ValidationConfig,
 )
-from mosaic.files import nearest, read_json, shown
+from mosaic.files import read_json, shown
 
 __all__ = [
     "LOSS_PRESETS",
@@ -44,32 +44,28 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Section):
     """All settings of a run; one schema for training and inference, each of which reads the sections it needs."""
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
     """The frozen base model."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     """The reference adapter that is trained."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
     """The training samples."""
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
     """The attention losses."""
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """The optimizer and its learning rate."""
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
     """Length, batch, precision and outputs of a run."""
-    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Cases the training has not seen."""
-    inference: InferenceConfig = dataclasses.field(default_factory=InferenceConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
     """Rendering of a cases file."""
 
 
-SECTIONS: dict[str, type[Section]] = {
-    section.path: section
-    for section in (ModelConfig, LoraConfig, DataConfig, LossConfig, OptimizerConfig, TrainingConfig, ValidationConfig, InferenceConfig)
-}
+SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
 """The sections by the name under which they stand in a file."""
 
 EXTENDS = "extends"
@@ -128,7 +124,7 @@ def from_dict(values: object, source: str = "config") -> Config:
 
 def resolved_dict(config: Config) -> dict[str, Any]:
     """Return all settings, defaults and presets filled in, as JSON types."""
-    return to_plain(config)
+    return config.model_dump(mode="json")
 
 
 def config_to_json(config: Config) -> str:
@@ -140,7 +136,7 @@ def _parse_override(text: str) -> _Override:
     """Split "section.field=value" and read the value.
 
     Raises:
-        ValueError: It does not have that form, or names no known field.
+        ValueError: It does not have that form, or names no known section.
     """
     source = f"--set {text}"
     key, equals, raw = text.partition("=")
@@ -148,8 +144,7 @@ def _parse_override(text: str) -> _Override:
     if not (equals and dot and section and field):
         raise ValueError(f"--set must have the form section.field=value, such as lora.rank=32, got {shown(text)}.")
     if section not in SECTIONS:
-        raise FieldError(key.strip(), f"is not a known setting.{nearest(section, SECTIONS) or ' Sections: ' + ', '.join(SECTIONS)}", source)
-    _with_source(source, {}, refuse_unknown_keys, [field], [item.name for item in dataclasses.fields(SECTIONS[section])], section)
+        raise unknown_setting(key.strip(), section, SECTIONS, source)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -185,14 +180,7 @@ def _build(values: object, source: str, sources: Mapping[str, str]) -> Config:
     """Make and validate the config; `sources` gives the place of single dotted paths, `source` that of all others."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{source}: must be a JSON object of sections, got {shown(values)}.")
-    sections = {name: value for name, value in values.items() if name not in IGNORED_KEYS}
-    _with_source(source, sources, refuse_unknown_keys, sections, list(SECTIONS), "")
-    return Config(**{name: _with_source(source, sources, build_section, SECTIONS[name], value) for name, value in sections.items()})
-
-
-def _with_source(source: str, sources: Mapping[str, str], function: Any, *arguments: Any) -> Any:
-    """Call a function and add the place of the value to a FieldError that it raises."""
     try:
-        return function(*arguments)
+        return Config(**{name: value for name, value in values.items() if name not in IGNORED_KEYS})
     except FieldError as error:
         raise FieldError(error.path, error.problem, sources.get(error.path, source)) from error

@@ -1,53 +1,11 @@
-"""Typed, validated, frozen sections for JSON settings.
+"""The base of all settings: frozen pydantic models, and their errors in one sentence that names setting, condition, value and cure."""
 
-A section is a frozen dataclass that derives from `Section`. Its annotations are the whole schema: `bool`, `int`, `float`, `str`,
-`Literal`, `tuple[...]`, unions with `None`, and `Annotated` with `Bounds` or `NotEmpty` for ranges. Every check runs in
-`__post_init__`, so a section is valid however it was made. Standard library only.
-"""
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
 
-import dataclasses
-import math
-import types
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mosaic.files import nearest, shown
-
-
-class Bounds(NamedTuple):
-    """Range of a number. None means unbounded on that side; `above` and `below` exclude their value, `minimum` and `maximum` include it."""
-
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def describe(self) -> str:
-        """Return the range in words, such as ' of at least 0 and at most 1'."""
-        words = {"at least": self.minimum, "more than": self.above, "at most": self.maximum, "less than": self.below}
-        parts = [f"{word} {value:g}" for word, value in words.items() if value is not None]
-        return f" of {' and '.join(parts)}" if parts else ""
-
-    def holds(self, value: float) -> bool:
-        """Return whether a number lies in the range."""
-        return (
-            (self.minimum is None or value >= self.minimum)
-            and (self.maximum is None or value <= self.maximum)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-
-
-class NotEmpty(NamedTuple):
-    """Marks a string that must hold more than white space."""
-
-    def describe(self) -> str:
-        """Return the condition in words."""
-        return " that is not empty"
-
-    def holds(self, value: str) -> bool:
-        """Return whether the string holds more than white space."""
-        return bool(value.strip())
 
 
 class FieldError(ValueError):
@@ -65,124 +23,101 @@ class FieldError(ValueError):
         super().__init__(f"{path} {problem}{end}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """Base of all sections: checks every field against its annotation and stores lists as tuples and integers of float fields as floats."""
+def unknown_setting(path: str, word: str, known: Iterable[str], source: str | None = None) -> FieldError:
+    """The error for a setting that does not exist; `word`, a part of its dotted path, is none of the `known` names."""
+    cure = nearest(word, known) or f" Known here: {', '.join(known)}"
+    return FieldError(path, f"is not a known setting.{cure}", source)
+
+
+def _tidy(schema: dict[str, Any]) -> None:
+    """In the JSON Schema of a model: descriptions on one line, and no titles, which repeat the names."""
+    for part in (schema, *schema["properties"].values()):
+        part.pop("title", None)
+        part["description"] = " ".join(part["description"].split())
+
+
+class Section(BaseModel):
+    """Base of all settings. Types are strict: no bool for an int, no string for a number; but an int for a float, and lists for tuples.
+
+    The docstring below a field is its description in the JSON Schema.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_tidy,
+    )
 
     path: ClassVar[str] = ""
     """Name of the section in the JSON file; the first part of the dotted path in messages."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, /, **values: Any) -> None:
         """Validate the fields.
 
         Raises:
-            FieldError: A value has the wrong type or is out of range.
+            FieldError: An unknown field, a value of the wrong type or out of range, or values that exclude one another.
         """
-        hints = get_type_hints(type(self), include_extras=True)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            object.__setattr__(self, field.name, _checked(value, hints[field.name], f"{self.path}.{field.name}"))
+        try:
+            super().__init__(**{name: _as_tuples(value) for name, value in values.items()})
+        except ValidationError as error:
+            raise _first_error(type(self), error, values) from error
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with other values of some fields, validated, which pydantic's `model_copy` does not do."""
+        return type(self)(**(dict(self) | changes))
 
 
-SectionType = TypeVar("SectionType", bound=Section)
+def _as_tuples(value: Any) -> Any:
+    """JSON's lists as tuples, all the way down."""
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def build_section(section_type: type[SectionType], values: object) -> SectionType:
-    """Make a section from the object that stood in a JSON file.
-
-    Args:
-        section_type: The dataclass to make.
-        values: The parsed JSON value, which must be an object; missing keys take their defaults.
-
-    Raises:
-        FieldError: The value is no object, has an unknown key, or a value does not fit.
-    """
-    if not isinstance(values, Mapping):
-        raise FieldError(section_type.path, f"must be an object of settings, got {shown(values)}")
-    refuse_unknown_keys(values, [field.name for field in dataclasses.fields(section_type)], section_type.path)
-    return section_type(**values)
-
-
-def refuse_unknown_keys(given: Iterable[str], known: list[str], section: str) -> None:
-    """Raise FieldError for the first key that is not known, naming the nearest known one.
-
-    Args:
-        given: Keys found.
-        known: Keys allowed.
-        section: Dotted path of the object that holds the keys; "" for the top level.
-    """
-    for key in given:
-        if key not in known:
-            cure = nearest(key, known) or f" Known here: {', '.join(known)}."
-            raise FieldError(f"{section}.{key}" if section else key, f"is not a known setting.{cure}".rstrip("."))
+def _first_error(section: type[Section], error: ValidationError, given: dict[str, Any]) -> FieldError:
+    """The first of pydantic's errors as ours. Unknown names come before values: a misspelt setting is the likelier cause."""
+    errors = error.errors(include_url=False)
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
+    ours = first.get("ctx", {}).get("error")  # of a validator of ours, or of a section within
+    if isinstance(ours, FieldError):
+        return ours
+    name = str(first["loc"][0])
+    path = f"{section.path}.{name}".lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return unknown_setting(path, name, section.model_fields)
+    schema, value = section.model_json_schema()["properties"][name], given.get(name)
+    cure = nearest(value, _choices(schema)) if isinstance(value, str) else ""
+    return FieldError(path, f"must be {_in_words(schema)}, got {shown(value)}{'.' if cure else ''}{cure}")
 
 
-def to_plain(value: object) -> Any:
-    """Return dataclasses as dicts and tuples as lists, all the way down, ready for JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+RANGE = {"minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most", "exclusiveMaximum": "less than"}
+TYPES = {"boolean": "true or false", "integer": "an integer", "number": "a number", "string": "a string", "null": "null"}
 
 
-def _checked(value: object, hint: Any, path: str) -> Any:
-    """Return the value in the form its annotation asks for, or raise FieldError."""
-    matched, result = _match(value, hint)
-    if not matched:
-        words = [str(word) for word in _literals(hint)]
-        cure = nearest(value, words) if isinstance(value, str) else ""
-        raise FieldError(path, f"must be {_describe(hint)}, got {shown(value)}{'.' if cure else ''}{cure}".rstrip("."))
-    return result
+def _in_words(schema: dict[str, Any]) -> str:
+    """The JSON Schema of a field in words, such as 'an integer of at least 1 or null'."""
+    if "anyOf" in schema:
+        return " or ".join(_in_words(option) for option in schema["anyOf"])
+    if "const" in schema or "enum" in schema:
+        return ("one of " if "enum" in schema else "") + ", ".join(shown(word) for word in _choices(schema))
+    if "$ref" in schema:
+        return "an object of settings"
+    if schema["type"] == "array":
+        return f"a list of {_count_in_words(schema)}, each {_in_words(schema.get('items') or schema['prefixItems'][0])}"
+    limits = [f"{words} {schema[key]:g}" for key, words in RANGE.items() if key in schema]
+    return TYPES[schema["type"]] + (f" of {' and '.join(limits)}" if limits else "") + (" that is not empty" if "pattern" in schema else "")
 
 
-def _match(value: object, hint: Any) -> tuple[bool, Any]:
-    """Return whether the value fits the annotation, and the value in stored form."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        matched, result = _match(value, arguments[0])
-        return matched and all(condition.holds(result) for condition in arguments[1:]), result
-    if origin in (Union, types.UnionType):
-        return next((found for found in (_match(value, option) for option in arguments) if found[0]), (False, None))
-    if origin is Literal:
-        return any(type(value) is type(word) and value == word for word in arguments), value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            return False, None
-        if not arguments:
-            return not value, ()
-        options = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(options) != len(value) or not value:
-            return False, None
-        found = [_match(item, option) for item, option in zip(value, options, strict=True)]
-        return all(matched for matched, _ in found), tuple(item for _, item in found)
-    if hint is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
-        return is_number, float(value) if is_number else None
-    if hint is int:
-        # True is an int in Python; a switch where a number belongs is a mistake. Beyond 64 bits no library takes it.
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63, value
-    return isinstance(value, hint), value
+def _count_in_words(schema: dict[str, Any]) -> str:
+    """How many values an array may hold, in words."""
+    least, most = schema.get("minItems", 0), schema.get("maxItems")
+    if most is not None:
+        return f"{most} values" if least == most else f"{least} to {most} values"
+    return "one or more values" if least else "values"
 
 
-def _describe(hint: Any) -> str:
-    """Return an annotation in words."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _describe(arguments[0]) + "".join(condition.describe() for condition in arguments[1:])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in arguments)
-    if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(shown(word) for word in arguments)
-    if origin is tuple:
-        if not arguments:
-            return "an empty list"
-        if arguments[-1] is Ellipsis:
-            return f"a list of one or more values, each {_describe(arguments[0])}"
-        return f"a list of {len(arguments)} values, each {_describe(arguments[0])}"
-    return {bool: "true or false", int: "an integer", float: "a number", str: "a string", types.NoneType: "null"}[hint]
-
-
-def _literals(hint: Any) -> list[Any]:
-    """Return all words that an annotation allows."""
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    return [word for argument in get_args(hint) for word in _literals(argument)]
+def _choices(schema: dict[str, Any]) -> list[str]:
+    """All words that a field allows."""
+    words = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    return [*words, *(word for option in schema.get("anyOf", ()) for word in _choices(option))]

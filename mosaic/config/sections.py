@@ -1,31 +1,39 @@
-"""The sections of a config: frozen dataclasses whose defaults are the paper's values (arXiv:2509.01977v1). Standard library only.
+"""The sections of a config: frozen models whose defaults are the paper's values (arXiv:2509.01977v1).
 
 Every field is followed by its description. `mosaic.config.loading` puts the sections together and reads them from JSON.
 """
 
-import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from mosaic.config.schema import Bounds, FieldError, NotEmpty, Section
+from pydantic import AfterValidator, Field, model_validator
+
+from mosaic.config.schema import FieldError, Section
 from mosaic.files import shown
 
-Text = Annotated[str, NotEmpty()]
-Count = Annotated[int, Bounds(minimum=1)]
-CountOrZero = Annotated[int, Bounds(minimum=0)]
-Seed = Annotated[int, Bounds(minimum=0, below=2**63)]
-Probability = Annotated[float, Bounds(minimum=0, maximum=1)]
-Momentum = Annotated[float, Bounds(minimum=0, below=1)]
-NotNegative = Annotated[float, Bounds(minimum=0)]
-Positive = Annotated[float, Bounds(above=0)]
-Guidance = Annotated[float, Bounds(minimum=0, maximum=100)]
-Side = Annotated[int, Bounds(minimum=1, maximum=8192)]
-Steps = Annotated[int, Bounds(minimum=1, maximum=1000)]
-Blocks = Literal["all", "double"] | tuple[CountOrZero, ...]
+
+def _in_64_bits(value: int) -> int:
+    """The same integer; beyond 64 bits no library takes it."""
+    if abs(value) >= 2**63:
+        raise ValueError("beyond 64 bits")
+    return value
+
+
+Text = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=1), AfterValidator(_in_64_bits)]
+CountOrZero = Annotated[int, Field(ge=0), AfterValidator(_in_64_bits)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Guidance = Annotated[float, Field(ge=0, le=100)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Blocks = Literal["all", "double"] | Annotated[tuple[CountOrZero, ...], Field(min_length=1)]
 PRODIGY_MIN_RATE = 0.1
 MAX_STRENGTH = 10  # of a reference, in a case or a call
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The frozen base model and how references take part in its attention."""
 
@@ -50,7 +58,6 @@ class ModelConfig(Section):
     """Length in tokens to which prompts are padded or cut for the T5 encoder."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
     """The reference adapter, the only thing that learns. Its scale is 1: alpha equals the rank."""
 
@@ -67,7 +74,6 @@ class LoraConfig(Section):
     """Change the rank of `pretrained` to `rank`: a lower one by truncated SVD, a higher one exactly; false: another rank is refused."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """The training samples and what is left out of them at random."""
 
@@ -93,7 +99,7 @@ class DataConfig(Section):
     """semalign: index file of the sample ids, made if it is not there; None: `semalign_ids.parquet` in `root`."""
     image_size: tuple[Count, Count] = (512, 512)
     """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1). semalign: square."""
-    buckets: tuple[()] | tuple[tuple[Count, Count], ...] = ()
+    buckets: tuple[tuple[Count, Count], ...] = ()
     """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
     targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Our format only."""
     reference_size: Side = 512
@@ -118,9 +124,9 @@ class DataConfig(Section):
     both_dropout: Probability = 0.05
     """Probability that a sample loses references, points and prompt."""
 
-    def __post_init__(self) -> None:
-        """Validate; the three dropouts exclude one another, so they must add up to at most 1. SemAlign's pictures all are square."""
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """The three dropouts exclude one another, so they must add up to at most 1. SemAlign's pictures all are square."""
         total = self.image_dropout + self.text_dropout + self.both_dropout
         if total > 1:
             raise FieldError("data.image_dropout", f"+ text_dropout + both_dropout must be at most 1, got {total:g}")
@@ -128,6 +134,7 @@ class DataConfig(Section):
             raise FieldError("data.image_size", f'must be square where data.format is "semalign", got {shown(self.image_size)}')
         if self.format == "semalign" and self.buckets:
             raise FieldError("data.buckets", f'must be empty where data.format is "semalign" (all square), got {shown(self.buckets)}')
+        return self
 
 
 LOSS_PRESETS: dict[str, dict[str, Any]] = {
@@ -163,15 +170,11 @@ LOSS_PRESETS["light"] = LOSS_PRESETS["paper"] | {
 their weights and with a cap (docs/ablation.md)."""
 
 
-_NOT_GIVEN: Any = object()
-
-
-def _from_preset() -> Any:
+def _from_preset(name: str) -> Any:
     """Default of a loss field that takes its value from the preset when it is not given; a None that is given stays None."""
-    return dataclasses.field(default=_NOT_GIVEN)
+    return Field(default_factory=lambda given: LOSS_PRESETS[given["preset"]][name])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
     """The attention losses beside flow matching. `preset` fills every field that is not given; each can also be set by itself."""
 
@@ -179,26 +182,26 @@ class LossConfig(Section):
 
     preset: Literal["paper", "release", "light"] = "paper"
     """Source of the fields that are not given (`LOSS_PRESETS`)."""
-    correspondence_weight: NotNegative = _from_preset()
+    correspondence_weight: NotNegative = _from_preset("correspondence_weight")
     """Weight of the correspondence loss (alpha of Eq. 15). paper 0.4, release 0.1, light 0.04."""
-    disentanglement_weight: NotNegative = _from_preset()
+    disentanglement_weight: NotNegative = _from_preset("disentanglement_weight")
     """Weight of the disentanglement loss after its warm-up (beta of Eq. 15). paper 0.6, release 1.0, light 0.06."""
-    correspondence_reduction: Literal["reference", "point"] = _from_preset()
+    correspondence_reduction: Literal["reference", "point"] = _from_preset("correspondence_reduction")
     """The mean of Eq. 10. "reference": over the points of a reference, then over the references (paper); "point": over all points
     pooled (release)."""
-    disentanglement_rows: Literal["points", "all"] = _from_preset()
+    disentanglement_rows: Literal["points", "all"] = _from_preset("disentanglement_rows")
     """Rows averaged per reference (Eq. 11). "points": those at its points, renormalised (paper); "all": those of all its tokens, as
     they are (release)."""
-    divergence: Literal["symmetric_kl", "jensen_shannon"] = _from_preset()
+    divergence: Literal["symmetric_kl", "jensen_shannon"] = _from_preset("divergence")
     """Divergence between two references' mean rows (Eq. 13). paper "symmetric_kl", release "jensen_shannon"."""
-    disentanglement_start_step: CountOrZero = _from_preset()
+    disentanglement_start_step: CountOrZero = _from_preset("disentanglement_start_step")
     """Optimizer step until which the disentanglement weight is 0. paper 0, release 10000."""
-    disentanglement_warmup_steps: CountOrZero = _from_preset()
+    disentanglement_warmup_steps: CountOrZero = _from_preset("disentanglement_warmup_steps")
     """Optimizer steps over which that weight then rises linearly to its full value. paper 0, release 1000."""
-    disentanglement_cap: Positive | None = _from_preset()
+    disentanglement_cap: Positive | None = _from_preset("disentanglement_cap")
     """Largest divergence that is still rewarded, in nats; None: no cap. Symmetric KL has no upper bound of its own. paper and release None,
     light 1."""
-    capture_blocks: Blocks = _from_preset()
+    capture_blocks: Blocks = _from_preset("capture_blocks")
     """Blocks whose attention is supervised. "all" (paper), "double" (release): the double-stream ones; or block numbers from 0,
     double-stream blocks first."""
     supervised_timesteps: tuple[Probability, Probability] = (0.0, 1.0)
@@ -207,20 +210,17 @@ class LossConfig(Section):
     max_points: Count = 1024
     """Correspondence points per sample that are supervised in a step; a larger number is subsampled anew each step."""
 
-    def __post_init__(self) -> None:
-        """Fill from the preset, then validate."""
-        for name, value in LOSS_PRESETS.get(self.preset if isinstance(self.preset, str) else "", LOSS_PRESETS["paper"]).items():
-            if getattr(self, name) is _NOT_GIVEN:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """An interval has two ends, and a block is supervised once."""
         low, high = self.supervised_timesteps
         if low >= high:
             raise FieldError("loss.supervised_timesteps", f"must be a lower and a higher timestep, got {shown(self.supervised_timesteps)}")
         if not isinstance(self.capture_blocks, str) and len(set(self.capture_blocks)) != len(self.capture_blocks):
             raise FieldError("loss.capture_blocks", f"must name each block once, got {shown(self.capture_blocks)}")
+        return self
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
     """The optimizer of the adapter's weights, with a constant learning rate after an optional warm-up."""
 
@@ -244,17 +244,17 @@ class OptimizerConfig(Section):
     ema_decay: Momentum | None = None
     """Decay of an exponential moving average of the adapter, which is then what is validated and exported; None: no average."""
 
-    def __post_init__(self) -> None:
-        """Validate; a learning rate meant for AdamW would leave Prodigy standing still."""
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """A learning rate meant for AdamW would leave Prodigy standing still."""
         if self.name == "prodigy" and self.learning_rate < PRODIGY_MIN_RATE:
             raise FieldError(
                 "optimizer.learning_rate",
                 f'must be at least {PRODIGY_MIN_RATE} where optimizer.name is "prodigy" (a factor, usually 1), got {self.learning_rate:g}',
             )
+        return self
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):
     """Length, batch, precision and outputs of a training run."""
 
@@ -287,20 +287,20 @@ class TrainingConfig(Section):
     non_finite: Literal["stop", "skip"] = "stop"
     """What happens where the loss or the gradient is not finite. "stop": save the batch's ids and a checkpoint of the steps before, then
     end; "skip": leave the batch out, with a note in the log."""
-    trackers: tuple[()] | tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where numbers are shown beside the run's own files. "wandb" must be installed; a tracker that fails never ends a run."""
     peak_tflops: Positive | None = None
     """Peak of one device in TFLOP/s, for the utilisation (MFU) that is logged; None: that of the data sheet for bf16 where the device is
     known, else none is logged."""
 
-    def __post_init__(self) -> None:
-        """Validate; a run must have an end."""
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """A run must have an end."""
         if self.max_steps is None and self.max_epochs is None:
             raise FieldError("training.max_steps", "must be an integer of at least 1 where max_epochs is null, got null")
+        return self
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationConfig(Section):
     """Pictures and attention accuracy of cases the training has not seen."""
 
@@ -322,7 +322,6 @@ class ValidationConfig(Section):
     """Seed of the start noise."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class InferenceConfig(Section):
     """Rendering of a cases file. The size of the references is `data.reference_size`."""
 
@@ -342,7 +341,7 @@ class InferenceConfig(Section):
     id. None: no such LoRA."""
     style_lora_weight_name: Text | None = None
     """Name of the file inside `style_lora`. None: pytorch_lora_weights.safetensors."""
-    style_lora_scale: Annotated[float, Bounds(minimum=-100, maximum=100)] = 1.0
+    style_lora_scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
     """Factor on `style_lora`; 0: no effect."""
     height: Side = 512
     """Height of the picture in pixels; a multiple of the model's token size."""
@@ -362,7 +361,7 @@ class InferenceConfig(Section):
     """The same for the other modes: compute the references every so many sampling steps, an approximation. None, 1: at every step."""
     seed: Seed = 42
     """Seed of the start noise; the case with index i starts from seed + i, whatever the other cases are."""
-    reference_scale: Annotated[float, Bounds(above=0, maximum=1)] = 0.9
+    reference_scale: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Long side of the subject in a prepared reference, as a share of the picture's side."""
     report: bool = False
     """Also write a page per picture that shows where each reference looks, an overview page, and the numbers in the manifest."""
@@ -389,12 +388,12 @@ class InferenceConfig(Section):
     """GGUF file with the transformer's weights, in place of those of `model.pretrained`. Needs the package gguf."""
     quantized_cache: Text | None = "outputs/quantized"
     """Folder in which quantised weights are kept, so that they are quantised once; None: they are not kept."""
-    num_threads: Annotated[int, Bounds(minimum=1, maximum=4096)] = 1
+    num_threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """CPU threads of a process. Pictures are equal bit for bit only at equal numbers, so the machine does not choose it."""
 
-    def __post_init__(self) -> None:
-        """Validate; some settings exclude one another."""
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Some settings exclude one another."""
         if self.step_cache == "none" and self.step_cache_threshold is not None:
             given = f'must be null where inference.step_cache is "none", got {self.step_cache_threshold:g}'
             raise FieldError("inference.step_cache_threshold", given)
@@ -404,3 +403,4 @@ class InferenceConfig(Section):
         if self.step_cache != "none" and self.report:
             problem = f'must be "none" where a report is written, which reads every block of every step, got {shown(self.step_cache)}'
             raise FieldError("inference.step_cache", problem)
+        return self

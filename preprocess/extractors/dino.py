@@ -1,6 +1,5 @@
 """DINOv2 and DINOv3 patch tokens, and DINOv2 behind the adapter of DIY-SC (data facts B2, B3)."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
 class Dinov2Options(Section):
     """Options of `dinov2`."""
 
@@ -32,7 +30,6 @@ class Dinov2Options(Section):
     """Block whose output is taken, from 1; null: the last. Always before the final layer norm."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Dinov2DiyscOptions(Dinov2Options):
     """Options of `dinov2_diysc`."""
 
@@ -42,7 +39,6 @@ class Dinov2DiyscOptions(Dinov2Options):
     """Adapter of one branch, such as DIY-SC's 0300_dino_spair; it must be given."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Dinov3Options(Dinov2Options):
     """Options of `dinov3`."""
 

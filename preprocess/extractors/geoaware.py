@@ -6,7 +6,6 @@ weights are not in the layout of diffusers. Here the prompt is empty, so that fe
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -36,7 +35,6 @@ HIDDEN_GAINS, SKIP_GAINS = (1.2, 1.4), (0.9, 0.2)
 """FreeU's b1, b2 and s1, s2: the first for the widest hidden states (1280 channels), the second for those of the second level (640)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class GeoawareOptions(Section):
     """Options of `geoaware`."""
 

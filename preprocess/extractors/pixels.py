@@ -5,25 +5,24 @@ whose light, viewpoint or texture changes, and cannot tell parts of equal colour
 extractor for real data.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
-from mosaic.config.schema import Bounds, Section
+from mosaic.config.schema import Section
 from mosaic.config.sections import Count
 from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import fitted_grid, picture_tensor
 
 CELL = 2
 """Pixels per cell of the resized picture: its colours and its contrast are the finest description."""
-Scales = Annotated[int, Bounds(minimum=1, maximum=6)]
+Scales = Annotated[int, Field(ge=1, le=6)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class PixelsOptions(Section):
     """Options of `pixels`."""
 

@@ -1,6 +1,5 @@
 """The encoder of any VAE of diffusers as an extractor: local appearance, little meaning. The pocket model brings such a VAE."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,6 @@ from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_
 from preprocess.extractors.stable_diffusion import load_vae
 
 
-@dataclass(frozen=True, kw_only=True)
 class VaeOptions(Section):
     """Options of `vae`."""
 

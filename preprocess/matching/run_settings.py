@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mosaic.config.schema import to_plain
 from mosaic.data import Row
 from mosaic.files import first_difference, read_json, write_text
 from preprocess.extractors import ExtractorSpec
@@ -18,11 +17,14 @@ def run_settings(
     arguments: argparse.Namespace, settings: MatchingSettings, specs: Sequence[ExtractorSpec], extractors: Sequence[Extractor], device: str
 ) -> dict[str, Any]:
     """Everything that decides the results, as JSON values."""
-    described = {spec.name: {**to_plain(spec.options), **extractor.provenance} for spec, extractor in zip(specs, extractors, strict=True)}
+    described = {
+        spec.name: {**spec.options.model_dump(mode="json"), **extractor.provenance}
+        for spec, extractor in zip(specs, extractors, strict=True)
+    }
     order = [spec.name for spec in specs]
     return {
         "layout": arguments.layout,
-        "matching": to_plain(settings),
+        "matching": settings.model_dump(mode="json"),
         "order": order,
         "extractors": described,
         "device": device,

@@ -1,15 +1,15 @@
 """Settings of matching: everything that decides which points are found, beside the extractors."""
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from mosaic.config.schema import Bounds, Section
+from pydantic import Field
+
+from mosaic.config.schema import Section
 from mosaic.config.sections import Count, CountOrZero, Positive, Seed
 
-Cosine = Annotated[float, Bounds(minimum=-1, maximum=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class MatchingSettings(Section):
     """How feature maps become points."""
 
@@ -23,13 +23,13 @@ class MatchingSettings(Section):
     """Cells by which a target cell may miss itself on the way to its reference cell and back; 0: mutual nearest; null: no such filter."""
     min_similarity: Cosine | None = None
     """Least cosine of a match, for every extractor."""
-    min_margin: Annotated[float, Bounds(minimum=0, maximum=2)] | None = None
+    min_margin: Annotated[float, Field(ge=0, le=2)] | None = None
     """Least difference between the cosine of a match and that of the best cell beyond its neighbours, for every extractor."""
     soft_argmax: CountOrZero = 0
     """Half the side in cells of the window in which u is refined to the expected position, which is then rounded; 0: not refined."""
     temperature: Positive = 0.02
     """Temperature of that refinement."""
-    white_threshold: Annotated[int, Bounds(minimum=0, maximum=254)] | None = 5
+    white_threshold: Annotated[int, Field(ge=0, le=254)] | None = 5
     """Reference pixels whose channels are all within this of 255 are background; null: the whole reference is searched."""
     background: Literal["keep", "black"] = "keep"
     """What extractors see outside the masks: the picture, or black as in the release."""

@@ -5,7 +5,6 @@ other: neither has what it would have alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,7 +56,7 @@ class Pulls(NamedTuple):
 
 def paper_objective(config: Config) -> Config:
     """The config with the preset paper's losses and no dropout, so that adapters of all arms are asked the same."""
-    return replace(config, loss=LossConfig(), data=replace(config.data, image_dropout=0.0, text_dropout=0.0, both_dropout=0.0))
+    return config.replace(loss=LossConfig(), data=config.data.replace(image_dropout=0.0, text_dropout=0.0, both_dropout=0.0))
 
 
 def batch_gradients(pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, seed: int, first_index: int) -> Gradients:

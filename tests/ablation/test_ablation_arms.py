@@ -76,11 +76,9 @@ def test_the_losses_are_those_of_the_presets() -> None:
     paper, stable, light, release = (resolved_loss(arm) for arm in main_arms(3000)[3:])
     assert paper == LossConfig(preset="paper")
     schedule = {"disentanglement_start_step": 200, "disentanglement_warmup_steps": 200}
-    assert stable == dataclasses.replace(paper, disentanglement_cap=1.0, **schedule)
-    assert dataclasses.replace(release, disentanglement_start_step=10_000, disentanglement_warmup_steps=1_000) == LossConfig(
-        preset="release"
-    )
-    assert dataclasses.replace(light, preset="light") == LossConfig(preset="light")
+    assert stable == paper.replace(disentanglement_cap=1.0, **schedule)
+    assert release.replace(disentanglement_start_step=10_000, disentanglement_warmup_steps=1_000) == LossConfig(preset="release")
+    assert light.replace(preset="light") == LossConfig(preset="light")
     flow, scal = (resolved_loss(arm) for arm in main_arms(3000)[1:3])
     assert (flow.correspondence_weight, flow.disentanglement_weight) == (0, 0)
     assert (scal.correspondence_weight, scal.disentanglement_weight) == (0.4, 0)

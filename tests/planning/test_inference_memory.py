@@ -80,9 +80,9 @@ def test_a_run_takes_what_was_predicted(config: Config, world: Path, num_referen
 def test_kept_references_take_what_was_predicted(config: Config, world: Path, report: bool, guidance: float) -> None:
     """Each of a step's passes keeps its own keys and values; the one that maps are read from keeps queries too."""
     settings = {"reference_cache": True, "image_guidance_scale": guidance, "report": report, "batch_size": 2}
-    isolated = replace(config, model=replace(config.model, reference_attention="isolated"))
-    cached = replace(isolated, inference=replace(isolated.inference, **settings))
-    plain = replace(cached, inference=replace(cached.inference, reference_cache=False))
+    isolated = config.replace(model=config.model.replace(reference_attention="isolated"))
+    cached = isolated.replace(inference=isolated.inference.replace(**settings))
+    plain = cached.replace(inference=cached.inference.replace(reference_cache=False))
     pipeline = load_pipeline(isolated, world / "lora.safetensors", CPU)
     shape, demand = read_model_shape(config.model.pretrained), Demand(96, 128, 2)
 
@@ -99,14 +99,14 @@ def test_kept_references_take_what_was_predicted(config: Config, world: Path, re
     kept = reference_cache_bytes(*sizes, with_attention=report) + (guidance != 1) * reference_cache_bytes(*sizes)
     assert with_cache - without == kept
     assert run() == pytest.approx(with_cache, rel=0.15)
-    unguided = replace(cached, inference=replace(cached.inference, image_guidance_scale=1.0))
+    unguided = cached.replace(inference=cached.inference.replace(image_guidance_scale=1.0))
     given = predict_inference(unguided, shape, PLAIN, demand._replace(guided=guidance != 1), runs.RANK, "cpu")
     assert given.stages["steps"][ACTIVATIONS] == with_cache, "what the cases say counts"
 
 
 def test_a_batch_is_decoded_at_once(config: Config, world: Path) -> None:
     shape = read_model_shape(config.model.pretrained)
-    batch = replace(config, inference=replace(config.inference, batch_size=3))
+    batch = config.replace(inference=config.inference.replace(batch_size=3))
     memory = predict_inference(batch, shape, PLAIN, Demand(48, 64, 1), runs.RANK, "cpu")
     pipeline = load_pipeline(config, world / "lora.safetensors", CPU)
     latents = torch.zeros(3, tiny.CHANNELS // 4, 24, 32)
@@ -120,7 +120,7 @@ def test_a_batch_is_decoded_at_once(config: Config, world: Path) -> None:
 
 def test_references_that_are_not_kept_take_nothing(config: Config) -> None:
     shape, demand = read_model_shape(config.model.pretrained), Demand(96, 128, 2)
-    every_step = replace(config, inference=replace(config.inference, refresh_references=1))
+    every_step = config.replace(inference=config.inference.replace(refresh_references=1))
     assert predict_inference(every_step, shape, PLAIN, demand, runs.RANK) == predict_inference(config, shape, PLAIN, demand, runs.RANK)
 
 
@@ -128,7 +128,7 @@ def test_a_style_lora_takes_memory(config: Config, world: Path, tmp_path: Path) 
     base = tiny.build_transformer(False, stock=True, num_layers=1, num_single_layers=1)
     shapes = tiny.linear_shapes(base, ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"])
     save_file(tiny.random_lora_file(shapes, 2, 5), tmp_path / "style.safetensors")
-    styled = replace(config, inference=replace(config.inference, style_lora=str(tmp_path / "style.safetensors")))
+    styled = config.replace(inference=config.inference.replace(style_lora=str(tmp_path / "style.safetensors")))
     demand = largest_demand([], styled)
     shape = read_model_shape(config.model.pretrained)
     predicted = predict_inference(styled, shape, PLAIN, demand, runs.RANK, "cpu").stages["steps"][ADAPTER]
@@ -140,7 +140,7 @@ def test_a_style_lora_takes_memory(config: Config, world: Path, tmp_path: Path) 
 
 def test_maps_take_memory(config: Config) -> None:
     shape, demand = read_model_shape(config.model.pretrained), Demand(96, 128, 2)
-    with_maps = replace(config, inference=replace(config.inference, report=True))
+    with_maps = config.replace(inference=config.inference.replace(report=True))
     plain, mapped = (predict_inference(c, shape, PLAIN, demand, runs.RANK, "cpu").stages["steps"] for c in (config, with_maps))
     assert mapped[ACTIVATIONS] - plain[ACTIVATIONS] >= 2 * 4 * (2 * 9) * (24 * 32)
     assert {**mapped, ACTIVATIONS: 0} == {**plain, ACTIVATIONS: 0}
@@ -215,7 +215,7 @@ def test_too_little_memory_is_an_error(packages: set[str]) -> None:
 
 def test_other_weights_are_counted(packages: set[str], tmp_path: Path) -> None:
     def chosen(**settings: Any) -> str:
-        config = replace(FLUX_DEV, inference=replace(FLUX_DEV.inference, **settings))
+        config = FLUX_DEV.replace(inference=FLUX_DEV.inference.replace(**settings))
         return choose_preset(config, DEMAND, 128, torch.device("cuda"), 20 * GIB).preset
 
     assert chosen() == "24gb"
@@ -227,12 +227,12 @@ def test_other_weights_are_counted(packages: set[str], tmp_path: Path) -> None:
 def test_the_largest_case_counts(world: Path, config: Config) -> None:
     cases = load_cases(config.inference.cases, config.data.reference_size)
     assert largest_demand(cases, config) == Demand(*runs.IMAGE_SIZE, 2, False)
-    larger = cases[0]._replace(options=replace(cases[0].options, height=64, width=32))
+    larger = cases[0]._replace(options=cases[0].options.replace(height=64, width=32))
     assert largest_demand([larger, cases[1]], config) == Demand(64, 32, 2, False)
-    guided = cases[1]._replace(options=replace(cases[1].options, image_guidance_scale=0.0))
+    guided = cases[1]._replace(options=cases[1].options.replace(image_guidance_scale=0.0))
     assert largest_demand([cases[0], guided], config).guided
-    guided_run = replace(config, inference=replace(config.inference, image_guidance_scale=2.0))
-    unguided = [case._replace(options=replace(case.options, image_guidance_scale=1.0)) for case in cases]
+    guided_run = config.replace(inference=config.inference.replace(image_guidance_scale=2.0))
+    unguided = [case._replace(options=case.options.replace(image_guidance_scale=1.0)) for case in cases]
     assert largest_demand(cases, guided_run).guided
     assert not largest_demand(unguided, guided_run).guided
     assert largest_demand([], config).num_references == 0
@@ -246,10 +246,10 @@ def test_the_rank_is_read_from_the_header(world: Path, tmp_path: Path) -> None:
 
 
 def test_auto_becomes_a_preset(world: Path, config: Config) -> None:
-    auto = replace(config, inference=replace(config.inference, memory="auto"))
+    auto = config.replace(inference=config.inference.replace(memory="auto"))
     cases = load_cases(config.inference.cases, config.data.reference_size)
     resolved, reason = auto_config(auto, cases, world / "lora.safetensors", PartialState(cpu=True))
-    assert resolved == replace(config, inference=replace(config.inference, memory="80gb"))
+    assert resolved == config.replace(inference=config.inference.replace(memory="80gb"))
     assert "24 x 16 px and 2 references" in reason
 
 

@@ -1,7 +1,5 @@
 """How the losses pull at the adapter: against the gradient of their weighted sum, by hand, and that nothing is left changed."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ def test_the_parts_make_the_gradient_of_the_sum() -> None:
 
     def total(**weights: float) -> tuple[float, Tensor]:
         """The sum and its gradient."""
-        weighted = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **weights))
+        weighted = config.replace(loss=config.loss.replace(**weights))
         inputs = draw_inputs(pipeline.encoders, batch, weighted, sample_generators(SEED, FIRST, 2), torch.device("cpu"))
         terms = train_step(pipeline.transformer, *inputs, weighted.loss, 0, call_settings(weighted, pipeline.transformer))
         gradients = torch.autograd.grad(terms.total, parameters)

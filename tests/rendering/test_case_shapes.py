@@ -174,7 +174,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "their key in messages": ({"instruction": "x", "input_images": [3]}, "[0].input_images[0]: must be a string, got 3."),
     "seed and seeds": ({**UNO, "seed": 1, "seeds": [1]}, "[0].seed: must not be given together with seeds."),
     "equal seeds": ({**UNO, "seeds": [1, 1]}, "[0].seeds: must differ, since they name the output files, got [1, 1]."),
-    "no seeds": ({**UNO, "seeds": []}, "[0].seeds: must be a list of one or more values"),
+    "no seeds": ({**UNO, "seeds": []}, "[0].seeds: must be a list of 1 to 1000 values, each an integer of at least 0"),
     "steps": (
         {**UNO, "num_inference_steps": 0},
         "[0].num_inference_steps: must be an integer of at least 1 and at most 1000 or null, got 0.",
@@ -189,7 +189,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {**UNO, "image_guidance_scale": 1e40},
         "[0].image_guidance_scale: must be a number of at least 0 and at most",
     ),
-    "many seeds": ({**UNO, "seeds": list(range(1001))}, "[0].seeds: must have at most 1000 values, got 1001."),
+    "many seeds": ({**UNO, "seeds": list(range(1001))}, "[0].seeds: must be a list of 1 to 1000 values, each an integer of at least 0"),
     "names under image_paths": (
         {"prompt": "a <cat>", "image_paths": {"cat": "a.png"}},
         '[0].image_paths: must be a list of paths of reference pictures, got {"cat": "a.png"}: names, strengths and points go under "references"',

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +221,7 @@ def test_a_start_opens_each_split_and_reads_the_adapter_once(
     splits, adapters, open_manifest, read = [], [], Manifest.__init__, adapter.LoraFile.__init__
     monkeypatch.setattr(Manifest, "__init__", lambda self, root, split: splits.append(split) or open_manifest(self, root, split))
     monkeypatch.setattr(adapter.LoraFile, "__init__", lambda self, path, what: adapters.append(Path(path)) or read(self, path, what))
-    train(replace(config, training=replace(config.training, max_steps=2)), resume="auto")
+    train(config.replace(training=config.training.replace(max_steps=2)), resume="auto")
     assert sorted(splits) == ["heldout", "train"]
     assert adapters == [tmp_path / "run/checkpoints/step_00000001/lora.safetensors" if resume else world / "lora.safetensors"]
 

@@ -4,7 +4,6 @@ import logging
 from typing import Any, NamedTuple
 
 from mosaic.config.loading import Config
-from mosaic.config.schema import to_plain
 from mosaic.data.cache.latents import LatentCache
 from mosaic.data.cache.texts import TextCache
 from mosaic.weights.components import TEXT_COMPONENTS, component_config, component_folder, component_revision
@@ -59,7 +58,7 @@ def latent_encoding(config: Config) -> dict[str, Any]:
 def latent_settings(config: Config) -> dict[str, Any]:
     """What of `latent_encoding` the config alone decides."""
     data = config.data
-    sizes = to_plain(data.buckets or (data.image_size,))
+    sizes = [list(size) for size in data.buckets or (data.image_size,)]
     return {"dtype": config.model.dtype, "target_sizes": sizes, "reference_size": data.reference_size}
 
 

@@ -1,11 +1,12 @@
 """The cases file: prompts with their reference pictures, checked completely before anything is computed."""
 
-import dataclasses
 import stat
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from mosaic.config.schema import Bounds, FieldError, Section
+from pydantic import Field, model_validator
+
+from mosaic.config.schema import FieldError, Section
 from mosaic.config.sections import Guidance, Seed, Side, Steps
 from mosaic.files import nearest, parse_json, read_json, read_text, shown
 from mosaic.rendering.cases.grids import MAX_PER_CASE, MAX_PICTURES, expand_grid, num_pictures
@@ -18,7 +19,6 @@ MAX_FILE = 64 * 2**20  # bytes
 LINES = (".jsonl", ".ndjson")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CaseOptions(Section):
     """What a case may decide for itself. None: as the section `inference` of the config says."""
 
@@ -26,9 +26,9 @@ class CaseOptions(Section):
 
     seed: Seed | None = None
     """Seed of the start noise; None: `inference.seed` + index."""
-    seeds: tuple[Seed, ...] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=MAX_PER_CASE)] | None = None
     """Seeds of several pictures, instead of `seed` and `num_images_per_prompt`."""
-    num_images_per_prompt: Annotated[int, Bounds(minimum=1, maximum=MAX_PER_CASE)] | None = None
+    num_images_per_prompt: Annotated[int, Field(ge=1, le=MAX_PER_CASE)] | None = None
     """Number of pictures; their seeds are `seed`, `seed` + 1, and so on."""
     height: Side | None = None
     """Height of the picture in pixels; a multiple of the model's token size."""
@@ -41,19 +41,18 @@ class CaseOptions(Section):
     image_guidance_scale: Guidance | None = None
     """How far the velocity goes from that without references to that with them and beyond."""
 
-    def __post_init__(self) -> None:
-        """Validate; there is one way to say which pictures are wanted."""
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """There is one way to say which pictures are wanted."""
         for name in ("seed", "num_images_per_prompt"):
             if self.seeds is not None and getattr(self, name) is not None:
                 raise FieldError(f"case.{name}", "must not be given together with seeds")
-        if self.seeds is not None and len(self.seeds) > MAX_PER_CASE:
-            raise FieldError("case.seeds", f"must have at most {MAX_PER_CASE} values, got {len(self.seeds)}")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise FieldError("case.seeds", f"must differ, since they name the output files, got {shown(list(self.seeds))}")
+        return self
 
 
-OPTIONS = tuple(field.name for field in dataclasses.fields(CaseOptions))
+OPTIONS = tuple(CaseOptions.model_fields)
 KEYS = ("index", PROMPT, REFERENCES, IMAGE_PATHS, *OPTIONS)
 
 
