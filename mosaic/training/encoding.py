@@ -105,9 +105,10 @@ def batch_grids(batch: MosaicBatch, vae_scale_factor: int) -> Grids:
     Raises:
         ValueError: If a size is not divisible by the token size.
     """
+    (height, width), reference = batch.targets.shape[-2:], batch.references.shape[-2:]
     return Grids(
-        token_grid(*batch.targets.shape[-2:], vae_scale_factor, where="targets"),
-        token_grid(*batch.references.shape[-2:], vae_scale_factor, where="references"),
+        token_grid(height, width, vae_scale_factor, where="targets"),
+        token_grid(reference[0], reference[1], vae_scale_factor, where="references"),
     )
 
 

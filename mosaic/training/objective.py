@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from mosaic.config.loading import Config, DataConfig, LossConfig
@@ -21,7 +22,7 @@ from mosaic.method.losses import (
 )
 from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 from mosaic.model.attention_rows import CaptureRequest
-from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput
+from mosaic.model.transformer import MosaicTransformerOutput
 from mosaic.pipeline.encoders import Encoders
 from mosaic.training.encoding import EncodedBatch, batch_grids, encode_batch
 
@@ -61,7 +62,7 @@ class CallSettings(NamedTuple):
     embeds_guidance: bool
 
 
-def call_settings(config: Config, transformer: MosaicFluxTransformer2DModel) -> CallSettings:
+def call_settings(config: Config, transformer: FluxTransformer2DModel) -> CallSettings:
     """How a run of this config calls this transformer, which is not yet wrapped for several processes."""
     return CallSettings(config.model.reference_attention, transformer.config.guidance_embeds)
 
@@ -138,19 +139,21 @@ def train_step(
     # One joint sequence through all blocks (Eq. 4, Eq. 5, Eq. 6, Eq. 7). With the velocity come the rows (Eq. 8) at G(u) (Eq. 9, Eq. 11).
     capture = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
     output = predict(transformer, encoded, noisy_latents, draws.timesteps, capture, call)
+    rows = output.attention_rows
+    assert rows is not None  # they were asked for
 
     # Each reference's distribution over the target tokens (Eq. 12), and which references have one.
     if loss.disentanglement_rows == "all":
-        distributions = output.reference_rows
-        counted = draws.has_references.to(distributions.device)[:, None].expand(-1, points.num_references)
+        distributions, counted = output.reference_rows, draws.has_references.to(rows.device)[:, None].expand(-1, points.num_references)
+        assert distributions is not None
     else:
-        distributions, counted = reference_distributions(output.attention_rows, points), points.reference_mask
+        distributions, counted = reference_distributions(rows, points), points.reference_mask
 
     # The terms per sample (Eq. 10; Eq. 13 and Eq. 14), and their weighted sum over the batch (Eq. 15).
     supervised = is_supervised(loss, draws.timesteps).float()
     terms = {
         "flow_matching": flow_matching_loss(output.sample, draws.noise, encoded.latents),
-        "correspondence": correspondence_loss(output.attention_rows, points, loss.correspondence_reduction) * supervised,
+        "correspondence": correspondence_loss(rows, points, loss.correspondence_reduction) * supervised,
         "disentanglement": disentanglement_loss(distributions, counted, loss.divergence, loss.disentanglement_cap) * supervised,
     }
     return mosaic_loss(terms, loss_weights(loss, step))

@@ -165,16 +165,17 @@ def training_dataset(
     Raises:
         ValueError: A sample cannot be read, or the data cannot supervise.
     """
-    data, dataset = config.data, opened.samples
+    data = config.data
+    dataset: TrainingDataset | ReadableSamples | CachedSamples = opened.samples
     file = Path(config.training.output_dir) / "skipped.jsonl"
     if accelerator.is_main_process and not continues:
         file.unlink(missing_ok=True)  # of an earlier start in this folder, maybe with other data
     if data.skip_invalid:
         with accelerator.main_process_first():
-            skipped = find_unreadable(dataset, file, data.num_workers, accelerator.is_local_main_process)
+            skipped = find_unreadable(opened.samples, file, data.num_workers, accelerator.is_local_main_process)
         if skipped:
             logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
-            dataset = ReadableSamples(dataset, skipped)
+            dataset = ReadableSamples(opened.samples, skipped)
     if opened.caches != Caches(None, None):
         dataset = CachedSamples(dataset, *opened.caches)
     check_supervision(dataset, data.min_point_coverage)

@@ -71,7 +71,7 @@ def train(config: Config, resume: str | None = None) -> Path:
             trainer.resume(checkpoint)
         if trainer.accelerator.is_main_process:
             lock.acquire()
-            if resume not in (None, "auto"):
+            if checkpoint is not None and resume != "auto":
                 set_aside(run_dir / "checkpoints", checkpoint, [trainer.log.file, trainer.speed_log.file])
         with trainer.writer:
             return trainer.fit()
@@ -147,7 +147,7 @@ class Trainer:
             return
         self._settle()
         optimizer = self.updates.optimizer_state()
-        if self.accelerator.is_main_process:
+        if optimizer is not None:  # on the main process
             self.log.flush()
             schedule = {"learning_rate": self._learning_rate(), **scheduled_weights(self.config.loss, self.step)}
             state = {"samples_seen": self.step * self.global_batch, "schedule": schedule, **self.run}
@@ -288,6 +288,7 @@ class Trainer:
 
         A failure is logged and never ends a run. A stop signal cuts it short; the run then makes it when it is continued.
         """
+        assert self.held_out is not None  # `open_run` has opened them where validation is asked for
         is_main, sharded = self.accelerator.is_main_process, is_sharded(self.transformer)
         if is_main or sharded:
             folder = self.run_dir / "validation" / f"step_{self.step:08d}" if is_main else None

@@ -60,6 +60,7 @@ class Updates:
     def apply(self) -> None:
         """Clip the gradient, take the optimizer's step and forget the gradient; after `gradient_norm`."""
         if self.max_grad_norm is not None:
+            assert self._norm is not None  # that of this gradient
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, self._norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

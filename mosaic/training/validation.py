@@ -155,4 +155,5 @@ def batch_attention_rows(
     noisy_latents = add_noise(encoded.latents, noise, timesteps)
     call = call_settings(config, pipeline.transformer)
     output = predict(pipeline.transformer, encoded, noisy_latents, timesteps, capture, call)
+    assert output.attention_rows is not None  # they were asked for
     return output.attention_rows, points, grids.target

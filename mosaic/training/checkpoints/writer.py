@@ -33,7 +33,7 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         """Finish what is being written, also where the run ends by an error."""
         self._executor.shutdown(wait=True)
-        if self.failed:
+        if self.failed and self._pending is not None:
             logger.error("%s", self._pending.exception())
 
     def submit(self, snapshot: Snapshot) -> None:

@@ -124,6 +124,7 @@ class ThroughputMeter:
         Args:
             work: That of each of its micro-batches on this process.
         """
+        assert self.started is not None
         self.working += self.clock() - self.started
         self.steps += 1
         self.work = Work(*(sum(parts) for parts in zip(self.work, *work, strict=True)))
