@@ -68,11 +68,11 @@ def _join(
     samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, names: Sequence[str]
 ) -> tuple[Tensor, ...]:
     """All points of samples of one K in a row: u, v, reference, sample, int64 [N] each. Raises as `validate_points`."""
-    for name, sample in zip(names, samples, strict=True):
-        for k, pairs in enumerate(sample):
+    for name, references in zip(names, samples, strict=True):
+        for k, pairs in enumerate(references):
             if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
                 raise ValueError(f"{name}[{k}]: must be an integer tensor of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}.")
-    lists, num_references = [pairs for sample in samples for pairs in sample], len(samples[0])
+    lists, num_references = [pairs for references in samples for pairs in references], len(samples[0])
     if not lists:
         return (torch.zeros(0, dtype=torch.long),) * 4
     u, v = torch.cat(lists).long().unbind(1)
@@ -128,7 +128,8 @@ def batch_points(
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     padded = torch.zeros(3, *mask.shape, dtype=torch.long)
     padded[:, mask] = torch.stack([global_index(u, k, num_reference_tokens), v, k])
-    return Points(*padded, mask, counts.pop()).to(device or "cpu")
+    index, target_index, reference = padded
+    return Points(index, target_index, reference, mask, counts.pop()).to(device or "cpu")
 
 
 def draw_points(samples: Sequence[Sequence[Tensor]], max_points: int, generator: torch.Generator | None = None) -> list[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,8 +126,8 @@ def pool_accuracies(parts: list[AttentionAccuracy]) -> AttentionAccuracy:
     return AttentionAccuracy(**shares[0], **shares[1])
 
 
-def _pooled(parts: Sequence[NamedTuple], shares: Sequence[str], count: str) -> dict[str, float]:
-    """Means of some shares, weighted by the number of points they are of, and that number's sum."""
+def _pooled(parts: Sequence[NamedTuple], shares: Sequence[str], count: str) -> dict[str, Any]:
+    """By field: means of some shares, weighted by the number of points they are of, and that number's sum."""
     counted = [part for part in parts if getattr(part, count)]
     total = sum(getattr(part, count) for part in counted)
     means = {name: sum(getattr(part, count) / total * getattr(part, name) for part in counted) if total else math.nan for name in shares}

@@ -100,7 +100,7 @@ def branch_attention(
     if layout.reference_attention not in REFERENCE_ATTENTION_MODES:
         raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {layout.reference_attention!r}.")
     if layout.block_references is not None:
-        return _attention_with_earlier(query, key, value, layout, attend, text_length, capture)
+        return _attention_with_earlier(query, key, value, layout, layout.block_references, attend, text_length, capture)
     if layout.length == 0:
         return AttentionOutput(attend(query, key, value), None)
     # Every tensor is cut once: the gradient of a cut is one concatenation, that of separate slices a sum of padded copies.
@@ -131,11 +131,20 @@ def branch_attention(
 
 
 def _attention_with_earlier(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Attend, text_length: int, capture: CaptureRequest | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    earlier: BlockReferences,
+    attend: Attend,
+    text_length: int,
+    capture: CaptureRequest | None,
 ) -> AttentionOutput:
     """Attention of text and target over themselves and references of an earlier pass, and their rows with today's target keys."""
-    earlier = layout.block_references
-    rows = capture_rows(earlier.query, key[:, text_length:], layout.num_references, capture) if capture else CapturedRows()
+    rows = CapturedRows()
+    if capture is not None:
+        assert earlier.query is not None  # the transformer has asked for it
+        rows = capture_rows(earlier.query, key[:, text_length:], layout.num_references, capture)
     keys, values = torch.cat([key, earlier.key], dim=1), torch.cat([value, earlier.value], dim=1)
     return AttentionOutput(attend_with_bias(attend, query, keys, values, layout.key_bias), None, rows)
 

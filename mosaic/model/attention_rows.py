@@ -100,7 +100,8 @@ class _PointRows(torch.autograd.Function):
             ctx.save_for_backward(reference_query, target_key, global_index, attention)
             return attention.sum(dim=1) / heads
         ctx.save_for_backward(reference_query, target_key, global_index)
-        return sum(_softmax_rows(*part).sum(dim=1) for part in _head_parts(rows, target_key)) / heads
+        total: Any = sum(_softmax_rows(*part).sum(dim=1) for part in _head_parts(rows, target_key))
+        return total / heads
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -72,7 +72,7 @@ def _normalize(norm: nn.Module, hidden_states: Tensor) -> Tensor:
 
 def _modulate(hidden_states: Tensor, shift: _Vectors, scale: _Vectors, start: int) -> _Tokens:
     """x * (1 + scale) + shift, each branch with its own vectors."""
-    if scale.references is None:
+    if scale.references is None or shift.references is None:
         return _Tokens(hidden_states * (1 + scale.main) + shift.main, None)
     main = hidden_states[:, :start] * (1 + scale.main) + shift.main
     references = hidden_states[:, start:] * (1 + scale.references) + shift.references
@@ -154,8 +154,8 @@ def _attend(
     key = apply_rotary_emb(key, rotary, sequence_dim=1)
     attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
     output = branch_attention(query, key, value, layout, attend, text_length, capture)
-    main, references = (x if x is None else x.flatten(2, 3).to(query.dtype) for x in (output.main, output.references))
-    return output._replace(main=main, references=references)
+    references = None if output.references is None else output.references.flatten(2, 3).to(query.dtype)
+    return output._replace(main=output.main.flatten(2, 3).to(query.dtype), references=references)
 
 
 class MosaicFluxTransformerBlock(FluxTransformerBlock):

@@ -6,7 +6,7 @@ Text and target tokens see the bare base weights at timestep t; reference tokens
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, MagCacheConfig
@@ -59,7 +59,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         if not isinstance(transformer, cls):
             transformer.__class__ = cls
             _adopt_blocks(transformer)
-        return transformer
+        return cast(MosaicFluxTransformer2DModel, transformer)
 
     def fuse_qkv_projections(self) -> None:
         """Refused: a fused projection has no place for the per-branch LoRA.
@@ -140,8 +140,8 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             layouts = [Layout(*size, reference_attention, bias, block) for block in kept_references.blocks]
         elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
             hidden_states, img_ids = join_references(hidden_states, img_ids, reference_hidden_states, reference_ids)
-            size = reference_hidden_states.shape[1:3]
-            layouts = [Layout(*size, reference_attention, bias, keep_references=keep_references)] * len(blocks)
+            num_references, length = reference_hidden_states.shape[1:3]
+            layouts = [Layout(num_references, length, reference_attention, bias, keep_references=keep_references)] * len(blocks)
         num_reference_tokens = layouts[0].length
         captures = self._captures(capture, layouts)
 
@@ -235,7 +235,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             both = torch.stack([main.to(dtype), torch.full_like(main, reference, dtype=dtype)][:branches], dim=1) * 1000
             return embed.time_proj(both.flatten()).unflatten(0, both.shape).to(pooled_projections.dtype)
 
-        def mlp(layers: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+        def mlp(layers: Any, activation: nn.Module, x: Tensor) -> Tensor:
             return branch_linear(layers.linear_2, activation(branch_linear(layers.linear_1, x, 1)), 1)
 
         vectors = mlp(embed.timestep_embedder, embed.timestep_embedder.act, sinusoid(timestep, 0.0))

@@ -1,6 +1,7 @@
 """The optimizer of the adapter's weights (`optimizer.name`). AdamW is PyTorch's; the packages of the others are optional."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     """
     check_optimizer(config)
     parameters = list(parameters)
-    options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 

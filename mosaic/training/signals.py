@@ -5,7 +5,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 REQUEUE_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped on request with a checkpoint; starting again with --resume auto continues
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -33,7 +33,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         """Take over the signals; in another thread than the main one Python does not allow that, and they keep their effect."""

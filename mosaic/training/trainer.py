@@ -1,6 +1,7 @@
 """Training of the reference LoRA: the objects of a run and the loop around `mosaic.training.objective.train_step`."""
 
 import logging
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -110,7 +111,7 @@ class Trainer:
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
         self.optimizer = build_optimizer(config.optimizer, trainable)
-        updates = ZeroUpdates if uses_deepspeed() else Updates
+        updates: Callable[..., Updates] = ZeroUpdates if uses_deepspeed() else Updates
         self.updates = updates(self.accelerator, placed, self.parameters, self.optimizer, config.optimizer.max_grad_norm)
         self.transformer = self.updates.transformer
         decay = config.optimizer.ema_decay
@@ -166,8 +167,7 @@ class Trainer:
             raise error or OSError("the main process could not write a checkpoint; its message says why.")
 
     def _best_step(self, steps: list[int]) -> int | None:
-        metric = self.config.training.best_metric
-        return self.log.best_step(metric, steps) if metric is not None else None
+        return self.log.best_step(self.config.training.best_metric, steps)
 
     # ---- one step
 

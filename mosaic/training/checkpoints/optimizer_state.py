@@ -33,7 +33,8 @@ def pack_state(states: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping
     Raises:
         TypeError: A state is neither a tensor nor a number, string or list.
     """
-    tensors, values = {}, {}
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     for key, state in states.items():
         for name, value in state.items():
             _put(f"{key}/{name}", value, tensors, values)

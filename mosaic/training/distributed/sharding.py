@@ -126,7 +126,8 @@ def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.M
     }
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         fully_shard(block, **options)  # moves one block at a time to the device
-    return fully_shard(transformer, **options)
+    fully_shard(transformer, **options)  # in place
+    return transformer
 
 
 def _autocast(transformer: nn.Module, accelerator: Accelerator) -> None:

@@ -138,6 +138,8 @@ class ZeroUpdates(Updates):
 class _Adapter(nn.Module):
     """The transformer with the adapter's weights as its only parameters, so that DeepSpeed casts, moves and sends nothing of the base."""
 
+    transformer: nn.Module
+
     def __init__(self, transformer: nn.Module, weights: Any) -> None:
         super().__init__()
         self.weights = nn.ParameterList(weights)

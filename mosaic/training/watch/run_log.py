@@ -48,6 +48,8 @@ class RunLog:
 
     def best_step(self, metric: str | None, steps: list[int]) -> int | None:
         """The step, among `steps`, whose entry has the largest value of a metric; the later one of equals; None without any."""
+        if metric is None:
+            return None
         values = {entry["step"]: entry[metric] for entry in self.entries() if entry.get(metric) is not None and entry["step"] in steps}
         return max(values, key=lambda step: (values[step], step)) if values else None
 
