@@ -18,7 +18,7 @@ from mosaic.files import write_text
 from mosaic.lora.files import LoraFile, reference_metadata
 from scripts.ablation.command import ARMS_FOLDER
 from scripts.ablation.measures import measure
-from scripts.ablation.plan import ROOT, base_digest, judge_digest, world_digest
+from scripts.ablation.plan import ROOT, WORLD_DIGEST, base_digest, judge_digest
 from scripts.ablation.results import read_results
 from scripts.ablation.tables import markdown
 from scripts.ablation.tasks import Task
@@ -34,7 +34,7 @@ def require_same_world(results: dict[str, Any]) -> None:
     Raises:
         ValueError: One is another.
     """
-    here = {"model": base_digest(results["model"]["name"]), "judge": judge_digest(), "world": world_digest()}
+    here = {"model": base_digest(results["model"]["name"]), "judge": judge_digest(), "world": WORLD_DIGEST}
     then = {"model": results["model"]["digest"], "judge": results["judge_digest"], "world": results["world_digest"]}
     others = [name for name in here if here[name] != then[name]]
     if others:

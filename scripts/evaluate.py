@@ -25,7 +25,7 @@ from mosaic.files import require_file, write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.weights.digests import weights_digest
 from mosaic.weights.hub import resolve_lora_file
-from scripts.ablation.plan import base_digest, judge_digest, world_digest
+from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
 from scripts.pocket import world
 from scripts.pocket.evaluation import (
     MIN_VISIBLE,
@@ -88,7 +88,7 @@ def provenance(config: Config, seed: int) -> dict[str, Any]:
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "lora": {"name": settings.lora, "digest": weights_digest(lora)},
         "judge_digest": judge_digest(),
-        "world_digest": world_digest(),
+        "world_digest": WORLD_DIGEST,
         "sampling": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,

@@ -22,15 +22,14 @@ from mosaic.lora.adapter import write_reference_lora
 from mosaic.training.run_lock import RunLock
 from scripts import ablation_figures
 from scripts.ablation.arms import PARTS
-from scripts.ablation.chains import data_job, is_trained, measure_job, train_job
-from scripts.ablation.jobs import child_environment, remaining_cost, run_chains
+from scripts.ablation.loop import child_environment, run_chains
 from scripts.ablation.plan import ROOT, SIZES, Plan, Size, make_plan
 from scripts.ablation.results import RESULTS, refuse_other_runs, write_results
+from scripts.ablation.steps import data_step, is_trained, measure_step, train_step
 from scripts.ablation.tasks import are_done, real_tasks, run_tasks, timing_tasks
 from scripts.pocket.statistics import MAX_SEEDS
 from scripts.pocket.world import MAX_SUBJECTS
 
-BAR = "{l_bar}{bar}| {elapsed}<{remaining}"  # the unit of work means nothing to people
 ARMS_FOLDER = ROOT / "assets/pocket/arms"
 
 
@@ -44,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
     cores = os.cpu_count() or 1
     parser.add_argument(
-        "--parallel", type=int, default=min(2, cores), help="jobs side by side, which share the cores (default here: %(default)s)"
+        "--parallel", type=int, default=min(2, cores), help="runs side by side, which share the cores (default here: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, help="training seeds per arm")
     parser.add_argument("--factor-seeds", type=int, help="training seeds per one-factor variant")
@@ -96,21 +95,19 @@ def chosen_size(arguments: argparse.Namespace) -> Size:
 
 def run_ablation(plan: Plan, parallel: int) -> list[str]:
     """Do what is left to do, and write what is measured, also after an interruption; returns messages of what failed."""
+    runs = [[*([train_step(plan, run)] if run.lora else []), measure_step(plan, run.name, run_tasks(plan, run))] for run in plan.runs]
     stages = [
-        ([[data_job(plan)]], 1),
-        ([[measure_job(plan, "real", real_tasks(plan))]], 1),
-        (
-            [[*([train_job(plan, run)] if run.lora else []), measure_job(plan, run.name, run_tasks(plan, run))] for run in plan.runs],
-            parallel,
-        ),
-        ([[measure_job(plan, "timing", timing_tasks(plan))]], 1),  # alone on the machine
+        ([[data_step(plan)]], 1),
+        ([[measure_step(plan, "real", real_tasks(plan))]], 1),
+        (runs, parallel),
+        ([[measure_step(plan, "timing", timing_tasks(plan))]], 1),  # alone on the machine
     ]
     failures: list[str] = []
     refresh = 1.0 if sys.stderr.isatty() else 60.0
     environment = child_environment(parallel, sys.executable)
-    work = sum(remaining_cost(chains) for chains, _ in stages)
+    are_steps_done = [step.is_done() for chains, _ in stages for chain in chains for step in chain]
     try:
-        with tqdm(total=work, desc="ablation", bar_format=BAR, mininterval=refresh) as bar:
+        with tqdm(total=len(are_steps_done), initial=sum(are_steps_done), desc="ablation", unit="step", mininterval=refresh) as bar:
             for number, (chains, side_by_side) in enumerate(stages):
                 failures += run_chains(chains, side_by_side, environment, bar, refresh)
                 if failures and number < 2:

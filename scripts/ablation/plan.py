@@ -18,8 +18,9 @@ from scripts.pocket.judge import WEIGHTS as JUDGE
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CONFIG = ROOT / "configs/pocket.json"
 WARMUP = 1 / 60  # of the learning rate, as share of a run: that of configs/pocket.json
-#: Code that decides what a scene of a seed looks like, what it is called, and how pictures of it are judged.
-WORLD = ("art", "backgrounds", "creatures", "drawing", "evaluation", "judge", "scenes")
+#: Names what a scene of a seed looks like, what it is called, and how pictures of it are judged. Put another value here when one of them
+#: changes (tests/pocket/test_pocket_world.py says so): other scenes are other data, and other measurements.
+WORLD_DIGEST = "a5f9221f1ee27b7e000abc1e0764e796dd2b4abca70562d19e9c2da4b07b2ba5"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
         ValueError: There is no arm of a name in `only`, or it names variants but not their baseline, or the base config does not fit.
     """
     recipe = {"samples": size.train_samples, "heldout": size.heldout_samples}
-    data = output / "data" / f"pocket_{size.train_samples}_{size.heldout_samples}_{world_digest()[:8]}"
+    data = output / "data" / f"pocket_{size.train_samples}_{size.heldout_samples}_{WORLD_DIGEST[:8]}"
     model = load_config(base).model.pretrained
     transformer = read_json(Path(model) / "transformer/config.json")
     arms = {
@@ -151,7 +152,7 @@ def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tu
         raise ValueError(f"--arms: {', '.join(sorted(unknown))} unknown; there are {known}.")
     if "factors" in parts and BASELINE not in only and set(only) & {arm.name for arm in arms["factors"]}:
         raise ValueError(f'--arms: variants are compared with the arm "{BASELINE}", which must be named beside them.')
-    identity = {"data": recipe, "world": world_digest(), "model": base_digest(model)}
+    identity = {"data": recipe, "world": WORLD_DIGEST, "model": base_digest(model)}
     found: dict[Path, Run] = {}
     for part in sorted(parts, key=PARTS.index):
         is_factor = part == "factors"
@@ -237,13 +238,6 @@ def digest_of(value: Any) -> str:
 def judge_digest() -> str:
     """SHA-256 of the judge's weights."""
     return file_digest(JUDGE)
-
-
-@functools.cache
-def world_digest() -> str:
-    """SHA-256 of the code of the pocket world: other scenes are other data, and other measurements."""
-    files = [*(ROOT / f"scripts/pocket/{name}.py" for name in WORLD), ROOT / "scripts/make_pocket_world.py"]
-    return digest_of([file_digest(file) for file in files])
 
 
 base_digest = functools.cache(model_digest)

@@ -14,8 +14,8 @@ from mosaic.config.loading import load_config
 from mosaic.files import read_json, write_text
 from mosaic.training.watch.run_log import RunLog
 from mosaic.weights.digests import file_digest
-from scripts.ablation.chains import is_trained, training_state
-from scripts.ablation.plan import Plan, Run, base_digest, judge_digest, world_digest
+from scripts.ablation.plan import WORLD_DIGEST, Plan, Run, base_digest, judge_digest
+from scripts.ablation.steps import is_trained, training_state
 from scripts.ablation.tasks import (
     DIAGNOSES,
     LINES_K,
@@ -74,7 +74,7 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "data": {"folder": _relative(plan, plan.data), "manifest_digest": file_digest(manifest) if manifest.is_file() else None},
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "judge_digest": judge_digest(),
-        "world_digest": world_digest(),
+        "world_digest": WORLD_DIGEST,
         "seconds": _seconds(runs, real, timings),
         "complete": all(entry["complete"] for entry in runs) and are_done(real_tasks(plan)) and are_done(timing_tasks(plan)),
         "real": real,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mosaic.config.loading import load_config, resolved_dict
 from mosaic.files import read_json, write_text
 from mosaic.weights.digests import file_digest
-from scripts.ablation.plan import Plan, Run, base_digest, digest_of, judge_digest, world_digest
+from scripts.ablation.plan import WORLD_DIGEST, Plan, Run, base_digest, digest_of, judge_digest
 from scripts.pocket.provenance import commit, hardware
 
 VERSION = 2  # of the measurements; raise it where one changes its meaning
@@ -18,9 +18,6 @@ LINES_K = 3  # references of the scene whose points are drawn with lines to thei
 NOISE_SEED = 42
 PUBLISHED_GUIDANCE, PUBLISHED_KS = 1.0, (2, 4)  # the method as published has no image guidance; where the main arms are measured so, too
 DIAGNOSES, DIAGNOSED_KS = ("target_rows", "gradients"), (2, 4)  # what says why the main arms differ, and where it is measured
-SCENE_COST = 80.0  # of drawing a scene, in the unit of `Task.cost`
-GRADIENT_PASSES = 9  # forward passes that the gradients of three terms cost
-TOKENS_OF_TEXT_AND_TARGET, TOKENS_OF_REFERENCE = 88, 16  # of the pocket model, for the estimate of work
 
 
 @dataclass(frozen=True)
@@ -51,18 +48,6 @@ class Task:
     reference_cache: bool = False
     image_guidance: float | None = None
 
-    @property
-    def cost(self) -> float:
-        """Work, about, in tokens that pass the transformer: twice per sampling step, for image guidance."""
-        if self.kind == "real":
-            return SCENE_COST * (self.real_scenes + self.cases)
-        tokens = TOKENS_OF_TEXT_AND_TARGET + TOKENS_OF_REFERENCE * (self.num_references if self.lora else 0)
-        passes = 1 if self.image_guidance == 1 else 2
-        if self.kind in ("lines", *DIAGNOSES):
-            return float(tokens * self.cases * (GRADIENT_PASSES if self.kind == "gradients" else 1))
-        steps = passes * load_config(self.config).inference.num_inference_steps
-        return float(steps * tokens * self.cases)
-
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; the adapter must be there."""
         config = load_config(self.config)
@@ -72,7 +57,7 @@ class Task:
         what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora")}
         attention = settings["model"]["reference_attention"] if self.lora else None
         weights = file_digest(Path(self.lora)) if self.lora else None
-        fixed = {"version": VERSION, "judge": judge_digest(), "world": world_digest(), "noise": NOISE_SEED}
+        fixed = {"version": VERSION, "judge": judge_digest(), "world": WORLD_DIGEST, "noise": NOISE_SEED}
         fixed["model"] = base_digest(config.model.pretrained)
         text = settings["model"]["text_length"]
         return digest_of({**what, **fixed, "rendering": rendering, "sizes": sizes, "attention": attention, "lora": weights, "text": text})

@@ -120,7 +120,7 @@ def test_parts_are_computed_one_after_the_other(plan: Plan) -> None:
 
 
 def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation_plan, "world_digest", lambda: "f" * 64)
+    monkeypatch.setattr(ablation_plan, "WORLD_DIGEST", "f" * 64)
     other = make_plan(SIZE, tmp_path)
     assert not {run.digest for run in other.runs} & {run.digest for run in plan.runs}
     assert other.data.name != plan.data.name

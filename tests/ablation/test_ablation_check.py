@@ -9,7 +9,7 @@ import pytest
 from mosaic.config.loading import load_config, resolved_dict
 from mosaic.lora.adapter import write_reference_lora
 from scripts import ablation_check
-from scripts.ablation.plan import base_digest, judge_digest, world_digest
+from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
 from scripts.ablation.results import FORMAT, VERSION
 from scripts.ablation.tasks import Task, features_file
 from tests import runs
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
         "commit": "abc",
         "model": {"name": "assets/pocket/flux", "digest": base_digest("assets/pocket/flux")},
         "judge_digest": judge_digest(),
-        "world_digest": world_digest(),
+        "world_digest": WORLD_DIGEST,
         "real": {"1": {}, "2": {}},
         "runs": [
             {"arm": arm, "seed": seed, "parts": ["main"], "adapter_digest": None if arm == "base" else "a",

@@ -12,29 +12,25 @@ from tqdm import tqdm
 
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.ablation import command as ablation
-from scripts.ablation.chains import train_job, training_state
-from scripts.ablation.jobs import Job, child_environment, last_line, remaining_cost, run_chains
+from scripts.ablation.loop import Step, child_environment, last_line, run_chains
 from scripts.ablation.plan import SIZES, Plan, Run, make_plan
+from scripts.ablation.steps import train_step, training_state
 from scripts.ablation.tasks import Task, features_file, read_tasks, run_tasks, write_tasks
 from scripts.pocket.provenance import commit, hardware
 
 ENVIRONMENT = child_environment(1, sys.executable)
 
 
-def job(folder: Path, name: str, code: int = 0, body: str = "") -> Job:
+def step(folder: Path, name: str, code: int = 0, body: str = "") -> Step:
     """Appends its name to `order`, and makes a file of its name if all goes well."""
     script = f"{body}\nopen('order', 'a').write({name + ' '!r})\n" + (
         "open(" + repr(name) + ", 'w')" if not code else f"raise SystemExit({code})"
     )
-    return Job(
+    return Step(
         name,
         [sys.executable, "-c", f"import os, time; os.chdir({str(folder)!r})\n{script}"],
         folder / f"logs/{name}.log",
-        2.0,
-        is_done=(folder / name).is_file,
-        progress=lambda: 0.0,
-        prepare=lambda: None,
-        ended=lambda seconds: None,
+        (folder / name).is_file,
     )
 
 
@@ -42,26 +38,21 @@ def order(folder: Path) -> list[str]:
     return (folder / "order").read_text().split() if (folder / "order").is_file() else []
 
 
-@pytest.fixture(autouse=True)
-def _fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.ablation.jobs.POLL_SECONDS", 0.02)
-
-
 def test_chains_keep_their_order_and_a_failure_ends_its_own(tmp_path: Path) -> None:
-    chains = [[job(tmp_path, "a1", code=3, body="print('it broke')"), job(tmp_path, "a2")], [job(tmp_path, "b1"), job(tmp_path, "b2")]]
-    assert remaining_cost(chains) == 8
-    with tqdm(total=8, disable=True) as bar:
+    chains = [[step(tmp_path, "a1", code=3, body="print('it broke')"), step(tmp_path, "a2")], [step(tmp_path, "b1"), step(tmp_path, "b2")]]
+    with open(tmp_path / "bar", "w") as sink, tqdm(total=4, file=sink) as bar:
         failures = run_chains(chains, 1, ENVIRONMENT, bar)
     assert order(tmp_path) == ["a1", "b1", "b2"]
     assert failures == [f"a1: exit code 3, see {tmp_path}/logs/a1.log: it broke"]
-    assert remaining_cost(chains) == 4
+    assert bar.n == 2
 
 
 def test_two_chains_at_a_time(tmp_path: Path) -> None:
     wait = "deadline = time.monotonic() + 60\nwhile not os.path.exists('{}') and time.monotonic() < deadline: time.sleep(0.02)"
     # each starts only when the other is there: one after the other they would not meet
     chains = [
-        [job(tmp_path, name, body=f"open('{name}_here', 'w')\n" + wait.format(f"{other}_here"))] for name, other in (("a", "b"), ("b", "a"))
+        [step(tmp_path, name, body=f"open('{name}_here', 'w')\n" + wait.format(f"{other}_here"))]
+        for name, other in (("a", "b"), ("b", "a"))
     ]
     with tqdm(disable=True) as bar:
         assert run_chains(chains, 2, ENVIRONMENT, bar) == []
@@ -70,20 +61,23 @@ def test_two_chains_at_a_time(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_done_again_after_an_interruption(tmp_path: Path) -> None:
     chains = [
-        [job(tmp_path, "one")],
-        [job(tmp_path, "two", body="time.sleep(60 if not os.path.exists('again') else 0)")],
-        [job(tmp_path, "three")],
+        [step(tmp_path, "one")],
+        [step(tmp_path, "two", body="open('two_here', 'w')\ntime.sleep(60 if not os.path.exists('again') else 0)")],
+        [step(tmp_path, "three")],
     ]
 
     class Interrupting(tqdm):
         def refresh(self, *args: object, **kwargs: object) -> None:
-            if (tmp_path / "one").is_file() and not (tmp_path / "again").is_file() and not self.disable:
+            if (tmp_path / "two_here").is_file() and not (tmp_path / "again").is_file():
                 raise KeyboardInterrupt
 
     ended = []
-    chains[1][0] = dataclasses.replace(chains[1][0], ended=ended.append)
+    chains = [[dataclasses.replace(only, ended=ended.append)] for (only,) in chains]
     with open(tmp_path / "bar", "w") as sink, pytest.raises(KeyboardInterrupt):
-        run_chains(chains[:2], 1, ENVIRONMENT, Interrupting(file=sink), 0.0)
+        run_chains(chains, 1, ENVIRONMENT, Interrupting(file=sink), 0.05)
+    assert len(ended) == 2  # the third was not begun
+    assert 0 < ended[1] < 30
+    assert not (tmp_path / "logs/three.log").exists()
     (tmp_path / "again").touch()
     with tqdm(disable=True) as bar:
         assert run_chains(chains, 1, ENVIRONMENT, bar) == []
@@ -91,7 +85,7 @@ def test_what_is_done_is_not_done_again_after_an_interruption(tmp_path: Path) ->
 
 
 def test_a_job_that_ends_without_its_result_has_failed(tmp_path: Path) -> None:
-    without = dataclasses.replace(job(tmp_path, "a"), is_done=lambda: False)
+    without = dataclasses.replace(step(tmp_path, "a"), is_done=lambda: False)
     with tqdm(disable=True) as bar:
         (failure,) = run_chains([[without]], 1, ENVIRONMENT, bar)
     assert failure.startswith("a: exit code 0")
@@ -105,19 +99,19 @@ def test_last_line_of_a_log_with_progress_bars(tmp_path: Path) -> None:
 # ---- an ablation whose commands are stand-ins
 
 
-def stand_in_jobs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    def training(plan: Plan, run: Run) -> Job:
-        return job(folder, f"train_{run.arm.name}", body="raise SystemExit(75)" if (folder / "signal").is_file() else "")
+def stand_in_steps(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def training(plan: Plan, run: Run) -> Step:
+        return step(folder, f"train_{run.arm.name}", body="raise SystemExit(75)" if (folder / "signal").is_file() else "")
 
-    monkeypatch.setattr(ablation, "data_job", lambda plan: job(folder, "data"))
-    monkeypatch.setattr(ablation, "train_job", training)
-    monkeypatch.setattr(ablation, "measure_job", lambda plan, name, tasks: job(folder, f"measure_{name.split('_seed')[0].split('_')[0]}"))
+    monkeypatch.setattr(ablation, "data_step", lambda plan: step(folder, "data"))
+    monkeypatch.setattr(ablation, "train_step", training)
+    monkeypatch.setattr(ablation, "measure_step", lambda plan, name, tasks: step(folder, f"measure_{name.split('_seed')[0].split('_')[0]}"))
 
 
 def test_a_stopped_ablation_goes_on_and_then_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in_jobs(monkeypatch, tmp_path)
+    stand_in_steps(monkeypatch, tmp_path)
     arguments = ["--short", "--parallel", "1", "--parts", "main", "--arms", "base", "scal", "stable", "--output", str(tmp_path / "out")]
     (tmp_path / "signal").touch()  # trainings end as after SIGTERM, with a checkpoint
     assert ablation.main(arguments) == 130
@@ -148,9 +142,9 @@ def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
     shutil.copyfile("assets/pocket/lora.safetensors", scal.lora)
     ablation.export_arms(plan, tmp_path / "arms")
     assert not (tmp_path / "arms").exists()  # not known to be finished
-    train_job(plan, scal).ended(3.0)
+    train_step(plan, scal).ended(3.0)
     assert (training_state(scal)["status"], training_state(scal)["seconds"]) == ("finished", 3.0)
-    train_job(plan, scal).ended(4.0)
+    train_step(plan, scal).ended(4.0)
     assert training_state(scal)["seconds"] == 7.0
     assert training_state(scal)["versions"]["torch"] == torch.__version__
     ablation.export_arms(plan, tmp_path / "arms")
@@ -187,7 +181,7 @@ def test_main_arms_are_measured_as_published_too(tmp_path: Path) -> None:
     published = {name: [task.num_references for task in tasks if task.image_guidance == 1] for name, tasks in found.items()}
     assert published == {"base": [], "scal": [2, 4], "mdl_weight_0": []}
     usual, own = (next(task for task in found["scal"] if task.output.endswith(name)) for name in ("/k2.json", "published_k2.json"))
-    assert own.cost == usual.cost / 2
+    assert own == dataclasses.replace(usual, output=own.output, image_guidance=1.0)
     assert len({task.output for task in found["scal"]}) == len(found["scal"])
 
 

@@ -1,0 +1,147 @@
+"""A loop over commands that can be started again: what is done is passed over, chains of commands run side by side."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from scripts.processes import REQUEUE_EXIT_CODE, send
+
+GRACE_SECONDS = 120.0  # for a training that ends its step and writes a checkpoint
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: For messages.
+        command: Program and arguments.
+        log: File that gets its output.
+        is_done: Whether nothing is left to do; asked before the start and after the end.
+        prepare: Called before the start.
+        ended: Called with the seconds that it ran, however it ended.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    is_done: Callable[[], bool]
+    prepare: Callable[[], object] = lambda: None
+    ended: Callable[[float], object] = lambda seconds: None
+
+
+class Commands:
+    """Runs commands from several threads, and ends them all.
+
+    Attributes:
+        is_stopped: Whether none may be started any more.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """With the environment of the commands."""
+        self._environment, self._lock = dict(environment), threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+        self.is_stopped = False
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        """Run a command in a session of its own, its output at the end of a file; returns its exit code.
+
+        Raises:
+            KeyboardInterrupt: All were stopped, or a signal reached the command itself.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, open(log, "ab") as out:
+            if self.is_stopped:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment, start_new_session=True
+            )
+            self._running.add(process)
+        code = process.wait()
+        self._running.discard(process)
+        if self.is_stopped or code == REQUEUE_EXIT_CODE:
+            raise KeyboardInterrupt
+        return code
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Send a signal to all that run; none is started any more."""
+        with self._lock:
+            self.is_stopped = True
+            send(list(self._running), number)
+
+
+def run_chains(
+    chains: Sequence[Sequence[Step]], parallel: int, environment: Mapping[str, str], bar: tqdm, refresh: float = 1.0
+) -> list[str]:
+    """Run chains of steps, `parallel` chains at a time, the steps of a chain in order; a step that is done is passed over.
+
+    A failed step ends its chain only. Any exception here, Ctrl-C among them, ends the commands that run with SIGTERM and waits for them.
+
+    Args:
+        chains: What to do.
+        parallel: Chains side by side.
+        environment: Of the commands.
+        bar: Goes on by one with each step that ends well.
+        refresh: Seconds between drawings of the bar, also while nothing ends.
+
+    Returns:
+        One message per failed step.
+    """
+    commands = Commands(environment)
+
+    def run_chain(chain: Sequence[Step]) -> str | None:
+        for step in chain:
+            if commands.is_stopped:
+                raise KeyboardInterrupt
+            if step.is_done():
+                continue
+            if failure := _run_step(step, commands):
+                return failure
+            bar.update()
+        return None
+
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(run_chain, chain) for chain in chains]
+        waiting = set(futures)
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, refresh, FIRST_EXCEPTION)
+                [future.result() for future in ended]  # an interruption comes out here
+                bar.refresh()
+        except BaseException:
+            commands.stop()
+            wait(futures, GRACE_SECONDS)
+            commands.stop(signal.SIGKILL)
+            raise
+    return [failure for future in futures if (failure := future.result())]
+
+
+def _run_step(step: Step, commands: Commands) -> str | None:
+    """Run a step; returns a message if it fails."""
+    step.prepare()
+    start = time.monotonic()
+    try:
+        code = commands.run(step.command, step.log)
+    finally:
+        step.ended(time.monotonic() - start)
+    return None if code == 0 and step.is_done() else f"{step.name}: exit code {code}, see {step.log}: {last_line(step.log)}"
+
+
+def last_line(log: Path) -> str:
+    """The last line that a log says something in."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()]
+    return next((line[-300:] for line in reversed(lines) if line), "no output")
+
+
+def child_environment(parallel: int, python: str) -> dict[str, str]:
+    """The environment of commands: the cores shared out as threads, one process each."""
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "NUM_PROCESSES": "1", "PYTHON": python}
