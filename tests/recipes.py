@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.recipe import Recipe, ReferenceEntry, RunRecipe, Weights
 
 RUN = RunRecipe(
@@ -21,7 +21,7 @@ RUN = RunRecipe(
     storage={"transformer": "none", "text_encoder_2": "none", "vae_tiling": False},
     versions={"torch": "2"},
 )
-OPTIONS = SamplingOptions(
+OPTIONS = ResolvedOptions(
     height=16,
     width=32,
     num_inference_steps=3,

@@ -15,7 +15,7 @@ from mosaic.method.grids import Grid, token_grid
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
 from mosaic.model.reference_cache import refresh_interval
 from mosaic.pipeline.encoders import PromptEmbeddings
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Reference = Image.Image | PreparedReference
@@ -26,21 +26,19 @@ class PipelineInputs:
     """A checked call: everything is a list with one entry per prompt.
 
     Attributes:
-        prompts: The prompts, or None if embeddings are given.
+        text: The prompts, or the embeddings that are given in their place.
         reference_images: Per prompt its pictures, maybe none.
         reference_latents: Per prompt [K, C, h, w], or None if pictures are given.
         reference_strengths: Per prompt one number per reference.
-        prompt_embeddings: Those of B prompts, or None if prompts are given.
         latents: Packed start noise or None.
         generator: As given.
         num_pictures: Prompts x pictures per prompt.
     """
 
-    prompts: list[str] | None
+    text: list[str] | PromptEmbeddings
     reference_images: list[list[Reference]]
     reference_latents: list[Tensor | None] | None
     reference_strengths: list[list[float]]
-    prompt_embeddings: PromptEmbeddings | None
     latents: Tensor | None
     generator: torch.Generator | list[torch.Generator] | None
     num_pictures: int
@@ -66,8 +64,8 @@ def check_inputs(
     Raises:
         ValueError: Naming what must hold, what was given and the cure.
     """
-    prompts = _check_prompts(prompt, prompt_embeds, pooled_prompt_embeds)
-    num_prompts = len(prompts) if prompts is not None else len(prompt_embeds)
+    text = _check_prompts(prompt, prompt_embeds, pooled_prompt_embeds)
+    num_prompts = len(text.prompt_embeds) if isinstance(text, PromptEmbeddings) else len(text)
     if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
     num_pictures = num_prompts * num_images_per_prompt
@@ -87,8 +85,7 @@ def check_inputs(
     strengths = _per_prompt_strengths(reference_strength, counts, single=not isinstance(prompt, (list, tuple)))
     if (any(images) or any(x is not None and len(x) for x in tensors or [])) and not has_reference_lora:
         raise ValueError("references need a reference LoRA: call load_reference_lora(...) first, or leave the references out.")
-    embeddings = None if prompts is not None else PromptEmbeddings(prompt_embeds, pooled_prompt_embeds)
-    return PipelineInputs(prompts, images, tensors, strengths, embeddings, latents, generator, num_pictures)
+    return PipelineInputs(text, images, tensors, strengths, latents, generator, num_pictures)
 
 
 def prepared_references(references: Sequence[Sequence[Reference]], size: int, scale: float) -> list[list[Image.Image]]:
@@ -102,7 +99,7 @@ def prepared_references(references: Sequence[Sequence[Reference]], size: int, sc
     Raises:
         ValueError: One was prepared for another size or scale, or cannot be prepared.
     """
-    prepared = []
+    prepared: list[list[Image.Image]] = []
     for p, pictures in enumerate(references):
         prepared.append([])
         for k, picture in enumerate(pictures):
@@ -115,7 +112,7 @@ def prepared_references(references: Sequence[Sequence[Reference]], size: int, sc
     return prepared
 
 
-def target_grid(options: SamplingOptions, vae_scale_factor: int) -> Grid:
+def target_grid(options: ResolvedOptions, vae_scale_factor: int) -> Grid:
     """The target's token grid.
 
     Raises:
@@ -126,12 +123,12 @@ def target_grid(options: SamplingOptions, vae_scale_factor: int) -> Grid:
     return grid
 
 
-def check_sampling(inputs: PipelineInputs, options: SamplingOptions, output_type: str, grid: Grid, token_channels: int) -> None:
+def check_sampling(inputs: PipelineInputs, options: ResolvedOptions, output_type: str, grid: Grid, token_channels: int) -> None:
     """Check the sampler's settings, and the tensors of a call against the model.
 
     Args:
         inputs: The checked call.
-        options: Its settings, none of those None that a reference LoRA may decide.
+        options: Its settings.
         output_type: One of `OUTPUT_TYPES`.
         grid: The target's token grid.
         token_channels: Channels of a packed token of this model (4 x latent channels).
@@ -162,14 +159,14 @@ def check_sampling(inputs: PipelineInputs, options: SamplingOptions, output_type
 
 def _check_prompts(
     prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None
-) -> list[str] | None:
+) -> list[str] | PromptEmbeddings:
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("give prompt or prompt_embeds (with pooled_prompt_embeds), one of the two.")
-    if prompt is None:
+    if prompt_embeds is not None:
         if pooled_prompt_embeds is None or len(pooled_prompt_embeds) != len(prompt_embeds):
             raise ValueError("prompt_embeds need pooled_prompt_embeds with as many rows.")
-        return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return PromptEmbeddings(prompt_embeds, pooled_prompt_embeds)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     for index, text in enumerate(prompts):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"prompt[{index}] must be a non-empty string, got {text!r}.")

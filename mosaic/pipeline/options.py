@@ -29,6 +29,38 @@ class SamplingOptions:
     refresh_references: int | None = None
     max_sequence_length: int | None = None
 
+    def trained(self, config: Mapping[str, Any]) -> "ResolvedOptions":
+        """These options, with what the loaded reference LoRA was trained with where they are None.
+
+        Args:
+            config: The training config that the LoRA's file carries, as JSON; empty if it carries none.
+        """
+        data, model = config.get("data", {}), config.get("model", {})
+        height, width = data.get("image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
+        usual = {
+            "height": height,
+            "width": width,
+            "reference_size": data.get("reference_size") or DEFAULT_SIZE,
+            "reference_attention": model.get("reference_attention") or "target",
+        }
+        missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return ResolvedOptions(**self.arguments | missing)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of the pipeline."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(SamplingOptions):
+    """Options that leave nothing to the reference LoRA: sizes and attention mode are said."""
+
+    height: int
+    width: int
+    reference_size: int
+    reference_attention: str
+
     @classmethod
     def from_config(cls, config: Config) -> Self:
         """Those of the sections `inference`, `data` and `model`."""
@@ -53,26 +85,5 @@ class SamplingOptions:
         Args:
             case: Has attributes of the same names, of which those that are None leave a decision to these options.
         """
-        own = {name: getattr(case, name, None) for name in self.arguments}
+        own: dict[str, Any] = {name: getattr(case, name, None) for name in self.arguments}
         return replace(self, **{name: value for name, value in own.items() if value is not None})
-
-    def trained(self, config: Mapping[str, Any]) -> Self:
-        """These options, with what the loaded reference LoRA was trained with where they are None.
-
-        Args:
-            config: The training config that the LoRA's file carries, as JSON; empty if it carries none.
-        """
-        data, model = config.get("data", {}), config.get("model", {})
-        height, width = data.get("image_size") or (DEFAULT_SIZE, DEFAULT_SIZE)
-        usual = {
-            "height": height,
-            "width": width,
-            "reference_size": data.get("reference_size") or DEFAULT_SIZE,
-            "reference_attention": model.get("reference_attention") or "target",
-        }
-        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of the pipeline."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -30,7 +30,7 @@ from mosaic.pipeline.flux import FluxPipeline
 from mosaic.pipeline.inputs import PipelineInputs, Reference, check_inputs, check_sampling, prepared_references, target_grid
 from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.lora_loading import ReferenceLoraLoaderMixin
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions, SamplingOptions
 from mosaic.pipeline.sampler import Group, denoise
 from mosaic.weights.hub import require_model_name, unreachable_message
 
@@ -201,26 +201,26 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
 
         conditions = self._encode(inputs, options)
         noise = self._start_noise(inputs, grid, conditions.text.prompt_embeds.dtype)
-        latents: list[Tensor] = [noise[0]] * len(noise)
+        found = [noise[0]] * len(noise)
         attention: list[PictureAttention | None] = [None] * len(noise)
         for pictures in conditions.groups(num_images_per_prompt):
             group = conditions.group(pictures, num_images_per_prompt, noise, grid, output_attention)
             denoise(self, group, options, self._after_step(group, callback_on_step_end, callback_on_step_end_tensor_inputs))
-            for picture, found, recorded in zip(pictures, group.latents, group.attention(), strict=True):
-                latents[picture], attention[picture] = found, recorded
-        images = self._decode(torch.stack(latents), grid, output_type)
+            for picture, sampled, recorded in zip(pictures, group.latents, group.attention(), strict=True):
+                found[picture], attention[picture] = sampled, recorded
+        images = self._decode(torch.stack(found), grid, output_type)
         self.maybe_free_model_hooks()
         return MosaicPipelineOutput(images=images, attention=attention if output_attention else None)
 
-    def _encode(self, inputs: PipelineInputs, options: SamplingOptions) -> Conditions:
+    def _encode(self, inputs: PipelineInputs, options: ResolvedOptions) -> Conditions:
         """Prompts and references as the transformer reads them, on the device."""
-        device, text = self._execution_device, inputs.prompt_embeddings
+        device, text = self._execution_device, inputs.text
         prepared = prepared_references(inputs.reference_images, options.reference_size, options.reference_scale)
-        if text is None:
+        if not isinstance(text, PromptEmbeddings):
             length = options.max_sequence_length
             if length is None:
                 length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
-            text = self.encoders.encode_prompts(inputs.prompts, length)
+            text = self.encoders.encode_prompts(text, length)
         if inputs.reference_latents is None:
             references = self.encoders.encode_references(prepared)
         else:
@@ -239,13 +239,15 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
 
     def _after_step(self, group: Group, callback: Callback | None, names: Sequence[str]) -> Callable[[int, Tensor], None]:
         """What calls the callback after a step with tensors of the group, and takes over those that it changed."""
+        if callback is None:
+            return lambda *_: None
 
         def after_step(step: int, timestep: Tensor) -> None:
             changed = callback(self, step, timestep, {name: getattr(group, name) for name in names}) or {}
             for name in set(changed) & set(self._callback_tensor_inputs):
                 setattr(group, name, changed[name])
 
-        return after_step if callback is not None else lambda *_: None
+        return after_step
 
     def _decode(self, latents: Tensor, grid: Grid, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         """Packed latents [B, N, C] as pictures, or as they are."""

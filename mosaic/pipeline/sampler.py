@@ -16,7 +16,7 @@ from mosaic.model.reference_cache import CachedTransformer, refresh_interval
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.attention_report import AttentionRecorder, PictureAttention
 from mosaic.pipeline.flux import FluxPipeline, calculate_shift, retrieve_timesteps
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Group:
         return references.recorder.results(references.grid, self.target_grid)
 
 
-def denoise(pipeline: FluxPipeline, group: Group, options: SamplingOptions, after_step: Callable[[int, Tensor], None]) -> None:
+def denoise(pipeline: FluxPipeline, group: Group, options: ResolvedOptions, after_step: Callable[[int, Tensor], None]) -> None:
     """Run the sampler on `group.latents` in place.
 
     Args:
         pipeline: Gives transformer, scheduler, progress bar and the sign to stop (`interrupt`).
         group: The pictures.
-        options: Resolved by `SamplingOptions.trained`.
+        options: What the sampler is told.
         after_step: Called with step and timestep, and may change the group's tensors.
     """
     transformer, references = pipeline.transformer, group.references
@@ -82,6 +82,7 @@ def denoise(pipeline: FluxPipeline, group: Group, options: SamplingOptions, afte
             velocity, attention_rows = velocities(step, t)
             group.latents = pipeline.scheduler.step(velocity, t, group.latents, return_dict=False)[0]
             if references is not None and references.recorder is not None:
+                assert attention_rows is not None, "rows were asked for"
                 references.recorder.add(attention_rows)
             after_step(step, t)
             progress.update()
@@ -103,13 +104,13 @@ def shifted_timesteps(pipeline: FluxPipeline, num_tokens: int, num_inference_ste
 class Velocities:
     """The velocity of a group at one step after the other: one pass with references and, for image guidance, one without."""
 
-    def __init__(self, transformer: MosaicFluxTransformer2DModel, group: Group, options: SamplingOptions) -> None:
+    def __init__(self, transformer: MosaicFluxTransformer2DModel, group: Group, options: ResolvedOptions) -> None:
         """Nothing is computed yet.
 
         Args:
             transformer: Whose step cache, if it has one, forgets an earlier run, which may have ended halfway.
             group: The pictures; its tensors are looked up at every step.
-            options: Resolved by `SamplingOptions.trained`.
+            options: What the sampler is told.
         """
         self._transformer, self._group = transformer, group
         references = _reference_inputs(group, options.reference_attention)

@@ -6,7 +6,7 @@ from pathlib import Path
 from mosaic.config.loading import Config
 from mosaic.files import require_folder
 from mosaic.method.grids import token_grid
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.weights.digests import vae_scale_factor
 
@@ -24,7 +24,7 @@ def check_run(cases: Sequence[Case], config: Config) -> list[str]:
     """
     check_output(Path(config.inference.output_dir))
     factor, problems = vae_scale_factor(config.model.pretrained), []
-    options = SamplingOptions.from_config(config)
+    options = ResolvedOptions.from_config(config)
     check_sizes(options, factor)
     for case in cases:
         try:
@@ -34,7 +34,7 @@ def check_run(cases: Sequence[Case], config: Config) -> list[str]:
     return problems
 
 
-def check_sizes(options: SamplingOptions, factor: int) -> None:
+def check_sizes(options: ResolvedOptions, factor: int) -> None:
     """Check the sizes of a config's options against the model, which has `factor` pixels per latent.
 
     Raises:
@@ -44,7 +44,7 @@ def check_sizes(options: SamplingOptions, factor: int) -> None:
     token_grid(options.reference_size, options.reference_size, factor, where="data.reference_size")
 
 
-def check_size(options: SamplingOptions, case: Case, vae_scale_factor: int) -> None:
+def check_size(options: ResolvedOptions, case: Case, vae_scale_factor: int) -> None:
     """Check the size of a case's picture against the model.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 
 KEY = "mosaic"  # of the PNG text that holds a recipe
 NOT_DECIDING = ("name", "index", "versions")
@@ -92,7 +92,7 @@ class Recipe:
     index: int
     prompt: str
     seed: int
-    options: SamplingOptions
+    options: ResolvedOptions
     references: tuple[ReferenceEntry, ...]
     run: RunRecipe
 

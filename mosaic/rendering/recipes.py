@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mosaic.config.loading import Config
 from mosaic.lora.files import LoraFile
 from mosaic.lora.keys import find_modules
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.checks import check_size
 from mosaic.rendering.memory_presets import GGUF, MemoryPreset, gguf_file, resolve_preset
@@ -61,7 +61,7 @@ def case_jobs(case: Case, config: Config, shared: RunRecipe, vae_scale_factor: i
         ValueError: The case's size does not fit the model.
         OSError: A reference picture cannot be read.
     """
-    options = SamplingOptions.from_config(config).given(case.options)
+    options = ResolvedOptions.from_config(config).given(case.options)
     check_size(options, case, vae_scale_factor)
     references = []
     for reference in case.references:

@@ -9,7 +9,7 @@ import torch
 from mosaic.config.loading import Config
 from mosaic.model.acceleration import accelerate
 from mosaic.model.reference_cache import refresh_interval
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.checks import check_sizes
 from mosaic.rendering.loading import load_pipeline
@@ -47,7 +47,7 @@ class Start:
         name, settings = config.model.pretrained, config.inference
         require_model_name(name)
         lora_file = resolve_lora_file(settings.lora, settings.lora_weight_name) if settings.lora else None
-        factor, options = vae_scale_factor(name), SamplingOptions.from_config(config)
+        factor, options = vae_scale_factor(name), ResolvedOptions.from_config(config)
         check_sizes(options, factor)
         refresh_interval(options.reference_cache, options.refresh_references, config.model.reference_attention)
         shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device.type)

@@ -18,7 +18,7 @@ from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
 from mosaic.model.attention_rows import CaptureRequest
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.checks import check_size
@@ -87,13 +87,13 @@ class _Case(NamedTuple):
     prompt: str
     references: list[Image.Image]
     strengths: list[float] | None
-    options: SamplingOptions
+    options: ResolvedOptions
 
 
-def panel_options(config: Config) -> SamplingOptions:
+def panel_options(config: Config) -> ResolvedOptions:
     """What the sampler is told for the panels of held-out samples, and of cases where these leave it open."""
     height, width = config.data.image_size
-    return SamplingOptions(
+    return ResolvedOptions(
         height=height,
         width=width,
         num_inference_steps=config.validation.num_inference_steps,

@@ -17,7 +17,7 @@ from mosaic.config.loading import Config, load_config
 from mosaic.files import replacing, save_tensors, without_nan
 from mosaic.method.metrics import attention_accuracy, attention_shape, pool_accuracies, pool_shapes
 from mosaic.pipeline.latents import images_to_tensor
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training.encoding import run_grids
 from mosaic.training.validation import batch_attention_rows
@@ -192,7 +192,7 @@ def measure_timing(task: Task, config: Config) -> dict[str, Any]:
     pipeline = _pipeline(config.model.pretrained, task.lora)
     scenes = held_out_scenes(task.num_references, 1)
     references, seconds = render_references(scenes[0]), []
-    options = replace(SamplingOptions.from_config(config), reference_cache=task.reference_cache)
+    options = replace(ResolvedOptions.from_config(config), reference_cache=task.reference_cache)
     for repeat in range(task.cases + 1):
         start = time.perf_counter()
         pipeline(

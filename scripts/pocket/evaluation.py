@@ -15,7 +15,7 @@ from mosaic.method.correspondence import make_disjoint, reduce_points
 from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, pool_accuracies
 from mosaic.pipeline.latents import images_to_tensor
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training.encoding import run_grids
 from mosaic.training.validation import batch_attention_accuracy
@@ -97,7 +97,7 @@ def generate(
         pictures += pipeline(
             [world.caption(scene) for scene in part],
             references if with_references else None,
-            **SamplingOptions.from_config(config).arguments,
+            **ResolvedOptions.from_config(config).arguments,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
         ).images
     return pictures

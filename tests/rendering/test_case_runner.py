@@ -14,7 +14,7 @@ import inference
 from mosaic.config.loading import load_config
 from mosaic.images import load_image
 from mosaic.pipeline import pipeline as pipelines
-from mosaic.pipeline.options import SamplingOptions
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.pipeline.sampler import Group
 from mosaic.rendering import rendering, start
@@ -296,7 +296,7 @@ def test_a_picture_that_is_not_finite_fails(
 ) -> None:
     denoise = pipelines.denoise
 
-    def overflow(pipeline: MosaicFluxPipeline, group: Group, options: SamplingOptions, after_step: Any) -> None:
+    def overflow(pipeline: MosaicFluxPipeline, group: Group, options: ResolvedOptions, after_step: Any) -> None:
         denoise(pipeline, group, options, after_step)
         group.latents = group.latents * (torch.inf if options.image_guidance_scale == 99 else 1)
 
