@@ -50,7 +50,8 @@ class Start:
         factor, options = vae_scale_factor(name), ResolvedOptions.from_config(config)
         check_sizes(options, factor)
         refresh_interval(options.reference_cache, options.refresh_references, config.model.reference_attention)
-        shared = shared_recipe(config, model_digest(name), lora_file and weights_digest(lora_file), device.type)
+        lora_digest = weights_digest(lora_file) if lora_file is not None else None
+        shared = shared_recipe(config, model_digest(name), lora_digest, device.type)
         return cls(config, device, lora_file, factor, shared)
 
     def load(self, prompts: Sequence[str] = ()) -> MosaicFluxPipeline:
