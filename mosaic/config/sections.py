@@ -318,6 +318,8 @@ class ValidationConfig(Section):
     """Sampling steps."""
     guidance_scale: Guidance = 3.5
     """Embedded guidance of the text and target branch; without effect on a model that has no guidance embedding."""
+    image_guidance_scale: Guidance = 1.0
+    """How far the velocity goes from that without references to that with them and beyond; 1: not beyond, and one pass per step."""
     seed: Seed = 42
     """Seed of the start noise."""
 

@@ -98,6 +98,7 @@ def panel_options(config: Config) -> ResolvedOptions:
         width=width,
         num_inference_steps=config.validation.num_inference_steps,
         guidance_scale=config.validation.guidance_scale,
+        image_guidance_scale=config.validation.image_guidance_scale,
         reference_size=config.data.reference_size,
         reference_attention=config.model.reference_attention,
         max_sequence_length=config.model.text_length,

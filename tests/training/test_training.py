@@ -132,7 +132,16 @@ def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeyp
     for name in pictures:
         (tmp_path / name).write_bytes((world / name).read_bytes())
     path.write_text(json.dumps(entries))
-    trainer = Trainer(runs.make_config(world, tmp_path / "run", validation__every=1, validation__cases=str(path), validation__seed=5))
+    trainer = Trainer(
+        runs.make_config(
+            world,
+            tmp_path / "run",
+            validation__every=1,
+            validation__cases=str(path),
+            validation__seed=5,
+            validation__image_guidance_scale=2,
+        )
+    )
     seen: list[dict[str, Any]] = []
     call = MosaicFluxPipeline.__call__
 
@@ -143,7 +152,7 @@ def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(MosaicFluxPipeline, "__call__", record)
     training.validate(trainer.pipeline, trainer.held_out, trainer.config, None, lambda: False)
     assert [given["reference_strength"] for given in seen] == [[0.5, 1.0], [1.0]]
-    usual = {"width": trainer.config.data.image_size[1], "image_guidance_scale": 1.0, "guidance_scale": 3.5}
+    usual = {"width": trainer.config.data.image_size[1], "image_guidance_scale": 2, "guidance_scale": 3.5}
     usual |= {"num_inference_steps": trainer.config.validation.num_inference_steps}
     assert [{name: given[name] for name in own} for given in seen] == [own, usual]
     assert {given["reference_attention"] for given in seen} == {trainer.config.model.reference_attention}
