@@ -11,10 +11,13 @@ from torch import nn
 
 from mosaic.config.loading import from_dict
 from mosaic.data import collate
+from mosaic.method.correspondence import batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import MosaicLoss
+from mosaic.method.tokens import pack_latents
 from mosaic.training import Trainer, objective
-from mosaic.training.objective import loss_weights, sample_generators
+from mosaic.training.objective import draw_inputs, loss_weights, sample_generators
+from mosaic.training.validation import batch_attention_accuracy
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -67,6 +70,20 @@ def test_generators_depend_on_seed_and_index_only() -> None:
     assert len({draw(*numbers) for numbers in variants}) == len(variants)
     row = [tuple(torch.randn(4, generator=generator).tolist()) for generator in sample_generators(42, 3, 2)]
     assert row == [draw(42, 3), draw(42, 4)]
+
+
+def test_a_generator_gives_dropout_points_latents_timestep_and_noise_in_this_order(world: Path, tmp_path: Path) -> None:
+    trainer = Trainer(runs.make_config(world, tmp_path, loss__max_points=5, data__image_dropout=0.0))
+    batch, encoders = runs.samples_of(trainer, num_references=2, count=1), trainer.pipeline.encoders
+    encoded, points, draws = draw_inputs(encoders, batch, trainer.config, sample_generators(7, 3, 1), torch.device("cpu"))
+    (generator,) = sample_generators(7, 3, 1)
+    torch.rand(1, generator=generator)
+    pairs = draw_points(batch.points, 5, generator)
+    latents = pack_latents(encoders.encode_images(batch.targets, [generator]))
+    assert torch.equal(points.target_index, batch_points(pairs, 9, 24).target_index)
+    assert torch.equal(encoded.latents, latents)
+    assert torch.equal(draws.timesteps, sample_timesteps(1, 24, generator))
+    assert torch.equal(draws.noise, torch.randn(latents.shape, generator=generator))
 
 
 def test_a_sample_is_the_same_in_any_batch(world: Path, tmp_path: Path) -> None:
@@ -181,6 +198,14 @@ def test_max_points_limits_the_supervised_points(world: Path, tmp_path: Path) ->
     first, second = (call["capture"].global_index for call in calls)
     assert first.shape == second.shape == (2, 5)
     assert not torch.equal(first, second)  # drawn anew
+
+
+def test_the_attention_mode_reaches_the_transformer(world: Path, tmp_path: Path) -> None:
+    trainer = Trainer(runs.make_config(world, tmp_path, model__reference_attention="joint"))
+    calls = runs.captured_inputs(trainer)
+    trainer.optimizer_step([runs.samples_of(trainer, num_references=2, count=2)])
+    batch_attention_accuracy(trainer.pipeline, runs.samples_of(trainer, 2, 2), trainer.config, torch.Generator())
+    assert [call["reference_attention"] for call in calls] == ["joint", "joint"]
 
 
 def test_attention_losses_count_at_supervised_timesteps_only(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
