@@ -18,7 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mosaic.data import BucketBatchSampler, DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord, collate
-from mosaic.data.multi_reference.manifest import DESCRIPTION, FORMAT, MANIFEST, VERSION
+from mosaic.data.multi_reference.manifest import FORMAT, VERSION
+from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
 from mosaic.data.multi_reference.writer import ROWS_PER_GROUP, SCHEMA
 from mosaic.files import write_text
 

@@ -1,12 +1,11 @@
 """The manifest by columns: what the format asks of them, and one pass over all rows that finds the bad ones and keeps a few numbers."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mosaic.data.multi_reference.rows import MAX_SIDE, parse_row
 
@@ -16,6 +15,29 @@ OPTIONAL = ("target_size", "scores", "metadata")
 BATCH_ROWS = 8192  # rows held at a time during the pass
 UNSAFE_PATH = r"^$|^/|(^|/)\.\.(/|$)|[\\:\x00]"  # a coarse net; `relative_path` decides
 UNSAFE_ID = r"^$|[^A-Za-z0-9_-]"
+
+
+class Table(Protocol):
+    """The rows of a data set with the columns of a manifest, however they are stored.
+
+    Attributes:
+        path: Its address, for messages.
+    """
+
+    path: str
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+
+    def place(self, number: int) -> str:
+        """Return where a row stands, for messages."""
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield all rows in order, some thousand at a time; ValueError where they are damaged."""
+
+    def values(self, number: int) -> dict[str, Any]:
+        """Return a row as value by column; ValueError where it is damaged."""
 
 
 class Geometry(NamedTuple):
@@ -70,68 +92,59 @@ def check_columns(schema: pa.Schema, path: str) -> list[str]:
     return present
 
 
-def summarise(file: pq.ParquetFile, path: str, split: str | None) -> Summary:
+def summarise(table: Table, split: str | None) -> Summary:
     """Go once through all rows, a few thousand at a time.
 
     Args:
-        file: The manifest.
-        path: Its address, for messages.
+        table: The rows.
         split: The split to keep; None: every row.
 
     Raises:
-        ValueError: A cell of a required column is null, an id stands twice, or `parse_row` refuses a row of the split.
-        pyarrow.ArrowException: The file is damaged.
+        ValueError: A cell of a required column is null, an id stands twice, `parse_row` refuses a row of the split, or a file is damaged.
     """
-    columns = check_columns(file.schema_arrow, path)
+    columns = check_columns(table.schema, table.path)
     numbers, counts, geometry, hashes = [], [], [], []
     known: dict[Geometry, int] = {}
     splits: set[str] = set()
-    for start, batch in _batches(file, columns):
+    start = 0
+    for batch in table.batches(columns):
         for name in REQUIRED:
             if batch[name].null_count:
                 row = start + pc.index(batch[name].is_null(), True).as_py()
-                raise ValueError(f"{path}[{row}].{name}: must not be null.")
+                raise ValueError(f"{table.place(row)}.{name}: must not be null.")
         hashes.append(np.fromiter(map(hash, batch["id"].to_pylist()), np.int64, len(batch)))
         splits.update(pc.unique(batch["split"]).to_pylist())
         chosen = np.arange(len(batch)) if split is None else np.flatnonzero(pc.equal(batch["split"], split).to_numpy(zero_copy_only=False))
         rows = batch.take(pa.array(chosen))
-        sizes = _check_rows(rows, start + chosen, path)
+        sizes = _check_rows(rows, start + chosen, table)
         numbers.append((start + chosen).astype(np.int32))
         counts.append(pc.list_value_length(rows["references"]).to_numpy().astype(np.int16))
         unique, inverse = np.unique(sizes, axis=0, return_inverse=True)
         index = [known.setdefault(Geometry(*map(int, values)), len(known)) for values in unique]
         geometry.append(np.array(index, np.int32)[inverse.reshape(-1)])
-    _refuse_equal_ids(file, path, np.concatenate([np.zeros(0, np.int64), *hashes]))
+        start += len(batch)
+    _refuse_equal_ids(table, np.concatenate([np.zeros(0, np.int64), *hashes]))
     joined = [
         np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in ((np.int32, numbers), (np.int16, counts), (np.int32, geometry))
     ]
     return Summary(*joined, list(known), splits)
 
 
-def _batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield number of the first row, and rows; checked as far as pyarrow can (offsets, UTF-8)."""
-    start = 0
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
-        batch.validate(full=True)
-        yield start, batch
-        start += len(batch)
-
-
-def _refuse_equal_ids(file: pq.ParquetFile, path: str, hashes: np.ndarray) -> None:
+def _refuse_equal_ids(table: Table, hashes: np.ndarray) -> None:
     """Raise ValueError for an id that stands twice. Equal hashes are suspects only: a second pass looks at their ids."""
     values, counts = np.unique(hashes, return_counts=True)
     suspects = set(values[counts > 1].tolist())
     found: dict[str, int] = {}
-    for _, batch in _batches(file, ["id"]) if suspects else ():
+    for batch in table.batches(["id"]) if suspects else ():
         for name in batch["id"].to_pylist():
             if hash(name) in suspects:
                 found[name] = found.get(name, 0) + 1
     for name, count in found.items():
         if count > 1:
-            raise ValueError(f'{path}: ids must be unique, but "{name}" is the id of {count} rows.')
+            raise ValueError(f'{table.path}: ids must be unique, but "{name}" is the id of {count} rows.')
 
 
-def _check_rows(rows: pa.RecordBatch, numbers: np.ndarray, path: str) -> np.ndarray:
+def _check_rows(rows: pa.RecordBatch, numbers: np.ndarray, table: Table) -> np.ndarray:
     """Return int64 [N, 5], the geometry of each row; raise ValueError for the first bad row.
 
     Columns are searched for suspects, which is fast; `parse_row` then decides.
@@ -160,7 +173,7 @@ def _check_rows(rows: pa.RecordBatch, numbers: np.ndarray, path: str) -> np.ndar
         sides = np.where(own.any(axis=1), own.max(axis=1, initial=0), sides)
     for index in np.flatnonzero(suspects):
         values = rows.slice(index, 1).to_pylist()[0]
-        parse_row(values, f'{path}[{numbers[index]}] (id "{values["id"]}")')
+        parse_row(values, f'{table.place(numbers[index])} (id "{values["id"]}")')
     coarsest = np.full(len(rows), MAX_SIDE)
     np.minimum.at(coarsest, parents, sides)
     return np.column_stack([pairs["target_grid"], pairs["target_size"], coarsest])

@@ -11,6 +11,7 @@ from fsspec.core import split_protocol, url_to_fs
 from mosaic.data.handles import PerProcess
 from mosaic.files import path_below
 
+DESCRIPTION, MANIFEST = "dataset.json", "manifest.parquet"
 T = TypeVar("T")
 
 

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from mosaic.data.multi_reference.manifest import DESCRIPTION, FORMAT, MANIFEST, VERSION
+from mosaic.data.multi_reference.manifest import FORMAT, VERSION
 from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.rows import MAX_SIDE
+from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
 from mosaic.files import replacing, save_tensors
 from mosaic.images import decode_image, to_rgb
 
