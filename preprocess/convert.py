@@ -4,6 +4,7 @@ python preprocess/convert.py folder   SRC DEST    one folder per sample: target.
 python preprocess/convert.py uno      SRC DEST    UNO-style JSON list
 python preprocess/convert.py musar    SRC DEST    MUSAR-Gen-style Parquet
 python preprocess/convert.py semalign SRC DEST    SemAlign-MS-Subjects200K as released
+python preprocess/convert.py repository SRC DEST  a data set of our format on the Hugging Face hub, or a folder of its layout
 """
 
 import argparse
@@ -29,6 +30,7 @@ SOURCES = {
     "uno": "UNO-style JSON list of prompt, image_paths (or image_path), image_tgt_path",
     "musar": "MUSAR-Gen-style Parquet: tgt_img, prompt, cond_img_k, cond_prompt_k",
     "semalign": "SemAlign-MS-Subjects200K as released, with its points",
+    "repository": "a data set of our format on the Hugging Face hub, or a folder of its layout; splits are kept",
 }
 
 
@@ -54,12 +56,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("src", type=Path, metavar="SRC", help="what to convert")
         command.add_argument("dest", type=Path, metavar="DEST", help="folder to create")
-        command.add_argument("--split", default="train", help="split of the samples (default: train)")
+        if name != "repository":
+            command.add_argument("--split", default="train", help="split of the samples (default: train)")
         command.add_argument("--heldout-share", type=float, default=0.0, help="share of samples, drawn by id, for the split heldout")
         command.add_argument("--pictures", choices=("given", "png"), default="given", help="copy picture files, or store all as PNG")
         command.add_argument("--limit", type=int, help="stop after this many samples")
         command.add_argument("--skip-invalid", action="store_true", help="leave out, count and list samples that do not convert")
-        if name != "semalign":
+        if name not in ("semalign", "repository"):
             command.add_argument("--grid", type=int, default=64, help="cells per side of the points' grids (default: 64)")
         if name == "uno":
             command.add_argument("--image-root", type=Path, help="folder that the list's paths are relative to (default: that of SRC)")
@@ -102,7 +105,7 @@ def read(source: ModuleType, args: argparse.Namespace, invalid: InvalidSamples) 
     """The samples of a source, which gets those of the options that it knows."""
     options = {
         "invalid": invalid,
-        "split": args.split,
+        "split": getattr(args, "split", None),
         "grid": getattr(args, "grid", None),
         "image_root": getattr(args, "image_root", None),
     }

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
+from mosaic.data.multi_reference.repository import Repository
 from mosaic.reports.figures import contact_sheet, save_picture
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
@@ -104,6 +105,11 @@ def run(arguments: argparse.Namespace, state: PartialState) -> str:
     root = arguments.output or arguments.data
     layout = CompactLayout(root, settings) if arguments.layout == "compact" else ReleaseLayout(root, settings, [s.name for s in specs])
     manifest = Manifest(arguments.data, arguments.split)
+    if isinstance(manifest.folder, Repository):
+        raise ValueError(
+            f"{manifest.path}: is in the repository form, and matching writes files into a folder. Write it as one first: "
+            "`python preprocess/convert.py repository`."
+        )
     count = min(len(manifest), arguments.limit or len(manifest))
     check_grids(manifest, count, settings, arguments.layout)
     device = check_device(arguments.device or str(state.device))

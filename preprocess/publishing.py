@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest
 from mosaic.data.multi_reference.repository import HUB
-from mosaic.files import write_text
+from mosaic.files import replacing, write_text
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -143,21 +142,18 @@ def write_repository(
             raise ValueError(
                 f'{manifest.path}: the hub takes splits of letters, digits, "_" and inner dots only, got "{split}". Rename it.'
             )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "data").mkdir(parents=True)
     columns, schema = features(), features().arrow_schema
     facts: dict[str, SplitFacts] = {}
     shards: dict[str, ShardWriter] = {}
-    for split, row in tqdm(_rows(manifest), desc="writing", unit="sample", total=len(manifest)):
-        if split not in shards:
-            facts[split], shards[split] = SplitFacts(), ShardWriter(partial / "data", split, schema, shard_bytes)
-        facts[split].add(row)
-        shards[split].add(row)
-    file_bytes = sum(writer.finish() for writer in shards.values())
-    matching = _matching(manifest)
-    write_text(partial / "README.md", card(columns, facts, file_bytes, license_id, address, matching))
-    partial.rename(folder)
+    with replacing(folder) as aside:
+        (aside / "data").mkdir(parents=True)
+        for split, row in tqdm(_rows(manifest), desc="writing", unit="sample", total=len(manifest)):
+            if split not in shards:
+                facts[split], shards[split] = SplitFacts(), ShardWriter(aside / "data", split, schema, shard_bytes)
+            facts[split].add(row)
+            shards[split].add(row)
+        file_bytes = sum(writer.finish() for writer in shards.values())
+        write_text(aside / "README.md", card(columns, facts, file_bytes, license_id, address, _matching(manifest)))
     return facts
 
 

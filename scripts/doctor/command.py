@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from mosaic.config.loading import DataConfig
 from mosaic.data import Inspection, TrainingDataset, open_dataset
+from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import require_file, write_text
 from mosaic.method.grids import token_grid
@@ -32,7 +33,7 @@ from scripts.doctor.page import PICTURES, write_findings
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder of a data set")
+    parser.add_argument("data", help="a data set: a folder, or an id of the Hugging Face hub")
     parser.add_argument("--split", default="train", help='split to look at (SemAlign: "train", "heldout" or "all")')
     parser.add_argument("--json", type=Path, help="write the findings here")
     parser.add_argument("--html", type=Path, help="write a page with pictures here")
@@ -55,8 +56,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_data(args: argparse.Namespace) -> TrainingDataset:
-    """The data set, its layout told by `dataset.json`, which only our format has."""
-    layout = "multi_reference" if "://" in args.data or (Path(args.data) / "dataset.json").exists() else "semalign"
+    """The data set, its layout told by `dataset.json` or the column `references`, which only our format has."""
+    is_ours = "://" in args.data or (Path(args.data) / "dataset.json").exists() or "references" in parquet_columns(Path(args.data))
+    layout = "multi_reference" if is_ours or (not Path(args.data).exists() and hub_id(args.data)) else "semalign"
     if layout == "semalign" and Path(args.data).is_dir() and not (Path(args.data) / "data").is_dir():
         raise FileNotFoundError(
             f"{args.data}: holds neither dataset.json (multi-reference format) nor a folder data with Parquet files (SemAlign layout)."
