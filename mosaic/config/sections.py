@@ -82,7 +82,7 @@ class DataConfig(Section):
     format: Literal["multi_reference", "semalign"] = "multi_reference"
     """What `root` holds. "multi_reference": our format, version 1; "semalign": SemAlign-MS-Subjects200K in its released layout."""
     root: Text = "data/train"
-    """Folder of the data set; for our format also a URL that fsspec knows."""
+    """Folder of the data set; for our format also a URL that fsspec knows, or "user/name" on the Hugging Face hub."""
     split: Text = "train"
     """Split of the data set to train on. semalign: "train", "heldout" or "all"."""
     downsample: Literal["vote", "release"] = "vote"
