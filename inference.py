@@ -55,7 +55,7 @@ def pocket_inputs() -> list[str]:
     config = load_config(DEFAULT_CONFIG)
     model, settings = config.model.pretrained, config.inference
     inputs = {"model.pretrained": model, "inference.lora": settings.lora, "inference.cases": settings.cases}
-    return [f"{key}={json.dumps(os.path.relpath(ROOT / value))}" for key, value in inputs.items()]
+    return [f"{key}={json.dumps(os.path.relpath(ROOT / value))}" for key, value in inputs.items() if value is not None]
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -129,7 +129,7 @@ def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> C
     from mosaic.weights.hub import resolve_lora_file
 
     settings = config.inference
-    lora_file = settings.lora and resolve_lora_file(settings.lora, settings.lora_weight_name)
+    lora_file = resolve_lora_file(settings.lora, settings.lora_weight_name) if settings.lora else None
     config, reason = auto_config(config, cases, lora_file, state)
     if state.is_main_process:
         print(reason, file=sys.stderr)
@@ -152,7 +152,8 @@ def show_problems(problems: Iterable[object]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if some of the cases failed, 2 if nothing could begin."""
     arguments = parse_arguments(argv)
-    first, bad = is_first_process(), []
+    first = is_first_process()
+    bad: list[Exception] = []
     try:
         defaults = [] if arguments.config else pocket_inputs()
         config = load_config(arguments.config or DEFAULT_CONFIG, defaults + overrides(arguments))
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             unfit = check(config, file.cases) if arguments.check else []
             if first:
                 print(f"{len(file.cases) - len(unfit)} good cases in {config.inference.cases}")
-                show_problems(bad + unfit)
+                show_problems([*bad, *unfit])
             return 1 if bad or unfit else 0
         if bad and first:
             print(f"{len(bad)} bad cases, listed at the end, are left out; the first: {bad[0]}", file=sys.stderr)

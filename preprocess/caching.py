@@ -39,12 +39,15 @@ class Source(Protocol):
     Attributes:
         kind: Kind of the cache.
         unit: What is counted, for the progress bar.
-        names: Names of all samples or prompts in order; None where one has none.
     """
 
     kind: str
     unit: str
-    names: Sequence[str | None]
+
+    @property
+    def names(self) -> Sequence[str | None]:
+        """Names of all samples or prompts in order; None where one has none."""
+        ...
 
     def encode(self, numbers: Sequence[int]) -> Iterator[Encoded]:
         """Encode samples or prompts by their numbers, in this order."""

@@ -1,7 +1,7 @@
 """How well a data set supervises: what is looked at in each sample, and the quick check that training makes before it starts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class Coverage:
         """Share of references with points, in [0, 1]; 0 where none was seen."""
         return self.with_points / self.references if self.references else 0.0
 
-    def add(self, sample_id: str, points: Sequence[Tensor], missing: Sequence[str] = ()) -> None:
+    def add(self, sample_id: str, points: Sequence[Sized], missing: Sequence[str] = ()) -> None:
         """Count the references of one sample, and the parts it lacks."""
         found = sum(len(pairs) > 0 for pairs in points)
         self.references += len(points)

@@ -1,8 +1,9 @@
 """Leaving out the samples that cannot be read, where a user asks for it (`data.skip_invalid`): found once, counted and listed."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -12,7 +13,8 @@ from mosaic.data.samples import Sample
 from mosaic.files import write_text
 
 
-class Unreadable(NamedTuple):
+@dataclass(frozen=True)
+class Unreadable:
     """A sample that cannot be read.
 
     Attributes:
@@ -92,7 +94,7 @@ def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: b
     if not file.is_file():
         loader = DataLoader(Attempt(dataset, "__getitem__"), batch_size=None, num_workers=num_workers)
         found = [one for one in tqdm(loader, "reading all samples", disable=not show_progress) if isinstance(one, Unreadable)]
-        write_text(file, "".join(json.dumps(bad._asdict()) + "\n" for bad in found))
+        write_text(file, "".join(json.dumps(asdict(bad)) + "\n" for bad in found))
     try:
         return [Unreadable(**json.loads(line)) for line in file.read_text().splitlines()]
     except (ValueError, TypeError) as error:

@@ -86,7 +86,7 @@ def reference_lora_parameters(transformer: FluxTransformer2DModel) -> dict[str, 
         raise ValueError("no reference LoRA is attached; call attach_reference_lora() or load_reference_lora() first.")
     parameters = {}
     for name in reference_lora_modules(transformer):
-        layer = transformer.get_submodule(name)
+        layer: LoraLayer = transformer.get_submodule(name)
         parameters[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
         parameters[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
     return parameters

@@ -56,6 +56,8 @@ class MosaicPipelineOutput(BaseOutput):
 class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     """Text and reference pictures to picture. Load with `from_pretrained`, then `load_reference_lora`."""
 
+    transformer: MosaicFluxTransformer2DModel
+
     @functools.wraps(FluxPipeline.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -85,21 +85,23 @@ def _open(findings: Findings, config: Config, shape: ModelShape) -> TrainingData
     return dataset
 
 
-def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: Samples, checkpoint: Path | None) -> Samples | None:
+def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: TrainingDataset, checkpoint: Path | None) -> Samples | None:
     """The samples that can be read, with what the caches hold for them; None where that shows only when training starts, or never."""
+    samples: Samples = dataset
     if config.data.skip_invalid:
-        skipped, whole = Path(config.training.output_dir) / "skipped.jsonl", dataset
+        skipped = Path(config.training.output_dir) / "skipped.jsonl"
         if checkpoint is None or not skipped.is_file():  # one of an earlier start does not hold
             findings.append(Finding(NOTE, "data.skip_invalid", "samples that cannot be read are looked for when training starts."))
             return None
-        dataset = findings.step("data.skip_invalid", lambda: _readable(whole, skipped), lambda found: f"{len(found):,} can be read.")
-        if dataset is None:
+        readable = findings.step("data.skip_invalid", lambda: _readable(dataset, skipped), lambda found: f"{len(found):,} can be read.")
+        if readable is None:
             return None
+        samples = readable
     before = len(findings)
-    caches = Caches(_open_latents(findings, config, shape, dataset), _open_text(findings, config, shape, dataset))
+    caches = Caches(_open_latents(findings, config, shape, samples), _open_text(findings, config, shape, samples))
     if any(finding.level == STOP for finding in findings[before:]):
         return None
-    return dataset if caches == Caches(None, None) else CachedSamples(dataset, *caches)
+    return samples if caches == Caches(None, None) else CachedSamples(samples, *caches)
 
 
 def _share_out(findings: Findings, config: Config, samples: Samples, processes: int, checkpoint: Path | None) -> int | None:
@@ -149,25 +151,29 @@ def _check_semalign(data: DataConfig) -> bool:
 def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> LatentCache | None:
     """The latent cache, if the config names one, held against the samples."""
     folder = config.data.latent_cache
+    if folder is None:
+        return None
 
     def open_it() -> LatentCache:
         cache = LatentCache(folder, latent_encoding(config) if shape.is_local else {**_stored_encoding(folder), **latent_settings(config)})
         cache.check_names(dataset.sample_ids(), "samples")
         return cache
 
-    return None if folder is None else findings.step("data.latent_cache", open_it, partial(_describe_cache, shape))
+    return findings.step("data.latent_cache", open_it, partial(_describe_cache, shape))
 
 
 def _open_text(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> TextCache | None:
     """The text cache, if the config names one, held against the prompts."""
     folder = config.data.text_cache
+    if folder is None:
+        return None
 
     def open_it() -> TextCache:
         cache = TextCache(folder, text_encoding(config) if shape.is_local else {**_stored_encoding(folder), **text_settings(config)})
         cache.check_names(dict.fromkeys(dataset.prompts()), "prompts")
         return cache
 
-    return None if folder is None else findings.step("data.text_cache", open_it, partial(_describe_cache, shape))
+    return findings.step("data.text_cache", open_it, partial(_describe_cache, shape))
 
 
 def _describe_cache(shape: ModelShape, cache: TensorCache) -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -27,10 +27,11 @@ from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, Q
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import StorageMeter
-from mosaic.rendering.memory_presets import GGUF, MemoryPreset
+from mosaic.rendering.memory_presets import MemoryPreset
 
 TRANSFORMER, ADAPTER, ENCODERS, VAE, ACTIVATIONS = "transformer", "adapter", "text encoders", "VAE", "activations"
 STAGES = ("prompts", "references", "steps", "decoding")
+M = TypeVar("M", bound=nn.Module)
 OFFLOADED_GROUPS = 3  # blocks on the device at a time: the one that computes, the one that comes, the one that goes
 
 
@@ -119,7 +120,7 @@ def weight_bytes(
     one_of_each = replace(shape, transformer={**shape.transformer, "num_layers": 1, "num_single_layers": 1})
     two_of_each = replace(shape, transformer={**shape.transformer, "num_layers": 2, "num_single_layers": 2})
     outside = 2 * one_of_each.base_parameters - two_of_each.base_parameters  # embedders and exit, never quantised
-    if preset.transformer == GGUF:
+    if config.inference.gguf is not None:
         transformer = os.path.getsize(config.inference.gguf)
     else:
         per_weight = element if preset.transformer == "none" else QUANTIZED_BYTES[preset.transformer]
@@ -221,7 +222,7 @@ def _shallow_transformer(frozen: _Frozen, lora_rank: int, dtype: str) -> nn.Modu
     return _in_format(build_transformer(config, shallow), dtype)
 
 
-def _in_format(model: nn.Module, dtype: str) -> nn.Module:
+def _in_format(model: M, dtype: str) -> M:
     """The model, frozen, all its weights in one number format."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
@@ -250,7 +251,7 @@ def _vae_bytes(
     meter = StorageMeter()
     with meter, torch.no_grad(), kernels_of(device_type):
         given = torch.empty(num_pictures, *size, dtype=DTYPES[dtype], device="meta")
-        result = vae.encode(given).latent_dist.mode() if encode else vae.decode(given, return_dict=False)[0]
+        result = vae.encode(given).latent_dist.mode() if encode else vae.decode(given).sample
         del result
     return meter.peak.total()
 

@@ -67,11 +67,12 @@ def look_around(config: Config, shape: ModelShape, environ: Mapping[str, str], r
         cases = partial(load_cases, config.validation.cases, config.data.reference_size)
         findings.step("validation.cases", cases, lambda found: f"{len(found)} cases.")
     findings.append(_check_model(config.model.pretrained, shape))
-    if config.lora.pretrained is not None and checkpoint is None:
-        if _looks_like_hub_id(config.lora.pretrained):
-            findings.append(Finding(NOTE, "lora.pretrained", f"{config.lora.pretrained}: looked for on the Hub when training starts."))
+    adapter = config.lora.pretrained
+    if adapter is not None and checkpoint is None:
+        if _looks_like_hub_id(adapter):
+            findings.append(Finding(NOTE, "lora.pretrained", f"{adapter}: looked for on the Hub when training starts."))
         else:
-            findings.step("lora.pretrained", lambda: _adapter_header(config, shape), str)
+            findings.step("lora.pretrained", lambda: _adapter_header(adapter, config, shape), str)
     quantization, optimizer = config.model.quantization, config.optimizer
     findings.step("model.quantization", lambda: check_quantization(quantization), lambda _: f'"{quantization}" can be used.')
     findings.step("optimizer.name", lambda: check_optimizer(optimizer), lambda _: f'"{optimizer.name}" can be used.')
@@ -88,13 +89,13 @@ def _describe_output(folder: Path, checkpoint: Path | None) -> str:
     return f"{folder}: " + ("a new run." if checkpoint is None else f"continues from {checkpoint.name}.")
 
 
-def _adapter_header(config: Config, shape: ModelShape) -> str:
+def _adapter_header(adapter: str, config: Config, shape: ModelShape) -> str:
     """What the header of the adapter to start from says.
 
     Raises:
         FileNotFoundError, ValueError: There is no such file, or it does not fit.
     """
-    file = LoraFile(resolve_lora_file(config.lora.pretrained, config.lora.weight_name), "reference LoRA")
+    file = LoraFile(resolve_lora_file(adapter, config.lora.weight_name), "reference LoRA")
     first = f"{PREFIX}x_embedder.lora_A.weight"
     rank = file.shape(first)[0] if first in file and len(file.shape(first)) == 2 else 0
     if not rank or (shape.is_local and not _fits(file, rank, shape)):  # of another model the shape is not known

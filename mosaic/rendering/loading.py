@@ -15,7 +15,7 @@ from transformers import AutoConfig, T5EncoderModel
 from mosaic.config.loading import Config
 from mosaic.pipeline.encoders import GivenPrompts, PromptEmbeddings, RememberedEncoders, encode_each
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
-from mosaic.rendering.memory_presets import GGUF, MemoryPreset, gguf_file, place_pipeline, resolve_preset
+from mosaic.rendering.memory_presets import MemoryPreset, gguf_file, place_pipeline, resolve_preset
 from mosaic.weights.components import TEXT_COMPONENTS, component_folder
 from mosaic.weights.quantized_files import quantized_model
 
@@ -43,7 +43,7 @@ class _Loader:
         """The transformer as an argument of `pipeline`, where its format is not the usual one."""
         if self.preset.transformer == "none":
             return {}
-        if self.preset.transformer == GGUF:
+        if self.config.inference.gguf is not None:
             return {"transformer": load_gguf(self.config.inference.gguf, self.config.model.pretrained, self.dtype)}
         folder = component_folder(self.config.model.pretrained, "transformer")
         return {

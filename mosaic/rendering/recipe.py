@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from mosaic.pipeline.options import ResolvedOptions
 
@@ -136,6 +137,7 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     """The recipe that a PNG carries, whoever wrote it; None where there is no such file, it is damaged, or carries none."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
+            assert isinstance(picture, PngImageFile)
             picture.load()
             recipe = json.loads(picture.text[KEY])
     except (OSError, ValueError, KeyError, SyntaxError, RecursionError, Image.DecompressionBombError):

@@ -14,7 +14,7 @@ from mosaic.lora.keys import find_modules
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.checks import check_size
-from mosaic.rendering.memory_presets import GGUF, MemoryPreset, gguf_file, resolve_preset
+from mosaic.rendering.memory_presets import MemoryPreset, gguf_file, resolve_preset
 from mosaic.rendering.recipe import Recipe, ReferenceEntry, RunRecipe, StyleWeights, Weights, has_digest
 from mosaic.reports.html import page_digest_at
 from mosaic.weights.digests import file_digest, weights_digest
@@ -97,7 +97,7 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
     return RunRecipe(
         dtype=config.model.dtype,
         model=Weights(_public_name(config.model.pretrained), model_digest),
-        lora=None if lora_digest is None else Weights(_public_name(settings.lora), lora_digest),
+        lora=None if settings.lora is None or lora_digest is None else Weights(_public_name(settings.lora), lora_digest),
         style_lora=_style_lora(config),
         device=device,
         num_threads=settings.num_threads,
@@ -124,7 +124,7 @@ def _style_lora(config: Config) -> StyleWeights | None:
 def _storage(config: Config, preset: MemoryPreset) -> dict[str, Any]:
     """What of `inference.memory` changes pictures; where models wait and when they leave does not."""
     storage: dict[str, Any] = {name: getattr(preset, name) for name in ("transformer", "text_encoder_2", "vae_tiling")}
-    if preset.transformer == GGUF:
+    if config.inference.gguf is not None:
         storage["gguf"] = weights_digest(gguf_file(config.inference.gguf))
     return storage
 

@@ -15,7 +15,7 @@ from mosaic.config.loading import Config
 from mosaic.files import write_text
 from mosaic.model.acceleration import set_step_cache
 from mosaic.pipeline.attention_report import PictureAttention
-from mosaic.pipeline.pipeline import MosaicFluxPipeline, MosaicPipelineOutput
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
 from mosaic.rendering.outputs import Journal
 from mosaic.rendering.recipe import Recipe, png_text
@@ -77,7 +77,7 @@ def render_batch(
         return
     failure = ""
     try:
-        result = sample(jobs, [readable[job.name] for job in jobs], pipeline, config, on_step)
+        sampled, attention = sample(jobs, [readable[job.name] for job in jobs], pipeline, config, on_step)
     except CASE_ERRORS as error:
         failure = in_one_line(error)
     if failure:  # outside of the handler, where the error would keep the tensors of the failed call
@@ -93,9 +93,9 @@ def render_batch(
     seconds = (time.perf_counter() - start) / len(jobs)
     for number, job in enumerate(jobs):
         if job.name in wanted:
-            attention = result.attention[number] if result.attention else None
             try:
-                write_picture(job, readable[job.name], checked_picture(job, result.images[number]), attention, journal, seconds)
+                picture = checked_picture(job, sampled[number])
+                write_picture(job, readable[job.name], picture, attention[number], journal, seconds)
             except CASE_ERRORS as error:
                 note_failure(journal, job, in_one_line(error), wanted)
 
@@ -130,10 +130,10 @@ def sample(
     pipeline: MosaicFluxPipeline,
     config: Config,
     on_step: Callable[[int], object],
-) -> MosaicPipelineOutput:
-    """The pictures of jobs that have all but prompt, seed and references in common, in one call of the pipeline.
+) -> tuple[list[Image.Image | None], list[PictureAttention | None]]:
+    """The pictures of jobs that have all but prompt, seed and references in common, in one call of the pipeline, and their attention.
 
-    In the place of a picture is None where its latents or its pixels are not finite.
+    In the place of a picture is None where its latents or its pixels are not finite; in that of its attention where none was asked for.
     """
     recipe, settings, finite = jobs[0].recipe, config.inference, np.ones(len(jobs), dtype=bool)
     num_steps = recipe.options.num_inference_steps
@@ -153,10 +153,11 @@ def sample(
         output_type="np",  # pixels of 8 bits would hide what is not finite
         callback_on_step_end=watch,
     )
+    assert isinstance(result.images, np.ndarray)
     finite &= np.isfinite(result.images).all(axis=(1, 2, 3))
     pictures = pipeline.image_processor.numpy_to_pil(np.nan_to_num(result.images))
-    result.images = [picture if fine else None for picture, fine in zip(pictures, finite, strict=True)]
-    return result
+    images = [picture if fine else None for picture, fine in zip(pictures, finite, strict=True)]
+    return images, result.attention or [None] * len(jobs)
 
 
 def call_arguments(recipes: Sequence[Recipe]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The objective on one batch, as Section 4 of the paper: `draw_inputs` makes the tokens, `train_step` the loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mosaic.config.loading import Config, DataConfig, LossConfig
 from mosaic.data import MosaicBatch
@@ -25,6 +26,8 @@ from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.transformer import MosaicTransformerOutput
 from mosaic.pipeline.encoders import Encoders
 from mosaic.training.encoding import EncodedBatch, batch_grids, encode_batch
+
+Transformer = Callable[..., MosaicTransformerOutput]  # the model, or what wraps it
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def draw_inputs(
 
 
 def train_step(
-    transformer: nn.Module, encoded: EncodedBatch, points: Points, draws: Draws, loss: LossConfig, step: int, call: CallSettings
+    transformer: Transformer, encoded: EncodedBatch, points: Points, draws: Draws, loss: LossConfig, step: int, call: CallSettings
 ) -> MosaicLoss:
     """The objective on one batch.
 
@@ -185,7 +188,7 @@ def is_supervised(loss: LossConfig, timesteps: Tensor) -> Tensor:
 
 
 def predict(
-    transformer: nn.Module,
+    transformer: Transformer,
     encoded: EncodedBatch,
     noisy_latents: Tensor,
     timesteps: Tensor,

@@ -66,7 +66,7 @@ def _record(dataset: SemAlignDataset, index: int, split: str) -> SampleRecord:
         "consensus": "equal cells inside the mask",
         "missing": list(found.missing),
     }
-    points = None if found.missing else consensus_points(found.dift, found.geoaware, found.mask).numpy()
+    points = None if found.whole is None else consensus_points(*found.whole).numpy()
     mask = None if found.mask is None else _mask_pixels(found.mask, target.size)
     return SampleRecord(
         id=dataset.sample_id(index),

@@ -115,7 +115,7 @@ def _options(form: Form, config: Config, vae_scale_factor: int) -> CaseOptions:
     if empty is not None:
         raise ValueError(f"{LABELS[empty]}: must not be empty.")
     limits = size_limits(config, vae_scale_factor)
-    highest = {"height": limits.maximum, "width": limits.maximum, "num_inference_steps": MAX_STEPS}
+    highest: dict[str, float] = {"height": limits.maximum, "width": limits.maximum, "num_inference_steps": MAX_STEPS}
     highest |= {"guidance_scale": MAX_GUIDANCE, "image_guidance_scale": MAX_GUIDANCE}
     try:
         options = CaseOptions(**values)
@@ -125,5 +125,5 @@ def _options(form: Form, config: Config, vae_scale_factor: int) -> CaseOptions:
     for name, limit in highest.items():
         if values[name] > limit:
             raise ValueError(f"{LABELS[name]}: must be at most {limit:g} on this page, got {values[name]:g}. Larger ones: inference.py.")
-    token_grid(form.height, form.width, vae_scale_factor, where="Size")
+    token_grid(values["height"], values["width"], vae_scale_factor, where="Size")
     return options

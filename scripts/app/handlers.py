@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from scripts.app.sessions import Kept, Session, Sessions
 from scripts.app.state import PageState, make_form
-from scripts.app.studio import DONE, Run, Studio
+from scripts.app.studio import Run, Studio
 from scripts.app.views import notice, progress
 
 POLL_SECONDS = 0.5
@@ -63,7 +63,7 @@ class Handlers:
             while not run.ended:
                 yield Watched(progress(run, self.studio.num_before(run)), False)
                 run.wait(POLL_SECONDS)
-            if run.state == DONE:
+            if run.result is not None:
                 yield Watched("", True, session.keep(run.result))
             else:
                 yield Watched(progress(run, 0), True)

@@ -31,7 +31,7 @@ class Page:
             self.num_shown, self.selected = gr.State(0), gr.State(0)
             model, lora = self.config.model.pretrained, self.config.inference.lora
             is_pocket = Path(model).resolve().match("assets/pocket/flux")
-            gr.HTML(header("pocket" if is_pocket else public_name(model), public_name(lora), device, is_pocket))
+            gr.HTML(header("pocket" if is_pocket else public_name(model), lora and public_name(lora), device, is_pocket))
             with gr.Row(elem_id="m-main", equal_height=False):
                 with gr.Column(scale=5, min_width=320):
                     self._references()

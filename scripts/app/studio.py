@@ -177,7 +177,7 @@ class Studio:
             run.change(state=FAILED, error=f"The program stopped unexpectedly ({type(error).__name__}: {error}).")
             raise
         else:
-            run.change(state=CANCELLED) if run.cancel_asked else run.change(state=DONE, result=result)
+            run.change(state=CANCELLED) if run.cancel_asked else run.change(result=result, state=DONE)
 
     def _render(self, run: Run) -> Rendered:
         references = [upload.prepared for upload in run.uploads]
@@ -194,10 +194,12 @@ class Studio:
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=(),
         )
+        assert isinstance(output.images, list)
+        assert run.started is not None
         picture, seconds = output.images[0], time.perf_counter() - run.started
-        if not run.with_attention or run.cancel_asked:
+        attention = output.attention[0] if output.attention is not None else None
+        if attention is None or run.cancel_asked:
             return Rendered(picture, None, None, run.job, seconds)
-        attention = output.attention[0]
         panel = attention_panel([reference.picture for reference in references], picture, attention)
         return Rendered(picture, panel, attention.leakage.tolist(), run.job, seconds)
 

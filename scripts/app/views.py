@@ -99,6 +99,6 @@ def recipe_json(kept: Kept | None) -> str:
     return json.dumps(kept.recipe.to_json(), ensure_ascii=False, indent=2) if kept else ""
 
 
-def public_name(source: str | None) -> str | None:
+def public_name(source: str) -> str:
     """A hub id as it is, of a local path the last part."""
-    return source and (Path(source).name if Path(source).exists() else source)
+    return Path(source).name if Path(source).exists() else source

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import DataLoader, Subset
@@ -58,7 +58,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def open_data(args: argparse.Namespace) -> TrainingDataset:
     """The data set, its layout told by `dataset.json` or the column `references`, which only our format has."""
     is_ours = "://" in args.data or (Path(args.data) / "dataset.json").exists() or "references" in parquet_columns(Path(args.data))
-    layout = "multi_reference" if is_ours or (not Path(args.data).exists() and hub_id(args.data)) else "semalign"
+    layout: Literal["multi_reference", "semalign"] = (
+        "multi_reference" if is_ours or (not Path(args.data).exists() and hub_id(args.data)) else "semalign"
+    )
     if layout == "semalign" and Path(args.data).is_dir() and not (Path(args.data) / "data").is_dir():
         raise FileNotFoundError(
             f"{args.data}: holds neither dataset.json (multi-reference format) nor a folder data with Parquet files (SemAlign layout)."
@@ -112,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         require_file(args.html, "--html")
         dataset = open_data(args)
         training = Training(args.token_size, (args.image_size,) * 2, args.reference_size, args.text_length, args.min_coverage)
-        findings, shown = Findings(training), []
+        findings = Findings(training)
+        shown: list[Inspection] = []
         for found in inspections(dataset, args):
             findings.add(found)
             if isinstance(found, Inspection) and len(shown) < PICTURES:

@@ -227,12 +227,12 @@ def test_other_weights_are_counted(packages: set[str], tmp_path: Path) -> None:
 def test_the_largest_case_counts(world: Path, config: Config) -> None:
     cases = load_cases(config.inference.cases, config.data.reference_size)
     assert largest_demand(cases, config) == Demand(*runs.IMAGE_SIZE, 2, False)
-    larger = cases[0]._replace(options=cases[0].options.replace(height=64, width=32))
+    larger = replace(cases[0], options=cases[0].options.replace(height=64, width=32))
     assert largest_demand([larger, cases[1]], config) == Demand(64, 32, 2, False)
-    guided = cases[1]._replace(options=cases[1].options.replace(image_guidance_scale=0.0))
+    guided = replace(cases[1], options=cases[1].options.replace(image_guidance_scale=0.0))
     assert largest_demand([cases[0], guided], config).guided
     guided_run = config.replace(inference=config.inference.replace(image_guidance_scale=2.0))
-    unguided = [case._replace(options=case.options.replace(image_guidance_scale=1.0)) for case in cases]
+    unguided = [replace(case, options=case.options.replace(image_guidance_scale=1.0)) for case in cases]
     assert largest_demand(cases, guided_run).guided
     assert not largest_demand(unguided, guided_run).guided
     assert largest_demand([], config).num_references == 0

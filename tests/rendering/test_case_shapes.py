@@ -4,6 +4,7 @@ import json
 import os
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_good_cases(folder: Path, name: str) -> None:
     (case,) = read(folder, [entry])
     assert (case.prompt, files(case, folder)) == ("a cat", expected)
     assert case.index == entry.get("index", 0)
-    assert read(folder, json.dumps(entry) + "\n", "cases.jsonl")[0]._replace(place="") == case._replace(place="")
+    assert replace(read(folder, json.dumps(entry) + "\n", "cases.jsonl")[0], place="") == replace(case, place="")
     jsonschema.validate([entry], make_cases_schema.cases_schema())
 
 
@@ -332,4 +333,4 @@ def test_grids(folder: Path) -> None:
 def test_seeds_of_pictures(folder: Path) -> None:
     case = read(folder, [{**UNO, "index": 4}])[0]
     for options, expected in (({}, [46]), ({"seed": 1}, [1]), ({"seeds": (5, 2)}, [5, 2]), ({"num_images_per_prompt": 3}, [46, 47, 48])):
-        assert list(picture_seeds(case._replace(options=CaseOptions(**options)), 42)) == expected
+        assert list(picture_seeds(replace(case, options=CaseOptions(**options)), 42)) == expected

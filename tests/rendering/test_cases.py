@@ -43,7 +43,7 @@ def test_reads_cases_relative_to_the_file(folder: Path, monkeypatch: pytest.Monk
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     cases = load_cases("../cases.json")
-    assert cases[0][:2] == (7, "a cat and a mug")
+    assert (cases[0].index, cases[0].prompt) == (7, "a cat and a mug")
     assert cases[0].image_paths == (Path("../pictures/a.png"), Path("../pictures/b.png"))
     assert [item.index for item in cases] == [7, 2]
     absolute = str(folder / "pictures/a.png")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -488,7 +489,7 @@ def test_what_users_give_is_escaped() -> None:
     evil = '<img src=x onerror="alert(1)">'
     recipe = make_recipe(prompt=evil, references=(entry(evil, "x", 0.5),))
     kept = app_views.Kept(Path("a.png"), None, None, recipe, 1.0)
-    example = Example(load_cases(ROOT / "example_cases.json", SIZE)[0]._replace(prompt=evil), ())
+    example = Example(replace(load_cases(ROOT / "example_cases.json", SIZE)[0], prompt=evil), ())
     views = [
         app_views.card(0, upload(evil)),
         app_views.notice([evil]),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel as FluxTransformer2DModel
 from diffusers.utils import BaseOutput
@@ -84,8 +85,6 @@ class VaeImageProcessor:
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Any]: ...
 
-LoraSource = str | os.PathLike[str] | dict[str, Tensor]
-
 class DiffusionPipeline:
     config: Any
     dtype: torch.dtype
@@ -106,7 +105,7 @@ class DiffusionPipeline:
     def enable_model_cpu_offload(self, **kwargs: Any) -> None: ...
     def enable_sequential_cpu_offload(self, **kwargs: Any) -> None: ...
 
-class FluxPipeline(DiffusionPipeline):
+class FluxPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     transformer: FluxTransformer2DModel
     vae: AutoencoderKL
     text_encoder: nn.Module
@@ -139,10 +138,3 @@ class FluxPipeline(DiffusionPipeline):
         max_sequence_length: int = 512,
         lora_scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
-    @classmethod
-    def lora_state_dict(cls, source: LoraSource, **kwargs: Any) -> dict[str, Tensor]: ...
-    def load_lora_weights(self, source: LoraSource, adapter_name: str | None = None, **kwargs: Any) -> None: ...
-    def unload_lora_weights(self, **kwargs: Any) -> None: ...
-    def fuse_lora(self, *args: Any, **kwargs: Any) -> None: ...
-    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None: ...
-    def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None: ...

@@ -31,7 +31,7 @@ def encode_sample(vae: AutoencoderKL, sample: Sample) -> dict[bytes, dict[str, T
     The target is encoded alone and the references together, as training does at batch size 1: so the tensors are equal bit by bit. At
     other batch sizes the kernels of the VAE may sum in another order.
     """
-    entries = {}
+    entries: dict[bytes, dict[str, Tensor]] = {}
     for pictures in (sample.target[None], sample.references):
         moments = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.parameters.cpu()
         entries |= {picture_key(picture): {"moments": one} for picture, one in zip(pictures, moments, strict=True)}

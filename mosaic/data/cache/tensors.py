@@ -33,7 +33,8 @@ VERSION = 1
 COMMAND = "accelerate launch preprocess/cache.py CONFIG"
 INDEX_SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("shard", pa.int32()), ("group", pa.int16()), ("row", pa.int32())])
 NAMES_SCHEMA = pa.schema([("name", pa.string()), ("shard", pa.int32())])
-_POSITION = np.dtype([("shard", np.int32), ("group", np.int16), ("row", np.int32)])
+_COLUMNS = ("shard", "group", "row")
+_POSITION = np.dtype(list(zip(_COLUMNS, (np.int32, np.int16, np.int32), strict=True)))
 
 
 def content_key(*parts: bytes) -> bytes:
@@ -101,7 +102,7 @@ def write_index(root: Path, num_shards: int) -> None:
     place = place[first]
     raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(joined), [None, pa.py_buffer(joined.tobytes())])
     _replace_table(root / NAMES, pa.Table.from_arrays([pa.array(names, pa.string()), pa.array(owners, pa.int32())], schema=NAMES_SCHEMA))
-    columns = [raw, *(pa.array(np.ascontiguousarray(place[name])) for name in _POSITION.names)]
+    columns = [raw, *(pa.array(np.ascontiguousarray(place[name])) for name in _COLUMNS)]
     _replace_table(root / INDEX, pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
 
 
@@ -150,8 +151,9 @@ class TensorCache:
         if not (self.root / INDEX).is_file() or not (self.root / NAMES).is_file():
             raise FileNotFoundError(f"{setting}: the cache in {self.root} is not finished. The same command goes on with it: {COMMAND}")
         table = self._read_table(INDEX, INDEX_SCHEMA)
-        self._keys = np.frombuffer(table["key"].combine_chunks().buffers()[1], f"S{KEY_BYTES}", table.num_rows) if len(table) else []
-        self._positions = [table[name].to_numpy() for name in _POSITION.names]
+        keys = table["key"].combine_chunks().buffers()[1] if len(table) else b""
+        self._keys = np.frombuffer(keys, f"S{KEY_BYTES}", table.num_rows)
+        self._positions = [table[name].to_numpy() for name in _COLUMNS]
         for shard in np.unique(self._positions[0]).tolist():
             self._open(shard_path(self.root, shard), lambda file: None)
 

@@ -103,7 +103,7 @@ def summarise(table: Table, split: str | None) -> Summary:
         ValueError: A cell of a required column is null, an id stands twice, `parse_row` refuses a row of the split, or a file is damaged.
     """
     columns = check_columns(table.schema, table.path)
-    numbers, counts, geometry, hashes = [], [], [], []
+    numbers, counts, geometry, hashes = ([np.zeros(0, kind)] for kind in (np.int32, np.int16, np.int32, np.int64))
     known: dict[Geometry, int] = {}
     splits: set[str] = set()
     start = 0
@@ -123,11 +123,8 @@ def summarise(table: Table, split: str | None) -> Summary:
         index = [known.setdefault(Geometry(*map(int, values)), len(known)) for values in unique]
         geometry.append(np.array(index, np.int32)[inverse.reshape(-1)])
         start += len(batch)
-    _refuse_equal_ids(table, np.concatenate([np.zeros(0, np.int64), *hashes]))
-    joined = [
-        np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in ((np.int32, numbers), (np.int16, counts), (np.int32, geometry))
-    ]
-    return Summary(*joined, list(known), splits)
+    _refuse_equal_ids(table, np.concatenate(hashes))
+    return Summary(np.concatenate(numbers), np.concatenate(counts), np.concatenate(geometry), list(known), splits)
 
 
 def _refuse_equal_ids(table: Table, hashes: np.ndarray) -> None:

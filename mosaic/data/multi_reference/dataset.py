@@ -64,7 +64,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         """
         self.reference_size = reference_size
         self.reference_token_grid = Grid(*reference_token_grid)
-        self.buckets = [tuple(bucket) for bucket in buckets] or [tuple(image_size)]
+        self.buckets = [(height, width) for height, width in buckets or [image_size]]
         token = (image_size[0] // target_token_grid[0], image_size[1] // target_token_grid[1])
         self._token_grids = [_bucket_grid(bucket, token) for bucket in self.buckets]
         self.manifest = Manifest(root, split)

@@ -115,7 +115,7 @@ class DatasetWriter:
                     f"got {list(np.shape(reference.mask))}"
                 )
         self._ids.add(sample.id)
-        row = {
+        row: dict[str, object] = {
             "id": sample.id,
             "split": sample.split,
             "prompt": sample.prompt,

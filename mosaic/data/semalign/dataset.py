@@ -46,6 +46,13 @@ class Supervision:
         parts = {"mask": self.mask is None, "points": self.dift is None or self.geoaware is None}
         return tuple(name for name, is_missing in parts.items() if is_missing)
 
+    @property
+    def whole(self) -> tuple[Tensor, Tensor, Image.Image] | None:
+        """Both fields and the mask; None where one is missing."""
+        if self.dift is None or self.geoaware is None or self.mask is None:
+            return None
+        return self.dift, self.geoaware, self.mask
+
 
 class SemAlignDataset(Dataset[Sample]):
     """Samples of SemAlign-MS-Subjects200K in its released layout (data facts A1-A8).
@@ -69,7 +76,7 @@ class SemAlignDataset(Dataset[Sample]):
         *,
         reference_size: int | None = None,
         token_size: int = FIELD_TOKEN,
-        split: Split = "all",
+        split: str = "all",
         heldout_share: float = 0.01,
         parquet: str | Path | None = None,
         masks: str | Path | None = None,
@@ -163,7 +170,7 @@ class SemAlignDataset(Dataset[Sample]):
             prompt=row.caption,
             target=_panel(target, self.image_size),
             references=_panel(reference, self.reference_size)[None],
-            points=[torch.zeros(0, 2, dtype=torch.long) if supervision.missing else self._points(supervision, self.downsample)],
+            points=[self._points(supervision, self.downsample)],
             missing=supervision.missing,
         )
 
@@ -235,7 +242,7 @@ class SemAlignDataset(Dataset[Sample]):
     def consensus(self, index: int) -> Tensor:
         """Return the points of a sample on the 64 x 64 grids, int64 [P, 2] of (u, v), u not unique; [0, 2] where files are missing."""
         found = self.supervision(index)
-        return torch.zeros(0, 2, dtype=torch.long) if found.missing else consensus_points(found.dift, found.geoaware, found.mask)
+        return torch.zeros(0, 2, dtype=torch.long) if found.whole is None else consensus_points(*found.whole)
 
     def report(self, num_compared: int = 64) -> dict[str, int | str]:
         """Count what is there.
@@ -276,10 +283,12 @@ class SemAlignDataset(Dataset[Sample]):
         }
 
     def _points(self, found: Supervision, downsample: Downsample) -> Tensor:
+        if found.whole is None:
+            return torch.zeros(0, 2, dtype=torch.long)
         sides = (self.reference_side, self.target_side)
         if downsample == "vote":
-            return vote_points(found.dift, found.geoaware, found.mask, *sides)
-        return release_points(found.dift, found.geoaware, found.mask, *sides, self.token_size)
+            return vote_points(*found.whole, *sides)
+        return release_points(*found.whole, *sides, self.token_size)
 
     def _has_mask(self, identifier: str) -> bool:
         return self.masks is not None and self.masks.has(f"{identifier}.png")
@@ -293,7 +302,7 @@ class SemAlignDataset(Dataset[Sample]):
         return int(self._members[index])
 
 
-def _members(ids: pa.ChunkedArray, split: Split, heldout_share: float) -> np.ndarray:
+def _members(ids: pa.ChunkedArray, split: str, heldout_share: float) -> np.ndarray:
     """Positions of the samples of a split. Rows without an id, which cannot be read, belong to "train"."""
     if not 0 <= heldout_share <= 1:
         raise ValueError(f"heldout_share must lie in [0, 1], got {heldout_share}.")

@@ -85,7 +85,8 @@ class SemAlignRows:
         """
         self.files = list(files)
         self._handles = [PerProcess(partial(_open, path)) for path in self.files]
-        kept, groups, total, largest = [], [], 0, 0
+        kept: list[np.ndarray] = []
+        groups, total, largest = [], 0, 0
         for number, path in enumerate(self.files):
             file, first = self._handles[number].get(), total
             _check_schema(file.schema_arrow, path)

@@ -130,8 +130,7 @@ def read_mask(store: Store | None, sample_id: str) -> Image.Image | None:
         ValueError: The file is damaged, or the mask is not square.
     """
     name = f"{sample_id}.png"
-    data = None if store is None else store.read(name)
-    if data is None:
+    if store is None or (data := store.read(name)) is None:
         return None
     try:
         mask = decode_image(data, name)
@@ -154,8 +153,7 @@ def read_field(store: Store | None, matcher: str, sample_id: str) -> Tensor | No
         ValueError: The file is damaged, holds anything but such a tensor (pickled objects are refused unread), or leaves the grid.
     """
     name = f"{matcher}/{sample_id}_ref0.pt"
-    data = None if store is None else store.read(name)
-    if data is None:
+    if store is None or (data := store.read(name)) is None:
         return None
     rule = f"{store.place(name)}: must hold one int64 tensor of shape [{FIELD_GRID.num_tokens}, 2]"
     try:

@@ -1,6 +1,7 @@
 """The cases file: prompts with their reference pictures, checked completely before anything is computed."""
 
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -56,7 +57,8 @@ OPTIONS = tuple(CaseOptions.model_fields)
 KEYS = ("index", PROMPT, REFERENCES, IMAGE_PATHS, *OPTIONS)
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """A prompt with its references.
 
     Attributes:

@@ -68,7 +68,8 @@ def unify(entry: dict[str, Any]) -> Entry:
     shape = next((shape for shape in SHAPES if any(key in entry for key in shape.told_by)), None)
     if shape is None:
         return Entry(dict(entry), {}, ())
-    values, given_keys = {}, {}
+    values: dict[str, Any] = {}
+    given_keys: dict[str, str] = {}
     for key, value in entry.items():
         ours = shape.renamed.get(key, key)
         if key == shape.one_path:
