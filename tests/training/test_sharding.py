@@ -19,8 +19,8 @@ WORKER = """
 import sys, warnings
 import torch
 from torch.distributed.tensor import DTensor
-from mosaic.config import load_config
-from mosaic.training.sharding import is_sharded
+from mosaic.config.loading import load_config
+from mosaic.training.distributed.sharding import is_sharded
 from mosaic.training import Trainer
 
 warnings.simplefilter("error")
