@@ -34,8 +34,6 @@ from preprocess.composition import (
     join_captions,
 )
 
-logger = logging.getLogger(__name__)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""

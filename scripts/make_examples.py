@@ -3,6 +3,7 @@
 Held-out identities of the pocket world, one to six to a case; prompts name classes and background only.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def reference_name(identity: world.Identity) -> str:
 
 def main() -> None:
     """Write assets/references/*.png and example_cases.json."""
+    argparse.ArgumentParser(description="Draw the example references and write example_cases.json.").parse_args()
     cases = []
     for index, num_references in enumerate(NUM_REFERENCES):
         scene = world.sample_scene(FIRST_SEED + index, "heldout", num_references, True)

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mosaic.files import replacing
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.files import replacing
 from scripts.pocket import judge as pocket_judge
 from scripts.pocket import world
 

@@ -59,3 +59,18 @@ def test_no_import_goes_up() -> None:
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
     tuple(TopologicalSorter({module: imports(path) - {module} for module, path in MODULES.items()}).static_order())
+
+
+COMMANDS = sorted(path for room in ("scripts", "preprocess") for path in (ROOT / room).glob("*.py") if path.name != "__init__.py")
+
+
+def test_commands_find_our_modules_before_they_import_them() -> None:
+    """`python scripts/x.py` has `scripts/` on its path, not the repository."""
+    for path in COMMANDS:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.insert(")]
+        for node in tree.body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if found and any(name.partition(".")[0] in ("mosaic", "scripts", "preprocess", "inference") for name in names):
+                assert node.lineno > found[0], f"{path}:{node.lineno}"

@@ -18,8 +18,6 @@ import numpy as np
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-
 from mosaic.config.loading import DataConfig
 from mosaic.data import Inspection, TrainingDataset, open_dataset
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
