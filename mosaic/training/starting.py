@@ -31,7 +31,7 @@ from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
 from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
-from mosaic.training.validation import check_panels
+from mosaic.training.validation import Panel, read_panels
 from mosaic.weights.digests import vae_scale_factor
 from mosaic.weights.hub import resolve_lora_file
 from mosaic.weights.quantization import check_quantization, quantize_base
@@ -60,6 +60,7 @@ class Opened:
         vae_scale_factor: Pixels per latent cell.
         samples: Those to train on.
         held_out: The samples of the validation; None without one.
+        panels: What the validation renders; None: held-out samples, or no validation.
         caches: The latents and embeddings that the run reads instead of encoding.
         adapter: The file that training starts from; None: a fresh adapter, or that of a checkpoint.
     """
@@ -67,6 +68,7 @@ class Opened:
     vae_scale_factor: int
     samples: TrainingDataset
     held_out: TrainingDataset | None
+    panels: list[Panel] | None
     caches: Caches
     adapter: Path | None
 
@@ -87,15 +89,14 @@ def open_run(config: Config, continues: bool) -> Opened:
     factor = vae_scale_factor(config.model.pretrained)  # of a small file: the model itself would be minutes of loading
     grids = run_grids(data, factor)
     samples = open_dataset(data, data.split, grids.target, grids.reference)
-    held_out = None
+    held_out = panels = None
     if validation.every:
         same = validation.split == data.split
         held_out = samples if same else open_dataset(data, validation.split, grids.target, grids.reference)
-        if validation.cases is not None:
-            check_panels(config, factor)
+        panels = read_panels(config, factor)
     starts_from = lora.pretrained if not continues else None
     adapter = resolve_lora_file(starts_from, lora.weight_name) if starts_from is not None else None
-    return Opened(factor, samples, held_out, open_caches(config), adapter)
+    return Opened(factor, samples, held_out, panels, open_caches(config), adapter)
 
 
 def check_output(folder: Path) -> None:

@@ -101,7 +101,7 @@ class Trainer:
         self.dataset = training_dataset(config, opened, self.accelerator, continues)
         self.sampler = training_sampler(config, self.dataset, self.accelerator.process_index, self.accelerator.num_processes)
         self.global_batch = self.sampler.global_batch
-        self.held_out = opened.held_out
+        self.held_out, self.panels = opened.held_out, opened.panels
         self.pipeline = load_base(config, opened, self.accelerator.device)
         self.call = call_settings(config, self.pipeline.transformer)
         blocks = self.pipeline.transformer.config
@@ -295,7 +295,7 @@ class Trainer:
             try:
                 with averaged(self.ema, list(self.parameters.values())):
                     asked = self._asked_on_any_process if sharded else self._asked_here
-                    accuracy = validate(self.pipeline, self.held_out, self.config, folder, asked)
+                    accuracy = validate(self.pipeline, self.held_out, self.panels, self.config, folder, asked)
                 self._write(self.log, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
             except ValidationStopped:
                 logger.warning("validation at step %d was cut short by a stop signal", self.step)

@@ -1,7 +1,7 @@
 """Validation of a run: panels of held-out cases, and attention accuracy on held-out samples at fixed noise."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from mosaic.config.loading import Config
 from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collate
-from mosaic.images import load_image
+from mosaic.images import PreparedReference
 from mosaic.method.correspondence import Points, batch_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.grids import Grid
@@ -20,7 +20,7 @@ from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_ac
 from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering.cases.reading import load_cases
+from mosaic.rendering.cases.reading import read_cases
 from mosaic.rendering.checks import check_size
 from mosaic.reports.figures import case_panel, save_picture, tensor_to_image
 from mosaic.training.encoding import encode_batch
@@ -37,13 +37,19 @@ class ValidationStopped(Exception):
 
 @torch.no_grad()
 def validate(
-    pipeline: MosaicFluxPipeline, dataset: TrainingDataset, config: Config, folder: Path | None, asked_to_stop: Callable[[], bool]
+    pipeline: MosaicFluxPipeline,
+    dataset: TrainingDataset,
+    panels: "Sequence[Panel] | None",
+    config: Config,
+    folder: Path | None,
+    asked_to_stop: Callable[[], bool],
 ) -> AttentionAccuracy:
     """Render panels into `folder` and measure attention accuracy.
 
     Args:
         pipeline: With the adapter attached.
         dataset: Held-out samples.
+        panels: By `read_panels`; None: samples spread over the held-out ones.
         config: The run's settings; `validation` and `model` are used.
         folder: Gets `case_<i>.png`; None: nothing is written, in a process that only takes its part in a sharded forward pass.
         asked_to_stop: Called before each picture and batch; in a sharded pass all processes must get the same answer.
@@ -57,12 +63,13 @@ def validate(
         if asked_to_stop():
             raise ValidationStopped
 
-    for index, case in enumerate(_cases(dataset, config)):
+    for index, panel in enumerate(_sample_panels(dataset, config) if panels is None else panels):
         go_on()
         generator = torch.Generator().manual_seed(validation.seed + index)
-        result = pipeline(case.prompt, case.references, reference_strength=case.strengths, generator=generator, **case.options.arguments)
+        strengths, arguments = panel.strengths, panel.options.arguments
+        result = pipeline(panel.prompt, panel.references, reference_strength=strengths, generator=generator, **arguments)
         if folder is not None:
-            _write_panel(case_panel(case.references, result.images[0], case.prompt), folder / f"case_{index}.png")
+            _write_panel(case_panel(panel.pictures, result.images[0], panel.prompt), folder / f"case_{index}.png")
     sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)
@@ -81,11 +88,20 @@ def _write_panel(panel: Image.Image, path: Path) -> None:
         logger.exception("%s cannot be written; validation goes on", path)
 
 
-class _Case(NamedTuple):
-    """A panel: prompt, references with their strengths, and what the sampler is told."""
+class Panel(NamedTuple):
+    """What is rendered again at every validation.
+
+    Attributes:
+        prompt: Of its case or sample.
+        pictures: K reference pictures, as the panel shows them.
+        references: The same for the pipeline; those of a cases file are prepared once for the whole run.
+        strengths: One per reference; None: 1 for all.
+        options: What the sampler is told.
+    """
 
     prompt: str
-    references: list[Image.Image]
+    pictures: Sequence[Image.Image]
+    references: Sequence[Image.Image | PreparedReference]
     strengths: list[float] | None
     options: ResolvedOptions
 
@@ -105,31 +121,38 @@ def panel_options(config: Config) -> ResolvedOptions:
     )
 
 
-def check_panels(config: Config, vae_scale_factor: int) -> None:
-    """Check the cases of `validation.cases`, and their sizes against the model.
+def read_panels(config: Config, vae_scale_factor: int) -> list[Panel] | None:
+    """Check the cases of `validation.cases`, and their sizes against the model, and prepare the panels of the first ones.
+
+    Returns:
+        The panels; None where the config names no cases file.
 
     Raises:
         FileNotFoundError: The file or a picture is missing.
         ValueError: A case is bad, or its size does not fit the tokens.
     """
-    options = panel_options(config)
-    for case in load_cases(config.validation.cases, config.data.reference_size):
-        check_size(options.given(case.options), case, vae_scale_factor)
-
-
-def _cases(dataset: TrainingDataset, config: Config) -> list[_Case]:
-    """The panels: cases of a cases file, or samples spread over the held-out ones."""
     validation, options = config.validation, panel_options(config)
-    if validation.cases is not None:
-        cases = load_cases(validation.cases, config.data.reference_size)[: validation.num_cases]
-        pictures = [[load_image(path) for path in case.image_paths] for case in cases]
-        return [
-            _Case(case.prompt, images, [reference.strength for reference in case.references], options.given(case.options))
-            for case, images in zip(cases, pictures, strict=True)
-        ]
+    if validation.cases is None:
+        return None
+    file = read_cases(validation.cases, config.data.reference_size).all_good()
+    for case in file.cases:
+        check_size(options.given(case.options), case, vae_scale_factor)
+    panels = []
+    for case in file.cases[: validation.num_cases]:
+        loaded = [file.pictures.load(path) for path in case.image_paths]
+        pictures, references = [picture.image for picture in loaded], [picture.prepared for picture in loaded]
+        strengths = [reference.strength for reference in case.references]
+        panels.append(Panel(case.prompt, pictures, references, strengths, options.given(case.options)))
+    return panels
+
+
+def _sample_panels(dataset: TrainingDataset, config: Config) -> list[Panel]:
+    """Panels of samples spread over the held-out ones."""
+    validation, options = config.validation, panel_options(config)
     count = min(validation.num_cases, len(dataset))
     samples = [dataset[index * len(dataset) // count] for index in range(count)]
-    return [_Case(sample.prompt, [tensor_to_image(reference) for reference in sample.references], None, options) for sample in samples]
+    pictures = [[tensor_to_image(reference) for reference in sample.references] for sample in samples]
+    return [Panel(sample.prompt, images, images, None, options) for sample, images in zip(samples, pictures, strict=True)]
 
 
 def batch_attention_accuracy(

@@ -1,10 +1,12 @@
 """The example cases of the page."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from mosaic.config.loading import Config
+from mosaic.rendering.cases.pictures import ReferencePictures
 from mosaic.rendering.cases.reading import Case, read_cases
-from scripts.app.uploads import MAX_REFERENCES, Upload, read_upload
+from scripts.app.uploads import MAX_REFERENCES, Upload, file_name, thumbnail
 
 MAX_EXAMPLES = 24
 
@@ -18,9 +20,8 @@ class Example(NamedTuple):
 
 def load_examples(config: Config) -> tuple[list[Example], list[str]]:
     """The good ones of the config's cases that the page can hold, and a message for each of the others."""
-    size, scale = config.data.reference_size, config.inference.reference_scale
     try:
-        file = read_cases(config.inference.cases, size, scale)
+        file = read_cases(config.inference.cases, config.data.reference_size, config.inference.reference_scale)
     except (ValueError, OSError) as error:
         return [], [str(error)]
     examples, problems = [], [str(problem) for problem in file.problems]
@@ -28,7 +29,13 @@ def load_examples(config: Config) -> tuple[list[Example], list[str]]:
         try:
             if len(case.references) > MAX_REFERENCES:
                 raise ValueError(f"{case.place}: the page holds at most {MAX_REFERENCES} references, got {len(case.references)}.")
-            examples.append(Example(case, tuple(read_upload(path, size, scale) for path in case.image_paths)))
-        except ValueError as error:
+            examples.append(Example(case, tuple(_upload(path, file.pictures) for path in case.image_paths)))
+        except (ValueError, OSError) as error:
             problems.append(str(error))
     return examples, problems
+
+
+def _upload(path: Path, pictures: ReferencePictures) -> Upload:
+    """A picture of the cases file as if it had come from the browser; the check of the cases has prepared it."""
+    picture = pictures.load(path)
+    return Upload(file_name(path), pictures.digests[path], picture.prepared, thumbnail(picture.image))

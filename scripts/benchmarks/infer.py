@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from mosaic.config.loading import from_dict
 from mosaic.files import write_text
-from mosaic.images import load_image, prepare_reference
 from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.method.grids import token_grid
 from mosaic.method.tokens import unpack_latents
@@ -40,7 +39,7 @@ from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import GIB
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE
 from mosaic.planning.preflight import ASSUMED_PEAK_TFLOPS
-from mosaic.rendering.cases.reading import load_cases
+from mosaic.rendering.cases.reading import read_cases
 from mosaic.training.watch.throughput import known_peak
 from scripts.benchmarks.train import peak_bytes, timed
 from scripts.benchmarks.twin import ROOT
@@ -278,12 +277,13 @@ def encode_example(
     Raises:
         ValueError: It has fewer than K.
     """
-    case = max(load_cases(cases, size), key=lambda case: len(case.image_paths))
+    file = read_cases(cases, size).all_good()
+    case = max(file.cases, key=lambda case: len(case.image_paths))
     if len(case.image_paths) < num_references:
         raise ValueError(
             f"--k must be at most {len(case.image_paths)}, as many as the cases of {Path(cases).name} have, got {num_references}"
         )
-    pictures = [prepare_reference(load_image(path), size) for path in case.image_paths[:num_references]]
+    pictures = [file.pictures.load(path).prepared.picture for path in case.image_paths[:num_references]]
     (latents,) = pipeline.encoders.encode_references([pictures])
     return pipeline.encoders.encode_prompts([case.prompt], text_tokens), latents
 

@@ -149,8 +149,14 @@ def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeyp
         seen.append(given)
         return call(self, prompt, references, **given)
 
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the pictures of panels are read and prepared once, at the start")
+
     monkeypatch.setattr(MosaicFluxPipeline, "__call__", record)
-    training.validate(trainer.pipeline, trainer.held_out, trainer.config, None, lambda: False)
+    for name in ("read_picture", "decode_image"):
+        monkeypatch.setattr(f"mosaic.rendering.cases.pictures.{name}", refuse)
+    monkeypatch.setattr("mosaic.images.PreparedReference.make", refuse)
+    training.validate(trainer.pipeline, trainer.held_out, trainer.panels, trainer.config, None, lambda: False)
     assert [given["reference_strength"] for given in seen] == [[0.5, 1.0], [1.0]]
     usual = {"width": trainer.config.data.image_size[1], "image_guidance_scale": 2, "guidance_scale": 3.5}
     usual |= {"num_inference_steps": trainer.config.validation.num_inference_steps}
@@ -172,7 +178,10 @@ def test_panels_of_a_size_that_the_model_cannot_have_are_refused_before_it_is_lo
 def test_validation_is_reproducible_and_changes_nothing(world: Path, tmp_path: Path) -> None:
     trainer = Trainer(runs.make_config(world, tmp_path, validation__every=1))
     before = runs.values(trainer)
-    found = [training.validate(trainer.pipeline, trainer.held_out, trainer.config, tmp_path / name, lambda: False) for name in ("a", "b")]
+    found = [
+        training.validate(trainer.pipeline, trainer.held_out, trainer.panels, trainer.config, tmp_path / name, lambda: False)
+        for name in ("a", "b")
+    ]
     assert found[0] == found[1]
     assert found[0].num_points > 0
     assert runs.files_below(tmp_path / "a") == runs.files_below(tmp_path / "b")

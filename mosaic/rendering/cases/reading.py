@@ -96,6 +96,12 @@ class CaseFile(NamedTuple):
     notes: list[str]
     pictures: ReferencePictures
 
+    def all_good(self) -> Self:
+        """The file itself, in which every case is good; raises as `load_cases` for the first that is not."""
+        if self.problems:
+            raise self.problems[0]
+        return self
+
 
 def load_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> list[Case]:
     """Read a cases file in which every case must be good; see `read_cases`.
@@ -105,10 +111,7 @@ def load_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
         ValueError: Anything else is wrong with the file or a picture. Messages name the file and the place, such as
             `cases.json[3].image_paths[1]: ...`.
     """
-    file = read_cases(path, reference_size, reference_scale)
-    if file.problems:
-        raise file.problems[0]
-    return file.cases
+    return read_cases(path, reference_size, reference_scale).all_good().cases
 
 
 def read_cases(path: str | Path, reference_size: int = 512, reference_scale: float = 0.9) -> CaseFile:
