@@ -47,10 +47,8 @@ def _sample(manifest: Manifest, index: int) -> SampleRecord:
             )
         )
     target = manifest.folder.read(row.target, f"{row.place}.target")
-    grids = (tuple(row.reference_grid), tuple(row.target_grid))
-    return SampleRecord(
-        row.id, row.split, row.prompt, target, references, *grids, _from_json(row.metadata), _from_json(values.get("scores"))
-    )
+    metadata, scores = _from_json(row.metadata), _from_json(values.get("scores"))
+    return SampleRecord(row.id, row.split, row.prompt, target, references, row.reference_grid, row.target_grid, metadata, scores)
 
 
 def _from_json(text: str | None) -> dict[str, Any]:
