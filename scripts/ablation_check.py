@@ -70,7 +70,7 @@ def compare(results: dict[str, Any], tasks: dict[str, list[Task]]) -> tuple[list
         for task in measured:
             cells = []
             for share in SHARES:
-                now, row = task.result()[share]["share"], stored[name][str(task.num_references)][share]
+                now, row = (task.result() or {})[share]["share"], stored[name][str(task.num_references)][share]
                 if now is None or row["share"] is None:
                     cells.append("-")
                     continue

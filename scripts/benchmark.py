@@ -181,7 +181,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     """The command `train`."""
     if args.memory_of:
-        return twin_benchmark.measure_memory(args)
+        twin_benchmark.measure_memory(args)
+        return None
     from scripts.benchmarks import train as train_benchmark
 
     result = train_benchmark.run(args)

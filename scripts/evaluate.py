@@ -79,6 +79,8 @@ def provenance(config: Config, seed: int) -> dict[str, Any]:
         FileNotFoundError: There is no such adapter.
     """
     settings = config.inference
+    if settings.lora is None:
+        raise ValueError("inference.lora must name the adapter that is measured, got null.")
     lora = resolve_lora_file(settings.lora, settings.lora_weight_name)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

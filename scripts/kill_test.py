@@ -98,6 +98,7 @@ def kill_test(config: Config, output: Path, kills: int, rng: random.Random) -> R
     preload()
     whole, killed = (_with_output(config, output / name) for name in ("whole", "killed"))
     _wait(start_run(whole), whole)
+    assert config.training.max_steps is not None, "a run that ends by epochs is refused before"
     advance = config.training.max_steps / (kills + 1)
     moments: Counter[str] = Counter()
     with tqdm(total=kills, desc="kills", unit="kill") as progress:

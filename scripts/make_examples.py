@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,7 +30,7 @@ def reference_name(identity: world.Identity) -> str:
 def main() -> None:
     """Write assets/references/*.png and example_cases.json."""
     argparse.ArgumentParser(description="Draw the example references and write example_cases.json.").parse_args()
-    cases = []
+    cases: list[dict[str, Any]] = []
     for index, num_references in enumerate(NUM_REFERENCES):
         scene = world.sample_scene(FIRST_SEED + index, "heldout", num_references, True)
         paths = []

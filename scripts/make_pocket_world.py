@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -85,9 +86,10 @@ def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, 
             sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
             folder = aside / sample.id
             folder.mkdir(parents=True)
-            sample.target.save(folder / "target.png")
-            for k, reference in enumerate(sample.references):
-                reference.image.save(folder / f"ref_{k}.png")
+            pictures = {"target": sample.target} | {f"ref_{k}": reference.image for k, reference in enumerate(sample.references)}
+            for name, picture in pictures.items():
+                assert isinstance(picture, Image.Image), "drawn here"
+                picture.save(folder / f"{name}.png")
             (folder / "prompt.txt").write_text(sample.prompt + "\n")
 
 

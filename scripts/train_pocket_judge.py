@@ -157,7 +157,10 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    judge = pocket_judge.Judge().to(memory_format=torch.channels_last)
+    judge = pocket_judge.Judge()
+    for parameter in judge.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=args.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
     checkpoint, start = args.run_dir / "checkpoint.pt", 0

@@ -39,6 +39,9 @@ class MosaicTransformerOutput(BaseOutput):
     kept_references: KeptReferences | None = None
 
 
+signature_of_stock: Any = functools.wraps(FluxTransformer2DModel.__init__)  # from which diffusers reads the keys of the config
+
+
 class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
     """`FluxTransformer2DModel` with a reference branch; loads every diffusers FLUX folder with `from_pretrained`.
 
@@ -48,7 +51,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
     _no_split_modules: ClassVar[list[str]] = ["MosaicFluxTransformerBlock", "MosaicFluxSingleTransformerBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["MosaicFluxTransformerBlock", "MosaicFluxSingleTransformerBlock"]
 
-    @functools.wraps(FluxTransformer2DModel.__init__)
+    @signature_of_stock
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         _adopt_blocks(self)

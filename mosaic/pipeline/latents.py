@@ -62,4 +62,4 @@ def draw_latents(
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Inverse of `encode_images`: [B, C, h, w] -> pictures [B, 3, H, W] in about [-1, 1]."""
     latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents, return_dict=False)[0]
+    return vae.decode(latents).sample

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
 from diffusers.utils import logging
 from torch import Tensor
@@ -26,8 +27,8 @@ NO_LORA = {
 }
 
 
-class ReferenceLoraLoaderMixin:
-    """The pipeline's methods for LoRAs. It comes before diffusers' own loader among the bases, whose methods it guards."""
+class ReferenceLoraLoaderMixin(FluxLoraLoaderMixin):
+    """The pipeline's methods for LoRAs; those of diffusers are guarded."""
 
     reference_config: dict[str, Any]
     """The resolved training config that the loaded reference LoRA's file carries; empty if it carries none."""

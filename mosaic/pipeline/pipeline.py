@@ -53,12 +53,15 @@ class MosaicPipelineOutput(BaseOutput):
     attention: list[PictureAttention | None] | None = None
 
 
+signature_of_stock: Any = functools.wraps(FluxPipeline.__init__)  # from which diffusers reads the names of the components
+
+
 class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     """Text and reference pictures to picture. Load with `from_pretrained`, then `load_reference_lora`."""
 
     transformer: MosaicFluxTransformer2DModel
 
-    @functools.wraps(FluxPipeline.__init__)
+    @signature_of_stock
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.encoders: Encoders = LiveEncoders(self)

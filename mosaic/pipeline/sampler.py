@@ -71,7 +71,7 @@ def denoise(pipeline: FluxPipeline, group: Group, options: ResolvedOptions, afte
         options: What the sampler is told.
         after_step: Called with step and timestep, and may change the group's tensors.
     """
-    transformer, references = pipeline.transformer, group.references
+    transformer, references = MosaicFluxTransformer2DModel.adopt(pipeline.transformer), group.references
     timesteps = shifted_timesteps(pipeline, group.target_grid.num_tokens, options.num_inference_steps, group.latents.device)
     velocities = Velocities(transformer, group, options)
     with pipeline.progress_bar(total=len(timesteps)) as progress:

@@ -68,8 +68,10 @@ def validate(
         generator = torch.Generator().manual_seed(validation.seed + index)
         strengths, arguments = panel.strengths, panel.options.arguments
         result = pipeline(panel.prompt, panel.references, reference_strength=strengths, generator=generator, **arguments)
+        picture = result.images[0]
+        assert isinstance(picture, Image.Image)
         if folder is not None:
-            _write_panel(case_panel(panel.pictures, result.images[0], panel.prompt), folder / f"case_{index}.png")
+            _write_panel(case_panel(panel.pictures, picture, panel.prompt), folder / f"case_{index}.png")
     sampler = BucketBatchSampler(dataset.batch_keys, max(config.training.batch_size, 4), seed=validation.seed)
     batches = DataLoader(dataset, batch_sampler=list(sampler)[:ACCURACY_BATCHES], collate_fn=collate)
     generator = torch.Generator().manual_seed(validation.seed)

@@ -201,8 +201,9 @@ def _make_run(size: Size, part: str, arm: Arm, seed: int, common: Path, output: 
     if part == "factors" and arm.name != BASELINE:
         name = f"factor_{name}"
     folder, path = output / "runs" / name, common.parent / f"{name}.json"
-    is_factor = part == "factors"
-    return Run((part,), arm, seed, path, folder, digest, config.training.max_steps, size.factor_ks if is_factor else size.ks)
+    is_factor, steps = part == "factors", config.training.max_steps
+    assert steps is not None, "the common config gives the steps"
+    return Run((part,), arm, seed, path, folder, digest, steps, size.factor_ks if is_factor else size.ks)
 
 
 def _write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:

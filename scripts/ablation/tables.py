@@ -125,11 +125,8 @@ def cell(value: Value, digits: int) -> str:
 
 def by_arm(results: dict[str, Any], part: str) -> dict[str, Runs]:
     """The runs of each arm of a part, in the order of the plan."""
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for run in results["runs"]:
-        if part in run["parts"]:
-            arms.setdefault(run["arm"], []).append(run)
-    return arms
+    runs = [run for run in results["runs"] if part in run["parts"]]
+    return {name: [run for run in runs if run["arm"] == name] for name in dict.fromkeys(run["arm"] for run in runs)}
 
 
 def ks_of(runs: Sequence[Runs]) -> list[int]:

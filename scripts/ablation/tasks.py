@@ -17,7 +17,9 @@ VERSION = 2  # of the measurements; raise it where one changes its meaning
 LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
 NOISE_SEED = 42
 PUBLISHED_GUIDANCE, PUBLISHED_KS = 1.0, (2, 4)  # the method as published has no image guidance; where the main arms are measured so, too
-DIAGNOSES, DIAGNOSED_KS = ("target_rows", "gradients"), (2, 4)  # what says why the main arms differ, and where it is measured
+Kind = Literal["real", "pictures", "lines", "target_rows", "gradients", "timing"]
+DIAGNOSES: tuple[Kind, ...] = ("target_rows", "gradients")
+DIAGNOSED_KS = (2, 4)  # what says why the main arms differ, and where it is measured
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Task:
         image_guidance: `inference.image_guidance_scale` where it is not that of the config.
     """
 
-    kind: Literal["real", "pictures", "lines", "target_rows", "gradients", "timing"]
+    kind: Kind
     output: str
     config: str
     lora: str | None

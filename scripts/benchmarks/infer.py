@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ class Cell:
             self.embeds, self.references = encode_example(pipeline, cases, num_references, args.reference_size, args.text_tokens)
         else:
             config, side = pipeline.transformer.config, 2 * self.reference_grid.rows
-            self.embeds = (draw(1, args.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim))
+            self.embeds = PromptEmbeddings(draw(1, args.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim))
             self.references = draw(num_references, channels // 4, side, side)
 
     def sample(self, mode: Mode, pictures: slice, steps: int | None = None) -> Tensor:
@@ -244,7 +245,7 @@ class Cell:
         )
         set_step_cache(self.pipeline.transformer, mode.step_cache, mode.threshold, steps or self.args.steps)
         with torch.compiler.set_stance("default" if mode.compiled else "force_eager"), attention_backend(mode.backend or "native"):
-            return self.pipeline(
+            latents = self.pipeline(
                 prompt_embeds=self.embeds[0].expand(len(noise), -1, -1),
                 pooled_prompt_embeds=self.embeds[1].expand(len(noise), -1),
                 reference_latents=[self.references] * len(noise),
@@ -252,6 +253,8 @@ class Cell:
                 output_type="latent",
                 **options.arguments,
             ).images
+        assert isinstance(latents, Tensor)
+        return latents
 
     def flops(self, mode: Mode, skipped: int) -> float:
         """FLOPs per picture that the model predicts."""
@@ -285,6 +288,7 @@ def encode_example(
         )
     pictures = [file.pictures.load(path).prepared.picture for path in case.image_paths[:num_references]]
     (latents,) = pipeline.encoders.encode_references([pictures])
+    assert latents is not None, "there are references"
     return pipeline.encoders.encode_prompts([case.prompt], text_tokens), latents
 
 
@@ -297,7 +301,7 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
             alone = Mode("", mode.reference_attention)
             singles = [cell.sample(alone, slice(index, index + 1)) for index in range(len(cell.noise))]
             plain[mode.reference_attention] = torch.cat(singles)
-    rows = {mode.name: {"px": cell.size, "K": cell.num_references, "mode": mode.name} for mode in modes}
+    rows: dict[str, dict[str, Any]] = {mode.name: {"px": cell.size, "K": cell.num_references, "mode": mode.name} for mode in modes}
     seconds: dict[str, list[float]] = {mode.name: [] for mode in modes}
     for turn in range(cell.args.runs + 1):
         for mode in modes:
@@ -308,7 +312,8 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
                     rows[mode.name] |= quality(cell, mode, plain[mode.reference_attention])
                     rows[mode.name]["peak GiB"] = peak_memory(cell, mode, device)
                 else:
-                    seconds[mode.name].append(clocked(lambda mode=mode: cell.sample(mode, slice(mode.batch_size)), device, cell.args.clock))
+                    whole = partial(cell.sample, mode, slice(mode.batch_size))
+                    seconds[mode.name].append(clocked(whole, device, cell.args.clock))
             except torch.OutOfMemoryError:
                 rows[mode.name] |= dict.fromkeys([column for column in COLUMNS if column not in ("px", "K", "mode")])
                 gc.collect()
@@ -349,12 +354,13 @@ def quality(cell: Cell, mode: Mode, plain: Tensor) -> dict[str, Any]:
         latents = cell.sample(mode, pictures)
     skipped = cell.args.steps - len(steps)
     ours, theirs = cell.levels(latents), cell.levels(plain[pictures])
+    distance = None if ours is None or theirs is None else (ours - theirs).abs()
     return {
         "skipped": skipped,
         "TFLOP": cell.flops(mode, skipped) / 1e12,
         "latents": float((latents.float() - plain[pictures].float()).abs().max()),
-        "levels": None if ours is None else float((ours - theirs).abs().max()),
-        "mean level": None if ours is None else float((ours - theirs).abs().mean()),
+        "levels": None if distance is None else float(distance.max()),
+        "mean level": None if distance is None else float(distance.mean()),
     }
 
 
@@ -362,8 +368,8 @@ def quality(cell: Cell, mode: Mode, plain: Tensor) -> dict[str, Any]:
 def step_counter(cell: Cell) -> Iterator[list[None]]:
     """A list that grows with every step in which the last block runs."""
     steps: list[None] = []
-    norm = cell.pipeline.transformer.single_transformer_blocks[-1].attn.norm_q
-    handle = norm.register_forward_hook(lambda *_: steps.append(None))
+    last = cell.pipeline.transformer.single_transformer_blocks[-1]
+    handle = last.get_submodule("attn.norm_q").register_forward_hook(lambda *_: steps.append(None))
     try:
         yield steps
     finally:

@@ -8,7 +8,8 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def _measured(
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(WARM_UP_STEPS + args.steps):
         for loss, own in zip(losses, times, strict=True):
-            seconds = timed(lambda loss=loss: optimizer_step(loss, parameters, optimizer), device)
+            seconds = timed(partial(optimizer_step, loss, parameters, optimizer), device)
             if index >= WARM_UP_STEPS:
                 own.append(seconds)
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
@@ -159,7 +160,7 @@ def timed(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(step: Callable[[], Any], tensors: list[Tensor], device: str) -> int:
+def peak_bytes(step: Callable[[], Any], tensors: Sequence[Tensor], device: str) -> int:
     """Most bytes of tensors alive in a step: CUDA's allocator says, on a CPU they are counted."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

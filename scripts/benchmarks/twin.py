@@ -165,7 +165,7 @@ def build_twin(args: argparse.Namespace) -> Callable[[], Any]:
         correspondence = naive.correspondence(maps, samples, REFERENCE_SIDE**2)
         disentanglement = naive.disentanglement(maps, samples, REFERENCE_SIDE**2)
         terms = zip(flow, correspondence, disentanglement, strict=True)
-        total = sum(f + CORRESPONDENCE_WEIGHT * c + DISENTANGLEMENT_WEIGHT * d for f, c, d in terms) / len(flow)
+        total = torch.stack([f + CORRESPONDENCE_WEIGHT * c + DISENTANGLEMENT_WEIGHT * d for f, c, d in terms]).mean()
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -216,7 +216,7 @@ def time_in_turns(args: argparse.Namespace) -> dict[str, list[float]]:
     torch.set_num_threads(args.threads)
     steps = {name: build_arm(name, args) for name in ARMS}
     times: dict[str, list[float]] = {name: [] for name in ARMS}
-    losses = {name: [] for name in ARMS}
+    losses: dict[str, list[float]] = {name: [] for name in ARMS}
     orders = list(itertools.permutations(ARMS))  # who runs after whom matters to caches and to the allocator
     for index in range(WARM_UP_STEPS + args.steps):
         for name in orders[index % len(orders)]:

@@ -72,9 +72,11 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin): ...
 class DDIMScheduler(SchedulerMixin): ...
 
 class FirstBlockCacheConfig:
+    threshold: float
     def __init__(self, **settings: Any) -> None: ...
 
 class MagCacheConfig:
+    threshold: float
     def __init__(self, **settings: Any) -> None: ...
 
 class GGUFQuantizationConfig:
@@ -108,7 +110,6 @@ class DiffusionPipeline:
 class FluxPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     transformer: FluxTransformer2DModel
     vae: AutoencoderKL
-    text_encoder: nn.Module
     text_encoder_2: nn.Module
     tokenizer: Any
     tokenizer_2: Any
@@ -116,7 +117,6 @@ class FluxPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     image_processor: VaeImageProcessor
     vae_scale_factor: int
     interrupt: bool
-    num_fused_loras: int
     _callback_tensor_inputs: list[str]
     _guidance_scale: float
     _interrupt: bool

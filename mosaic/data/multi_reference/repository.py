@@ -160,10 +160,10 @@ class Repository:
         """
         column, number, *inner = relative.split("/")
         _, first, split = self._find(int(number))
-        cell = split[int(number) - first][column][0]
+        cell: Any = split[int(number) - first][column][0]
         if inner:
             cell = cell.values[int(inner[0])][inner[1]]
-        content = cell if column == "points" else cell["bytes"] if cell.is_valid else cell
+        content: Any = cell if column == "points" else cell["bytes"] if cell.is_valid else cell
         if not content.is_valid:
             raise FileNotFoundError(f"{place or f'{self.root}/{relative}'}: the row holds no file.")
         return content.as_py()

@@ -1,7 +1,11 @@
 from contextlib import AbstractContextManager
+from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
-def attention_backend(backend: str) -> AbstractContextManager[None]: ...
+class AttentionBackendName(Enum):
+    NATIVE = "native"
+
+def attention_backend(backend: str | AttentionBackendName) -> AbstractContextManager[None]: ...
 def dispatch_attention_fn(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor: ...

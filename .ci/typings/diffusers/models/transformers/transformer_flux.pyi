@@ -75,6 +75,7 @@ class FluxTransformer2DModel(ModelMixin):
     single_transformer_blocks: nn.ModuleList
     norm_out: Any  # AdaLayerNormContinuous
     proj_out: nn.Linear
+    _cache_config: Any
     _hf_peft_config_loaded: bool | None
     _gradient_checkpointing_func: Callable[..., Any]
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
