@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mosaic.config.sections import MAX_STRENGTH
 from mosaic.images import PreparedReference
 from mosaic.method.grids import Grid, token_grid
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
 from mosaic.model.reference_cache import refresh_interval
 from mosaic.pipeline.encoders import PromptEmbeddings
-from mosaic.pipeline.options import ResolvedOptions
+from mosaic.pipeline.options import ResolvedOptions, check_strength
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Reference = Image.Image | PreparedReference
@@ -212,7 +211,7 @@ def _per_prompt_strengths(strength: Any, counts: Sequence[int], single: bool) ->
     """Strengths of each prompt's references, of which there are `counts`."""
     if strength is None or isinstance(strength, (int, float)):
         number = 1.0 if strength is None else strength
-        _check_strength(number, "reference_strength")
+        check_strength(number, "reference_strength")
         return [[number] * count for count in counts]
     nested = list(strength)
     if single and not any(isinstance(x, (list, tuple)) for x in nested):
@@ -223,10 +222,5 @@ def _per_prompt_strengths(strength: Any, counts: Sequence[int], single: bool) ->
         if len(numbers) != count:
             raise ValueError(f"reference_strength[{p}] must hold one number per reference of that prompt: {count}, got {len(numbers)}.")
         for k, number in enumerate(numbers):
-            _check_strength(number, f"reference_strength[{p}][{k}]")
+            check_strength(number, f"reference_strength[{p}][{k}]")
     return [list(numbers) for numbers in nested]
-
-
-def _check_strength(number: Any, where: str) -> None:
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= MAX_STRENGTH:
-        raise ValueError(f"{where} must be a number from 0 (absent) to {MAX_STRENGTH:g}, got {number!r}.")

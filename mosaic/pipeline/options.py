@@ -1,11 +1,13 @@
 """What a config, a case and a Python call say to the sampler, in one object. Needs no torch."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mosaic.config.loading import Config
+from mosaic.config.schema import Section
+from mosaic.config.sections import MAX_STRENGTH
 
 DEFAULT_SIZE = 512  # px; target and references, unless the loaded reference LoRA says otherwise
 
@@ -48,7 +50,7 @@ class SamplingOptions:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of the pipeline."""
+        """The options as keyword arguments of `MosaicFluxPipeline.__call__`, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
@@ -63,7 +65,7 @@ class ResolvedOptions(SamplingOptions):
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        """Those of the sections `inference`, `data` and `model`."""
+        """What the sections `inference`, `data` and `model` of a config say to the sampler."""
         settings = config.inference
         return cls(
             height=settings.height,
@@ -79,11 +81,26 @@ class ResolvedOptions(SamplingOptions):
             max_sequence_length=config.model.text_length,
         )
 
-    def given(self, case: object) -> Self:
+    def given(self, case: Section) -> Self:
         """These options, with those in place of them that a case decides for itself.
 
         Args:
-            case: Has attributes of the same names, of which those that are None leave a decision to these options.
+            case: Fields of the same names, of which those that are None leave a decision to these options; others do not count.
         """
-        own: dict[str, Any] = {name: getattr(case, name, None) for name in self.arguments}
-        return replace(self, **{name: value for name, value in own.items() if value is not None})
+        own = self.arguments
+        return replace(self, **{name: value for name, value in case if name in own and value is not None})
+
+
+def check_strength(value: object, where: str, show: Callable[[object], str] = repr) -> None:
+    """Check the strength of a reference.
+
+    Args:
+        value: What was given.
+        where: The subject of the message.
+        show: How the message writes the value.
+
+    Raises:
+        ValueError: It is no number, or none that attention takes.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MAX_STRENGTH:
+        raise ValueError(f"{where} must be a number from 0 (absent) to {MAX_STRENGTH:g}, got {show(value)}.")

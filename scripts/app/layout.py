@@ -10,7 +10,7 @@ from scripts.app.examples import Example
 from scripts.app.form import MAX_GUIDANCE, MAX_STEPS, size_limits
 from scripts.app.handlers import Handlers, random_seed
 from scripts.app.sessions import Kept, Session
-from scripts.app.state import MAX_STRENGTH, SETTINGS, PageState, default_state, example_state, saved_state
+from scripts.app.state import SETTINGS, STRENGTH_SLIDER, PageState, default_state, example_state, saved_state
 from scripts.app.uploads import MAX_BYTES, MAX_REFERENCES
 from scripts.app.views import attention_note, card, drop_help, header, notice, public_name, recipe_json, sample, summary, title
 
@@ -51,7 +51,7 @@ class Page:
                     self.removes.append(gr.Button("✕", size="sm", elem_classes="m-remove", min_width=28))
                     name = {"label": f"Name of reference {position + 1}", "placeholder": "name (optional)", "max_length": 60}
                     self.names.append(gr.Textbox("", max_lines=1, container=False, elem_classes="m-name", **name))
-                    self.strengths.append(gr.Slider(0, MAX_STRENGTH, 1, step=0.05, label="Strength", elem_classes="m-strength"))
+                    self.strengths.append(gr.Slider(0, STRENGTH_SLIDER, 1, step=0.05, label="Strength", elem_classes="m-strength"))
                 self.cards.append(slot)
         gr.HTML(drop_help(MAX_BYTES))
         self.drop = gr.File(label="Reference pictures", file_count="multiple", elem_id="m-drop", height=84, show_label=False)
@@ -71,15 +71,16 @@ class Page:
                 self.width = gr.Slider(limits.minimum, limits.maximum, usual["width"], step=limits.step, label="Width", min_width=140)
                 self.height = gr.Slider(limits.minimum, limits.maximum, usual["height"], step=limits.step, label="Height", min_width=140)
             with gr.Row():
-                self.steps = gr.Slider(1, MAX_STEPS, usual["steps"], step=1, label="Steps", min_width=140)
+                given = {"label": "Steps", "min_width": 140}
+                self.num_inference_steps = gr.Slider(1, MAX_STEPS, usual["num_inference_steps"], step=1, **given)
                 self.seed = gr.Number(usual["seed"], label="Seed", minimum=0, precision=0, min_width=140, elem_id="m-seed")
             with gr.Row():
                 info = "brings out the references' looks; other values than 1 take twice the time"
                 given = {"label": "Image guidance", "info": info, "min_width": 140}
-                self.image_guidance = gr.Slider(0, MAX_GUIDANCE, usual["image_guidance"], step=0.1, **given)
+                self.image_guidance_scale = gr.Slider(0, MAX_GUIDANCE, usual["image_guidance_scale"], step=0.1, **given)
                 info = "strength of the prompt; no effect on models without guidance embedding"
                 given = {"label": "Guidance", "info": info, "min_width": 140}
-                self.guidance = gr.Slider(0, MAX_GUIDANCE, usual["guidance"], step=0.1, **given)
+                self.guidance_scale = gr.Slider(0, MAX_GUIDANCE, usual["guidance_scale"], step=0.1, **given)
             with gr.Row():
                 self.new_seed = gr.Checkbox(False, label="New seed for each picture", min_width=140)
                 self.attention = gr.Checkbox(True, label="Attention view", min_width=140)

@@ -10,8 +10,11 @@ from scripts.app.form import MAX_GUIDANCE, MAX_STEPS, Form
 from scripts.app.uploads import MAX_REFERENCES
 
 MAX_SAVED = 100_000  # letters of the settings that a browser gives back
-MAX_STRENGTH = 2.0
-SETTINGS = ("prompt", "width", "height", "steps", "seed", "new_seed", "image_guidance", "guidance", "attention")
+STRENGTH_SLIDER = 2.0  # its upper end; cases and calls take up to `MAX_STRENGTH`
+BEFORE_SEED, AFTER_SEED = ("width", "height", "num_inference_steps"), ("image_guidance_scale", "guidance_scale")  # options of a case
+OPTIONS = (*BEFORE_SEED, *AFTER_SEED)
+SETTINGS = ("prompt", *BEFORE_SEED, "seed", "new_seed", *AFTER_SEED, "attention")
+"""The fields in their order on the page, which is that of the values that a browser keeps."""
 
 
 class PageState(NamedTuple):
@@ -30,19 +33,8 @@ class PageState(NamedTuple):
 
 def default_state(config: Config) -> PageState:
     """A page on which nothing has been done yet."""
-    values = config.inference
-    settings = {
-        "prompt": "",
-        "width": values.width,
-        "height": values.height,
-        "steps": values.num_inference_steps,
-        "seed": values.seed,
-        "new_seed": False,
-        "image_guidance": values.image_guidance_scale,
-        "guidance": values.guidance_scale,
-        "attention": True,
-    }
-    return PageState(settings, ("",) * MAX_REFERENCES, (1.0,) * MAX_REFERENCES)
+    values = {"prompt": "", "new_seed": False, "attention": True} | dict(config.inference)
+    return PageState({name: values[name] for name in SETTINGS}, ("",) * MAX_REFERENCES, (1.0,) * MAX_REFERENCES)
 
 
 def example_state(example: Example, config: Config) -> PageState:
@@ -50,15 +42,8 @@ def example_state(example: Example, config: Config) -> PageState:
     state, case = default_state(config), example.case
     options = case.options
     seed = options.seeds[0] if options.seeds else options.seed
-    given = {
-        "prompt": case.prompt,
-        "width": options.width,
-        "height": options.height,
-        "steps": options.num_inference_steps,
-        "seed": config.inference.seed + case.index if seed is None else seed,
-        "image_guidance": options.image_guidance_scale,
-        "guidance": options.guidance_scale,
-    }
+    given = {name: value for name, value in options if name in OPTIONS}
+    given |= {"prompt": case.prompt, "seed": config.inference.seed + case.index if seed is None else seed}
     strengths = [reference.strength for reference in case.references] + [1.0] * MAX_REFERENCES
     settings = state.settings | {name: value for name, value in given.items() if value is not None}
     return PageState(settings, state.names, tuple(strengths[:MAX_REFERENCES]))
@@ -74,13 +59,13 @@ def saved_state(text: str, config: Config) -> PageState:
         values = None
     if not isinstance(values, list) or len(values) != len(rows):
         return usual
-    kept = [value if _alike(value, old) else old for value, old in zip(values, rows, strict=True)]
-    bounds = {"steps": (1, MAX_STEPS), "image_guidance": (0, MAX_GUIDANCE), "guidance": (0, MAX_GUIDANCE)}
-    settings = dict(zip(SETTINGS, kept, strict=False))
+    sound = [value if _alike(value, old) else old for value, old in zip(values, rows, strict=True)]
+    bounds = {"num_inference_steps": (1, MAX_STEPS), **dict.fromkeys(AFTER_SEED, (0, MAX_GUIDANCE))}
+    settings = dict(zip(SETTINGS, sound, strict=False))
     for name, (low, high) in bounds.items():
         settings[name] = settings[name] if low <= settings[name] <= high else usual.settings[name]
-    names, strengths = kept[len(SETTINGS) : -MAX_REFERENCES], kept[-MAX_REFERENCES:]
-    return PageState(settings, tuple(names), tuple(strength if 0 <= strength <= MAX_STRENGTH else 1.0 for strength in strengths))
+    names, strengths = sound[len(SETTINGS) : -MAX_REFERENCES], sound[-MAX_REFERENCES:]
+    return PageState(settings, tuple(names), tuple(strength if 0 <= strength <= STRENGTH_SLIDER else 1.0 for strength in strengths))
 
 
 def make_form(state: PageState, num_references: int) -> Form:
@@ -100,9 +85,9 @@ def make_form(state: PageState, num_references: int) -> Form:
         seed=_integer(seed),
         height=_integer(values["height"]),
         width=_integer(values["width"]),
-        num_inference_steps=_integer(values["steps"]),
-        guidance_scale=values["guidance"],
-        image_guidance_scale=values["image_guidance"],
+        num_inference_steps=_integer(values["num_inference_steps"]),
+        guidance_scale=values["guidance_scale"],
+        image_guidance_scale=values["image_guidance_scale"],
     )
 
 

@@ -355,7 +355,7 @@ def test_a_picture_is_kept_with_its_recipe_until_the_session_ends(studio: Studio
     (tmp_path / "in.png").write_bytes(png())
     assert handlers.add(session, [str(tmp_path / "in.png")]) == ""
     state = app_state.default_state(studio.config)
-    state.settings.update(prompt="a cat", steps=2, image_guidance=1.0, width=32)
+    state.settings.update(prompt="a cat", num_inference_steps=2, image_guidance_scale=1.0, width=32)
     looks = list(handlers.watch("page", session, handlers.start("page", session, state, 1)))
     assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
     kept = looks[-1].kept
@@ -478,7 +478,7 @@ def test_senseless_saved_settings_are_the_usual_ones(config: Config, text: str) 
 
 def test_saved_numbers_out_of_range_are_the_usual_ones(config: Config) -> None:
     usual = app_state.default_state(config)
-    values = [*(usual.settings | {"steps": 10**6, "guidance": -1}).values(), *usual.names, 9.0, *usual.strengths[1:]]
+    values = [*(usual.settings | {"num_inference_steps": 10**6, "guidance_scale": -1}).values(), *usual.names, 9.0, *usual.strengths[1:]]
     assert app_state.saved_state(json.dumps(values), config) == usual
 
 

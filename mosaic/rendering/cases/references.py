@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mosaic.config.sections import MAX_STRENGTH
 from mosaic.files import nearest, shown
 from mosaic.images import FORMATS
+from mosaic.pipeline.options import check_strength
 
 MAX_REFERENCES = 64  # per case
 MAX_MATCHES = 10_000  # pictures that one pattern may name
@@ -159,7 +159,7 @@ def _read_item(item: Any, place: str, folder: Path) -> list[Reference]:
         name = unicodedata.normalize("NFC", name)
         if not _is_name(name):
             raise ValueError(f"{place}.name: must be made of letters, digits, spaces and hyphens, got {shown(name)}.")
-    _check_strength(strength, f"{place}.strength")
+    check_strength(strength, f"{place}.strength:", shown)
     points = _read_points(item.get("points", []), f"{place}.points")
     paths = match_pictures(item["path"], f"{place}.path", folder)
     for key, given in (("a name must stand for", name is not None), ("points must lie on", bool(points))):
@@ -196,12 +196,6 @@ def _with_name(item: Any, name: str, place: str) -> dict[str, Any]:
         return {**item, "name": name}
     check_text(item, place, MAX_PATH)
     return {"path": item, "name": name}
-
-
-def _check_strength(value: Any, place: str) -> None:
-    """Raise ValueError unless the strength is one that attention knows."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MAX_STRENGTH:
-        raise ValueError(f"{place}: must be a number from 0 (absent) to {MAX_STRENGTH:g}, got {shown(value)}.")
 
 
 def _is_file(path: Path) -> bool:
