@@ -1,6 +1,10 @@
 """Fixtures: a seeded generator, tiny models with non-trivial weights, a synthetic batch, a small world to train on. The builders are in
 tests/tiny.py and tests/runs.py."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +17,13 @@ from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer
 from tests import runs, tiny
+
+
+def pytest_configure() -> None:
+    """What `datasets` copies stays in a folder of this run, which children inherit."""
+    folder = tempfile.mkdtemp(prefix="mosaic_tests_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mosaic.data import BucketBatchSampler, SemAlignDataset, collate
-from mosaic.data.semalign import rows as semalign_rows
+from mosaic.data.semalign.rows import SemAlignRows
 from mosaic.method.correspondence import validate_points
 from tests import semalign_set
 from tests.semalign_set import NEITHER, NO_MASK, NO_POINTS, SemAlignSet, needs_classic_zlib
@@ -150,15 +151,33 @@ def test_a_missing_score_counts_zero(made: SemAlignSet, tmp_path: Path) -> None:
     assert len(SemAlignDataset(tmp_path)) == len(first) < 8
 
 
-def test_large_row_groups_are_told_of(
-    made: SemAlignSet, dataset: SemAlignDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_rows_come_from_a_copy_and_are_those_of_the_files(made: SemAlignSet, dataset: SemAlignDataset) -> None:
+    rows, streamed = SemAlignRows(dataset.rows.files), SemAlignRows(dataset.rows.files)
+    streamed.mapped = None
+    assert rows.mapped is not None
+    assert [rows.read(number) for number in range(rows.num_rows)] == [streamed.read(number) for number in range(rows.num_rows)]
+    assert rows.read(int(rows.kept[2])).image == made.kept[2]["image"]["bytes"]
+
+
+def test_a_changed_file_is_copied_anew(made: SemAlignSet, tmp_path: Path) -> None:
+    shutil.copytree(made.root / "data", tmp_path / "data [1]")
+    (file, _) = files = sorted((tmp_path / "data [1]").iterdir())
+    assert SemAlignRows(files).read(0).item == "Item 0"
+    table = pq.read_table(file).to_pylist()
+    table[0]["description"]["item"] = "another"
+    pq.write_table(pa.Table.from_pylist(table, semalign_set.SCHEMA), file)
+    assert SemAlignRows(files).read(0).item == "another"
+
+
+def test_without_a_copy_rows_are_streamed_and_it_is_said_why(
+    made: SemAlignSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = dataset.rows.files
-    semalign_rows.SemAlignRows(files)
-    assert caplog.messages == []
-    monkeypatch.setattr(semalign_rows, "LARGE_GROUP", 1000)
-    semalign_rows.SemAlignRows(files)
-    assert re.search(r"data: has row groups of up to \d+ MiB.*convert.py semalign", caplog.text)
+    shutil.copytree(made.root / "data", tmp_path / "data")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    rows = SemAlignRows(sorted((tmp_path / "data").iterdir()))
+    assert rows.read(0).item == "Item 0"
+    assert rows.mapped is None
+    assert re.search(r"data: no copy can be made \(OSError: .* has 0.0 GB free .*convert.py semalign", caplog.text)
 
 
 def test_held_out_samples(made: SemAlignSet, dataset: SemAlignDataset) -> None:

@@ -133,6 +133,7 @@ def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Tab
     workers = min(_num_cores() if num_workers is None else num_workers, len(missing) // ROWS_PER_WORKER)
     found, failures, first_failure = [], 0, ""
     index = index.filter(pc.invert(pc.is_in(index["row"], pa.array(missing))))
+    _ = rows.mapped  # made before the workers start, who share it
     loader = DataLoader(_Ids(rows, missing), batch_size=None, num_workers=workers)
     for row, pixels, identifier, failure in tqdm(loader, desc="sample ids", unit="row"):
         found.append({"row": row, "pixels": pixels, "id": identifier})

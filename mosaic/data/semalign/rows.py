@@ -1,13 +1,13 @@
 """The Parquet files of Subjects200K: which rows are kept, and one row at a time (data facts A1-A3).
 
-The pictures stay in the files: only the two columns of the quality filter are read for all rows, and a row is read by streaming its row
-group up to it. So memory does not grow with the number of rows, beyond 8 bytes for each kept one.
+The pictures stay on the disk: only the two columns of the quality filter are read for all rows, and a row is read from a memory-mapped copy
+(`mosaic.data.semalign.mapped`), or where none can be made by streaming its row group up to it. So memory does not grow with the number of
+rows, beyond 8 bytes for each kept one.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mosaic.data.handles import PerProcess
+from mosaic.data.semalign.mapped import MappedRows, open_mapped
 from mosaic.images import decode_image
 
-logger = logging.getLogger(__name__)
 COLLECTION = "collection_2"
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
 MINIMUM_SCORE = 5
@@ -30,7 +30,6 @@ REFERENCE_BOX = (528, 8, 1040, 520)
 COMPOSITE_SIZE = (1040, 520)  # px, width and height: the least that holds both panels
 BATCH_ROWS = 8  # rows decoded at a time while a row group is streamed
 BUFFER_BYTES = 2**20
-LARGE_GROUP = 64 * 2**20  # bytes of a row group from which random access is slow: a row is reached through half of its group
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class SemAlignRows:
         self.files = list(files)
         self._handles = [PerProcess(partial(_open, path)) for path in self.files]
         kept: list[np.ndarray] = []
-        groups, total, largest = [], 0, 0
+        groups, total = [], 0
         for number, path in enumerate(self.files):
             file, first = self._handles[number].get(), total
             _check_schema(file.schema_arrow, path)
@@ -94,20 +93,17 @@ class SemAlignRows:
             for group in range(file.num_row_groups):
                 groups.append((total, number, group, first))
                 total += file.metadata.row_group(group).num_rows
-                largest = max(largest, file.metadata.row_group(group).total_byte_size)
-        if largest > LARGE_GROUP:
-            logger.warning(
-                "%s: has row groups of up to %d MiB, and reading one sample goes through half of one. `python preprocess/convert.py "
-                "semalign` reads them once, in order, and stores each picture by itself.",
-                self.files[0].parent,
-                largest // 2**20,
-            )
         self.num_rows = total
         """Number of all rows, before the filter."""
         self.kept = np.concatenate([np.zeros(0, np.int64), *kept])
         """int64 [N]: the kept rows, counted over all files."""
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         """int64 [G, 4] per row group: its first row, its file, its number in that file, and the first row of that file."""
+
+    @cached_property
+    def mapped(self) -> MappedRows | None:
+        """The copy that rows are read from, made on first use; None where none can be made. Workers that are forked later share it."""
+        return open_mapped(self.files, self.num_rows)
 
     def read(self, row: int) -> StoredRow:
         """Read one row.
@@ -122,6 +118,8 @@ class SemAlignRows:
         start, number, group_in_file, file_start = self._groups[group].tolist()
         place, offset = f"{self.files[number]}[{row - file_start}]", row - start
         columns = ["image", "description"]
+        if self.mapped is not None:
+            return _stored_row(place, self.mapped.values(row))
         try:
             for batch in self._handles[number].get().iter_batches(BATCH_ROWS, [group_in_file], columns, use_threads=False):
                 if offset < batch.num_rows:
