@@ -135,6 +135,14 @@ def test_every_file_and_value_is_kept(made: Path) -> None:
             assert repository.folder.read(theirs) == (made / "data" / mine).read_bytes()
 
 
+def test_a_file_that_no_row_holds(made: Path) -> None:
+    manifest = Manifest(made / "repository", "train")
+    with pytest.raises(FileNotFoundError, match=r"repository: points/0 is not held by its row"):
+        manifest.folder.read("points/0")
+    with pytest.raises(ValueError, match=r"here: must be a file in a local folder, but .*repository holds its files in its rows"):
+        manifest.file("points/0", "here")
+
+
 def test_datasets_itself_reads_it(made: Path) -> None:
     found = datasets.load_dataset(str(made / "repository"))
     assert {name: len(split) for name, split in found.items()} == {"train": 6, "heldout": 2}
@@ -327,6 +335,16 @@ def test_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     Path("user").mkdir()
     with pytest.raises(FileNotFoundError, match="user/name: there is no such folder; .* is written hf://datasets/user/name here"):
         Manifest("user/name", "train")
+
+
+def test_what_the_hub_is_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, opened = [], datasets.load_dataset_builder
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda path, **options: asked.append((path, options)) or opened(str(made / "repository"))
+    )
+    manifest = Manifest("user/name@v1.0", "train")
+    assert asked == [("hf://datasets/user/name", {"revision": "v1.0"})]
+    assert manifest.place(0) == 'user/name@v1.0[train][0] (id "train-0")'
 
 
 # ---- the command

@@ -165,7 +165,7 @@ class Repository:
             cell = cell.values[int(inner[0])][inner[1]]
         content: Any = cell if column == "points" else cell["bytes"] if cell.is_valid else cell
         if not content.is_valid:
-            raise FileNotFoundError(f"{place or f'{self.root}/{relative}'}: the row holds no file.")
+            raise FileNotFoundError(f"{place or self.path}: {relative} is not held by its row.")
         return content.as_py()
 
     def names(self, relative: str) -> set[str]:
