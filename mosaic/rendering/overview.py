@@ -7,10 +7,10 @@ from typing import Any
 
 from mosaic.files import relative_path, write_text
 from mosaic.images import load_image
+from mosaic.rendering.case_page import OVERVIEW, case_title, strongest_leak
 from mosaic.rendering.outputs import read_manifest
 from mosaic.rendering.recipe import has_digest
 from mosaic.rendering.recipes import PAGE, PANEL
-from mosaic.reports.case_page import OVERVIEW, case_title, strongest_leak
 from mosaic.reports.figures import MARGIN, TILE
 from mosaic.reports.html import page
 

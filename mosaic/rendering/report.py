@@ -7,8 +7,8 @@ from PIL import Image
 
 from mosaic.images import PreparedReference
 from mosaic.pipeline.attention_report import Line, PictureAttention, attention_numbers
+from mosaic.rendering.case_page import CasePage, case_page
 from mosaic.rendering.recipes import PictureJob, page_digest
-from mosaic.reports.case_page import CasePage, case_page
 from mosaic.reports.figures import attention_panel
 
 
@@ -39,7 +39,7 @@ def make_report(job: PictureJob, references: Sequence[PreparedReference], pictur
     lines = report_lines(job, references, attention)
     numbers = attention_numbers(attention, lines)
     chosen = [k for k, reference in enumerate(job.case.references) if reference.points]
-    page = case_page(CasePage(job.recipe.to_json(), page_digest(job), prepared, picture, attention, numbers, chosen))
+    page = case_page(CasePage(job.recipe, page_digest(job), prepared, picture, attention, numbers, chosen))
     return Report(numbers, attention_panel(prepared, picture, attention, lines), page)
 
 

@@ -16,6 +16,7 @@ from mosaic.files import write_text
 from mosaic.images import PreparedReference
 from mosaic.method.grids import Grid
 from mosaic.pipeline.attention_report import PictureAttention
+from mosaic.rendering.case_page import case_title, strongest_leak
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.cases.references import Reference
 from mosaic.rendering.overview import write_overview
@@ -23,7 +24,6 @@ from mosaic.rendering.recipe import Weights, png_text
 from mosaic.rendering.recipes import PictureJob, job_files, page_digest
 from mosaic.rendering.report import Report, make_report
 from mosaic.reports.case_figures import EDGE, GAP, SIDE, entropy_chart
-from mosaic.reports.case_page import case_title, strongest_leak
 from mosaic.reports.charts import LEGEND_ROW
 from mosaic.reports.figures import save_picture
 from mosaic.reports.html import page_digest_at

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mosaic.pipeline.attention_report import PictureAttention
+from mosaic.rendering.recipe import Recipe
 from mosaic.reports.case_figures import SIDE, entropy_chart, heat_figure, lines_figure
 from mosaic.reports.html import page
 
@@ -30,7 +31,7 @@ class CasePage(NamedTuple):
         chosen: The references whose points were given; those of the others are the strongest.
     """
 
-    recipe: Mapping[str, Any]
+    recipe: Recipe
     digest: str
     references: Sequence[Image.Image]
     result: Image.Image
@@ -41,21 +42,21 @@ class CasePage(NamedTuple):
     @property
     def labels(self) -> list[str]:
         """Name, or name of the file, of every reference."""
-        return [entry["name"] or Path(entry["file"]).stem for entry in self.recipe["references"]]
+        return [entry.name or Path(entry.file).stem for entry in self.recipe.references]
 
 
 def case_page(case: CasePage) -> str:
     """The page of one picture, as HTML."""
-    heading, attention = case_title(case.recipe["name"]), case.attention
+    heading, attention = case_title(case.recipe.name), case.attention
     references = {f"reference{k}": picture for k, picture in enumerate(case.references)}
     return page(
         "case.html.jinja",
-        title=f"{heading}: {case.recipe['prompt']}",
+        title=f"{heading}: {case.recipe.prompt}",
         digest=case.digest,
         overview=OVERVIEW,
         heading=heading,
         recipe=case.recipe,
-        whole_recipe=json.dumps(case.recipe, ensure_ascii=False, indent=2),
+        whole_recipe=json.dumps(case.recipe.to_json(), ensure_ascii=False, indent=2),
         labels=case.labels,
         chosen=case.chosen,
         pictures={**references, "result": case.result},
