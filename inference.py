@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mosaic.config.loading import Config, load_config
+from mosaic.files import in_one_line
 from mosaic.rendering.cases.reading import Case, CaseFile, read_cases
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def check(config: Config, cases: list[Case]) -> list[str]:
         raise
     except OSError as error:  # the cases may be prepared where the model is not at hand
         if is_first_process():
-            print(f"note: sizes are not checked against the model: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"note: sizes are not checked against the model: {in_one_line(error)}", file=sys.stderr)
         return []
 
 
@@ -146,7 +147,7 @@ def report(result: "RunResult", folder: str) -> None:
 def show_problems(problems: Iterable[object]) -> None:
     """One line for each, whatever line breaks a file name may hold."""
     for problem in problems:
-        print(f"error: {' '.join(str(problem).splitlines())}", file=sys.stderr)
+        print(f"error: {in_one_line(problem)}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -277,6 +277,18 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def in_one_line(error: BaseException, most: int | None = None, *, with_kind: bool = False) -> str:
+    """Return an error's text on one line, for messages.
+
+    Args:
+        error: The error; one without a text is named by its kind.
+        most: Letters at most; None: all.
+        with_kind: Begin with its kind, as "OSError: no space left".
+    """
+    text = f"{type(error).__name__}: {error}" if with_kind else f"{error}"
+    return " ".join(text.split())[:most] or type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean ...?" for the known name nearest to `word`, whatever its case, or "" when none is near."""
     folded = {name.casefold(): name for name in known}

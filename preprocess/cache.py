@@ -18,6 +18,7 @@ from accelerate import PartialState
 from mosaic.config.loading import Config, load_config
 from mosaic.data import open_dataset
 from mosaic.data.cache.opening import latent_encoding, text_encoding
+from mosaic.files import in_one_line
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.training.encoding import run_grids
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         summaries = run(arguments, state)
     except (ValueError, OSError) as error:
-        print(f"cache.py: error: {error}", file=sys.stderr)
+        print(f"cache.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     finally:
         state.destroy_process_group()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
-from mosaic.files import parse_json
+from mosaic.files import in_one_line, parse_json
 from mosaic.images import decode_image
 from mosaic.method.grids import Grid
 from preprocess.composition import (
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         compose(args.src, args.dest, args.num_samples, args.references, args.seed, args.size, args.split)
     except (ValueError, OSError) as error:
-        print(f"compose: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"compose: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(f"wrote {args.num_samples} samples to {args.dest}")
     return 0

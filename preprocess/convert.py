@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.data import DatasetWriter, SampleRecord
+from mosaic.files import in_one_line
 from preprocess.sources.invalid import InvalidSamples
 
 SOURCES = {
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         written, problems = convert(args)
     except (ValueError, OSError) as error:
-        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"convert: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     left_out = f"; {problems} left out, listed in {invalid_list(args.dest)}" if problems else ""
     print(f"wrote {written} samples to {args.dest}{left_out}")

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
-from mosaic.files import write_text
+from mosaic.files import in_one_line, write_text
 from mosaic.method.grids import Grid
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
             result = evaluate(manifest, [spec.name for spec in specs], extractors, arguments.limit)
             text = tables(result)
     except (ValueError, OSError) as error:
-        print(f"evaluate_matching.py: error: {error}", file=sys.stderr)
+        print(f"evaluate_matching.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(text)
     if arguments.output:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
 from mosaic.data.multi_reference.repository import Repository
+from mosaic.files import in_one_line
 from mosaic.reports.figures import contact_sheet, save_picture
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import add_extractor_arguments, check_device, extractor_specs
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         with one_thread():
             summary = run(arguments, state)
     except (ValueError, OSError) as error:
-        print(f"match.py: error: {error}", file=sys.stderr)
+        print(f"match.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     finally:
         state.destroy_process_group()

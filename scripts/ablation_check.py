@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from mosaic.config.loading import config_to_json, from_dict
-from mosaic.files import write_text
+from mosaic.files import in_one_line, write_text
 from mosaic.lora.files import LoraFile, reference_metadata
 from scripts.ablation.command import ARMS_FOLDER
 from scripts.ablation.measures import measure
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
                 task.write(measure(task))
         rows, all_within = compare(results, tasks)
     except (ValueError, OSError) as error:
-        print(f"ablation_check: error: {error}", file=sys.stderr)
+        print(f"ablation_check: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(markdown(["arm", "K", *(f"{name}, %" for name in SHARES)], rows))
     return 0 if all_within else 1

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.files import write_text
+from mosaic.files import in_one_line, write_text
 from mosaic.reports.figures import save_picture
 from scripts.ablation.plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
 from scripts.ablation.readme import put_into
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.readme:
             put_into(arguments.readme, read_results(arguments.results), path)
     except (ValueError, OSError) as error:
-        print(f"ablation_figures: error: {error}", file=sys.stderr)
+        print(f"ablation_figures: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(f"ablation_figures: {path}")
     return 0

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from mosaic.files import in_one_line
 from scripts.ablation.measures import measure
 from scripts.ablation.tasks import read_tasks
 from scripts.pocket.provenance import commit
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             if task.result() is None:
                 task.write(measure(task))
     except (ValueError, OSError) as error:
-        print(f"ablation_measure: error: {error}", file=sys.stderr)
+        print(f"ablation_measure: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

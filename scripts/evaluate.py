@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from mosaic.config.loading import Config, load_config
-from mosaic.files import require_file, write_text
+from mosaic.files import in_one_line, require_file, write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.weights.digests import weights_digest
 from mosaic.weights.hub import resolve_lora_file
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.output:
             write_text(arguments.output, json.dumps(found | {"entries": entries}, indent=1, allow_nan=False) + "\n")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mosaic.config.loading import Config, load_config
+from mosaic.files import in_one_line
 from mosaic.training.checkpoints.checkpoint import checkpoint_folders, folder_of
 
 POLL_SECONDS = 0.0005
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("training.max_steps must be given: the kills are spread over it.")
         report = kill_test(config, arguments.output, arguments.kills, random.Random(arguments.seed))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print("\n".join(report.lines()))
     return 0 if report.passed else 1

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mosaic.files import in_one_line
 from mosaic.lora.adapter import shorten
 from mosaic.lora.files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
 from mosaic.lora.formats import to_diffusers
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             {"reduce": reduce, "import": bring}[arguments.command](arguments, file)
     except (ValueError, OSError) as error:
-        print(f"lora_tools: error: {_printable(str(error))}", file=sys.stderr)
+        print(f"lora_tools: error: {_printable(in_one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora_tools: interrupted; nothing was written", file=sys.stderr)
@@ -207,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _printable(text: str) -> str:
-    """One line, whatever a file's keys hold."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    """Text without control letters, whatever a file's keys hold."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.config.loading import load_config
-from mosaic.files import require_file, write_text
+from mosaic.files import in_one_line, require_file, write_text
 from scripts import launch
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             write_text(arguments.json, json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n")
     except (OSError, ValueError) as error:
-        print(f"preflight.py: error: {error}", file=sys.stderr)
+        print(f"preflight.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0 if report.ready else 1
 

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mosaic.files import require_file, write_text
+from mosaic.files import in_one_line, require_file, write_text
 from mosaic.reports.charts import Point, Series, line_chart
 from mosaic.reports.html import page
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         run = run_findings(arguments.run) if arguments.run else None
         write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", panels=panels, maps=maps, run=run))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(f"report: {arguments.output}")
     return 0

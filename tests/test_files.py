@@ -147,3 +147,11 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, mask: int) -> 
         assert file.metadata() == {"format": "pt", "key": "text"}
     with safe_open(tmp_path / "plain.safetensors", framework="pt") as file:
         assert file.metadata() is None
+
+
+def test_an_error_in_one_line() -> None:
+    error = ValueError("the first line,\n  and  another")
+    assert files.in_one_line(error) == "the first line, and another"
+    assert files.in_one_line(error, 9) == "the first"
+    assert files.in_one_line(error, 20, with_kind=True) == "ValueError: the firs"
+    assert files.in_one_line(ValueError()) == "ValueError"

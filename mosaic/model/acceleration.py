@@ -12,6 +12,7 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 
 from mosaic.config.sections import InferenceConfig
+from mosaic.files import in_one_line
 from mosaic.model.costs import FLUX_DEV
 from mosaic.model.strength import CHANNELS
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
@@ -52,7 +53,7 @@ def set_attention_backend(transformer: MosaicFluxTransformer2DModel, name: str, 
         _try_backend(transformer, name, device, CHANNELS)
     except Exception as error:  # packages of all kinds fail in ways of their own
         usable = [backend for backend in known if "native" in backend and _runs(transformer, backend, device, CHANNELS)]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = in_one_line(error, 300, with_kind=True)
         head_dim = transformer.config.attention_head_dim
         also = f"It runs with heads of {head_dim}, but reference strengths need another kernel: theirs are of {head_dim + CHANNELS}. "
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, T5EncoderModel
 
 from mosaic.config.loading import Config
+from mosaic.files import in_one_line
 from mosaic.pipeline.encoders import GivenPrompts, PromptEmbeddings, RememberedEncoders, encode_each
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.rendering.memory_presets import MemoryPreset, gguf_file, place_pipeline, resolve_preset
@@ -142,5 +143,5 @@ def load_gguf(path: str, pretrained: str, dtype: torch.dtype) -> FluxTransformer
             str(file), quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), config=str(folder), dtype=dtype
         ).requires_grad_(False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = in_one_line(error, 300, with_kind=True)
         raise ValueError(f"inference.gguf: {path} cannot be read as a GGUF transformer of {pretrained} ({reason}).") from error

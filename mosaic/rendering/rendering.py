@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mosaic.config.loading import Config
-from mosaic.files import write_text
+from mosaic.files import in_one_line, write_text
 from mosaic.model.acceleration import set_step_cache
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
@@ -71,7 +71,7 @@ def render_batch(
         try:
             readable[job.name] = read_references(job, pictures)
         except CASE_ERRORS as error:
-            note_failure(journal, job, in_one_line(error), wanted)
+            note_failure(journal, job, in_one_line(error, 500, with_kind=True), wanted)
     jobs = [job for job in batch if job.name in readable]
     if not any(job.name in wanted for job in jobs):
         return
@@ -79,7 +79,7 @@ def render_batch(
     try:
         sampled, attention = sample(jobs, [readable[job.name] for job in jobs], pipeline, config, on_step)
     except CASE_ERRORS as error:
-        failure = in_one_line(error)
+        failure = in_one_line(error, 500, with_kind=True)
     if failure:  # outside of the handler, where the error would keep the tensors of the failed call
         torch.cuda.empty_cache()
         if len(jobs) == 1:
@@ -97,7 +97,7 @@ def render_batch(
                 picture = checked_picture(job, sampled[number])
                 write_picture(job, readable[job.name], picture, attention[number], journal, seconds)
             except CASE_ERRORS as error:
-                note_failure(journal, job, in_one_line(error), wanted)
+                note_failure(journal, job, in_one_line(error, 500, with_kind=True), wanted)
 
 
 def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image:
@@ -117,11 +117,6 @@ def note_failure(journal: Journal, job: PictureJob, failure: str, wanted: Collec
     """Write into the journal what went wrong with a picture, if it was to be made."""
     if job.name in wanted:
         journal.add(job, error=failure)
-
-
-def in_one_line(error: Exception) -> str:
-    """Kind and message of an error, cut to 500 letters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def sample(

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from accelerate import PartialState
 
 from mosaic.config.loading import Config
+from mosaic.files import in_one_line
 from mosaic.rendering.batches import plan_batches, unfinished_batches
 from mosaic.rendering.cases.reading import Case, CaseFile
 from mosaic.rendering.checks import check_output
 from mosaic.rendering.outputs import Journal, write_manifest, write_sheets
 from mosaic.rendering.overview import write_overview
 from mosaic.rendering.recipes import PictureJob, case_jobs, unfinished
-from mosaic.rendering.rendering import CASE_ERRORS, in_one_line, render_batches
+from mosaic.rendering.rendering import CASE_ERRORS, render_batches
 from mosaic.rendering.start import Start
 
 
@@ -74,7 +75,9 @@ def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
         try:
             write()
         except CASE_ERRORS as error:
-            problems.append(f"{folder}: {what} could not be written ({in_one_line(error)}). Start again when this is mended.")
+            problems.append(
+                f"{folder}: {what} could not be written ({in_one_line(error, 500, with_kind=True)}). Start again when this is mended."
+            )
     return problems
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from mosaic.files import in_one_line
+
 DEFAULT_WEIGHT_NAME = "lora.safetensors"  # as training writes it
 STYLE_WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # as diffusers saves a LoRA
 PUBLISHED_WEIGHT_NAMES = {"ByteDance-FanQie/MOSAIC": "subject_512.safetensors"}
@@ -48,10 +50,9 @@ def unreachable_message(name: str, error: Exception, what: str = "model") -> str
         cure = "there is no such local folder, it is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or download it first"
     else:
         cure = "there is no such local folder, and the Hub cannot be reached: check the path and the network"
-    reason = " ".join(str(error).split()) or "no reason given"
     return (
         f"{what} {name!r} cannot be loaded: {cure}. To try everything without a download, use the pocket model: configs/pocket.json, "
-        f"or model {POCKET_MODEL} with reference LoRA {POCKET_LORA}. ({type(error).__name__}: {reason[:200]})"
+        f"or model {POCKET_MODEL} with reference LoRA {POCKET_LORA}. ({in_one_line(error, 200, with_kind=True)})"
     )
 
 

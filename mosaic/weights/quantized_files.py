@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mosaic.files import replacing, save_tensors
+from mosaic.files import in_one_line, replacing, save_tensors
 from mosaic.weights.components import WEIGHTS, component_config
 from mosaic.weights.digests import weights_digest
 from mosaic.weights.quantization import PACKAGES, quantize_base
@@ -143,8 +143,9 @@ def read_quantized(model: nn.Module, path: Path, quantization: str, device: torc
         if unexpected or unset:
             raise ValueError(f"keys do not fit the model: {[*unexpected, *missing, *unset][:4]}")
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: not a usable file of quantised weights ({reason}). Delete it, and it is made anew.") from error
+        raise ValueError(
+            f"{path}: not a usable file of quantised weights ({in_one_line(error, 300)}). Delete it, and it is made anew."
+        ) from error
     model.requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mosaic.files import in_one_line
 from mosaic.weights.hub import require_model_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,10 +46,9 @@ def call_loader(cls: Any, name: str, what: str, **arguments: Any) -> Any:
     try:
         return cls.from_pretrained(name, **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
         part = f"the {arguments['subfolder']} of {name}" if arguments.get("subfolder") else name
         raise ValueError(
-            f"{what}: {part} cannot be loaded as {cls.__name__} ({type(error).__name__}: {reason}). "
+            f"{what}: {part} cannot be loaded as {cls.__name__} ({in_one_line(error, 300, with_kind=True)}). "
             "Name a complete folder with safetensors weights, or a hub id that you have access to."
         ) from error
 
@@ -79,9 +79,8 @@ def read_state_dict(path: str, what: str) -> dict[str, Tensor]:
         TypeError,
         AttributeError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{what}: {path} is damaged or holds more than tensors; it is not loaded ({type(error).__name__}: {reason})."
+            f"{what}: {path} is damaged or holds more than tensors; it is not loaded ({in_one_line(error, 200, with_kind=True)})."
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{what}: {path} must hold a dict of named tensors.")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mosaic.files import write_text
+from mosaic.files import in_one_line, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class InvalidSamples:
         try:
             yield
         except (ValueError, OSError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = in_one_line(error)
             line = message if message.startswith(place) else f"{place}: {message}"
             if not self._skip:
                 raise ValueError(line) from error

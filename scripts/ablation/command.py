@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mosaic.config.loading import load_config, resolved_dict
+from mosaic.files import in_one_line
 from mosaic.lora.adapter import write_reference_lora
 from mosaic.training.run_lock import RunLock
 from scripts import ablation_figures
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         print("ablation: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"ablation: error: {error}", file=sys.stderr)
+        print(f"ablation: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import inference
 from mosaic.config.loading import Config, load_config
+from mosaic.files import in_one_line
 
 if TYPE_CHECKING:
     import gradio
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"MOSAIC is at {address} (Ctrl+C ends it)", flush=True)
                 threading.Event().wait()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ended", file=sys.stderr)

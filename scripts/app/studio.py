@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mosaic.config.loading import Config
+from mosaic.files import in_one_line
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.memory_presets import resolve_preset
 from mosaic.rendering.recipe import RunRecipe
@@ -174,7 +175,7 @@ class Studio:
                 torch.cuda.empty_cache()
             run.change(state=FAILED, error=_in_words(error))
         except BaseException as error:
-            run.change(state=FAILED, error=f"The program stopped unexpectedly ({type(error).__name__}: {error}).")
+            run.change(state=FAILED, error=f"The program stopped unexpectedly ({in_one_line(error, with_kind=True)}).")
             raise
         else:
             run.change(state=CANCELLED) if run.cancel_asked else run.change(result=result, state=DONE)
@@ -207,4 +208,4 @@ class Studio:
 def _in_words(error: Exception) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "The memory is full. Choose a smaller size or fewer references."
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return in_one_line(error, 500)

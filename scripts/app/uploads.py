@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from mosaic.files import in_one_line
 from mosaic.images import PreparedReference, decode_image
 from mosaic.reports.figures import tile
 
@@ -60,7 +61,7 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
                     raise ValueError(f"{file_name(path)}: there are at most {MAX_REFERENCES} references. Remove one first.")
                 taken.uploads.append(read_upload(path, size, scale))
             except (ValueError, OSError, MemoryError) as error:
-                taken.problems.append(str(error) or type(error).__name__)
+                taken.problems.append(in_one_line(error))
     finally:  # not earlier: Gradio stores equal files once
         for path in map(Path, paths):
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from mosaic.config.loading import DataConfig
 from mosaic.data import Inspection, TrainingDataset, open_dataset
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
-from mosaic.files import require_file, write_text
+from mosaic.files import in_one_line, require_file, write_text
 from mosaic.method.grids import token_grid
 from scripts.doctor.findings import Findings, Training, summarise
 from scripts.doctor.page import PICTURES, write_findings
@@ -125,6 +125,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.html:
             write_findings(summary, shown, args.html, title=f"Data set {args.data}")
     except (OSError, ValueError) as error:
-        print(f"doctor.py: error: {error}", file=sys.stderr)
+        print(f"doctor.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0 if summary["healthy"] else 1

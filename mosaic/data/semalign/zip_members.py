@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mosaic.files import relative_path, shown
+from mosaic.files import in_one_line, relative_path, shown
 
 LOCAL_HEADER = 30  # bytes, before name and extra field, whose lengths are its last four
 
@@ -76,7 +76,7 @@ class ZipMembers:
                 file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
                 data = zipfile.ZipExtFile(file, "r", member).read(file_size)  # checks the sum; the size bounds what is unpacked
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-            raise ValueError(f"{place}: cannot be read: {error or type(error).__name__}.") from error
+            raise ValueError(f"{place}: cannot be read: {in_one_line(error)}.") from error
         if len(data) != file_size:
             raise ValueError(f"{place}: must have {file_size} bytes, got {len(data)}.")
         return data
