@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from huggingface_hub import HfApi
 
 from mosaic.data.multi_reference.repository import HUB, hub_id, looks_local
-from mosaic.files import require_folder
+from mosaic.files import in_one_line, require_folder
 from preprocess.publishing import write_repository
 
 FILE = "file://"
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(publish(args))
     except (ValueError, OSError) as error:
-        print(f"push: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"push: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
