@@ -1,128 +1,14 @@
 """Write scenes of the pocket world as a multi-reference dataset (preprocess/FORMAT.md).
 
-python scripts/make_pocket_world.py --output data/pocket --num-samples 20000 --num-heldout 400
+The command itself is scripts/pocket/dataset.py.
 """
 
-import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
-
-from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
-from mosaic.files import replacing
-from scripts.pocket import world
-
-REFERENCE_GRID = 32
-FIRST_SEED = 200_000_000  # far from the scenes on which the base was trained, and from those of the judge, the evaluation and the examples
-
-
-def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int) -> SampleRecord:
-    """Draw one sample; points are found on the pixels of the scene and on a 32 x 32 grid of each reference."""
-    scene = world.sample_scene(seed, split, num_subjects)
-    rendered, order = world.render_scene(scene, scene_size), world.reference_order(scene)
-    references = [
-        ReferenceRecord(
-            image=world.render_reference(scene.placements[k].identity, reference_size),
-            phrase=scene.placements[k].identity.class_name,
-            points=world.correspondences(scene, k, REFERENCE_GRID, scene_size, reference_size),
-            mask=rendered.masks[k],
-        )
-        for k in order
-    ]
-    return SampleRecord(
-        id=f"{split}-{seed:08d}",
-        split=split,
-        prompt=world.caption(scene),
-        target=rendered.image,
-        references=references,
-        reference_grid=(REFERENCE_GRID, REFERENCE_GRID),
-        target_grid=(scene_size, scene_size),
-        metadata={"world": "pocket", "scene": asdict(scene), "subjects": order},
-    )
-
-
-def write_dataset(
-    output: Path,
-    num_samples: int,
-    num_heldout: int,
-    max_subjects: int,
-    seed: int,
-    scene_size: int = 64,
-    reference_size: int = world.REFERENCE_SIZE,
-) -> None:
-    """Write `num_samples` scenes of the split "train" and `num_heldout` of "heldout", of 1..`max_subjects` subjects (evenly mixed).
-
-    Raises:
-        FileExistsError: `output` exists.
-        ValueError: a number is out of range.
-    """
-    if num_samples < 0 or num_heldout < 0 or num_samples + num_heldout < 1:
-        raise ValueError(f"--num-samples and --num-heldout must not be negative, nor both 0; got {num_samples} and {num_heldout}")
-    if not 1 <= max_subjects <= world.MAX_SUBJECTS:
-        raise ValueError(f"--max-subjects must be within 1..{world.MAX_SUBJECTS}; got {max_subjects}")
-    if seed < 0:
-        raise ValueError(f"--seed must not be negative; got {seed}")
-    with DatasetWriter(output) as writer:
-        for split, count in (("train", num_samples), ("heldout", num_heldout)):
-            for i in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene"):
-                writer.add(make_sample(seed + i, split, 1 + i % max_subjects, scene_size, reference_size))
-
-
-def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, scene_size: int, reference_size: int) -> None:
-    """Write scenes as people keep their own pictures: a folder each, of target.png, ref_K.png and prompt.txt, without points or masks.
-
-    Raises:
-        FileExistsError: `output` exists.
-    """
-    if output.exists():
-        raise FileExistsError(f"{output}: exists already; choose another folder or remove it")
-    with replacing(output) as aside:
-        for i in tqdm(range(num_samples), desc="drawing scenes", unit="scene"):
-            sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
-            folder = aside / sample.id
-            folder.mkdir(parents=True)
-            pictures = {"target": sample.target} | {f"ref_{k}": reference.image for k, reference in enumerate(sample.references)}
-            for name, picture in pictures.items():
-                assert isinstance(picture, Image.Image), "drawn here"
-                picture.save(folder / f"{name}.png")
-            (folder / "prompt.txt").write_text(sample.prompt + "\n")
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to create")
-    parser.add_argument("--num-samples", type=int, default=1000, help="training scenes")
-    parser.add_argument("--num-heldout", type=int, default=0, help="scenes of identities that training never sees")
-    parser.add_argument("--max-subjects", type=int, default=4, help="scenes hold 1 to this many subjects (at most 6)")
-    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first scene; scene i has seed + i")
-    parser.add_argument("--scene-size", type=int, default=64, help="px")
-    parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")
-    parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for preprocess/")
-    args = parser.parse_args()
-    try:
-        if args.folders:
-            write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size)
-            print(f"wrote {args.num_samples} folders to {args.output}")
-            return
-        write_dataset(
-            args.output,
-            args.num_samples,
-            args.num_heldout,
-            args.max_subjects,
-            args.seed,
-            args.scene_size,
-            args.reference_size,
-        )
-    except (ValueError, FileExistsError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"wrote {args.num_samples} + {args.num_heldout} samples to {args.output}")
-
+from scripts.pocket.dataset import main
 
 if __name__ == "__main__":
     main()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.config.loading import load_config
 from mosaic.files import in_one_line, require_file, write_text
-from scripts import launch
+from scripts.launching import launch
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
     if arguments.table:
-        from scripts.memory_table import print_inference_table, print_table
+        from scripts.launching.memory_table import print_inference_table, print_table
 
         print_table() if arguments.table == "training" else print_inference_table()
         return 0

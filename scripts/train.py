@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors import SafetensorError
 
-from scripts.processes import end_on_signals
+from scripts.launching.processes import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

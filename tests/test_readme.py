@@ -15,8 +15,8 @@ from PIL import Image
 import inference
 from mosaic.config.loading import load_config
 from mosaic.rendering.cases.reading import load_cases
-from scripts import lora_tools
-from scripts.launch import make_plan
+from scripts.launching.launch import make_plan
+from scripts.loras import command as lora_tools
 from scripts.pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,10 +57,16 @@ def script_of(words: list[str]) -> str | None:
     return next((word for word in words if word.endswith((".py", ".sh", ".sbatch"))), None)
 
 
+def body_of(script: Path) -> Path:
+    """The file that holds a command: of a thin one, the one from which it imports `main`."""
+    imports = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)]
+    bodies = [node.module for node in imports if "main" in {alias.name for alias in node.names}]
+    return ROOT / f"{bodies[0].replace('.', '/')}.py" if bodies else script
+
+
 def known_flags(script: Path) -> set[str]:
-    """The flags that a script, or one from which it imports, hands to argparse; those of a thin command stand in the room of its name."""
-    room = script.with_suffix("") / "command.py"
-    nodes = list(ast.walk(ast.parse((room if room.is_file() else script).read_text())))
+    """The flags that a command, or a file from which it imports, hands to argparse."""
+    nodes = list(ast.walk(ast.parse(body_of(script).read_text())))
     imported = [ROOT / f"{node.module.replace('.', '/')}.py" for node in nodes if isinstance(node, ast.ImportFrom)]
     ours = [path for path in imported if path.is_file() and path.parts[len(ROOT.parts)] in ("scripts", "preprocess")]
     nodes += [node for path in ours for node in ast.walk(ast.parse(path.read_text()))]

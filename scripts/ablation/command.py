@@ -21,7 +21,7 @@ from mosaic.config.loading import load_config, resolved_dict
 from mosaic.files import in_one_line
 from mosaic.lora.adapter import write_reference_lora
 from mosaic.training.run_lock import RunLock
-from scripts import ablation_figures
+from scripts.ablation import figures
 from scripts.ablation.arms import PARTS
 from scripts.ablation.loop import child_environment, run_chains
 from scripts.ablation.plan import ROOT, SIZES, Plan, Size, make_plan
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.export_arms:
                 export_arms(plan, arguments.export_arms)
             if (plan.output / RESULTS).is_file():
-                ablation_figures.draw(plan.output / RESULTS, plan.output / "report")
+                figures.draw(plan.output / RESULTS, plan.output / "report")
                 print(f"ablation: {plan.output / RESULTS}, tables and figures in {plan.output / 'report'}")
     except KeyboardInterrupt:
         print("ablation: interrupted; the same command goes on from here", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scripts.processes import REQUEUE_EXIT_CODE, send
+from scripts.launching.processes import REQUEUE_EXIT_CODE, send
 
 GRACE_SECONDS = 120.0  # for a training that ends its step and writes a checkpoint
 

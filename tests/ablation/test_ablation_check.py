@@ -8,7 +8,7 @@ import pytest
 
 from mosaic.config.loading import load_config, resolved_dict
 from mosaic.lora.adapter import write_reference_lora
-from scripts import ablation_check
+from scripts.ablation import check as ablation_check
 from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
 from scripts.ablation.results import FORMAT, VERSION
 from scripts.ablation.tasks import Task, features_file

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mosaic.reports.charts import COLOURS, Point, Row, Series, line_chart, nice_ticks, row_chart
-from scripts import ablation_figures
+from scripts.ablation import figures as ablation_figures
 from scripts.ablation import readme as ablation_readme
 from scripts.ablation import tables as tables
 from scripts.ablation.plots import mean_curve, peak_share, spread

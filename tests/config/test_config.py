@@ -26,7 +26,7 @@ from mosaic.config.loading import (
     resolved_dict,
 )
 from mosaic.config.schema import FieldError, Section
-from scripts import make_config_schema
+from scripts.schemas import config as make_config_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 

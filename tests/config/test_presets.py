@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from mosaic.config.loading import load_config, resolved_dict
-from scripts import make_config_schema
+from scripts.schemas import config as make_config_schema
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = {

@@ -22,7 +22,7 @@ from mosaic.planning.storage_meter import StorageMeter, storage_bytes
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.loading import load_pipeline
 from mosaic.rendering.memory_presets import PLAIN, PRESETS
-from scripts import memory_table
+from scripts.launching import memory_table
 from tests import runs, tiny
 
 CPU = torch.device("cpu")

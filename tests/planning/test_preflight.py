@@ -23,7 +23,7 @@ from mosaic.planning.model_shape import FLUX_DEV_SHAPE
 from mosaic.training import train
 from mosaic.training.distributed.sharding import Distribution, read_distribution
 from mosaic.weights import quantization
-from scripts import launch, memory_table
+from scripts.launching import launch, memory_table
 from scripts.preflight import main, planned_environment
 from tests import runs
 

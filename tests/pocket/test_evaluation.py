@@ -14,8 +14,7 @@ from torch import Tensor
 from mosaic.config.loading import from_dict, load_config
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.weights.digests import file_digest, model_digest
-from scripts import evaluate
-from scripts.pocket import world
+from scripts.pocket import evaluate, world
 from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, judge_scenes, proportion, scene_batch
 from scripts.pocket.judge import NUM_CANDIDATES
 from tests import tiny

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts import train_pocket_judge as training
 from scripts.pocket import judge as pocket_judge
+from scripts.pocket import train_judge as training
 from scripts.pocket import world
 from scripts.pocket.world import Identity
 

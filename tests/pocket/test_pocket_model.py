@@ -13,8 +13,10 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from scripts import distill_pocket_base, train_pocket_base, train_pocket_vae
 from scripts.pocket import base_data, runs, sampling
+from scripts.pocket import distill_base as distill_pocket_base
+from scripts.pocket import train_base as train_pocket_base
+from scripts.pocket import train_vae as train_pocket_vae
 from scripts.pocket.base_data import LAYOUTS, caption_ids, position_ids
 from scripts.pocket.model import TOKEN_CHANNELS, build_pocket_flux, build_vae, save_pocket_flux
 from scripts.pocket.tokenizers import TEXT_LENGTH, build_clip_tokenizer, build_t5_tokenizer, caption_words

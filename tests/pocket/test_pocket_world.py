@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord
 from mosaic.images import prepare_reference
-from scripts.make_pocket_world import write_dataset
 from scripts.pocket import creatures, world
 from scripts.pocket.base_data import LAYOUTS, draw
+from scripts.pocket.dataset import write_dataset
 
 ALL_LOOKS = list(itertools.product(world.PALETTES, world.PATTERNS))
 

@@ -27,8 +27,8 @@ from preprocess.composition import (
     join_captions,
     place_name,
 )
-from scripts.make_pocket_world import write_dataset
 from scripts.pocket import world
+from scripts.pocket.dataset import write_dataset
 from tests.runs import files_below
 
 FAST = settings(max_examples=80, deadline=None)

@@ -22,7 +22,7 @@ from preprocess.extractors import build_extractor, extractor_spec
 from preprocess.matching.masks import covered_cells, on_black, subject_mask
 from preprocess.matching.matching import match_features, resize_features
 from preprocess.matching.samples import sample_seed
-from scripts.make_pocket_world import write_dataset
+from scripts.pocket.dataset import write_dataset
 from tests import forks
 
 NUM_SAMPLES = 12

@@ -11,7 +11,7 @@ from mosaic.method.grids import Grid
 from preprocess import evaluate_matching
 from preprocess.matching.benchmark import _measure, table
 from preprocess.matching.metrics import FilterCounts, Truth, cell_positions, filter_counts, pck
-from scripts.make_pocket_world import write_dataset
+from scripts.pocket.dataset import write_dataset
 from tests import tiny_extractors
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mosaic.rendering.cases.reading import CaseOptions, load_cases, read_cases
 from mosaic.rendering.recipes import picture_seeds
-from scripts import make_cases_schema
+from scripts.schemas import cases as make_cases_schema
 
 
 @pytest.fixture

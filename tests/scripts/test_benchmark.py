@@ -8,7 +8,7 @@ import torch
 
 from mosaic.model.costs import training_step_flops
 from mosaic.planning.model_shape import ModelShape
-from scripts import benchmark
+from scripts.benchmarks import command as benchmark
 from scripts.benchmarks import train as train_benchmark
 from scripts.benchmarks import twin as twin_benchmark
 from tests import tiny

@@ -8,7 +8,7 @@ import torch
 
 from mosaic.model.costs import sampling_flops
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from scripts import benchmark
+from scripts.benchmarks import command as benchmark
 from scripts.benchmarks import infer as infer_benchmark
 from tests import tiny
 

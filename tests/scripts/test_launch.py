@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import launch
-from scripts.launch import Machines, find_machines, first_host, make_plan, process_environments
-from scripts.processes import run_processes
+from scripts.launching import launch
+from scripts.launching.launch import Machines, find_machines, first_host, make_plan, process_environments
+from scripts.launching.processes import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs/accelerate"
@@ -303,7 +303,7 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_every_process_once_and_the_requeue_code_comes_back(tmp_path: Path, number: int) -> None:
     files = [str(tmp_path / f"child_{i}") for i in range(2)]
-    launcher = "import json, os, sys\nfrom scripts.processes import run_processes\n"
+    launcher = "import json, os, sys\nfrom scripts.launching.processes import run_processes\n"
     launcher += "sys.exit(run_processes(json.loads(sys.argv[1]), json.loads(sys.argv[2])))"
     arguments = [json.dumps(script(tmp_path, LISTENING)), json.dumps([{"FILE": file} for file in files])]
     process = subprocess.Popen([sys.executable, "-c", launcher, *arguments], cwd=ROOT, start_new_session=True)

@@ -17,7 +17,7 @@ from mosaic.lora.files import LoraFile
 from mosaic.lora.formats import to_diffusers
 from mosaic.lora.resize import rank_for_energy, reduce_module, singular_values
 from mosaic.weights.digests import weights_digest
-from scripts import lora_tools
+from scripts.loras import command as lora_tools
 from tests.lora.foreign import in_style
 
 WIDTH = 8

@@ -130,7 +130,7 @@ def test_kills_change_nothing(world: Path, tmp_path: Path) -> None:
 
 
 def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:
-    from scripts.kill_test import compare
+    from scripts.launching.kill_test import compare
 
     for name, value in (("whole", 1.0), ("killed", 1.0)):
         step = tmp_path / name / "checkpoints/step_00000002"

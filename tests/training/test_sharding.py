@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from mosaic.config.sections import OptimizerConfig
 from mosaic.training.distributed.sharding import check_distribution
-from scripts.launch import make_plan, process_environments
-from scripts.processes import run_processes
+from scripts.launching.launch import make_plan, process_environments
+from scripts.launching.processes import run_processes
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[2]

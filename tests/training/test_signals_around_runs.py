@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys; sys.path.insert(0, {root!r})
-from scripts.processes import end_on_signals
+from scripts.launching.processes import end_on_signals
 end_on_signals()
 print("ready", flush=True)
 import time

@@ -1,0 +1,1 @@
+"""What scripts/lora_tools.py stands on."""

@@ -1,0 +1,108 @@
+"""Distils text guidance into the pocket FLUX, as FLUX.1-dev has it: one pass with an embedded guidance scale stands for two.
+
+The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, with a
+guidance embedding that starts at zero. For a guidance g, drawn per sample, it learns u + g (v - u), where v is the velocity with the
+caption and u that with the empty one: v + (g - 1) (v - u), of which the first v is the data's own, so that the student goes on learning
+from pictures, and the difference is the teacher's. At g = 1 that is plain flow matching, and there reference adapters train. The text
+encoders stay the teacher's. RUN_DIR is that of the teacher's training, for its tokens; checkpoints, samples and the export are in
+RUN_DIR/distilled. A run that was stopped goes on when it is started again; `torchrun --nproc-per-node N` as there.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from scripts.pocket import runs
+from scripts.pocket.base_data import Layout
+from scripts.pocket.model import build_transformer, save_pocket_flux
+from scripts.pocket.sampling import explicit_attention, predict_velocity
+from scripts.pocket.train_base import BaseTraining, NoisyBatch, build_components, draw_noise, run_arguments
+
+#: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
+MAX_GUIDANCE, SHARE_OF_ONE = 4.0, 0.25
+
+
+def with_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The teacher's weights with a guidance embedding that adds nothing yet."""
+    student = build_transformer(0, guidance_embeds=True)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert not unexpected, unexpected
+    assert all("guidance_embedder" in name for name in missing), missing
+    last = student.time_text_embed.guidance_embedder.linear_2
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return student
+
+
+def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
+    """[count] guidance scales: some 1, the others uniform up to MAX_GUIDANCE."""
+    guidance = 1.0 + (MAX_GUIDANCE - 1.0) * torch.rand(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < SHARE_OF_ONE, 1.0, guidance)
+
+
+def guidance_direction(teacher: dict[str, Any], layout: Layout, noisy: NoisyBatch, empty: tuple[Tensor, Tensor]) -> Tensor:
+    """v - u of the teacher, [batch, tokens, 32]; `empty` are the ids of the empty caption, each [1, text length]."""
+    first, second = (torch.cat([given, blank.expand_as(given)]) for given, blank in zip(noisy.ids, empty, strict=True))
+    captioned, uncaptioned = predict_velocity(teacher, layout, noisy.tokens.repeat(2, 1, 1), noisy.time.repeat(2), (first, second)).chunk(2)
+    return captioned - uncaptioned
+
+
+class GuidanceDistillation(BaseTraining):
+    """Training of the student's transformer."""
+
+    trained = ("transformer",)
+    subfolder = "distilled"
+    sample_guidance = 2.5
+
+    def build(self) -> dict[str, Any]:
+        """The student; the teacher is kept beside it."""
+        teacher = FluxPipeline.from_pretrained(self.arguments.teacher, dtype=torch.float32).components
+        names = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer")
+        self.teacher = {name: teacher[name] for name in names}
+        for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+            self.teacher[name].eval().requires_grad_(False)
+        return {**self.teacher, "transformer": with_guidance(self.teacher["transformer"])}
+
+    def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """Mean squared error to v + (g - 1) (v - u)."""
+        guidance = draw_guidance(len(clean), generator)[runs.processes()[0] :: runs.processes()[1]]
+        noisy = draw_noise(layout, clean, ids, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                direction = guidance_direction(self.teacher, layout, noisy, self.empty)
+            velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids, guidance)
+        goal = noisy.velocity + (guidance - 1.0)[:, None, None] * direction
+        return (velocity - goal).square().mean()
+
+    def export(self) -> None:
+        """Writes the averaged weights of the latest checkpoint as a diffusers folder."""
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        student = with_guidance(self.teacher["transformer"])
+        parameters = runs.named_parameters({"transformer": student})
+        with torch.no_grad():
+            for name, value in state["average"].items():
+                parameters[name].copy_(value)
+        fresh = build_components(self.arguments.run_dir, 0)  # used tokenizers would save how they were called
+        tokenizers = {name: fresh[name] for name in ("tokenizer", "tokenizer_2")}
+        save_pocket_flux({**self.teacher, **tokenizers, "transformer": student.to(torch.bfloat16)}, self.run_dir / "export")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = run_arguments(__doc__)
+    parser.add_argument("--teacher", type=Path, required=True, help="diffusers folder of a pocket FLUX without guidance embedding")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains and exports."""
+    arguments = parse_arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    runs.join_processes()
+    with explicit_attention():
+        GuidanceDistillation(arguments).run()

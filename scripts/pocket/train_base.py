@@ -1,0 +1,325 @@
+"""Trains the pocket FLUX from scratch as a text-to-image model of the pocket world: transformer and both text encoders.
+
+Takes the pictures and the VAE that `scripts/train_pocket_vae.py` left in VAE_DIR, encodes the pictures once (kept in
+RUN_DIR/tokens), and trains by flow matching on scenes, sheets and strips (`scripts.pocket.base_data`), so that the
+model learns to look sideways: panels and scene of a sheet show the same subjects and are denoised together. There are
+no reference branches here. A run that was stopped goes on when it is started again; `--export FOLDER` writes the
+averaged weights of the latest checkpoint as a diffusers folder and ends, also while a run is going on. Started by
+`torchrun --nproc-per-node N`, N processes share each batch and average their gradients: on a busy CPU, several
+processes of one thread each get much further than one process of several threads.
+"""
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, FluxPipeline
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scripts.pocket import base_data, runs
+from scripts.pocket.base_data import LAYOUTS, Layout, TokenStore, caption_ids
+from scripts.pocket.model import build_pocket_flux, save_pocket_flux
+from scripts.pocket.sampling import explicit_attention, predict_velocity, sample_pictures, time_shift
+from scripts.pocket.tokenizers import caption_words
+
+TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+#: Share of samples whose caption is replaced by the empty one.
+EMPTY_CAPTIONS = 0.05
+CHECKPOINT_MINUTES, SAMPLE_MINUTES, EXPORT_MINUTES = 3.0, 5.0, 10.0
+
+
+def run_arguments(description: str) -> argparse.ArgumentParser:
+    """The flags that every training of the base has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of tokens, checkpoints, samples, export")
+    parser.add_argument("--max-minutes", type=float, help="length of the training; the learning rate decays to its end")
+    parser.add_argument("--steps", type=int, help="the same, in steps")
+    parser.add_argument("--stop-at", help="the same, as a clock time HH:MM")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=300, help="steps")
+    parser.add_argument("--decay-from", type=float, default=0.4, help="share of the run after which the rate decays")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = run_arguments(__doc__)
+    parser.add_argument("--vae-dir", type=Path, help="run folder of scripts/train_pocket_vae.py")
+    parser.add_argument("--start-from", type=Path, help="diffusers folder of a pocket FLUX whose weights a new run starts from")
+    parser.add_argument("--export", type=Path, help="write the latest checkpoint here as a diffusers folder, and end")
+    return parser.parse_args(argv)
+
+
+def build_components(run_dir: Path, seed: int) -> dict[str, Any]:
+    """A fresh pocket FLUX with the trained VAE and the caption words that the run keeps."""
+    words = (run_dir / "words.txt").read_text().split()
+    components = build_pocket_flux(seed, words)
+    components["vae"] = AutoencoderKL.from_pretrained(run_dir / "vae").eval().requires_grad_(False)
+    return components
+
+
+def prepare_tokens(run_dir: Path, vae_dir: Path) -> None:
+    """Encodes the pictures that are not encoded yet; keeps the VAE and the caption words beside the tokens."""
+    pictures = vae_dir / "pictures"
+    rank, world = runs.processes()
+    vae = AutoencoderKL.from_pretrained(vae_dir / "export").eval()
+    shards = base_data.encode_all(pictures, run_dir / "tokens", vae, rank, world)
+    for _ in tqdm(shards, desc="encoding", mininterval=5.0, disable=rank > 0):
+        pass
+    if rank == 0:
+        vae.save_pretrained(run_dir / "vae")
+    if rank == 0 and not (run_dir / "words.txt").exists():
+        files = [file for layout in LAYOUTS for file in base_data.shard_files(pictures, layout)]
+        words = caption_words(caption for file in files for caption in base_data.read_captions(file))
+        (run_dir / "words.txt").write_text("\n".join(words) + "\n")
+    if world > 1:
+        dist.barrier()
+
+
+def draw_batch(
+    store: TokenStore, layout: Layout, size: int, empty: tuple[Tensor, Tensor], generator: torch.Generator
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Clean tokens [size, tokens, 32] and caption ids of random samples, some with the empty caption."""
+    chosen = torch.randint(len(store.tokens[layout.name]), (size,), generator=generator)
+    dropped = (torch.rand(size, generator=generator) < EMPTY_CAPTIONS)[:, None]
+    first, second = (torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True))
+    return store.tokens[layout.name][chosen].float(), (first, second)
+
+
+class NoisyBatch(NamedTuple):
+    """The share of a process in a batch of the objective: x_t = (1 - t) x_0 + t eps.
+
+    Attributes:
+        tokens: x_t, [batch, tokens, 32].
+        velocity: eps - x_0, [batch, tokens, 32].
+        time: t, [batch].
+        ids: caption ids of the CLIP and the T5 encoder, each [batch, text length].
+    """
+
+    tokens: Tensor
+    velocity: Tensor
+    time: Tensor
+    ids: tuple[Tensor, Tensor]
+
+
+def draw_noise(layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> NoisyBatch:
+    """Noise and times, drawn for the whole batch [batch, tokens, 32], of which each process keeps its share.
+
+    Half of the times are FLUX's logit-normal ones, half are spread as a sampler's steps: the first steps, in which a picture's subjects
+    find their places, would else hardly be seen.
+    """
+    logit_normal, even = torch.sigmoid(torch.randn(len(clean), generator=generator)), torch.rand(len(clean), generator=generator)
+    time_ = time_shift(torch.where(torch.rand(len(clean), generator=generator) < 0.5, logit_normal, even), layout.tokens)
+    noise = torch.randn(clean.shape, generator=generator)
+    mine = slice(runs.processes()[0], None, runs.processes()[1])
+    clean, noise, time_ = clean[mine], noise[mine], time_[mine]
+    mixed = time_[:, None, None]
+    return NoisyBatch((1 - mixed) * clean + mixed * noise, noise - clean, time_, (ids[0][mine], ids[1][mine]))
+
+
+def load_start(components: dict[str, Any], folder: Path) -> None:
+    """Copies the trained parts of a pocket FLUX into fresh ones; a word that it does not know keeps its fresh embedding.
+
+    Raises:
+        ValueError: it knows words that this run's captions do not have.
+    """
+    start = FluxPipeline.from_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        lost = start.components[name].get_vocab().keys() - components[name].get_vocab().keys()
+        if lost:
+            raise ValueError(f"{folder}/{name} has words that this run's captions lack, such as {min(lost)!r}: start without --start-from.")
+    for name in TRAINED:
+        state, fresh = start.components[name].state_dict(), components[name].state_dict()
+        for key, weights in state.items():
+            tokenizer = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}.get(name)
+            known, wanted = (parts[tokenizer].get_vocab() if tokenizer else {} for parts in (start.components, components))
+            if known and key in fresh and (len(weights), len(fresh[key])) == (len(known), len(wanted)):  # an embedding by token
+                state[key] = fresh[key].clone()
+                state[key][[wanted[token] for token in known]] = weights[list(known.values())]
+        components[name].load_state_dict(state)
+
+
+class BaseTraining:
+    """The state of one training run."""
+
+    trained: tuple[str, ...] = TRAINED
+    subfolder = "."
+    sample_guidance: float | None = None
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.run_dir = arguments, arguments.run_dir / self.subfolder
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.components = self.build()
+        self.modules = {name: self.components[name].train() for name in self.trained}
+        self.parameters = runs.named_parameters(self.modules)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.average = runs.MovingAverage(self.parameters, 0.999)
+        minutes = 1.0 if arguments.stop_at else arguments.max_minutes
+        self.clock, self.progress = runs.Clock(arguments.steps, minutes), 0.0
+        runs.load_checkpoint(self.checkpoint, self.modules, self.optimizer, self.average, self.clock)
+        if arguments.stop_at:
+            self.clock.minutes = (self.clock.seconds + seconds_until(arguments.stop_at)) / 60.0
+        tokenizers = (self.components["tokenizer"], self.components["tokenizer_2"])
+        self.store = TokenStore(arguments.run_dir / "tokens", *tokenizers)
+        first, second = (caption_ids(tokenizer, [""]) for tokenizer in tokenizers)
+        self.empty = (first, second)
+        self.last = {"checkpoint": time.monotonic(), "samples": time.monotonic(), "export": time.monotonic() - 420}
+        if arguments.compile:
+            torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.recompile_limit = 32
+            self.modules["transformer"].compile_repeated_blocks()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run keeps its state."""
+        return self.run_dir / "checkpoint.pt"
+
+    def build(self) -> dict[str, Any]:
+        """The components at the start of a run."""
+        components = build_components(self.arguments.run_dir, self.arguments.seed)
+        if self.arguments.start_from and not self.checkpoint.exists():
+            load_start(components, self.arguments.start_from)
+        return components
+
+    def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        """The loss of a batch of clean tokens [batch, tokens, 32] and caption ids; noise is drawn for all of it, and this
+        process's share is computed.
+        """
+        noisy = draw_noise(layout, clean, ids, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids)
+        return (velocity - noisy.velocity).square().mean()
+
+    def export(self) -> None:
+        """Writes the averaged weights of the latest checkpoint."""
+        export(self.run_dir, self.run_dir / "export")
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        runs.save_checkpoint(self.checkpoint, self.modules, self.optimizer, self.average, self.clock)
+
+    def step(self) -> tuple[str, float]:
+        """One optimiser step on a batch of one layout; everything random follows from seed and step number."""
+        generator = torch.Generator().manual_seed(self.arguments.seed * 1_000_003 + self.clock.step)
+        weights = torch.tensor([layout.weight for layout in LAYOUTS])
+        layout = LAYOUTS[int(torch.multinomial(weights, 1, generator=generator))]
+        clean, ids = draw_batch(self.store, layout, self.arguments.batch_size, self.empty, generator)
+        loss = self.loss(layout, clean, ids, generator)
+        loss.backward()
+        value, progress = runs.average_gradients(self.parameters, loss.item(), self.clock.progress())
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        factor = runs.learning_rate(self.clock.step, progress, self.arguments.warmup, self.arguments.decay_from)
+        self.optimizer.param_groups[0]["lr"] = self.arguments.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.parameters)
+        self.clock.step += 1
+        self.progress = progress
+        return layout.name, value
+
+    def due(self, what: str, minutes: float) -> bool:
+        """Whether something that is done every so many minutes is to be done now."""
+        if time.monotonic() - self.last[what] < 60.0 * minutes:
+            return False
+        self.last[what] = time.monotonic()
+        return True
+
+    def sample(self) -> None:
+        """Writes pictures drawn with the averaged weights, one row per layout, beside the checkpoint."""
+        rows = []
+        with self.average.applied(self.parameters), torch.compiler.set_stance("force_eager"):
+            for layout in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[3], LAYOUTS[5]):
+                captions = self.store.captions[layout.name][:: len(self.store.captions[layout.name]) // 8][:8]
+                pictures = sample_pictures(self.components, layout, captions, 42, guidance=self.sample_guidance)
+                rows.append(np.concatenate(list(pictures), axis=1))
+        width = 768
+        rows = [np.pad(row[:, :width], ((0, 0), (0, width - min(width, row.shape[1])), (0, 0))) for row in rows]
+        picture = Image.fromarray(np.concatenate(rows))
+        (self.run_dir / "samples").mkdir(exist_ok=True)
+        large = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+        large.save(self.run_dir / "samples" / f"step-{self.clock.step:06d}.png")
+
+    def run(self) -> None:
+        """Trains to the end, with logs, checkpoints, samples and exports on their intervals."""
+        first = runs.processes()[0] == 0
+        total, start = self.arguments.steps, self.clock.step
+        bar = tqdm(initial=start, total=total, desc="base", mininterval=10.0, disable=not first)
+        losses: dict[str, list[float]] = {}
+        while self.progress < 1.0 and self.clock.step != total:
+            name, loss = self.step()
+            if not first:
+                continue
+            losses.setdefault(name, []).append(loss)
+            bar.update()
+            if self.clock.step % 50 == 0:
+                means = {key: round(float(np.mean(values)), 5) for key, values in losses.items()}
+                seconds = round(self.clock.elapsed(), 1)
+                runs.append_log(self.run_dir / "log.jsonl", step=self.clock.step, seconds=seconds, **means)
+                bar.set_postfix(scene=means.get("scene"), left=f"{self.clock.remaining() / 60:.1f} min")
+                losses = {}
+            if self.due("checkpoint", CHECKPOINT_MINUTES):
+                self.save()
+            if self.due("samples", SAMPLE_MINUTES):
+                self.sample()
+            if self.due("export", EXPORT_MINUTES):
+                self.save()
+                self.export()
+        if first:
+            self.save()
+            self.sample()
+            self.export()
+
+
+def seconds_until(clock_time: str) -> float:
+    """Seconds from now to the next time the clock shows HH:MM."""
+    now = datetime.datetime.now()
+    hour, minute = (int(part) for part in clock_time.split(":"))
+    target = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return ((target - now).total_seconds()) % 86_400
+
+
+def export(run_dir: Path, folder: Path) -> int:
+    """Writes the averaged weights of the latest checkpoint as a diffusers folder (the transformer's in bfloat16).
+
+    Returns:
+        The step of the checkpoint.
+    """
+    state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    components = build_components(run_dir, 0)
+    parameters = runs.named_parameters({name: components[name] for name in TRAINED})
+    with torch.no_grad():
+        for name, value in state["average"].items():
+            parameters[name].copy_(value)
+    # Only the transformer: a stock pipeline loaded without a dtype would else mix types between its parts.
+    components["transformer"].to(torch.bfloat16)
+    save_pocket_flux(components, folder)
+    (folder / "training.txt").write_text(f"{state['step']} steps\n")
+    return state["step"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepares the data, trains, exports."""
+    arguments = parse_arguments(argv)
+    if arguments.export:
+        step = export(arguments.run_dir, arguments.export)
+        print(f"{arguments.export}: step {step}")
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    runs.join_processes()
+    if arguments.vae_dir:
+        prepare_tokens(arguments.run_dir, arguments.vae_dir)
+    with explicit_attention():
+        BaseTraining(arguments).run()

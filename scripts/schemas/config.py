@@ -1,0 +1,49 @@
+"""Writes configs/schema.json, the JSON Schema of config files, from the models of `mosaic.config.sections`.
+
+Editors that understand the "$schema" key of a config complete names, show what each setting means, and mark what is wrong.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+from mosaic.config.loading import EXTENDS, Config
+from mosaic.files import write_text
+
+FILE = ROOT / "configs" / "schema.json"
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema of a config file: that of `Config`, and the keys that a file may hold beside its sections."""
+    schema = Config.model_json_schema()
+    beside: dict[str, Any] = {
+        "$schema": {"type": "string", "description": "For editors; without effect."},
+        "$comment": {"type": "string", "description": "For people; without effect."},
+        EXTENDS: {"type": "string", "description": "Config file, relative to this one, whose settings hold where this one gives none."},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Config of MOSAIC for FLUX",
+        **schema,
+        "properties": beside | schema["properties"],
+    }
+
+
+def schema_text() -> str:
+    """What configs/schema.json must hold."""
+    return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_schema(file: Path, text: str) -> None:
+    """Write a generated file."""
+    write_text(file, text)
+    print(f"{file.relative_to(ROOT)}: written")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    write_schema(FILE, schema_text())
