@@ -180,6 +180,19 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
         assert torch.equal(first[key], second[key]), key
 
 
+def count_made(kind: type, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by the first argument, as text, of each object of a class that is made from now on."""
+    made: list[str] = []
+    begin = kind.__init__
+
+    def spy(self: Any, first: Any, *arguments: Any, **settings: Any) -> None:
+        made.append(str(first))
+        begin(self, first, *arguments, **settings)
+
+    monkeypatch.setattr(kind, "__init__", spy)
+    return made
+
+
 def samples_of(trainer: Trainer, num_references: int, count: int) -> MosaicBatch:
     indices = [i for i, k in enumerate(trainer.dataset.num_references) if k == num_references][:count]
     return collate([trainer.dataset[i] for i in indices])

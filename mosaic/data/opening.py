@@ -3,19 +3,23 @@
 from mosaic.config.sections import DataConfig
 from mosaic.data.multi_reference.dataset import MultiReferenceDataset
 from mosaic.data.semalign.dataset import SemAlignDataset
+from mosaic.data.semalign.rows import SemAlignRows
 from mosaic.method.grids import Grid
 
 TrainingDataset = MultiReferenceDataset | SemAlignDataset
 
 
-def open_dataset(data: DataConfig, split: str, target_grid: Grid, reference_grid: Grid) -> TrainingDataset:
-    """Open one split of the data set that `data.format` and `data.root` name.
+def open_dataset(
+    data: DataConfig, split: str, target_grid: Grid, reference_grid: Grid, semalign_rows: SemAlignRows | None = None
+) -> TrainingDataset:
+    """Open one split of the data set that `data.format` and `data.root` name; its `of_split` gives the others.
 
     Args:
         data: The settings.
         split: Split to read; `data.split` is not looked at.
         target_grid: Rows and columns of the target in tokens.
         reference_grid: Rows and columns of one reference in tokens.
+        semalign_rows: The rows of SemAlign's Parquet files, where those are open already.
 
     Raises:
         FileNotFoundError: There is no such data set, or a file of it is missing.
@@ -34,6 +38,7 @@ def open_dataset(data: DataConfig, split: str, target_grid: Grid, reference_grid
             masks=data.masks,
             coordinates=data.coordinates,
             id_index=data.id_index,
+            rows=semalign_rows,
         )
     return MultiReferenceDataset(
         data.root,

@@ -68,20 +68,26 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
 
 def _open(findings: Findings, config: Config, shape: ModelShape) -> TrainingDataset | None:
     """The samples to train on; those of the validation are looked at, too."""
-    data = config.data
+    data, rows = config.data, None
     if data.format == "semalign":
-        known = findings.step("data.root", lambda: _check_semalign(data), lambda found: _SEMALIGN[found].format(data.root))
-        if not known:  # damaged, or still to be indexed, which is no thing to do in a look
+        found = findings.step("data.root", lambda: _check_semalign(data), lambda found: _SEMALIGN[found.has_ids].format(data.root))
+        if found is None or not found.has_ids:  # damaged, or still to be indexed, which is no thing to do in a look
             return None
+        rows = found.rows
     factor = shape.vae_scale_factor
     grids = (
         token_grid(*data.image_size, factor, where="data.image_size"),
         token_grid(data.reference_size, data.reference_size, factor, where="data.reference_size"),
     )
-    dataset = findings.step("data.root", lambda: open_dataset(data, data.split, *grids), partial(_describe, data.split))
+
+    def opened(split: str) -> TrainingDataset:
+        return open_dataset(data, split, *grids, rows)
+
+    dataset = findings.step("data.root", lambda: opened(data.split), partial(_describe, data.split))
     if config.validation.every is not None:
-        split = config.validation.split
-        findings.step("validation.split", lambda: open_dataset(data, split, *grids), partial(_describe, split))
+        split = config.validation.split  # where the samples to train on cannot be opened, these show whether all is damaged
+        held_out = partial(opened, split) if dataset is None else partial(dataset.of_split, split)
+        findings.step("validation.split", held_out, partial(_describe, split))
     return dataset
 
 
@@ -133,8 +139,20 @@ def _describe(split: str, dataset: TrainingDataset) -> str:
     return f'{len(dataset):,} samples in the split "{split}", up to {dataset.num_references.max()} references.'
 
 
-def _check_semalign(data: DataConfig) -> bool:
-    """Check for the released layout; returns whether its index of ids is complete.
+class _SemAlignLayout(NamedTuple):
+    """The released layout, as it was found.
+
+    Attributes:
+        has_ids: Whether there is an index of ids, and it is complete.
+        rows: The rows of the Parquet files; None where there is no index.
+    """
+
+    has_ids: bool
+    rows: SemAlignRows | None
+
+
+def _check_semalign(data: DataConfig) -> _SemAlignLayout:
+    """Check for the released layout.
 
     Raises:
         FileNotFoundError, ValueError: A file or folder is missing, or damaged.
@@ -145,7 +163,10 @@ def _check_semalign(data: DataConfig) -> bool:
     if data.parquet is None and not (Path(data.root) / "data").is_dir():
         raise FileNotFoundError(f"data.root: {data.root} lacks the folder data with the Parquet files; or name them by data.parquet.")
     index = Path(data.id_index or Path(data.root) / INDEX_NAME)
-    return index.is_file() and has_all_ids(index, SemAlignRows(find_parquet(Path(data.root), data.parquet, exclude=[index])))
+    if not index.is_file():
+        return _SemAlignLayout(False, None)
+    rows = SemAlignRows(find_parquet(Path(data.root), data.parquet, exclude=[index]))
+    return _SemAlignLayout(has_all_ids(index, rows), rows)
 
 
 def _open_latents(findings: Findings, config: Config, shape: ModelShape, dataset: Samples) -> LatentCache | None:

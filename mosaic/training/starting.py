@@ -91,8 +91,7 @@ def open_run(config: Config, continues: bool) -> Opened:
     samples = open_dataset(data, data.split, grids.target, grids.reference)
     held_out = panels = None
     if validation.every:
-        same = validation.split == data.split
-        held_out = samples if same else open_dataset(data, validation.split, grids.target, grids.reference)
+        held_out = samples if validation.split == data.split else samples.of_split(validation.split)
         panels = read_panels(config, factor)
     starts_from = lora.pretrained if not continues else None
     adapter = resolve_lora_file(starts_from, lora.weight_name) if starts_from is not None else None

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, PartialState
 
+from mosaic.data import Manifest
 from mosaic.planning.data_checks import DataFacts, look_at_data
 from mosaic.planning.findings import NOTE, OK, STOP, Findings
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, read_model_shape
-from mosaic.training import train
+from mosaic.training import Trainer, train
 from preprocess import cache
 from tests import runs
 
@@ -54,6 +55,28 @@ def test_all_is_well(place: Path) -> None:
     assert facts == DataFacts(max_references=2, num_samples=9, num_prompts=2, steps_per_epoch=4)
     assert findings[0].message == '9 samples in the split "train", up to 2 references.'
     assert findings[-1].message == "4 steps per epoch."
+
+
+def test_the_data_is_opened_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = runs.count_made(Manifest, monkeypatch)
+    facts, findings = look(place, validation__every=2)
+    assert (facts.num_samples, findings[1].message) == (9, '4 samples in the split "heldout", up to 2 references.')
+    assert opened == [str(place / "data")]
+    opened.clear()
+    trainer = Trainer(runs.make_config(place, place / "run", validation__every=2))
+    assert opened == [str(place / "data")]
+    assert trainer.held_out is not None
+    assert trainer.held_out.sample_ids() == list(Manifest(place / "data", "heldout").column("id"))
+    assert len(trainer.dataset) == 9
+
+
+def test_a_split_that_is_not_there_says_so_and_the_other_is_looked_at(place: Path) -> None:
+    _, findings = look(place, validation__every=2, data__split="none")
+    assert [finding.level for finding in findings] == [STOP, OK]
+    assert 'has no sample of the split "none"' in findings[0].message
+    _, findings = look(place, validation__every=2, validation__split="none")
+    assert [finding.level for finding in findings][:2] == [OK, STOP]
+    assert 'has no sample of the split "none"' in findings[1].message
 
 
 def remove_points(place: Path) -> None:

@@ -15,7 +15,10 @@ from accelerate.state import AcceleratorState, GradientState
 from mosaic.config.loading import from_dict
 from mosaic.data import SemAlignDataset, open_dataset
 from mosaic.data.semalign.points import release_points, vote_points
+from mosaic.data.semalign.rows import SemAlignRows
 from mosaic.method.grids import Grid
+from mosaic.planning.data_checks import look_at_data
+from mosaic.planning.model_shape import read_model_shape
 from mosaic.training import Trainer, train
 from mosaic.training import trainer as training
 from tests import runs, semalign_set
@@ -65,6 +68,22 @@ def test_two_steps_and_a_validation(world: Path, tmp_path: Path, one_held_out: f
     assert (tmp_path / "run/validation/step_00000002/case_0.png").is_file()
 
 
+def test_the_data_is_opened_once(world: Path, tmp_path: Path, one_held_out: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    SemAlignDataset(world / "data")  # makes the index of ids
+    opened = runs.count_made(SemAlignRows, monkeypatch)
+    config = runs.make_config(world, tmp_path / "run", **SIZES, data__heldout_share=one_held_out, validation__every=2)
+    trainer = Trainer(config)
+    assert (len(trainer.dataset), len(trainer.held_out or ()), len(opened)) == (2, 1, 1)
+    opened.clear()
+    _, findings = look_at_data(config, read_model_shape(config.model.pretrained), 1, None)
+    assert [finding.message.split(":")[-1].strip() for finding in findings[:3]] == [
+        "the released layout.",
+        '2 samples in the split "train", up to 1 references.',
+        '1 samples in the split "heldout", up to 1 references.',
+    ]
+    assert len(opened) == 1
+
+
 def test_the_settings_reach_the_data_set(world: Path, tmp_path: Path, one_held_out: float) -> None:
     config = runs.make_config(world, tmp_path / "run", **SIZES, data__heldout_share=one_held_out)
     trainer = Trainer(config)
@@ -96,15 +115,3 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(world: Path, tm
     config = runs.make_config(world, tmp_path / "run", **SIZES, data__root=str(tmp_path / "no"))
     with pytest.raises(FileNotFoundError, match="root must be a SemAlign-MS-Subjects200K data set"):
         train(config)
-
-
-def test_a_start_opens_each_split_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_held_out: float) -> None:
-    splits, opened = [], SemAlignDataset.__init__
-
-    def count(self: SemAlignDataset, *sizes: Any, split: str, **settings: Any) -> None:
-        splits.append(split)
-        opened(self, *sizes, split=split, **settings)
-
-    monkeypatch.setattr(SemAlignDataset, "__init__", count)
-    Trainer(runs.make_config(world, tmp_path / "run", **SIZES, data__heldout_share=one_held_out, validation__every=1))
-    assert sorted(splits) == ["heldout", "train"]

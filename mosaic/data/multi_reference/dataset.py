@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -62,16 +63,29 @@ class MultiReferenceDataset(Dataset[Sample]):
             ValueError: The manifest is not of the format, a bucket is no multiple of the token size, a sample has more than
                 `max_references` references, or its points' grids are coarser than the tokens.
         """
-        self.reference_size = reference_size
+        self.reference_size, self.max_references = reference_size, max_references
         self.reference_token_grid = Grid(*reference_token_grid)
         self.buckets = [(height, width) for height, width in buckets or [image_size]]
         token = (image_size[0] // target_token_grid[0], image_size[1] // target_token_grid[1])
         self._token_grids = [_bucket_grid(bucket, token) for bucket in self.buckets]
-        self.manifest = Manifest(root, split)
-        many = np.flatnonzero(self.num_references > max_references)
+        self._take(Manifest(root, split))
+
+    def of_split(self, split: str) -> "MultiReferenceDataset":
+        """The samples of another split of the same data set, which is not opened again.
+
+        Raises:
+            ValueError: As for a new one, of what concerns the rows of the split.
+        """
+        other = copy(self)
+        other._take(self.manifest.of_split(split))
+        return other
+
+    def _take(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        many = np.flatnonzero(self.num_references > self.max_references)
         if len(many):
             raise ValueError(
-                f"{self.manifest.place(many[0])}.references: must be at most {max_references} (data.max_references), "
+                f"{self.manifest.place(many[0])}.references: must be at most {self.max_references} (data.max_references), "
                 f"got {self.num_references[many[0]]}; so {len(many)} of {len(self)} samples."
             )
         geometries = np.array(self.manifest.geometries)

@@ -4,6 +4,7 @@ Rows are read at random; memory is nearly flat in their number.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ class Manifest:
         self.folder, self._table = _opened(root)
         self.root = self.folder.root
         self.path = self._table.path
+        self._choose(split)
+
+    def of_split(self, split: str | None) -> "Manifest":
+        """The rows of another split of the same data set, which is not opened again; checked in one pass.
+
+        Raises:
+            ValueError: There is no row of the split, or `parse_row` refuses one.
+        """
+        other = copy(self)
+        other._choose(split)
+        return other
+
+    def _choose(self, split: str | None) -> None:
         summary = summarise(self._table, split)
         pa.default_memory_pool().release_unused()
         if not len(summary.numbers):

@@ -1,6 +1,7 @@
 """The reader of SemAlign-MS-Subjects200K, the data set released with the paper: one reference per sample, 512 px."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -83,6 +84,7 @@ class SemAlignDataset(Dataset[Sample]):
         coordinates: str | Path | None = None,
         id_index: str | Path | None = None,
         check_pixels: bool = True,
+        rows: SemAlignRows | None = None,
     ) -> None:
         """Find the files, filter the rows, read or make the index of ids. Pictures, masks and points are read when a sample is asked for.
 
@@ -102,6 +104,7 @@ class SemAlignDataset(Dataset[Sample]):
             id_index: The index file of ids; None: `root/semalign_ids.parquet`.
             check_pixels: Refuse rows whose pixels are not those of the index. To be switched off only for an index that was made with
                 another decoder of JPEG files.
+            rows: The rows of the Parquet files, where those are open already.
 
         Raises:
             FileNotFoundError: The folder, the Parquet files or a location given are missing.
@@ -115,10 +118,11 @@ class SemAlignDataset(Dataset[Sample]):
         self.reference_size = image_size if reference_size is None else reference_size
         _check_choice("downsample", downsample, get_args(Downsample))
         _check_choice("split", split, get_args(Split))
+        self.heldout_share = heldout_share
         self.target_side = _side(image_size, token_size, downsample, "image_size")
         self.reference_side = _side(self.reference_size, token_size, downsample, "reference_size")
         index = self.root / INDEX_NAME if id_index is None else Path(id_index)
-        self.rows = SemAlignRows(find_parquet(self.root, parquet, exclude=[index]))
+        self.rows = SemAlignRows(find_parquet(self.root, parquet, exclude=[index])) if rows is None else rows
         if not len(self.rows.kept):
             raise ValueError(
                 f"{self.rows.files[0].parent}: none of {self.rows.num_rows} rows passes the quality filter, which keeps rows of "
@@ -128,11 +132,25 @@ class SemAlignDataset(Dataset[Sample]):
         self.coordinates = open_store(self.root, "coord", coordinates)
         self.check_pixels = check_pixels
         self._ids = open_ids(index, self.rows)
-        self._members = _members(self._ids["id"], split, heldout_share)
+        self._choose(split)
+
+    def of_split(self, split: str) -> "SemAlignDataset":
+        """The samples of another split, over the same open files and ids.
+
+        Raises:
+            ValueError: There is no such split, or no sample belongs to it.
+        """
+        _check_choice("split", split, get_args(Split))
+        other = copy(self)
+        other._choose(split)
+        return other
+
+    def _choose(self, split: str) -> None:
+        self._members = _members(self._ids["id"], split, self.heldout_share)
         if not len(self._members):
             raise ValueError(
-                f'{self.root}: has no sample of the split "{split}" with a heldout_share of {heldout_share:g}; {len(self.rows.kept)} rows '
-                "pass the quality filter. Change data.heldout_share."
+                f'{self.root}: has no sample of the split "{split}" with a heldout_share of {self.heldout_share:g}; '
+                f"{len(self.rows.kept)} rows pass the quality filter. Change data.heldout_share."
             )
 
     @property
