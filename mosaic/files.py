@@ -120,6 +120,13 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         _delete(aside)
 
 
+def move(source: Path, target: Path) -> None:
+    """Give a whole file or folder another name on the same disk; the change of names is flushed."""
+    os.replace(source, target)
+    for folder in {source.parent, target.parent}:
+        flush(folder)
+
+
 def recover(folder: Path, pattern: str) -> None:
     """Remove what killed processes have left of `replacing` and `remove_folder`, and put back what a kill left without a successor.
 

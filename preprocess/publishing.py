@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest
 from mosaic.data.multi_reference.repository import HUB
-from mosaic.files import replacing, write_text
+from mosaic.files import move, replacing, write_text
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -90,7 +90,7 @@ class ShardWriter:
         self._flush()
         self._close()
         for number, path in enumerate(self._shards):
-            path.rename(path.with_name(f"{self._split}-{number:05d}-of-{len(self._shards):05d}.parquet"))
+            move(path, path.with_name(f"{self._split}-{number:05d}-of-{len(self._shards):05d}.parquet"))
         return sum(path.stat().st_size for path in self._folder.glob(f"{self._split}-*-of-{len(self._shards):05d}.parquet"))
 
     def _flush(self) -> None:

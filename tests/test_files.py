@@ -1,6 +1,7 @@
 """Files that are written: places that cannot hold them are refused by name, and what was there stays until the new file is whole."""
 
 import os
+import re
 from pathlib import Path
 from stat import S_IMODE
 
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mosaic import files
-from mosaic.files import recover, remove_folder, replacing, require_file, require_folder, save_tensors, write_text
+from mosaic.files import move, recover, remove_folder, replacing, require_file, require_folder, save_tensors, write_text
 from mosaic.lora.files import write_tensors
 
 
@@ -113,6 +114,22 @@ def test_what_a_kill_leaves_is_put_back_or_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial", "b"]
 
 
+def test_a_move_is_flushed_in_both_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[Path, bool]] = []
+    source, target = tmp_path / "a/file", tmp_path / "b/file"
+    for folder in (source.parent, target.parent):
+        folder.mkdir()
+    source.write_text("x")
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append((path, target.exists() and not source.exists())))
+    move(source, target)
+    assert target.read_text() == "x"
+    assert sorted(flushed) == [(source.parent, True), (target.parent, True)]
+    flushed.clear()
+    source, target = target, tmp_path / "b/other"
+    move(source, target)
+    assert flushed == [(tmp_path / "b", True)]
+
+
 def test_two_processes_at_once_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index"
     with replacing(path, shared=True) as mine:
@@ -126,8 +143,9 @@ def test_two_processes_at_once_leave_one_whole_file(tmp_path: Path, monkeypatch:
 
 def test_only_one_place_renames() -> None:
     root = Path(files.__file__).parents[1]
-    found = [p for room in ("mosaic", "scripts", "preprocess") for p in (root / room).rglob("*.py") if "os.replace(" in p.read_text()]
-    assert [str(path.relative_to(root)) for path in found] == ["mosaic/files.py"]
+    calls = re.compile(r"\bos\.(replace|renames?)\(|\.rename\(|\bshutil\.move\(|from (os|shutil) import .*\b(replace|renames?|move)\b")
+    paths = [path for room in ("mosaic", "scripts", "preprocess") for path in (root / room).rglob("*.py")]
+    assert [str(path.relative_to(root)) for path in paths if calls.search(path.read_text())] == ["mosaic/files.py"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])

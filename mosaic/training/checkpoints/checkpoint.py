@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mosaic.files import read_json, recover, remove_folder, replacing, save_tensors, shown
+from mosaic.files import move, read_json, recover, remove_folder, replacing, save_tensors, shown
 from mosaic.lora.adapter import read_reference_lora, write_reference_lora
 from mosaic.weights.digests import file_digest
 
@@ -224,7 +224,7 @@ def set_aside(folder: Path, continued: Path, logs: Iterable[Path]) -> None:
         if log.is_file():
             shutil.copyfile(log, aside / log.name)
     for path in reversed(left):  # the newest first: where this is cut short, what stays is the older part
-        path.rename(aside / path.name)
+        move(path, aside / path.name)
     logger.warning("%s: %d checkpoints are of a branch that is left for %s; they are in %s now", folder, len(left), continued, aside)
 
 
