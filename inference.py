@@ -144,7 +144,7 @@ def report(result: "RunResult", folder: str) -> None:
     show_problems(result.problems)
 
 
-def show_problems(problems: Iterable[object]) -> None:
+def show_problems(problems: Iterable[Exception | str]) -> None:
     """One line for each, whatever line breaks a file name may hold."""
     for problem in problems:
         print(f"error: {in_one_line(problem)}", file=sys.stderr)

@@ -284,11 +284,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def in_one_line(error: BaseException, most: int | None = None, *, with_kind: bool = False) -> str:
+def in_one_line(error: BaseException | str, most: int | None = None, *, with_kind: bool = False) -> str:
     """Return an error's text on one line, for messages.
 
     Args:
-        error: The error; one without a text is named by its kind.
+        error: The error, or its text; an error without a text is named by its kind.
         most: Letters at most; None: all.
         with_kind: Begin with its kind, as "OSError: no space left".
     """

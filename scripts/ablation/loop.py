@@ -38,46 +38,6 @@ class Step:
     ended: Callable[[float], object] = lambda seconds: None
 
 
-class Commands:
-    """Runs commands from several threads, and ends them all.
-
-    Attributes:
-        is_stopped: Whether none may be started any more.
-    """
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """With the environment of the commands."""
-        self._environment, self._lock = dict(environment), threading.Lock()
-        self._running: set[subprocess.Popen] = set()
-        self.is_stopped = False
-
-    def run(self, command: Sequence[str], log: Path) -> int:
-        """Run a command in a session of its own, its output at the end of a file; returns its exit code.
-
-        Raises:
-            KeyboardInterrupt: All were stopped, or a signal reached the command itself.
-        """
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, open(log, "ab") as out:
-            if self.is_stopped:
-                raise KeyboardInterrupt
-            process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment, start_new_session=True
-            )
-            self._running.add(process)
-        code = process.wait()
-        self._running.discard(process)
-        if self.is_stopped or code == REQUEUE_EXIT_CODE:
-            raise KeyboardInterrupt
-        return code
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal to all that run; none is started any more."""
-        with self._lock:
-            self.is_stopped = True
-            send(list(self._running), number)
-
-
 def run_chains(
     chains: Sequence[Sequence[Step]], parallel: int, environment: Mapping[str, str], bar: tqdm, refresh: float = 1.0
 ) -> list[str]:
@@ -95,16 +55,38 @@ def run_chains(
     Returns:
         One message per failed step.
     """
-    commands = Commands(environment)
+    running: set[subprocess.Popen] = set()
+    stopped = threading.Event()
+
+    def run(step: Step) -> int:
+        """Run a step in a session of its own, its output at the end of its log; returns its exit code."""
+        step.prepare()
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with open(step.log, "ab") as log:
+            process = subprocess.Popen(
+                step.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(environment), start_new_session=True
+            )
+        running.add(process)
+        if stopped.is_set():  # between the signal to all that run and this line
+            process.terminate()
+        code = process.wait()
+        running.discard(process)
+        step.ended(time.monotonic() - start)
+        return code
 
     def run_chain(chain: Sequence[Step]) -> str | None:
+        """Run what is left of a chain; returns a message if a step fails."""
         for step in chain:
-            if commands.is_stopped:
+            if stopped.is_set():
                 raise KeyboardInterrupt
             if step.is_done():
                 continue
-            if failure := _run_step(step, commands):
-                return failure
+            code = run(step)
+            if code == REQUEUE_EXIT_CODE or stopped.is_set():  # a signal reached the command itself, or all
+                raise KeyboardInterrupt
+            if code or not step.is_done():
+                return f"{step.name}: exit code {code}, see {step.log}: {last_line(step.log)}"
             bar.update()
         return None
 
@@ -117,22 +99,12 @@ def run_chains(
                 [future.result() for future in ended]  # an interruption comes out here
                 bar.refresh()
         except BaseException:
-            commands.stop()
+            stopped.set()
+            send(list(running), signal.SIGTERM)
             wait(futures, GRACE_SECONDS)
-            commands.stop(signal.SIGKILL)
+            send(list(running), signal.SIGKILL)
             raise
     return [failure for future in futures if (failure := future.result())]
-
-
-def _run_step(step: Step, commands: Commands) -> str | None:
-    """Run a step; returns a message if it fails."""
-    step.prepare()
-    start = time.monotonic()
-    try:
-        code = commands.run(step.command, step.log)
-    finally:
-        step.ended(time.monotonic() - start)
-    return None if code == 0 and step.is_done() else f"{step.name}: exit code {code}, see {step.log}: {last_line(step.log)}"
 
 
 def last_line(log: Path) -> str:
