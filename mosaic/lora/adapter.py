@@ -128,31 +128,41 @@ def read_reference_lora(source: str | os.PathLike | LoraFile, transformer: FluxT
             finite.
     """
     file = source if isinstance(source, LoraFile) else LoraFile(source, "reference LoRA")
+    rank = check_reference_lora(file, transformer)
     tensors = {key: file[key] for key in file}
-    return tensors, check_reference_lora(tensors, transformer, str(file.path))
+    for key in sorted(tensors):
+        check_finite(tensors[key], key, str(file.path))
+    return tensors, rank
 
 
-def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransformer2DModel, where: str) -> int:
-    """Check keys, shapes and values of a reference LoRA against a transformer; returns its rank.
+def check_reference_lora(file: LoraFile, transformer: FluxTransformer2DModel) -> int:
+    """Check keys, number formats and shapes of a reference LoRA against a transformer; only the file's header is read.
+
+    Args:
+        file: The file, open.
+        transformer: Whose modules and widths the file must fit; it may be on the meta device.
+
+    Returns:
+        The rank.
 
     Raises:
-        ValueError: If keys are missing or unexpected, a tensor is no floating point matrix, ranks differ between modules or are 0,
-            a shape does not fit, or a value is not finite.
+        ValueError: If keys are missing or unexpected, a tensor is no floating point matrix, ranks differ between modules or are 0, or a
+            shape does not fit.
     """
-    modules = reference_lora_modules(transformer)
+    where, modules = file.path, reference_lora_modules(transformer)
     expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
-    missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    missing, unexpected = sorted(expected - set(file)), sorted(set(file) - expected)
     if missing or unexpected:
         cure = " `python scripts/lora_tools.py import` makes its keys ours." if unexpected and unexpected[0].startswith(FOREIGN) else ""
         raise ValueError(
             f"{where}: keys do not match this transformer's reference LoRA ({len(modules)} modules). "
             f"Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}.{cure}"
         )
-    for key in sorted(expected):
-        if tensors[key].ndim != 2 or not tensors[key].is_floating_point():
-            given = f"{tensors[key].dtype} of shape {tuple(tensors[key].shape)}"
-            raise ValueError(f"{where}: {key} must be a floating point matrix, got {given}.")
-    ranks = {tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in modules}
+    shapes = {key: file.shape(key) for key in sorted(expected)}
+    for key, shape in shapes.items():
+        if len(shape) != 2 or not file.dtype(key).startswith(("F", "BF")):
+            raise ValueError(f"{where}: {key} must be a floating point matrix, got {file[key].dtype} of shape {shape}.")
+    ranks = {shapes[f"{PREFIX}{name}.lora_A.weight"][0] for name in modules}
     if len(ranks) != 1:
         raise ValueError(f"{where}: all modules must have one rank, got ranks {sorted(ranks)}.")
     rank = ranks.pop()
@@ -160,11 +170,10 @@ def check_reference_lora(tensors: Mapping[str, Tensor], transformer: FluxTransfo
         raise ValueError(f"{where}: the rank must be positive, got matrices of rank 0.")
     for name in modules:
         layer = transformer.get_submodule(name)
-        for side, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
+        for side, wanted in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
             key = f"{PREFIX}{name}.lora_{side}.weight"
-            if tuple(tensors[key].shape) != shape:
-                raise ValueError(f"{where}: {key} must have shape {shape}, got {tuple(tensors[key].shape)}. Is it for another base model?")
-            check_finite(tensors[key], key, where)
+            if shapes[key] != wanted:
+                raise ValueError(f"{where}: {key} must have shape {wanted}, got {shapes[key]}. Is it for another base model?")
     return rank
 
 

@@ -25,7 +25,7 @@ from mosaic.rendering.cases.reading import load_cases
 from mosaic.training.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
 from mosaic.training.distributed.sharding import check_distribution, read_distribution
 from mosaic.training.optimizers import check_optimizer
-from mosaic.training.starting import check_output
+from mosaic.training.starting import check_output, check_rank
 from mosaic.weights.hub import require_model_name, resolve_lora_file
 from mosaic.weights.quantization import check_quantization
 
@@ -100,10 +100,7 @@ def _adapter_header(adapter: str, config: Config, shape: ModelShape) -> str:
     rank = file.shape(first)[0] if first in file and len(file.shape(first)) == 2 else 0
     if not rank or (shape.is_local and not _fits(file, rank, shape)):  # of another model the shape is not known
         raise ValueError(f"{file.path}: is no reference LoRA for {config.model.pretrained}: its modules or widths are others.")
-    if rank != config.lora.rank and not config.lora.resize:
-        raise ValueError(
-            f"lora.rank is {config.lora.rank}, but {file.path} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
-        )
+    check_rank(rank, config.lora, file.path)
     return f"{file.path}: rank {rank}" + ("." if rank == config.lora.rank else f", to be resized to {config.lora.rank}.")
 
 

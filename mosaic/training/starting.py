@@ -11,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from mosaic.config.loading import Config
+from mosaic.config.sections import LoraConfig
 from mosaic.data import (
     BucketBatchSampler,
     CachedSamples,
@@ -22,9 +23,11 @@ from mosaic.data import (
 )
 from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
 from mosaic.files import require_folder
-from mosaic.lora.adapter import attach_reference_lora, read_reference_lora, reference_lora_parameters
+from mosaic.lora.adapter import attach_reference_lora, check_reference_lora, read_reference_lora, reference_lora_parameters
+from mosaic.lora.files import LoraFile
 from mosaic.lora.resize import resize_reference_lora
 from mosaic.model.recomputation import set_gradient_checkpointing
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
@@ -32,7 +35,7 @@ from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
 from mosaic.training.validation import Panel, read_panels
-from mosaic.weights.digests import vae_scale_factor
+from mosaic.weights.digests import model_file, vae_scale_factor
 from mosaic.weights.hub import resolve_lora_file
 from mosaic.weights.quantization import check_quantization, quantize_base
 
@@ -70,7 +73,7 @@ class Opened:
     held_out: TrainingDataset | None
     panels: list[Panel] | None
     caches: Caches
-    adapter: Path | None
+    adapter: LoraFile | None
 
 
 def open_run(config: Config, continues: bool) -> Opened:
@@ -93,9 +96,35 @@ def open_run(config: Config, continues: bool) -> Opened:
     if validation.every:
         held_out = samples if validation.split == data.split else samples.of_split(validation.split)
         panels = read_panels(config, factor)
-    starts_from = lora.pretrained if not continues else None
-    adapter = resolve_lora_file(starts_from, lora.weight_name) if starts_from is not None else None
+    adapter = open_adapter(config) if lora.pretrained is not None and not continues else None
     return Opened(factor, samples, held_out, panels, open_caches(config), adapter)
+
+
+def open_adapter(config: Config) -> LoraFile:
+    """Open the file that `lora.pretrained` names; its header is held against the base model's config, long before the base is loaded.
+
+    Raises:
+        FileNotFoundError, OSError: It is not there, gated or unreachable, or so is the config.
+        ValueError: It is no safetensors file, does not fit the base, or has another rank and `lora.resize` is false.
+    """
+    lora, name = config.lora, config.model.pretrained
+    assert lora.pretrained is not None
+    file = LoraFile(resolve_lora_file(lora.pretrained, lora.weight_name), "reference LoRA")
+    settings = MosaicFluxTransformer2DModel.load_config(model_file(name, "transformer/config.json"))
+    with torch.device("meta"):  # its modules without their weights
+        base = MosaicFluxTransformer2DModel.from_config(settings)
+    check_rank(check_reference_lora(file, base), lora, file.path)
+    return file
+
+
+def check_rank(rank: int, lora: LoraConfig, file: Path) -> None:
+    """Check the rank of the file to start from.
+
+    Raises:
+        ValueError: It is another one than `lora.rank`, and `lora.resize` is false.
+    """
+    if rank != lora.rank and not lora.resize:
+        raise ValueError(f"lora.rank is {lora.rank}, but {file} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it.")
 
 
 def check_output(folder: Path) -> None:
@@ -209,16 +238,16 @@ def training_sampler(
     return sampler
 
 
-def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, file: Path | None) -> None:
+def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, file: LoraFile | None) -> None:
     """A fresh adapter (the same on every rank), or the file that `lora.pretrained` names; trained in float32.
 
     Args:
         pipeline: Gets the adapter.
         config: The run's settings.
-        file: What `lora.pretrained` names; None: a fresh adapter, whose weights a checkpoint may replace.
+        file: Of `open_adapter`; None: a fresh adapter, whose weights a checkpoint may replace.
 
     Raises:
-        ValueError: The file does not fit, or has another rank and `lora.resize` is false.
+        ValueError: A value of the file is not finite.
     """
     settings, transformer = config.lora, pipeline.transformer
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, transformer):
@@ -231,12 +260,8 @@ def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, file: Path | No
     else:
         start, rank = read_reference_lora(file, transformer)
         if rank != settings.rank:
-            if not settings.resize:
-                raise ValueError(
-                    f"lora.rank is {settings.rank}, but {file} has rank {rank}. Set lora.rank={rank}, or lora.resize=true to change it."
-                )
             start, share = resize_reference_lora(start, settings.rank, config.training.seed)
-            logger.info("%s: rank %d resized to %d, %.2f %% of the squared norm kept", file, rank, settings.rank, 100 * share)
+            logger.info("%s: rank %d resized to %d, %.2f %% of the squared norm kept", file.path, rank, settings.rank, 100 * share)
         attach_reference_lora(transformer, settings.rank)
     set_gradient_checkpointing(transformer, config.model.gradient_checkpointing)
     if config.model.compile:

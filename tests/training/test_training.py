@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mosaic.config.loading import resolved_dict
 from mosaic.data import Manifest, MosaicBatch, collate
 from mosaic.lora import adapter
-from mosaic.lora.adapter import reference_lora_parameters
+from mosaic.lora.adapter import reference_lora_parameters, write_reference_lora
 from mosaic.method.losses import MosaicLoss
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer, train
@@ -229,9 +229,7 @@ def test_averages_are_validated_and_exported_and_the_trained_weights_come_back(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_start_opens_each_split_and_reads_the_adapter_once(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
-) -> None:
+def test_a_start_opens_the_data_and_the_adapter_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
     config = runs.make_config(world, tmp_path / "run", validation__every=1, validation__num_cases=1, training__max_steps=1)
     if resume:
         train(config)
@@ -240,7 +238,7 @@ def test_a_start_opens_each_split_and_reads_the_adapter_once(
     monkeypatch.setattr(Manifest, "__init__", lambda self, root, split: splits.append(split) or open_manifest(self, root, split))
     monkeypatch.setattr(adapter.LoraFile, "__init__", lambda self, path, what: adapters.append(Path(path)) or read(self, path, what))
     train(config.replace(training=config.training.replace(max_steps=2)), resume="auto")
-    assert sorted(splits) == ["heldout", "train"]
+    assert splits == ["train"]  # of which the held-out samples are another split
     assert adapters == [tmp_path / "run/checkpoints/step_00000001/lora.safetensors" if resume else world / "lora.safetensors"]
 
 
@@ -320,6 +318,31 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(world: Path, tmp_path: Path)
 
 
 # ---- warm start
+
+
+def test_an_adapter_that_cannot_serve_is_refused_before_the_base_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(MosaicFluxPipeline, "from_pretrained", lambda name, **_: loaded.append(name))
+    whole, cut = runs.lora_tensors(), tmp_path / "cut.safetensors"
+    cut.write_bytes((world / "lora.safetensors").read_bytes()[:-5])
+    first, last = next(iter(whole)), list(whole)[-1]
+    wrong = {
+        "keys do not match": {key: tensor for key, tensor in whole.items() if key != last},
+        "must have shape": whole | {last: whole[last][:-1]},
+        "must be a floating point matrix, got torch.int64": whole | {first: whole[first].long()},
+        "must be a floating point matrix, got torch.float32 of shape": whole | {first: whole[first][0]},
+        r"lora\.rank is 3, but .* has rank 4": runs.lora_tensors(rank=4),
+    }
+    files = {
+        message: write_reference_lora(tensors, tmp_path / f"{number}.safetensors")
+        for number, (message, tensors) in enumerate(wrong.items())
+    }
+    for message, file in {**files, "not a safetensors file": cut}.items():
+        with pytest.raises(ValueError, match=message):
+            train(runs.make_config(world, tmp_path / "run", lora__pretrained=str(file)))
+    assert loaded == []
 
 
 def test_warm_start(world: Path, trainer: Trainer) -> None:
