@@ -4,15 +4,17 @@ On the meta device PyTorch computes attention as plain products, RMSNorm as a ch
 that a backward pass would find differ from those on a GPU by a factor. Here these few operations are done as the wanted device does them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-FUNCTIONS = ("linear", "layer_norm", "rms_norm", "scaled_dot_product_attention")
+NORMS = (functional.layer_norm, functional.rms_norm)
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def kernels_of(device_type: str, autocast_dtype: torch.dtype | None = None) -> I
 
     Covers the functions that autocast changes inside FLUX's blocks: linear and attention run in `autocast_dtype`; on CUDA, LayerNorm
     and RMSNorm run in float32 (on a CPU they keep their input's format), but where autocast is off (`attention_rows.no_autocast`).
-    Not for several threads: the functions are replaced.
+    Holds for the calling thread.
 
     Args:
         device_type: "cuda" or "cpu".
@@ -32,42 +34,46 @@ def kernels_of(device_type: str, autocast_dtype: torch.dtype | None = None) -> I
     """
     if device_type not in ("cuda", "cpu"):
         raise ValueError(f'device_type must be "cuda" or "cpu", got {device_type!r}.')
-    originals = {name: getattr(functional, name) for name in FUNCTIONS}
-    for name in FUNCTIONS:
-        setattr(functional, name, _replacement(name, originals[name], device_type, autocast_dtype))
-    try:
-        with torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):  # says only where it is on
-            yield
-    finally:
-        for name, original in originals.items():
-            setattr(functional, name, original)
+    autocast = torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None)  # says only where it is on
+    with autocast, _Kernels(device_type == "cuda", autocast_dtype):
+        yield
 
 
-def _replacement(name: str, original: Callable[..., Any], device_type: str, autocast_dtype: torch.dtype | None) -> Callable[..., Any]:
-    """The function of that name as the device does it; tensors that are not on the meta device go to the original."""
-    is_norm, on_cuda = name.endswith("_norm"), device_type == "cuda"
-    dtype = autocast_dtype if not is_norm else torch.float32 if on_cuda else None
-    if autocast_dtype is None:
-        dtype = None
+class _Kernels(TorchFunctionMode):
+    """Computes linear, attention and norms as the device does it; tensors that are not on the meta device go the usual way."""
 
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if not next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).is_meta:
-            return original(*args, **kwargs)
+    def __init__(self, on_cuda: bool, autocast_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self._on_cuda = on_cuda
+        of_norms = torch.float32 if on_cuda and autocast_dtype is not None else None
+        self._dtypes = {
+            functional.linear: autocast_dtype,
+            functional.scaled_dot_product_attention: autocast_dtype,
+            **dict.fromkeys(NORMS, of_norms),
+        }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.backward:  # this mode is off while it takes a function, but what is recomputed then must meet it
+            with self:
+                return _engine_run_backward(
+                    args, (torch.ones_like(args[0]),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+        if func not in self._dtypes or not next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).is_meta:
+            return func(*args, **kwargs)
+        dtype = self._dtypes[func]
         if dtype is not None and torch.is_autocast_enabled("cpu"):
             args = tuple(_cast(value, dtype) for value in args)
             kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
-        if name == "rms_norm" and on_cuda:
+        if func is functional.rms_norm and self._on_cuda:
             return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
-        if name == "scaled_dot_product_attention":
-            flash = (
-                torch.ops.aten._scaled_dot_product_flash_attention
-                if on_cuda
-                else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            )
+        if func is functional.scaled_dot_product_attention:
+            aten = torch.ops.aten
+            flash = aten._scaled_dot_product_flash_attention if self._on_cuda else aten._scaled_dot_product_flash_attention_for_cpu
             return flash(*args[:3], *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[0]
-        return original(*args, **kwargs)
-
-    return function
+        return func(*args, **kwargs)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
