@@ -117,7 +117,7 @@ def from_dict(values: object, source: str = "config") -> Config:
         source: Where the values come from, for messages.
 
     Raises:
-        ValueError: As for `load_config`.
+        ValueError: An unknown key, a wrong type or a value out of range; the message names the dotted path and the source.
     """
     return _build(values, source, {})
 

@@ -53,30 +53,30 @@ class ReadableSamples(Dataset[Sample]):
             ValueError: No sample is left.
         """
         self.dataset, self.skipped = dataset, skipped
-        self._kept = np.setdiff1d(np.arange(len(dataset)), [bad.index for bad in skipped])
-        if not len(self._kept):
+        self._readable = np.setdiff1d(np.arange(len(dataset)), [bad.index for bad in skipped])
+        if not len(self._readable):
             raise ValueError(f"none of the {len(dataset)} samples can be read; the first: {skipped[0].message}")
 
     @property
     def batch_keys(self) -> np.ndarray:
         """int [N, columns]: what the samples of one batch must share, of the samples that are left."""
-        return self.dataset.batch_keys[self._kept]
+        return self.dataset.batch_keys[self._readable]
 
     def sample_ids(self) -> list[str | None]:
         """Names of the samples that are left."""
         names = self.dataset.sample_ids()
-        return [names[index] for index in self._kept]
+        return [names[index] for index in self._readable]
 
     def prompts(self) -> list[str]:
         """Prompts of the data set, also of the samples that are left out."""
         return self.dataset.prompts()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._readable)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample."""
-        return self.dataset[int(self._kept[index])]
+        return self.dataset[int(self._readable[index])]
 
 
 def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: bool) -> list[Unreadable]:

@@ -69,12 +69,12 @@ def reduce_file(
 
 
 def overall(reduced: Mapping[str, ReducedModule]) -> tuple[float, float]:
-    """The relative Frobenius error of all modules together, and the share of the squared singular values that is kept."""
+    """The relative Frobenius error of all modules together, and the share of the squared singular values that is left."""
     whole = sum(module.norm**2 for module in reduced.values())
     if not whole:
         return 0.0, 1.0
     error = math.sqrt(sum(module.error**2 for module in reduced.values()) / whole)
-    return error, sum(module.kept * module.norm**2 for module in reduced.values()) / whole
+    return error, sum(module.energy * module.norm**2 for module in reduced.values()) / whole
 
 
 def reduction_report(reduced: Mapping[str, ReducedModule], source: str, source_digest: str) -> dict[str, Any]:
@@ -85,17 +85,17 @@ def reduction_report(reduced: Mapping[str, ReducedModule], source: str, source_d
         source: Name of the file before.
         source_digest: Its digest.
     """
-    error, kept = overall(reduced)
+    error, energy = overall(reduced)
     return {
         "source": {"name": source, "digest": source_digest},
         "relative_error": error,
-        "kept": kept,
+        "kept": energy,
         "modules": {
             name: {
                 "rank_before": module.rank_before,
                 "rank": module.rank,
                 "relative_error": module.relative_error,
-                "kept": module.kept,
+                "kept": module.energy,
             }
             for name, module in reduced.items()
         },

@@ -15,14 +15,14 @@ class ReducedModule(NamedTuple):
         rank: Its rank now.
         norm: Frobenius norm of B A.
         error: Frobenius norm of what is missing, measured on the factors as they are stored.
-        kept: Share of the squares of the singular values that is kept.
+        energy: Share of the squares of the singular values that is left.
     """
 
     rank_before: int
     rank: int
     norm: float
     error: float
-    kept: float
+    energy: float
 
     @property
     def relative_error(self) -> float:
@@ -45,17 +45,17 @@ def resize_reference_lora(tensors: Mapping[str, Tensor], rank: int, seed: int = 
         float32 tensors by file key, and the share of the squared Frobenius norm of all B A that is kept.
     """
     generator = torch.Generator().manual_seed(seed)
-    resized, kept, whole = {}, 0.0, 0.0
+    resized, energy, whole = {}, 0.0, 0.0
     for key in sorted(key for key in tensors if ".lora_A." in key):  # the drawn rows do not depend on the file's order
         partner = key.replace(".lora_A.", ".lora_B.")
         a, b = tensors[key].double(), tensors[partner].double()
         if rank < len(a):
             a, b, values = truncate(a, b, rank)
-            kept, whole = kept + float(values[:rank].square().sum()), whole + float(values.square().sum())
+            energy, whole = energy + float(values[:rank].square().sum()), whole + float(values.square().sum())
         if len(a) < rank:  # also where the product has fewer dimensions than the rank wanted
             a, b = _widened(a, b, rank, generator)
         resized[key], resized[partner] = a.float().contiguous(), b.float().contiguous()
-    return resized, kept / whole if whole else 1.0
+    return resized, energy / whole if whole else 1.0
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,8 +94,8 @@ def rank_for_energy(spectra: Iterable[Tensor], energy: float) -> int:
     by_rank = torch.zeros(max(map(len, squares)), dtype=torch.float64)
     for values in squares:
         by_rank[: len(values)] += values
-    kept = by_rank.cumsum(0)
-    return int((kept < energy * (1 - 1e-12) * kept[-1]).sum()) + 1  # the last sum can be a rounding below the whole
+    summed = by_rank.cumsum(0)
+    return int((summed < energy * (1 - 1e-12) * summed[-1]).sum()) + 1  # the last sum can be a rounding below the whole
 
 
 def reduce_module(a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[Tensor, Tensor, ReducedModule]:

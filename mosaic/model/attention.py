@@ -87,8 +87,8 @@ def branch_attention(
 
     Args:
         query: [B, S, H, D] after RMSNorm and RoPE, order [text, target, references].
-        key: [B, S, H, D] likewise.
-        value: [B, S, H, D].
+        key: [B, S, H, D] after RMSNorm and RoPE, in the same order.
+        value: [B, S, H, D], in the same order.
         layout: The references' place and mode.
         attend: Plain attention on [B, S, H, D] tensors, scale 1/sqrt(D); with strengths another scale is given by keyword.
         text_length: T; the target stands between the text and the references. Only `capture` needs it.

@@ -60,7 +60,17 @@ def forward_flops(
     lora_rank: int,
     reference_attention: str,
 ) -> ForwardFlops:
-    """FLOPs of one forward pass without captured rows; arguments as for `training_step_flops`.
+    """FLOPs of one forward pass without captured rows.
+
+    Args:
+        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
+        batch_size: Samples.
+        num_references: K.
+        target_tokens: N.
+        reference_tokens: R, of one reference.
+        text_tokens: T.
+        lora_rank: r.
+        reference_attention: "target", "joint" or "isolated".
 
     Raises:
         ValueError: If `reference_attention` is unknown.
@@ -152,7 +162,7 @@ def sampling_flops(
     """FLOPs of the transformer in one sampling run; image guidance, which runs it twice a step, doubles them. Encoders are not in it.
 
     Args:
-        transformer_config: As for `training_step_flops`.
+        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
         batch_size: Pictures.
         num_references: K.
         target_tokens: N.
@@ -208,7 +218,7 @@ def captured_row_flops(
     One product less where rows are tiny and saved (`mosaic.model.attention_rows.SAVED_BYTES`), which none of FLUX.1-dev's are.
 
     Args:
-        transformer_config: As for `training_step_flops`.
+        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
         batch_size: Samples.
         num_references: K.
         target_tokens: N.

@@ -123,8 +123,8 @@ class PictureAttention:
         for u in order:
             if all(_distance(u, other, self.reference_grid) > near for other in apart):
                 apart.append(u)
-        kept = (apart + [u for u in order if u not in apart])[:num_lines]
-        return [self.line(reference, u) for u in order if u in kept]
+        chosen = (apart + [u for u in order if u not in apart])[:num_lines]
+        return [self.line(reference, u) for u in order if u in chosen]
 
 
 def attention_numbers(attention: PictureAttention, lines: Sequence[Line]) -> dict[str, Any]:

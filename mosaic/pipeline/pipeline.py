@@ -141,7 +141,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             reference_images: For one prompt its pictures; for a list of prompts one list each (they may differ in K, and be
                 empty). Each is prepared as by `prepare_reference`, unless it is a `PreparedReference` already.
             height: In px, a multiple of the token size. None: as the reference LoRA was trained, else 512.
-            width: Likewise.
+            width: In px, a multiple of the token size. None: as the reference LoRA was trained, else 512.
             num_inference_steps: Sampling steps.
             guidance_scale: Embedded guidance of the target; without effect on models that have no guidance embedding.
             image_guidance_scale: How far the velocity goes from that with zero latents in the references' place (0) to that with the

@@ -85,7 +85,7 @@ def preflight(
     Args:
         config: The run's settings.
         environ: Variables of one of the run's processes, which say how many there are and what is shared out over them; none: one process.
-        resume: As for `mosaic.training.train`.
+        resume: A checkpoint folder, or "auto" for the newest sound one of the run; None: a fresh start.
         gpu_memory: GiB of the card to plan for; None: the card that is there.
         num_references: K to plan for; None: the largest in the data, or `data.max_references` where the data cannot be read.
 

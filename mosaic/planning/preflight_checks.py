@@ -52,7 +52,7 @@ def look_around(config: Config, shape: ModelShape, environ: Mapping[str, str], r
         config: The run's settings.
         shape: The base model's shape.
         environ: Variables of one of the run's processes.
-        resume: As for `mosaic.training.train`.
+        resume: A checkpoint folder, or "auto" for the newest sound one of the run; None: a fresh start.
 
     Raises:
         ValueError: A size does not fit the tokens.
@@ -172,10 +172,10 @@ def check_disk(config: Config, shape: ModelShape, facts: DataFacts) -> Iterator[
     """Room for the checkpoints and for caches that are still to be filled."""
     adapter = lora_parameter_count(shape.transformer, config.lora.rank)
     copies = 4 + OPTIMIZER_BYTES[config.optimizer.name] + (4 if config.optimizer.ema_decay is not None else 0)
-    kept, remark = _num_checkpoints(config, facts)
+    num_checkpoints, remark = _num_checkpoints(config, facts)
     there = len(checkpoint_folders(Path(config.training.output_dir) / "checkpoints"))
     remark = f"{remark}, beside {there} that are there" if there else remark
-    yield _room("checkpoints", config.training.output_dir, adapter * copies, max(kept - there, 1), remark)
+    yield _room("checkpoints", config.training.output_dir, adapter * copies, max(num_checkpoints - there, 1), remark)
     for name, (size, count) in cache_bytes(config, shape, facts).items():
         folder = getattr(config.data, name)
         if folder is not None and count is not None and not Path(folder).is_dir():
@@ -191,14 +191,14 @@ def _num_checkpoints(config: Config, facts: DataFacts) -> tuple[int, str]:
         if steps is None:
             return 1, " each, and no limit to their number (training.keep_checkpoints)"
         return -(-steps // training.checkpoint_every), ", all that the run writes (training.keep_checkpoints)"
-    kept = training.keep_checkpoints + 1  # one more while the newest is written
+    count = training.keep_checkpoints + 1  # one more while the newest is written
     if training.best_metric is not None and config.validation.every is not None:
-        kept += 1
+        count += 1
     if training.milestone_every is None:
-        return kept, ""
+        return count, ""
     if steps is None:
-        return kept, " and every milestone (training.milestone_every)"
-    return kept + steps // math.lcm(training.milestone_every, training.checkpoint_every), ""
+        return count, " and every milestone (training.milestone_every)"
+    return count + steps // math.lcm(training.milestone_every, training.checkpoint_every), ""
 
 
 def cache_bytes(config: Config, shape: ModelShape, facts: DataFacts) -> dict[str, tuple[int, int | None]]:

@@ -29,7 +29,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class StyleWeights(Weights):
-    """Likewise of a style LoRA, with the factor on it."""
+    """Weights of a style LoRA: public name, digest of the content, and the factor on its change of the base weights."""
 
     scale: float
 

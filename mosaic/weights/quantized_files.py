@@ -129,7 +129,7 @@ def read_quantized(model: nn.Module, path: Path, quantization: str, device: torc
             metadata: dict[str, Any] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         written = json.loads(metadata[KEY])
-        tensors |= {alias: tensors[kept] for alias, kept in written["aliases"].items()}
+        tensors |= {alias: tensors[name] for alias, name in written["aliases"].items()}
         if (written["format"], written["quantization"]) != (FORMAT, quantization):
             raise ValueError(f"holds {written['quantization']}, not {quantization}")
         if PACKAGES[quantization] == "torchao":
@@ -151,14 +151,14 @@ def read_quantized(model: nn.Module, path: Path, quantization: str, device: torc
 
 def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors on the CPU, each once, and the names of those left out with the name under which they are kept."""
-    kept: dict[tuple, str] = {}
+    first: dict[tuple, str] = {}
     plain, aliases = {}, {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in kept:
-            aliases[name] = kept[place]
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
         else:
-            kept[place], plain[name] = name, tensor.detach().cpu().contiguous()
+            first[place], plain[name] = name, tensor.detach().cpu().contiguous()
     return plain, aliases
 
 

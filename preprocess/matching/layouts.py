@@ -79,10 +79,10 @@ class CompactLayout:
     def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its points."""
         found = match_sample(pictures, extractors, self.settings, seed)
-        tensors = {f"{k}": own.points.int().contiguous() for k, own in enumerate(found)}
+        tensors = {f"{k}": own.pairs.int().contiguous() for k, own in enumerate(found)}
         tensors |= {f"{k}.similarity": own.similarity.half() for k, own in enumerate(found)}
         write_bytes(self.files(row)[0], save(tensors))
-        return [len(own.points) for own in found]
+        return [len(own.pairs) for own in found]
 
     def drawn_points(self, row: Row) -> dict[str, Any]:
         """The points of the file."""

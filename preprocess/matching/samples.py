@@ -40,12 +40,12 @@ class SamplePictures:
 class FoundPoints:
     """Points of one reference, sorted by v: int64 [P, 2] (u, v), and the mean cosine over the extractors, float32 [P]. On the CPU."""
 
-    points: Tensor
+    pairs: Tensor
     similarity: Tensor
 
-    def kept(self, keep: Tensor) -> "FoundPoints":
+    def where(self, keep: Tensor) -> "FoundPoints":
         """Those in `keep`, bool [P]."""
-        return FoundPoints(self.points[keep], self.similarity[keep])
+        return FoundPoints(self.pairs[keep], self.similarity[keep])
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def match_sample(pictures: SamplePictures, extractors: Sequence[Extractor], sett
     found = []
     for reference, features in zip(pictures.references, pair_features(pictures, extractors, settings, seed), strict=True):
         found.append(_carried(_points(reference, features, settings), reference.grid, pictures.target_grid, settings.grid))
-    owned = owned_by_similarity([own.points for own in found], [own.similarity for own in found])
-    found = [own.kept(keep) for own, keep in zip(found, owned, strict=True)]
+    owned = owned_by_similarity([own.pairs for own in found], [own.similarity for own in found])
+    found = [own.where(keep) for own, keep in zip(found, owned, strict=True)]
     if settings.unique_u:
-        found = [own.kept(matching.best_per_reference_cell(own.points, own.similarity)) for own in found]
+        found = [own.where(matching.best_per_reference_cell(own.pairs, own.similarity)) for own in found]
     return found
 
 
@@ -181,14 +181,14 @@ def _carried(found: FoundPoints, reference_grid: Grid, target_grid: Grid, grid: 
     """Points found on `grid`, carried to the sample's grids by majority vote; similarity becomes the mean over the votes."""
     if grid is None:
         return found
-    points = reduce_points(found.points, Grid(*grid), Grid(*grid), reference_grid, target_grid)
+    points = reduce_points(found.pairs, Grid(*grid), Grid(*grid), reference_grid, target_grid)
     points = points[points[:, 1].argsort()]
-    u = coarse_index(found.points[:, 0], Grid(*grid), reference_grid, "grid")
-    v = coarse_index(found.points[:, 1], Grid(*grid), target_grid, "grid")
-    kept, place = (points[:, 0] * target_grid.num_tokens + points[:, 1]).sort()
+    u = coarse_index(found.pairs[:, 0], Grid(*grid), reference_grid, "grid")
+    v = coarse_index(found.pairs[:, 1], Grid(*grid), target_grid, "grid")
+    ordered, place = (points[:, 0] * target_grid.num_tokens + points[:, 1]).sort()
     votes = u * target_grid.num_tokens + v
-    at = torch.searchsorted(kept, votes).clamp(max=max(len(kept) - 1, 0))
-    won = kept[at] == votes if len(kept) else torch.zeros_like(votes, dtype=torch.bool)
+    at = torch.searchsorted(ordered, votes).clamp(max=max(len(ordered) - 1, 0))
+    won = ordered[at] == votes if len(ordered) else torch.zeros_like(votes, dtype=torch.bool)
     sums = torch.zeros(len(points)).index_add(0, place[at[won]], found.similarity[won])
     return FoundPoints(points, sums / torch.bincount(place[at[won]], minlength=len(points)))
 

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from scripts.app.sessions import Kept, Session, Sessions
+from scripts.app.sessions import FinishedPicture, Session, Sessions
 from scripts.app.state import PageState, make_form
 from scripts.app.studio import Run, Studio
 from scripts.app.views import notice, progress
@@ -18,12 +18,12 @@ class Watched(NamedTuple):
     Attributes:
         status: HTML.
         ended: Whether it is the last look.
-        kept: The picture, if there is one now.
+        picture: The picture, if there is one now.
     """
 
     status: str
     ended: bool
-    kept: Kept | None = None
+    picture: FinishedPicture | None = None
 
 
 class Handlers:

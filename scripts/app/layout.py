@@ -9,7 +9,7 @@ import gradio as gr
 from scripts.app.examples import Example
 from scripts.app.form import MAX_GUIDANCE, MAX_STEPS, size_limits
 from scripts.app.handlers import Handlers, random_seed
-from scripts.app.sessions import Kept, Session
+from scripts.app.sessions import FinishedPicture, Session
 from scripts.app.state import SETTINGS, STRENGTH_SLIDER, PageState, default_state, example_state, saved_state
 from scripts.app.uploads import MAX_BYTES, MAX_REFERENCES
 from scripts.app.views import attention_note, card, drop_help, header, notice, public_name, recipe_json, sample, summary, title
@@ -211,9 +211,9 @@ class Page:
             answer = {self.status: look.status}
             if look.ended:
                 answer |= ready
-            if look.kept is not None:
+            if look.picture is not None:
                 answer[self.gallery] = _gallery(session)[0]
-                answer |= dict(zip(self._shown_picture, _picture(look.kept), strict=True))
+                answer |= dict(zip(self._shown_picture, _picture(look.picture), strict=True))
             yield answer
 
     def stop(self, request: gr.Request) -> Any:
@@ -244,11 +244,11 @@ def _slots(session: Session) -> list[Any]:
 
 
 def _gallery(session: Session) -> list[Any]:
-    value = [(str(kept.path), f"seed {kept.recipe.seed}") for kept in session.pictures]
+    value = [(str(picture.path), f"seed {picture.recipe.seed}") for picture in session.pictures]
     return [gr.update(value=value, selected_index=0 if value else None)]
 
 
-def _picture(kept: Kept | None) -> list[Any]:
-    path = kept and kept.panel_path
+def _picture(picture: FinishedPicture | None) -> list[Any]:
+    path = picture and picture.panel_path
     panel = gr.update(value=path and str(path), visible=path is not None)
-    return [panel, attention_note(kept), summary(kept), recipe_json(kept)]
+    return [panel, attention_note(picture), summary(picture), recipe_json(picture)]

@@ -21,13 +21,13 @@ SWEEP_SECONDS = 60  # between two looks for idle sessions
 TOKEN = re.compile(r"[0-9a-f]{32,64}")
 
 
-class Kept(NamedTuple):
+class FinishedPicture(NamedTuple):
     """A finished picture of a session.
 
     Attributes:
         path: The PNG, with the recipe in its metadata.
         panel_path: The attention maps; None: there are none.
-        leakage: As in `Rendered`.
+        leakage: Entry (i, j) is the share of reference i's attention on what reference j owns; None: there are no attention maps.
         recipe: What made it.
         seconds: What it took.
     """
@@ -45,7 +45,7 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.references: tuple[Upload, ...] = ()
-        self.pictures: tuple[Kept, ...] = ()
+        self.pictures: tuple[FinishedPicture, ...] = ()
         self.num_pictures = 0  # ever made; numbers them
         self.run: Run | None = None
         self.last_used = time.monotonic()
@@ -73,21 +73,21 @@ class Session:
         with self._lock:
             self.references = tuple(references)
 
-    def keep(self, rendered: Rendered) -> Kept:
+    def keep(self, rendered: Rendered) -> FinishedPicture:
         """Write a finished picture with its recipe into the session's folder; the oldest beyond `MAX_PICTURES` is removed."""
         recipe, text = rendered.job.recipe, png_text(rendered.job.recipe)
         path = save_picture(rendered.picture, self.folder / f"{rendered.job.name}.png", text)
         panel_path = None
         if rendered.panel is not None:
             panel_path = save_picture(rendered.panel, self.folder / f"{rendered.job.name}_attention.png", text)
-        kept = Kept(path, panel_path, rendered.leakage, recipe, rendered.seconds)
+        picture = FinishedPicture(path, panel_path, rendered.leakage, recipe, rendered.seconds)
         with self._lock:
-            self.pictures = (kept, *self.pictures)
+            self.pictures = (picture, *self.pictures)
             gone, self.pictures = self.pictures[MAX_PICTURES:], self.pictures[:MAX_PICTURES]
         for old in gone:
             for file in filter(None, (old.path, old.panel_path)):
                 file.unlink(missing_ok=True)
-        return kept
+        return picture
 
     def close(self) -> None:
         """Cancel the run and remove everything."""

@@ -33,7 +33,7 @@ class Rendered(NamedTuple):
     Attributes:
         picture: RGB.
         panel: The attention maps of its references; None where they were not asked for or there are no references.
-        leakage: Entry (i, j) is the share of reference i's attention on what reference j owns; None as for `panel`.
+        leakage: Entry (i, j) is the share of reference i's attention on what reference j owns; None where `panel` is.
         job: Its job, with the recipe.
         seconds: What it took.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from mosaic.reports.html import environment
 from scripts.app.examples import Example
-from scripts.app.sessions import Kept
+from scripts.app.sessions import FinishedPicture
 from scripts.app.studio import CANCELLED, FAILED, RUNNING, WAITING, Run
 from scripts.app.uploads import Upload
 
@@ -77,26 +77,26 @@ def duration(seconds: float) -> str:
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
 
 
-def summary(kept: Kept | None) -> str:
+def summary(picture: FinishedPicture | None) -> str:
     """The recipe of a picture in short."""
-    if kept is None:
+    if picture is None:
         return view("empty", "The recipe of a picture stands here once there is one.")
-    return view("summary", kept.recipe, kept.seconds)
+    return view("summary", picture.recipe, picture.seconds)
 
 
-def attention_note(kept: Kept | None) -> str:
+def attention_note(picture: FinishedPicture | None) -> str:
     """What the attention view shows, and the leakage between references as a table."""
-    if kept is None:
+    if picture is None:
         return view("empty", "Where each reference looks in the picture stands here once there is one.")
-    if kept.panel_path is None:
-        reason = "it has no references" if not kept.recipe.references else "the attention view was switched off for it"
+    if picture.panel_path is None:
+        reason = "it has no references" if not picture.recipe.references else "the attention view was switched off for it"
         return view("empty", f"No attention view for this picture: {reason}.")
-    return view("attention", kept.leakage)
+    return view("attention", picture.leakage)
 
 
-def recipe_json(kept: Kept | None) -> str:
+def recipe_json(picture: FinishedPicture | None) -> str:
     """A recipe for reading; empty without a picture."""
-    return json.dumps(kept.recipe.to_json(), ensure_ascii=False, indent=2) if kept else ""
+    return json.dumps(picture.recipe.to_json(), ensure_ascii=False, indent=2) if picture else ""
 
 
 def public_name(source: str) -> str:

@@ -152,9 +152,9 @@ def show_reduction(reduced: dict[str, ReducedModule]) -> None:
     print(f"{'module':<{width}}  rank        kept  relative error")
     for name, module in worst:
         ranks = f"{module.rank_before} -> {module.rank}"
-        print(f"{name:<{width}}  {ranks:<10} {module.kept:>6.2%}  {module.relative_error:.3e}")
-    error, kept = overall(reduced)
-    print(f"all {len(reduced)} modules: {kept:.4%} of the squared norm kept, relative Frobenius error {error:.3e}")
+        print(f"{name:<{width}}  {ranks:<10} {module.energy:>6.2%}  {module.relative_error:.3e}")
+    error, energy = overall(reduced)
+    print(f"all {len(reduced)} modules: {energy:.4%} of the squared norm kept, relative Frobenius error {error:.3e}")
 
 
 def bring(arguments: argparse.Namespace, file: LoraFile) -> None:

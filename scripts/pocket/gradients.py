@@ -25,8 +25,8 @@ class Gradients(NamedTuple):
         samples: Of the batch.
         loss: L_diff.
         flow_matching: g_FM, the gradient of L_diff by all weights of the adapter, in one row.
-        correspondence: g_SCAL, likewise, without its weight.
-        disentanglement: g_MDL.
+        correspondence: g_SCAL, the gradient of L_SCA without its weight by the same weights.
+        disentanglement: g_MDL, the gradient of L_MD without its weight by the same weights.
     """
 
     samples: int

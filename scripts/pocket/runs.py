@@ -85,7 +85,7 @@ class MovingAverage:
     @contextmanager
     def applied(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Puts the averaged values into the parameters, and the present ones back at the end."""
-        kept = {name: parameters[name].detach().clone() for name in self.values}
+        before = {name: parameters[name].detach().clone() for name in self.values}
         with torch.no_grad():
             for name, value in self.values.items():
                 parameters[name].copy_(value)
@@ -93,7 +93,7 @@ class MovingAverage:
             yield
         finally:
             with torch.no_grad():
-                for name, value in kept.items():
+                for name, value in before.items():
                     parameters[name].copy_(value)
 
 

@@ -156,7 +156,7 @@ def test_rows_come_from_a_copy_and_are_those_of_the_files(made: SemAlignSet, dat
     streamed.mapped = None
     assert rows.mapped is not None
     assert [rows.read(number) for number in range(rows.num_rows)] == [streamed.read(number) for number in range(rows.num_rows)]
-    assert rows.read(int(rows.kept[2])).image == made.kept[2]["image"]["bytes"]
+    assert rows.read(int(rows.good[2])).image == made.kept[2]["image"]["bytes"]
 
 
 def test_a_changed_file_is_copied_anew(made: SemAlignSet, tmp_path: Path) -> None:

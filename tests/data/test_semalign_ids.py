@@ -90,9 +90,9 @@ def test_index_file(made: SemAlignSet) -> None:
     rows = SemAlignRows(sorted((made.root / "data").iterdir()))
     table = pq.read_table(index_of(made.root))
     assert table.schema.equals(pa.schema([("row", pa.int64()), ("pixels", pa.string()), ("id", pa.string())]))
-    assert table["row"].to_pylist() == rows.kept.tolist() == [0, 2, 4]
+    assert table["row"].to_pylist() == rows.good.tolist() == [0, 2, 4]
     assert table["id"].to_pylist() == made.ids
-    panels = [rows.read(row).panels()[0] for row in rows.kept]
+    panels = [rows.read(row).panels()[0] for row in rows.good]
     assert table["pixels"].to_pylist() == [pixel_digest(panel) for panel in panels]
     names = {path.name for path in made.root.iterdir()}
     assert names - {"semalign_ids.parquet.lock"} == {"coord", "data", "mask", "semalign_ids.parquet"}

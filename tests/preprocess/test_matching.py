@@ -309,9 +309,9 @@ def test_resized_features_keep_their_axes() -> None:
 def test_carrying_to_coarser_grids_votes_and_averages() -> None:
     found = FoundPoints(torch.tensor([[0, 0], [1, 1], [9, 4], [15, 15]]), torch.tensor([0.2, 0.4, 0.9, 0.5]))
     carried = _carried(found, Grid(2, 2), Grid(2, 2), (4, 4))
-    assert carried.points.tolist() == [[0, 0], [3, 3]]  # (9, 4) loses its target cell 0 to two votes
+    assert carried.pairs.tolist() == [[0, 0], [3, 3]]  # (9, 4) loses its target cell 0 to two votes
     torch.testing.assert_close(carried.similarity, torch.tensor([0.3, 0.5]))
     assert _carried(found, Grid(2, 2), Grid(2, 2), None) is found
     empty = _carried(FoundPoints(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)), Grid(2, 2), Grid(2, 2), (4, 4))
-    assert empty.points.shape == (0, 2)
+    assert empty.pairs.shape == (0, 2)
     assert empty.similarity.shape == (0,)

@@ -358,7 +358,7 @@ def test_a_picture_is_kept_with_its_recipe_until_the_session_ends(studio: Studio
     state.settings.update(prompt="a cat", num_inference_steps=2, image_guidance_scale=1.0, width=32)
     looks = list(handlers.watch("page", session, handlers.start("page", session, state, 1)))
     assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
-    kept = looks[-1].kept
+    kept = looks[-1].picture
     assert read_recipe(kept.path) == kept.recipe.to_json()
     assert Image.open(kept.panel_path).text[KEY]
     assert handlers.runs == {}
@@ -488,7 +488,7 @@ def test_saved_numbers_out_of_range_are_the_usual_ones(config: Config) -> None:
 def test_what_users_give_is_escaped() -> None:
     evil = '<img src=x onerror="alert(1)">'
     recipe = make_recipe(prompt=evil, references=(entry(evil, "x", 0.5),))
-    kept = app_views.Kept(Path("a.png"), None, None, recipe, 1.0)
+    kept = app_views.FinishedPicture(Path("a.png"), None, None, recipe, 1.0)
     example = Example(replace(load_cases(ROOT / "example_cases.json", SIZE)[0], prompt=evil), ())
     views = [
         app_views.card(0, upload(evil)),

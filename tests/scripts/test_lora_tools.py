@@ -110,7 +110,7 @@ def test_the_error_is_measured_on_what_is_stored() -> None:
     assert found.error == pytest.approx(float((new_b.double() @ new_a.double() - whole).norm()), rel=1e-6)
     squares = torch.linalg.svdvals(whole).square()
     assert found.error > float(squares[4:].sum().sqrt())
-    assert found.kept == pytest.approx(float(squares[:4].sum() / squares.sum()))
+    assert found.energy == pytest.approx(float(squares[:4].sum() / squares.sum()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -134,7 +134,7 @@ def test_a_module_of_zeros_loses_nothing() -> None:
     new_a, new_b, found = reduce_module(torch.randn(3, 5), torch.zeros(4, 3), 1.0, 2)
     assert not new_b.any()
     assert bool(new_a.isfinite().all())
-    assert (found.relative_error, found.kept) == (0, 1)
+    assert (found.relative_error, found.energy) == (0, 1)
 
 
 def test_the_rank_for_an_energy_by_hand() -> None:

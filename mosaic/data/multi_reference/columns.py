@@ -47,7 +47,7 @@ class Geometry(NamedTuple):
         target_rows: Rows of `target_grid`.
         target_columns: Columns of it.
         target_height: Height of the target picture in pixels; 0 where the manifest does not say.
-        target_width: Width of it, likewise.
+        target_width: Width of the target picture in pixels; 0 where the manifest does not say.
         reference_side: Longer side of the coarsest of the row's reference grids, in cells.
     """
 

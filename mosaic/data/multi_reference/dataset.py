@@ -191,8 +191,8 @@ class MultiReferenceDataset(Dataset[Sample]):
             own_frame.check_grid(reference.grid, self.reference_token_grid, f"{row.place}.references[{k}].grid")
             u = own_frame.carry(pairs[:, 0].long(), reference.grid, self.reference_token_grid)
             v = frame.carry(pairs[:, 1].long(), row.target_grid, token_grid)
-            kept = v >= 0
-            carried.append(majority_points(u[kept], v[kept], self.reference_token_grid.num_tokens, token_grid.num_tokens))
+            inside = v >= 0
+            carried.append(majority_points(u[inside], v[inside], self.reference_token_grid.num_tokens, token_grid.num_tokens))
         return make_disjoint(carried)
 
     def _refuse_coarse_grids(self, geometries: np.ndarray, by_geometry: np.ndarray) -> None:

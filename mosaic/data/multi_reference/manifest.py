@@ -91,7 +91,7 @@ class Manifest:
             index: Number of the row within the split.
 
         Raises:
-            ValueError: The file cannot be read any more, or as for `parse_row`.
+            ValueError: The file cannot be read any more, or a column of the row has a value that it must not have (`parse_row`).
         """
         values = self.values(index)
         return parse_row(values, self._place(index, values))

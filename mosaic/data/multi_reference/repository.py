@@ -62,7 +62,8 @@ def find_repository(root: str | Path) -> "Repository | None":
     """Open what `root` names, if that is in the repository form: a local folder of Parquet files, or a data set on the hub.
 
     Raises:
-        FileNotFoundError, ValueError: As for `Repository`; or a slip in a folder's name would ask the hub.
+        FileNotFoundError: There is no such data set, or a slip in a folder's name would ask the hub.
+        ValueError: The hub cannot be reached, a shard is damaged, or the columns are not those of the format.
     """
     protocol, path = split_protocol(str(root))
     if protocol in (None, "file", "local") and Path(path).is_dir():
@@ -93,8 +94,8 @@ class Repository:
     """A `Table` (`mosaic.data.multi_reference.columns`) over all splits, and the files that its rows hold. Picklable; safe after a fork.
 
     Attributes:
-        root: As given, for messages.
-        path: Likewise.
+        root: What the user gave, for messages: a folder or an id of the hub.
+        path: The same text, under the name that every `Table` has.
     """
 
     is_local = False

@@ -123,7 +123,7 @@ class SemAlignDataset(Dataset[Sample]):
         self.reference_side = _side(self.reference_size, token_size, downsample, "reference_size")
         index = self.root / INDEX_NAME if id_index is None else Path(id_index)
         self.rows = SemAlignRows(find_parquet(self.root, parquet, exclude=[index])) if rows is None else rows
-        if not len(self.rows.kept):
+        if not len(self.rows.good):
             raise ValueError(
                 f"{self.rows.files[0].parent}: none of {self.rows.num_rows} rows passes the quality filter, which keeps rows of "
                 "collection_2 with all three scores at 5."
@@ -150,7 +150,7 @@ class SemAlignDataset(Dataset[Sample]):
         if not len(self._members):
             raise ValueError(
                 f'{self.root}: has no sample of the split "{split}" with a heldout_share of {self.heldout_share:g}; '
-                f"{len(self.rows.kept)} rows pass the quality filter. Change data.heldout_share."
+                f"{len(self.rows.good)} rows pass the quality filter. Change data.heldout_share."
             )
 
     @property
@@ -169,7 +169,7 @@ class SemAlignDataset(Dataset[Sample]):
 
     def prompts(self) -> list[str]:
         """Prompts of all samples in order, without those that are null; no picture is read."""
-        return self.rows.captions(self.rows.kept[self._members])
+        return self.rows.captions(self.rows.good[self._members])
 
     def __len__(self) -> int:
         return len(self._members)
@@ -211,7 +211,7 @@ class SemAlignDataset(Dataset[Sample]):
 
     def row_number(self, index: int) -> int:
         """Return the row of a sample, counted over all Parquet files."""
-        return int(self.rows.kept[self._member(index)])
+        return int(self.rows.good[self._member(index)])
 
     def sample_id(self, index: int) -> str:
         """Return the released id of a sample: 64 hexadecimal digits.
@@ -286,7 +286,7 @@ class SemAlignDataset(Dataset[Sample]):
         compared = [self.supervision(supervised[position * len(supervised) // count]) for position in range(count)]
         return {
             "rows": self.rows.num_rows,
-            "kept": len(self.rows.kept),
+            "kept": len(self.rows.good),
             "samples": len(self),
             "unreadable": len(self) - len(numbers),
             "duplicate_ids": len(identifiers) - len(set(identifiers)),

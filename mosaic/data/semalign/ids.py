@@ -80,12 +80,12 @@ def open_ids(path: Path, rows: SemAlignRows, num_workers: int | None = None) -> 
         num_workers: Processes that compute; None: one per CPU core of this process, up to 16.
 
     Returns:
-        Table [N] of `pixels` and `id`, in the order of `rows.kept`; null where a row cannot be read.
+        Table [N] of `pixels` and `id`, in the order of `rows.good`; null where a row cannot be read.
 
     Raises:
         ValueError: The index file is damaged or lacks rows and this deflate library gives other ids, or it cannot be written.
     """
-    table = _aligned(_read_index(path), rows.kept)
+    table = _aligned(_read_index(path), rows.good)
     if not table["id"].null_count:
         return table
     if deflate_library() != CLASSIC:
@@ -107,16 +107,16 @@ def has_all_ids(path: Path, rows: SemAlignRows) -> bool:
     Raises:
         ValueError: The index file is damaged.
     """
-    return not _aligned(_read_index(path), rows.kept)["id"].null_count
+    return not _aligned(_read_index(path), rows.good)["id"].null_count
 
 
 def _refuse_or_keep(path: Path, table: pa.Table, rows: SemAlignRows) -> pa.Table:
     """Return what an index made elsewhere says, unless it does not know all rows."""
-    unknown = len(rows.kept) - int(pc.sum(table["known"]).as_py() or 0)
+    unknown = len(rows.good) - int(pc.sum(table["known"]).as_py() or 0)
     if unknown:
         library = f"{deflate_library()}, zlib {features.version_codec('zlib')}"
         raise ValueError(
-            f"{path}: the index of sample ids lacks {unknown} of {len(rows.kept)} rows, and they cannot be computed here: ids are hashes "
+            f"{path}: the index of sample ids lacks {unknown} of {len(rows.good)} rows, and they cannot be computed here: ids are hashes "
             f"of PNG bytes, and Pillow's deflate library in this process ({library}) packs other bytes than the release's. Open the data "
             "set once on a machine with classic zlib (Pillow's wheels on most Linux systems), and bring the index file here."
         )
@@ -129,7 +129,7 @@ def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Tab
     index, begun = _read_index(path), _read_index(partial)
     begun = begun.filter(pc.is_valid(begun["id"]))
     index = pa.concat_tables([begun, index.filter(pc.invert(pc.is_in(index["row"], begun["row"])))])
-    missing = rows.kept[pc.is_null(_aligned(index, rows.kept)["id"]).to_numpy()]
+    missing = rows.good[pc.is_null(_aligned(index, rows.good)["id"]).to_numpy()]
     workers = min(_num_cores() if num_workers is None else num_workers, len(missing) // ROWS_PER_WORKER)
     found, failures, first_failure = [], 0, ""
     index = index.filter(pc.invert(pc.is_in(index["row"], pa.array(missing))))
@@ -145,8 +145,8 @@ def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Tab
     _write_index(path, index)
     partial.unlink(missing_ok=True)
     if failures:
-        logger.warning("%s: %d of %d rows cannot be read; the first: %s", path, failures, len(rows.kept), first_failure)
-    return _aligned(index, rows.kept)
+        logger.warning("%s: %d of %d rows cannot be read; the first: %s", path, failures, len(rows.good), first_failure)
+    return _aligned(index, rows.good)
 
 
 class _Ids(Dataset[tuple[int, str | None, str | None, str]]):
@@ -203,8 +203,8 @@ def _write_index(path: Path, table: pa.Table) -> None:
         pq.write_table(table, aside)
 
 
-def _aligned(index: pa.Table, kept: np.ndarray) -> pa.Table:
+def _aligned(index: pa.Table, good: np.ndarray) -> pa.Table:
     """`pixels` and `id` of the kept rows in their order, and `known`: whether the index names the row at all."""
-    position = pc.index_in(pa.array(kept, pa.int64()), value_set=index["row"].combine_chunks())
+    position = pc.index_in(pa.array(good, pa.int64()), value_set=index["row"].combine_chunks())
     columns = {name: index[name].combine_chunks().take(position) for name in ("pixels", "id")}
     return pa.table({**columns, "known": pc.is_valid(position)})

@@ -74,7 +74,7 @@ class SemAlignRows:
     def __init__(self, files: Sequence[Path]) -> None:
         """Check the files' columns and apply the filter.
 
-        Kept are the rows of collection_2 whose quality assessment is there with all three scores at 5 or more (A2).
+        Good are the rows of collection_2 whose quality assessment is there with all three scores at 5 or more (A2).
 
         Args:
             files: Parquet files, in the order that numbers their rows.
@@ -84,19 +84,19 @@ class SemAlignRows:
         """
         self.files = list(files)
         self._handles = [PerProcess(partial(_open, path)) for path in self.files]
-        kept: list[np.ndarray] = []
+        good: list[np.ndarray] = []
         groups, total = [], 0
         for number, path in enumerate(self.files):
             file, first = self._handles[number].get(), total
             _check_schema(file.schema_arrow, path)
-            kept.extend(first + rows for rows in _kept_rows(file, path))
+            good.extend(first + rows for rows in _good_rows(file, path))
             for group in range(file.num_row_groups):
                 groups.append((total, number, group, first))
                 total += file.metadata.row_group(group).num_rows
         self.num_rows = total
         """Number of all rows, before the filter."""
-        self.kept = np.concatenate([np.zeros(0, np.int64), *kept])
-        """int64 [N]: the kept rows, counted over all files."""
+        self.good = np.concatenate([np.zeros(0, np.int64), *good])
+        """int64 [N]: the rows that pass the filter, counted over all files."""
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         """int64 [G, 4] per row group: its first row, its file, its number in that file, and the first row of that file."""
 
@@ -204,7 +204,7 @@ def _check_schema(schema: pa.Schema, path: Path) -> None:
             raise ValueError(f"{path}: the column description must be a struct with a string {name}, got {description}.")
 
 
-def _kept_rows(file: pq.ParquetFile, path: Path) -> Iterator[np.ndarray]:
+def _good_rows(file: pq.ParquetFile, path: Path) -> Iterator[np.ndarray]:
     """Row numbers within a file that pass the filter, batch by batch."""
     start = 0
     try:

@@ -105,7 +105,7 @@ def open_store(root: Path, name: str, location: str | Path | None) -> Store | No
     Args:
         root: Folder of the data set.
         name: "mask" or "coord": the folder `root/name` is taken, else the archive `root/name.zip`.
-        location: A folder or archive to take instead; None: as above.
+        location: A folder or archive to take instead; None: what the data set has under `name`.
 
     Returns:
         The store, or None where `location` is None and the data set has neither.

@@ -58,7 +58,7 @@ class ReferencePictures:
         """
         data = read_picture(path)
         digest = self.digests[path] = hashlib.sha256(data).hexdigest()
-        return self._kept(digest) or self._decode(data, digest, path)
+        return self._find(digest) or self._decode(data, digest, path)
 
     def use(self, path: Path, digest: str) -> ReferencePicture:
         """The picture of a file, to render from it.
@@ -73,14 +73,14 @@ class ReferencePictures:
         data = read_picture(path)
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{path}: has changed since the cases were checked. Start again.")
-        picture = self._kept(digest) or self._decode(data, digest, path)
-        if self._kept(digest):
+        picture = self._find(digest) or self._decode(data, digest, path)
+        if self._find(digest):
             self._waiting.pop(digest, None)
             self._used[digest] = picture
             self._used.move_to_end(digest)
         return picture
 
-    def _kept(self, digest: str) -> ReferencePicture | None:
+    def _find(self, digest: str) -> ReferencePicture | None:
         return self._waiting.get(digest) or self._used.get(digest)
 
     def _decode(self, data: bytes, digest: str, path: Path) -> ReferencePicture:
