@@ -72,10 +72,12 @@ def _join(
         for k, pairs in enumerate(references):
             if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
                 raise ValueError(f"{name}[{k}]: must be an integer tensor of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}.")
+    # All samples are checked at once: this runs in every training step, and a loop would take many small calls.
     lists, num_references = [pairs for references in samples for pairs in references], len(samples[0])
     if not lists:
         return (torch.zeros(0, dtype=torch.long),) * 4
     u, v = torch.cat(lists).long().unbind(1)
+    # Lists are numbered sample * K + reference, so that one number says both.
     owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(pairs) for pairs in lists]))
     sample, reference = owner // num_references, owner % num_references
 
@@ -125,6 +127,7 @@ def batch_points(
     names = [f"points[{index}]" for index in range(len(samples))]
     u, v, k, sample = _join(samples, num_reference_tokens, num_target_tokens, names)
     lengths = torch.bincount(sample, minlength=len(samples))
+    # A True per point, sample by sample: assigning through the mask then fills the padded rows in the order of the points.
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     padded = torch.zeros(3, *mask.shape, dtype=torch.long)
     padded[:, mask] = torch.stack([global_index(u, k, num_reference_tokens), v, k])
@@ -140,6 +143,7 @@ def draw_points(samples: Sequence[Sequence[Tensor]], max_points: int, generator:
         if total <= max_points:
             drawn.append(list(sample))
             continue
+        # Drawn over the references together: a reference with more points keeps more, and the order of its points stays.
         keep = torch.zeros(total, dtype=torch.bool)
         keep[torch.randperm(total, generator=generator)[:max_points]] = True
         parts = keep.split([len(pairs) for pairs in sample])
@@ -185,6 +189,7 @@ def majority_points(u: Tensor, v: Tensor, num_u: int, num_v: int) -> Tensor:
     """
     pairs, votes = torch.unique(u * num_v + v, return_counts=True)  # sorted by u, then v
     u, v = pairs // num_v, pairs % num_v
+    # Two rounds, v first: a v that loses its u in the second round does not go to another, for its vote was for that u.
     keep = _winners(group=v, votes=votes, tie=u, num_groups=num_v, num_ties=num_u)
     u, v, votes = u[keep], v[keep], votes[keep]
     keep = _winners(group=u, votes=votes, tie=v, num_groups=num_u, num_ties=num_v)
@@ -204,6 +209,7 @@ def coarse_index(index: Tensor, grid: Grid, to_grid: Grid, name: str) -> Tensor:
 def _winners(group: Tensor, votes: Tensor, tie: Tensor, num_groups: int, num_ties: int) -> Tensor:
     """bool [N]: per group, the entry with most votes, ties to the lowest `tie` (unique within a group)."""
     # Votes and tie in one integer, votes first, so that one maximum per group decides both and no two scores of a group are equal.
+    # The tie enters reversed, because the largest score wins and the lowest tie shall.
     score = votes * num_ties + (num_ties - 1 - tie)
     best = torch.full((num_groups,), -1, dtype=score.dtype).scatter_reduce(0, group, score, reduce="amax")
     return score == best[group]
@@ -223,6 +229,7 @@ def make_disjoint(points: Sequence[Tensor]) -> list[Tensor]:
     if not points:
         return []
     reference, v, num_targets = _owners(points)
+    # Coarser grids can give one v several points of a reference; their number is its claim on v.
     claims = torch.zeros(num_targets, len(points), dtype=torch.long)
     claims.index_put_((v, reference), torch.ones_like(v), accumulate=True)
     return [pairs[keep] for pairs, keep in zip(points, _owned(points, claims), strict=True)]
@@ -241,6 +248,7 @@ def owned_by_similarity(points: Sequence[Tensor], similarities: Sequence[Tensor]
     if not points:
         return []
     reference, v, num_targets = _owners(points)
+    # Minus infinity where a reference has no point on v, so that it can own no v that another one claims.
     best = torch.full((num_targets * len(points),), -torch.inf, dtype=torch.float64)
     best = best.scatter_reduce(0, v * len(points) + reference, torch.cat(list(similarities)).double(), "amax")
     return _owned(points, best.reshape(num_targets, len(points)))

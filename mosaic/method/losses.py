@@ -74,6 +74,7 @@ def correspondence_loss(attention_rows: Tensor, points: Points, reduction: str =
     if reduction == "point":
         return negative_log.sum(dim=1) / points.mask.sum(dim=1).clamp(min=1)
     membership = _membership(points)  # (B, P, K)
+    # Clamped counts make a mean over nothing 0, not 0 / 0: its gradient would be NaN even where the loss is masked.
     per_reference = torch.einsum("bp,bpk->bk", negative_log, membership) / membership.sum(dim=1).clamp(min=1)
     return per_reference.sum(dim=1) / points.reference_mask.sum(dim=1).clamp(min=1)
 
@@ -96,6 +97,7 @@ def reference_distributions(attention_rows: Tensor, points: Points) -> Tensor:
     """
     membership = _membership(points)
     mean = torch.einsum("bpn,bpk->bkn", attention_rows.float(), membership) / membership.sum(dim=1).clamp(min=1)[..., None]
+    # Rows sum to 1 but for rounding; a reference without points has the sum 0 and stays 0.
     return mean / mean.sum(dim=-1, keepdim=True).clamp(min=EPSILON)
 
 
@@ -142,6 +144,7 @@ def disentanglement_loss(
     distance = distribution_distance(p, q, divergence)
     if cap is not None:
         distance = distance.clamp(max=cap)
+    # A reference without points has a row of zeros, far from every other one: such pairs would be rewarded for nothing.
     pairs = reference_mask[:, :, None] & reference_mask[:, None]
     pairs = pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
     return -(distance * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)

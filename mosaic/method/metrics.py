@@ -95,6 +95,7 @@ def attention_leakage(attention_rows: Tensor, points: Points) -> AttentionLeakag
     counted = foreign.any(dim=-1)
     if not counted.any():
         return AttentionLeakage(math.nan, math.nan, 0)
+    # Divided by the mass that there is: of the rows only that they are not negative is known here.
     rows, foreign = attention_rows[points.mask][counted].float(), foreign[counted].float()
     leaked = (rows * foreign).sum(dim=-1) / rows.sum(dim=-1)
     return AttentionLeakage(leaked.mean().item(), foreign.mean().item(), len(rows))
@@ -114,6 +115,7 @@ def leakage_matrix(attention_rows: Tensor, reference: Tensor, owner: Tensor, num
         matrix lacks to 1 what lies on tokens without an owner; that of a reference without rows is not a number.
     """
     rows = attention_rows.float() / attention_rows.float().sum(dim=-1, keepdim=True)
+    # Class 0 stands for tokens without an owner, for one_hot takes no -1; its column is dropped.
     owned = torch.nn.functional.one_hot(owner + 1, num_references + 1)[:, 1:].to(rows)
     total = torch.zeros(num_references, num_references, device=rows.device).index_add(0, reference, rows @ owned)
     return total / torch.bincount(reference, minlength=num_references)[:, None]

@@ -60,6 +60,7 @@ def position_ids(grid: Grid, column_offset: int = 0, device: torch.device | str 
 
 def reference_position_ids(grid: Grid, num_references: int, device: torch.device | str | None = None) -> Tensor:
     """RoPE ids of all references in their one sequence, [K * N_ref, 3] float32: reference k (from 0) stands (k + 1) widths left."""
+    # To the left, so that no reference shares a position with the target, however wide that is.
     ids = [position_ids(grid, -(k + 1) * grid.columns, device) for k in range(num_references)]
     return torch.cat(ids) if ids else torch.zeros(0, 3, device=device)
 

@@ -189,6 +189,7 @@ def sampling_flops(
     def step(config: Mapping[str, Any], with_references: bool) -> float:
         if with_references:
             return forward_flops(config, batch_size, num_references, *sizes, lora_rank, reference_attention).total
+        # Kept references have no queries: only text and target attend to their keys.
         over_kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * batch_size
         over_kept *= (text_tokens + target_tokens) * num_references * reference_tokens
         return forward_flops(config, batch_size, 0, *sizes, lora_rank, reference_attention).total + over_kept
@@ -227,6 +228,7 @@ def captured_row_flops(
         captured_blocks: Blocks whose attention is supervised.
         all_tokens: Whether the rows of all reference tokens are read as well.
     """
+    # Supervised rows are read from a product of their own, since fused attention never has the matrix in memory.
     rows = num_points + (num_references * reference_tokens if all_tokens else 0)
     return 4.0 * 2 * width(transformer_config) * batch_size * rows * target_tokens * captured_blocks
 

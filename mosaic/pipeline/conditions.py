@@ -32,6 +32,7 @@ class Conditions:
 
     def groups(self, num_images_per_prompt: int) -> list[list[int]]:
         """Numbers of the pictures, those of equal K together, in order of first appearance; prompts outermost in the numbers."""
+        # Sequences of one batch have one length, and masks would rule out the fast attention kernels: pictures of unequal K run apart.
         groups: dict[int, list[int]] = {}
         for prompt, latents in enumerate(self.references):
             first = prompt * num_images_per_prompt
@@ -60,6 +61,7 @@ class Conditions:
         grid = Grid(stacked.shape[-2] // 2, stacked.shape[-1] // 2)
         packed = pack_latents(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]).to(noise)
         strengths = [self.strengths[prompt] for prompt in prompts]
+        # Strengths widen the heads by 8 channels, which costs time and last bits: not where they change nothing.
         all_one = all(strength == 1 for row in strengths for strength in row)
         return ReferenceGroup(
             packed,
@@ -70,6 +72,7 @@ class Conditions:
 
     def _subjects(self, prompt: int, grid: Grid, device: torch.device) -> Tensor:
         """bool [K, N_ref], the tokens that the subjects cover: all where latents were given."""
+        # There is no picture whose white could be told from the subject.
         if not self.prepared[prompt]:
             return torch.ones(len(self.strengths[prompt]), grid.num_tokens, dtype=torch.bool, device=device)
         return torch.stack([subject_tokens(picture, grid) for picture in self.prepared[prompt]]).to(device)

@@ -179,12 +179,14 @@ class RememberedEncoders(Encoders):
 
     def encode_references(self, references: Sequence[Sequence[Image.Image]]) -> list[Tensor | None]:
         """Encode the references of those prompts whose pictures the call before did not have; equal ones of a call once."""
+        # What this call does not use is forgotten; what it uses comes over from the call before.
         before, self._references = self._references, {}
         latents: list[Tensor | None] = []
         for pictures in references:
             if not pictures:
                 latents.append(None)
                 continue
+            # By pixels, not by file: different files may give equal prepared pictures.
             key = _pixels_digest(pictures)
             if key not in self._references:
                 self._references[key] = before[key] if key in before else self._encoders.encode_images(images_to_tensor(pictures))
@@ -200,6 +202,7 @@ def _pixels_digest(pictures: Sequence[Image.Image]) -> str:
     """SHA-256 of pictures' sizes and pixels, in order."""
     digest = hashlib.sha256()
     for picture in pictures:
+        # Else 2 x 8 and 4 x 4 pixels of one colour would be equal.
         digest.update(f"{picture.size}".encode())
         digest.update(picture.tobytes())
     return digest.hexdigest()

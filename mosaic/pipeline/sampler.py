@@ -77,6 +77,7 @@ def denoise(pipeline: FluxPipeline, group: Group, options: ResolvedOptions, afte
     with pipeline.progress_bar(total=len(timesteps)) as progress:
         for step, t in enumerate(timesteps):
             if pipeline.interrupt:
+                # diffusers stops so: the loop runs out without a step, and what was reached is decoded.
                 continue
             pipeline._current_timestep = t
             velocity, attention_rows = velocities(step, t)
@@ -119,12 +120,14 @@ class Velocities:
         self._without_references: CachedTransformer | None = None
         self._image_guidance_scale = options.image_guidance_scale
         if group.references is not None and options.image_guidance_scale != 1:
+            # Zero latents stand in the places of the references, so that the two passes differ in looks only, not in length or positions.
             absent = {"reference_hidden_states": torch.zeros_like(group.references.latents), "capture": None}
             self._without_references = CachedTransformer(transformer, references | absent, interval)
         device, batch = group.latents.device, len(group.latents)
         self._guidance = torch.full([batch], options.guidance_scale, device=device) if transformer.config.guidance_embeds else None
         self._text_ids = text_position_ids(group.prompt_embeds.shape[1], device)
         self._image_ids = position_ids(group.target_grid, device=device)
+        # It would compare the first step with the last one of another picture.
         if transformer.is_cache_enabled:
             transformer._reset_stateful_cache()
 
@@ -146,6 +149,7 @@ class Velocities:
         if self._without_references is not None:
             with self._step_cache("without references"):
                 without = self._without_references(step, **inputs).sample
+            # As classifier-free guidance, with the references in the place of the prompt.
             velocity = without + self._image_guidance_scale * (velocity - without)
         return velocity, output.attention_rows
 
@@ -168,6 +172,7 @@ def _reference_inputs(group: Group, reference_attention: str) -> dict[str, Any]:
         "reference_strength": references.strength,
     }
     if references.recorder is not None:
+        # The report shows whole subjects, so that the rows of every reference token are read, in one order for all pictures.
         every_token = torch.arange(num_references * num_tokens, device=device)
         inputs["capture"] = CaptureRequest(every_token.expand(batch, -1))
     return inputs

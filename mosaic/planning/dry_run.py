@@ -67,6 +67,7 @@ def dry_run(config: Config, shape: ModelShape, num_references: int, device_type:
     for parameter in parameters.values():  # the state that the first step would leave
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
+    # With accumulation the gradients of the micro-batch before are still alive while this one runs.
     if config.training.gradient_accumulation_steps == 1:
         optimizer.zero_grad(set_to_none=True)
 
@@ -76,10 +77,12 @@ def dry_run(config: Config, shape: ModelShape, num_references: int, device_type:
         meter.mark(ADAPTER, parameters.values())
         meter.mark(OPTIMIZER, [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)])
         meter.mark(GRADIENTS, [p.grad for p in parameters.values() if p.grad is not None])
+        # Gradients come into being within the backward pass, and would count as temporary otherwise.
         for parameter in parameters.values():
             parameter.register_post_accumulate_grad_hook(lambda p: meter.mark(GRADIENTS, [p.grad]))
         meter.reset_peak()
         loss = step()
+        # What is alive now, and was not marked, is what autograd has saved for the backward pass.
         saved, forward_peak = meter.live[TEMPORARY], meter.peak
         meter.relabel(TEMPORARY, SAVED)
         meter.reset_peak()
@@ -102,6 +105,7 @@ def row_bytes(config: Config, shape: ModelShape, num_references: int, device_typ
 
     Counted on one and on two blocks of each kind, since every further captured block adds the same.
     """
+    # The few blocks here may not have the numbers that the config names.
     every = config.replace(loss=config.loss.replace(capture_blocks="all"))
 
     def added(count: int) -> int:
@@ -111,6 +115,7 @@ def row_bytes(config: Config, shape: ModelShape, num_references: int, device_typ
 
     double, single = shape.transformer["num_layers"], shape.transformer["num_single_layers"]
     captured = len(resolve_capture_blocks(config.loss.capture_blocks, double, single))
+    # The first block of each kind also pays what is there once, such as the losses; the difference is a block's own share.
     two, four = added(1), added(2)
     return max(two + (captured - 2) * (four - two) // 2, 0)
 
@@ -221,6 +226,7 @@ def largest_batch(config: Config, shape: ModelShape, num_references: int) -> Mos
     for k in range(num_references):
         count = min(-(-config.loss.max_points // num_references), reference.num_tokens)
         u = torch.arange(count)
+        # All points of a reference share a v, which no other reference has while K is at most N_tgt: disjoint (Eq. 2).
         points.append(torch.stack([u, torch.full_like(u, k % target.num_tokens)], dim=1))
     return MosaicBatch(
         [str(index) for index in range(batch)],

@@ -50,12 +50,14 @@ class Frame:
         spans = (self.columns, self.rows)
         if picture.size == size and all(span.start == 0 for span in spans):
             return picture
+        # The frame lies within the picture: one resampling from the exact box, so that no edge is rounded to a pixel first.
         if all(span.start <= 0 for span in spans):
             left, top = (float(-span.start / span.length * side) for span, side in zip(spans, picture.size, strict=True))
             shares = (Fraction(length) / span.length for length, span in zip(size, spans, strict=True))
             wide, high = (float(share * side) for share, side in zip(shares, picture.size, strict=True))
             box = (left, top, min(left + wide, picture.width), min(top + high, picture.height))
             return picture.resize(size, Image.Resampling.LANCZOS, box=box)
+        # The picture lies within the frame: `fit` gives whole pixels, and white around it as in prepared references.
         canvas = Image.new("RGB", size, WHITE)
         inner = (int(self.columns.length), int(self.rows.length))
         scaled = picture if picture.size == inner else picture.resize(inner, Image.Resampling.LANCZOS)
@@ -76,6 +78,7 @@ class Frame:
         Returns:
             int64 [N], row * columns + column on `token_grid`; -1 where the centre is outside the frame.
         """
+        # Axis by axis: a frame only shifts and scales, so that rows of cells stay rows.
         row = _carry_axis(cells // grid.columns, grid.rows, self.rows, self.height, token_grid.rows)
         column = _carry_axis(cells % grid.columns, grid.columns, self.columns, self.width, token_grid.columns)
         inside = (row >= 0) & (row < token_grid.rows) & (column >= 0) & (column < token_grid.columns)
@@ -135,14 +138,17 @@ def nearest_bucket(heights: np.ndarray, widths: np.ndarray, buckets: list[tuple[
         widths: [N], in the same unit.
         buckets: Height and width of each bucket.
     """
+    # By logarithms twice as wide and twice as high are equally far from a square.
     aspects = np.log(np.asarray(heights, np.float64) / widths)
     wanted = np.log([height / width for height, width in buckets])
     distance = np.abs(aspects[:, None] - wanted[None])
+    # Rounded, so that equal distances are equal on every machine, whatever the last bit of its logarithm.
     return np.round(distance, 12).argmin(axis=1).astype(np.int16)
 
 
 def _carry_axis(index: Tensor, cells: int, span: Span, side: int, tokens: int) -> Tensor:
     """floor((start + (index + 1/2) / cells * length) * tokens / side), by a table made of whole numbers of any size."""
+    # Cell centres often fall exactly on a border between tokens, where a float would land on either side.
     half_cell = span.length / (2 * cells) * tokens / side
     offset = span.start * tokens / side
     divisor = math.lcm(half_cell.denominator, offset.denominator)
