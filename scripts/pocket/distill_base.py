@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scripts.pocket import runs
 from scripts.pocket.base_data import Layout
 from scripts.pocket.model import build_transformer, save_pocket_flux
-from scripts.pocket.sampling import ExplicitAttention, predict_velocity
+from scripts.pocket.sampling import explicit_attention, predict_velocity
 from scripts.pocket.train_base import BaseTraining, NoisyBatch, build_components, draw_noise, run_arguments
 
 #: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
@@ -104,5 +104,5 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     runs.join_processes()
-    with ExplicitAttention():
+    with explicit_attention():
         GuidanceDistillation(arguments).run()

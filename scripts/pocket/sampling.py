@@ -2,14 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from scripts.pocket.base_data import Layout, caption_ids, decode_samples, position_ids
 
@@ -29,23 +28,25 @@ def time_shift(time: Tensor, tokens: int) -> Tensor:
     return factor * time / (1.0 + (factor - 1.0) * time)
 
 
-class ExplicitAttention(TorchFunctionMode):
-    """Context in which unmasked `scaled_dot_product_attention` is two matmuls and a float32 softmax.
+@contextmanager
+def explicit_attention() -> Iterator[None]:
+    """Replaces unmasked `scaled_dot_product_attention` by two matmuls and a float32 softmax.
 
     At these tiny sizes and in bfloat16 on a CPU, the fused kernel's backward takes longer than this.
     """
+    fused = torch.nn.functional.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        is_plain = func is scaled_dot_product_attention and kwargs.get("attn_mask") is None and not kwargs.get("is_causal")
-        return _attention(*args, **kwargs) if is_plain and len(args) <= 3 else func(*args, **kwargs)
+    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        if arguments or settings.get("attn_mask") is not None or settings.get("is_causal"):
+            return fused(query, key, value, *arguments, **settings)
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = fused
 
 
 def predict_velocity(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from scripts.pocket import base_data, runs
 from scripts.pocket.base_data import LAYOUTS, Layout, TokenStore, caption_ids
 from scripts.pocket.model import build_pocket_flux, save_pocket_flux
-from scripts.pocket.sampling import ExplicitAttention, predict_velocity, sample_pictures, time_shift
+from scripts.pocket.sampling import explicit_attention, predict_velocity, sample_pictures, time_shift
 from scripts.pocket.tokenizers import caption_words
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
@@ -321,5 +321,5 @@ def main(argv: list[str] | None = None) -> None:
     runs.join_processes()
     if arguments.vae_dir:
         prepare_tokens(arguments.run_dir, arguments.vae_dir)
-    with ExplicitAttention():
+    with explicit_attention():
         BaseTraining(arguments).run()

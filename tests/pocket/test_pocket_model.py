@@ -163,7 +163,7 @@ def test_time_shift_follows_the_formula_and_keeps_the_ends() -> None:
 def test_explicit_attention_equals_the_fused_one() -> None:
     query, key, value = torch.randn(3, 2, 4, 6, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    with sampling.ExplicitAttention():
+    with sampling.explicit_attention():
         torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(query, key, value), expected)
 
 

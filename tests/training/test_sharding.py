@@ -2,12 +2,17 @@
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch import nn
 
 from mosaic.config.sections import OptimizerConfig
+from mosaic.training.distributed import sharding
 from mosaic.training.distributed.sharding import check_distribution
 from scripts.launching.launch import make_plan, process_environments
 from scripts.launching.processes import run_processes
@@ -69,6 +74,24 @@ def run(world: Path, folder: Path, name: str, environ: dict[str, str], shards: i
         environments += process_environments(make_plan(environ, 0), environ)
     assert run_processes([sys.executable, str(worker), str(config), str(shards)], environments) == code
     return folder / name
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_mixed_precision_is_that_of_a_replicated_model() -> None:
+    """Bit for bit what Accelerate makes of a model, and only while it is called, even where that fails."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    inputs, accelerator = torch.randn(5, 8), Accelerator(cpu=True, mixed_precision="bf16")
+    replicated = accelerator.prepare_model(deepcopy(model), evaluation_mode=True)
+    expected, plain = replicated(inputs), model(inputs)
+    sharding._autocast(model, accelerator)
+    found = model(inputs)
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, plain)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(inputs[:, :7])
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.cluster

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
+from accelerate.utils import FullyShardedDataParallelPlugin, convert_to_fp32
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -132,9 +132,20 @@ def place_models(accelerator: Accelerator, pipeline: MosaicFluxPipeline) -> nn.M
 
 def _autocast(transformer: nn.Module, accelerator: Accelerator) -> None:
     """Mixed precision as Accelerate has it for replicated models; the casts of FSDP and DeepSpeed would round positions or weights."""
-    if accelerator.mixed_precision == "bf16":
-        forward = torch.autocast(accelerator.device.type, torch.bfloat16)(transformer.forward)
-        transformer.forward = convert_outputs_to_fp32(forward)
+    if accelerator.mixed_precision != "bf16":
+        return
+    contexts: list[torch.autocast] = []
+
+    def begin(*_: object) -> None:
+        contexts.append(torch.autocast(accelerator.device.type, torch.bfloat16))
+        contexts[-1].__enter__()
+
+    def end(_: nn.Module, __: object, output: object) -> object:
+        contexts.pop().__exit__(None, None, None)
+        return convert_to_fp32(output)
+
+    transformer.register_forward_pre_hook(begin)
+    transformer.register_forward_hook(end, always_call=True)  # after an error too
 
 
 def average_gradients(transformer: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
