@@ -9,12 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from mosaic.files import in_one_line
-from scripts.ablation.measures import measure
-from scripts.ablation.tasks import read_tasks
-from scripts.pocket.provenance import commit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +17,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", type=Path, help="JSON file of tasks")
     arguments = parser.parse_args(argv)
+    from tqdm import tqdm  # these and with them torch only once the arguments stand
+
+    from scripts.ablation.measures import measure
+    from scripts.ablation.tasks import read_tasks
+    from scripts.pocket.provenance import commit
+
     commit()  # that of the code as loaded
     try:
         for task in tqdm(read_tasks(arguments.tasks), desc="measuring", unit="task"):

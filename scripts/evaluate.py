@@ -1,14 +1,40 @@
 """Measure the shipped pocket weights on held-out identities: `python scripts/evaluate.py`.
 
-The command itself is scripts/pocket/evaluate.py.
+For every K: subject identification among 8 candidates of the same class (chance 12.5 %), attribute leakage, class presence and
+attention accuracy, with the adapter and without references, and the judge's own accuracy on real renderings of the same scenes; and
+what the base draws of class, count and background without references. Intervals are 95 % Wilson intervals over subjects. Prints the
+tables of docs/pocket_world.md; --output also writes JSON, with the digests of all that was measured. assets/pocket/evaluation.json is that
+of the shipped weights.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.pocket.evaluate import main
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/pocket.json", help="model, adapter and sampling; from the repository's root")
+    parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
+    parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of references")
+    parser.add_argument("--batch-size", type=int, default=25, help="pictures per call")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the start noise")
+    parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = parse_arguments(argv)
+    from scripts.pocket.evaluate import run  # torch and the like only once the arguments stand
+
+    return run(arguments)
+
 
 if __name__ == "__main__":
     sys.exit(main())

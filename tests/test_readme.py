@@ -15,8 +15,8 @@ from PIL import Image
 import inference
 from mosaic.config.loading import load_config
 from mosaic.rendering.cases.reading import load_cases
+from scripts import lora_tools
 from scripts.launching.launch import make_plan
-from scripts.loras import command as lora_tools
 from scripts.pocket import world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def script_of(words: list[str]) -> str | None:
 
 
 def body_of(script: Path) -> Path:
-    """The file that holds a command: of a thin one, the one from which it imports `main`."""
+    """The file that holds a command line: of a thin command, the one from which it imports `main`."""
     imports = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)]
     bodies = [node.module for node in imports if "main" in {alias.name for alias in node.names}]
     return ROOT / f"{bodies[0].replace('.', '/')}.py" if bodies else script

@@ -5,11 +5,13 @@ Every arm is a few settings over one common config, which extends configs/pocket
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from mosaic.config.sections import LOSS_PRESETS
 
+ARMS_FOLDER = Path(__file__).resolve().parents[2] / "assets/pocket/arms"  # adapters of the main arms, as shipped
 BASELINE = "stable"  # the arm from which factors and modes differ by one setting
 PARTS = ("main", "attention", "factors")  # in the order in which they are computed
 LIGHT = 0.1  # of the paper's weights: chosen by the one-factor variants, at seed 0

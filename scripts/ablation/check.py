@@ -1,8 +1,4 @@
-"""Measure the shipped adapters of the ablation again, on this machine, against their rows: `python scripts/ablation_check.py`.
-
-Each adapter of ARMS is that of an arm at seed 0, in half precision. Its shares must lie within the 95 % intervals that RESULTS has for
-that run. Exit code 0: all do; 1: some do not; 2: something is missing. Finished measurements are left alone when it is started again.
-"""
+"""The shipped adapters of the ablation measured again and compared with the rows of the results."""
 
 import argparse
 import sys
@@ -14,15 +10,13 @@ from tqdm import tqdm
 from mosaic.config.loading import config_to_json, from_dict
 from mosaic.files import in_one_line, write_text
 from mosaic.lora.files import LoraFile, reference_metadata
-from scripts.ablation.command import ARMS_FOLDER
 from scripts.ablation.measures import measure
-from scripts.ablation.plan import ROOT, WORLD_DIGEST, base_digest, judge_digest
+from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
 from scripts.ablation.results import read_results
 from scripts.ablation.tables import markdown
 from scripts.ablation.tasks import Task
 from scripts.pocket.provenance import commit
 
-RESULTS = ROOT / "assets/ablation/results.json"
 SHARES = ("identification", "leakage", "presence")
 
 
@@ -79,14 +73,8 @@ def compare(results: dict[str, Any], tasks: dict[str, list[Task]]) -> tuple[list
     return rows, all_within
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="results.json of the ablation (assets/ablation/results.json)")
-    parser.add_argument("--arms", type=Path, default=ARMS_FOLDER, help="folder of its adapters (assets/pocket/arms)")
-    parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4], help="numbers of references (default: 1 2 4)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/ablation_check"))
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
     commit()  # that of the code as loaded
     try:
         results = read_results(arguments.results)

@@ -1,8 +1,4 @@
-"""Draw the tables and figures of an ablation from its results file: `python scripts/ablation_figures.py outputs/ablation/results.json`.
-
-Writes report.md with all tables, the figures beside it as SVG and PNG, each number of which is in the results file next to its run.
-With --readme FILE the main ones also go into that file, between its two lines "<!-- ablation -->".
-"""
+"""The report of an ablation: report.md with all tables, figures beside it, and the main ones in a page."""
 
 import argparse
 import math
@@ -164,13 +160,8 @@ def attention_section(results: dict[str, Any]) -> str:
 SECTIONS = {"main": main_section, "factors": factor_section, "attention": attention_section}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.json of scripts/ablation.py")
-    parser.add_argument("--output", type=Path, help="folder of the report (default: report, beside the results)")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the main tables and figures into this page, too")
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
     try:
         path = draw(arguments.results, arguments.output or arguments.results.parent / "report")
         if arguments.readme:

@@ -1,11 +1,4 @@
-"""Kill a training run again and again, resume it each time, and compare it with one that ran through.
-
-`python scripts/kill_test.py CONFIG [--set section.field=value ...] --output FOLDER [--kills 50]`
-
-Each kill is a SIGKILL at a random moment: a random number of logged steps after the start plus a random part of a step; about every third
-one waits for a checkpoint that is being written and hits that; about every tenth hits the start. The run goes on with --resume auto.
-At the end the weights, the optimizer, the average and the log must be those of the uninterrupted run, bit for bit. Exit code 0: they are.
-"""
+"""A training run that is killed again and again, resumed each time, and compared with one that ran through."""
 
 import argparse
 import dataclasses
@@ -29,15 +22,8 @@ from mosaic.training.checkpoints.checkpoint import checkpoint_folders, folder_of
 POLL_SECONDS = 0.0005
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="JSON file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
-    parser.add_argument("--output", type=Path, required=True, help="folder for both runs; must be empty or absent")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
     try:
         if arguments.output.exists() and any(arguments.output.iterdir()):
             raise ValueError(f"--output {arguments.output}: must be empty or absent.")

@@ -1,7 +1,4 @@
-"""Write scenes of the pocket world as a multi-reference dataset (preprocess/FORMAT.md).
-
-python scripts/make_pocket_world.py --output data/pocket --num-samples 20000 --num-heldout 400
-"""
+"""Scenes of the pocket world as a multi-reference dataset (preprocess/FORMAT.md), or as plain folders of pictures."""
 
 import argparse
 from dataclasses import asdict
@@ -15,7 +12,6 @@ from mosaic.files import replacing
 from scripts.pocket import world
 
 REFERENCE_GRID = 32
-FIRST_SEED = 200_000_000  # far from the scenes on which the base was trained, and from those of the judge, the evaluation and the examples
 
 
 def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int) -> SampleRecord:
@@ -90,18 +86,8 @@ def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, 
             (folder / "prompt.txt").write_text(sample.prompt + "\n")
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to create")
-    parser.add_argument("--num-samples", type=int, default=1000, help="training scenes")
-    parser.add_argument("--num-heldout", type=int, default=0, help="scenes of identities that training never sees")
-    parser.add_argument("--max-subjects", type=int, default=4, help="scenes hold 1 to this many subjects (at most 6)")
-    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first scene; scene i has seed + i")
-    parser.add_argument("--scene-size", type=int, default=64, help="px")
-    parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")
-    parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for preprocess/")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line says; ends the program with a line of error."""
     try:
         if args.folders:
             write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size)

@@ -1,15 +1,6 @@
-"""Distils text guidance into the pocket FLUX, as FLUX.1-dev has it: one pass with an embedded guidance scale stands for two.
-
-The teacher is a pocket FLUX without guidance embedding (`scripts/train_pocket_base.py`). The student starts from its weights, with a
-guidance embedding that starts at zero. For a guidance g, drawn per sample, it learns u + g (v - u), where v is the velocity with the
-caption and u that with the empty one: v + (g - 1) (v - u), of which the first v is the data's own, so that the student goes on learning
-from pictures, and the difference is the teacher's. At g = 1 that is plain flow matching, and there reference adapters train. The text
-encoders stay the teacher's. RUN_DIR is that of the teacher's training, for its tokens; checkpoints, samples and the export are in
-RUN_DIR/distilled. A run that was stopped goes on when it is started again; `torchrun --nproc-per-node N` as there.
-"""
+"""Distillation of text guidance into the pocket FLUX: the student learns v + (g - 1) (v - u) of its teacher."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +11,7 @@ from scripts.pocket import runs
 from scripts.pocket.base_data import Layout
 from scripts.pocket.model import build_transformer, save_pocket_flux
 from scripts.pocket.sampling import explicit_attention, predict_velocity
-from scripts.pocket.train_base import BaseTraining, NoisyBatch, build_components, draw_noise, run_arguments
+from scripts.pocket.train_base import BaseTraining, NoisyBatch, build_components, draw_noise
 
 #: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
 MAX_GUIDANCE, SHARE_OF_ONE = 4.0, 0.25
@@ -91,16 +82,8 @@ class GuidanceDistillation(BaseTraining):
         save_pocket_flux({**self.teacher, **tokenizers, "transformer": student.to(torch.bfloat16)}, self.run_dir / "export")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line of this script."""
-    parser = run_arguments(__doc__)
-    parser.add_argument("--teacher", type=Path, required=True, help="diffusers folder of a pocket FLUX without guidance embedding")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Trains and exports."""
-    arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     runs.join_processes()

@@ -1,11 +1,7 @@
-"""Train the identity judge on endless random scenes; run again to resume.
-
-python scripts/train_pocket_judge.py --run-dir runs/judge
-"""
+"""Training of the identity judge on endless random scenes."""
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -135,23 +131,9 @@ def evaluate(judge: pocket_judge.Judge, scenes_per_count: int, first_seed: int =
     return result
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Command line of the script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/pocket_judge"), help="checkpoints; run again to resume")
-    parser.add_argument("--output", type=Path, default=pocket_judge.WEIGHTS, help="where the weights go")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--checkpoint-every", type=int, default=200)
-    parser.add_argument("--test-scenes", type=int, default=200, help="scenes per number of subjects")
-    return parser.parse_args()
-
-
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Train, test, write the weights."""
-    args = parse_arguments()
+    output = args.output or pocket_judge.WEIGHTS
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     judge = pocket_judge.Judge()
@@ -181,7 +163,7 @@ def main() -> None:
                 torch.save(state | {"step": step + 1}, aside)
             print(step + 1, json.dumps(evaluate(judge, 40)), flush=True)
             judge.train()
-    pocket_judge.save_judge(judge, args.output)
-    accuracy = evaluate(pocket_judge.load_judge(args.output), args.test_scenes)
+    pocket_judge.save_judge(judge, output)
+    accuracy = evaluate(pocket_judge.load_judge(output), args.test_scenes)
     (args.run_dir / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n")
-    print(f"wrote {args.output}; right among eight candidates: {json.dumps(accuracy)}")
+    print(f"wrote {output}; right among eight candidates: {json.dumps(accuracy)}")

@@ -1,10 +1,4 @@
-"""Trains the VAE of the pocket FLUX on pictures of the pocket world.
-
-Renders the pictures that the base needs as well (kept in RUN_DIR/pictures), trains an AutoencoderKL on scenes and
-panels cut from them, and measures the shift and scale that bring its latents to mean 0 and standard deviation 1. The
-result is RUN_DIR/export, an ordinary diffusers VAE folder. A run that was stopped goes on when it is started again.
-Started by `torchrun --nproc-per-node N`, N processes train on a batch each and average their gradients.
-"""
+"""Training of the VAE of the pocket FLUX, and its latents' shift and scale."""
 
 import argparse
 import multiprocessing
@@ -22,20 +16,6 @@ from scripts.pocket.model import build_vae
 
 #: Weights of squared error, of differences between neighbouring pixels, and of the KL term, beside L1 with weight 1.
 MSE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 2.0, 0.25, 2e-6
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of pictures, checkpoints and export")
-    parser.add_argument("--max-minutes", type=float, help="length of the training; the learning rate decays to its end")
-    parser.add_argument("--steps", type=int, help="the same, in steps")
-    parser.add_argument("--batch-size", type=int, default=16, help="scenes per step, or a quarter of the panels")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the pictures to render; less for a trial")
-    parser.add_argument("--workers", type=int, default=2, help="processes that render; 0 uses the pictures there are")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 def load_pictures(folder: Path, most: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -158,9 +138,8 @@ def report(vae: AutoencoderKL, scenes: np.ndarray, panels: np.ndarray, folder: P
     return f"step {step}: PSNR {', '.join(numbers)}; shift {shift:.4f}, scale {scale:.4f}"
 
 
-def main(argv: list[str] | None = None) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Renders, trains, measures, exports."""
-    arguments = parse_arguments(argv)
     runs.join_processes()
     folder = arguments.run_dir / "pictures"
     workers = min(arguments.workers, multiprocessing.cpu_count())

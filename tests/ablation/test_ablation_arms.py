@@ -8,9 +8,9 @@ import pytest
 
 from mosaic.config.loading import LOSS_PRESETS, LossConfig, load_config, resolved_dict
 from mosaic.model.attention_rows import resolve_capture_blocks
-from scripts.ablation import command as ablation
 from scripts.ablation import plan as ablation_plan
 from scripts.ablation.arms import PARTS, attention_arms, factor_arms, main_arms, stable_settings
+from scripts.ablation.command import main
 from scripts.ablation.plan import SIZES, WARMUP, Plan, make_plan
 
 SIZE = dataclasses.replace(SIZES["short"], seeds=2, factor_seeds=1)
@@ -138,7 +138,7 @@ def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFi
         (["--ks", "7"], "--ks must be of 1..6, got [7]."),
         (["--parallel", "0"], "--parallel at least 1"),
     ):
-        assert ablation.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+        assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ from scripts.ablation import check as ablation_check
 from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
 from scripts.ablation.results import FORMAT, VERSION
 from scripts.ablation.tasks import Task, features_file
+from scripts.ablation_check import main
 from tests import runs
 
 
@@ -48,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def check(folder: Path, *flags: str) -> int:
     places = ["--results", str(folder / "results.json"), "--arms", str(folder / "arms"), "--output", str(folder / "check")]
-    return ablation_check.main([*places, *flags])
+    return main([*places, *flags])
 
 
 @pytest.mark.parametrize(("identification", "code"), [(0.45, 0), (0.61, 1), (0.2, 1)])

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from scripts.ablation import command as ablation
+from scripts.ablation import running as ablation
+from scripts.ablation.command import main
 from scripts.ablation.loop import Step, child_environment, last_line, run_chains
 from scripts.ablation.plan import SIZES, Plan, Run, make_plan
 from scripts.ablation.steps import train_step, training_state
@@ -114,22 +115,22 @@ def test_a_stopped_ablation_goes_on_and_then_does_nothing(
     stand_in_steps(monkeypatch, tmp_path)
     arguments = ["--short", "--parallel", "1", "--parts", "main", "--arms", "base", "scal", "stable", "--output", str(tmp_path / "out")]
     (tmp_path / "signal").touch()  # trainings end as after SIGTERM, with a checkpoint
-    assert ablation.main(arguments) == 130
+    assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
     before = order(tmp_path)
     assert before == ["data", "measure_real", "measure_base"]
     (tmp_path / "signal").unlink()
-    assert ablation.main(arguments) == 0
+    assert main(arguments) == 0
     first = order(tmp_path)
     assert first == [*before, "train_scal", "measure_scal", "train_stable", "measure_stable", "measure_timing"]
-    assert ablation.main(arguments) == 0
+    assert main(arguments) == 0
     assert order(tmp_path) == first
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert not results["complete"]  # stand-ins measure nothing
     (tmp_path / "out/runs").mkdir(exist_ok=True)
     others = [*results["runs"], {**results["runs"][0], "name": "factor_x", "status": "finished"}]
     (tmp_path / "out/results.json").write_text(json.dumps({**results, "runs": others}))
-    assert ablation.main(arguments) == 2
+    assert main(arguments) == 2
     assert "1 runs that are not of this command, such as factor_x" in capsys.readouterr().err
     (tmp_path / "out/results.json").write_text(json.dumps(results))
     assert "Not finished" in (tmp_path / "out/report/report.md").read_text()

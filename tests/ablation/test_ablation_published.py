@@ -8,12 +8,12 @@ import pytest
 
 from mosaic.config.loading import from_dict
 from mosaic.lora.files import LoraFile, reference_metadata
-from scripts.ablation.check import RESULTS
-from scripts.ablation.command import ARMS_FOLDER
+from scripts.ablation.arms import ARMS_FOLDER
 from scripts.ablation.figures import draw
 from scripts.ablation.plan import ROOT
 from scripts.ablation.readme import MARKER, block
 from scripts.ablation.results import read_results
+from scripts.ablation_check import RESULTS
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from mosaic.reports.charts import COLOURS, Point, Row, Series, line_chart, nice_ticks, row_chart
-from scripts.ablation import figures as ablation_figures
+from scripts import ablation_figures
 from scripts.ablation import readme as ablation_readme
 from scripts.ablation import tables as tables
+from scripts.ablation.figures import draw, seed_note
 from scripts.ablation.plots import mean_curve, peak_share, spread
 from scripts.ablation.readme import MARKER
 from scripts.ablation.results import CURVE_POINTS, FORMAT, VERSION, curves_of
@@ -147,7 +148,7 @@ def test_variants_need_their_baseline(results: dict[str, Any]) -> None:
 def test_seeds_of_the_main_arms_say_what_another_seed_does(results: dict[str, Any]) -> None:
     expected = 100 * math.sqrt((0.13 + (0.36 + 0.49 + 0.81 - 3 * (2.2 / 3) ** 2) / 2) / 2)
     assert tables.seed_deviation(results, IDENTIFICATION, 2) == pytest.approx(expected)
-    assert f"varies by {expected:.1f} points" in ablation_figures.seed_note(results, 2)
+    assert f"varies by {expected:.1f} points" in seed_note(results, 2)
 
 
 def test_the_method_as_published_has_a_table(results: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_pa
     with Image.open(folder / "lines.png") as figure:
         assert figure.width > 600
     again = {path.name: path.read_bytes() for path in folder.iterdir()}
-    ablation_figures.draw(tmp_path / "results.json", folder)
+    draw(tmp_path / "results.json", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == again
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mosaic.config.loading import from_dict, load_config
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.weights.digests import file_digest, model_digest
+from scripts.evaluate import main
 from scripts.pocket import evaluate, world
 from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, judge_scenes, proportion, scene_batch
 from scripts.pocket.judge import NUM_CANDIDATES
@@ -211,16 +212,16 @@ def test_both_arms_and_the_judge_are_measured() -> None:
 def test_settings_of_the_config_can_be_overridden(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
     monkeypatch.setattr(evaluate, "evaluate", lambda config, *_: seen.append(config.inference) or [fake_entry(1), fake_entry(2)])
-    assert evaluate.main(["--set", "inference.image_guidance_scale=1.0", "--lora", "other.safetensors"]) == 0
+    assert main(["--set", "inference.image_guidance_scale=1.0", "--lora", "other.safetensors"]) == 0
     assert (seen[0].image_guidance_scale, seen[0].lora) == (1.0, "other.safetensors")
-    assert evaluate.main([]) == 0
+    assert main([]) == 0
     assert seen[1].image_guidance_scale == 2.0
     assert "| K |" in capsys.readouterr().out
 
 
 def test_the_file_of_the_numbers_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: [fake_entry(2)])
-    assert evaluate.main(["--output", str(tmp_path / "numbers.json"), "--set", "inference.guidance_scale=3.0", "--seed", "7"]) == 0
+    assert main(["--output", str(tmp_path / "numbers.json"), "--set", "inference.guidance_scale=3.0", "--seed", "7"]) == 0
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["entries"] == [fake_entry(2)]
     assert found["sampling"] == {"num_inference_steps": 20, "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 7}
@@ -229,7 +230,7 @@ def test_the_file_of_the_numbers_says_what_was_measured(tmp_path: Path, monkeypa
     assert found["versions"]["torch"] == torch.__version__
     none = ["--lora", str(tmp_path / "none.safetensors"), "--output", str(tmp_path / "other.json")]
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("nothing may be computed"))
-    assert evaluate.main(none) == 2
+    assert main(none) == 2
     assert not (tmp_path / "other.json").exists()
 
 
@@ -264,8 +265,8 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (config, "inference.lora is null in"),
         (["--config", str(tmp_path / "none.json")], "none.json: file not found."),
     ):
-        assert evaluate.main([*arguments, "--output", str(tmp_path / "numbers.json")]) == 2
+        assert main([*arguments, "--output", str(tmp_path / "numbers.json")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "numbers.json").exists()
-    assert evaluate.main(["--output", str(tmp_path)]) == 2
+    assert main(["--output", str(tmp_path)]) == 2
     assert f"--output: must be a file, but {tmp_path} is a folder" in capsys.readouterr().err

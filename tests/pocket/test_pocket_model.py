@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
+from scripts.distill_pocket_base import parse_arguments as distillation_arguments
 from scripts.pocket import base_data, runs, sampling
 from scripts.pocket import distill_base as distill_pocket_base
 from scripts.pocket import train_base as train_pocket_base
@@ -20,6 +21,7 @@ from scripts.pocket import train_vae as train_pocket_vae
 from scripts.pocket.base_data import LAYOUTS, caption_ids, position_ids
 from scripts.pocket.model import TOKEN_CHANNELS, build_pocket_flux, build_vae, save_pocket_flux
 from scripts.pocket.tokenizers import TEXT_LENGTH, build_clip_tokenizer, build_t5_tokenizer, caption_words
+from scripts.train_pocket_base import parse_arguments as base_arguments
 
 CAPTIONS = [
     "a cat, two mugs and a fish on a beach",
@@ -196,7 +198,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, monkeypatch
         steps = []
         for stop in stops:
             arguments = ["--run-dir", str(run_folder), "--steps", "3", "--batch-size", "2", "--warmup", "1"]
-            training = train_pocket_base.BaseTraining(train_pocket_base.parse_arguments(arguments))
+            training = train_pocket_base.BaseTraining(base_arguments(arguments))
             while training.clock.step < stop:
                 steps.append(training.step())
             training.save()
@@ -212,7 +214,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, monkeypatch
 
 
 def test_export_writes_a_loadable_folder_in_bfloat16(run_folder: Path, tmp_path: Path) -> None:
-    arguments = train_pocket_base.parse_arguments(["--run-dir", str(run_folder), "--steps", "1"])
+    arguments = base_arguments(["--run-dir", str(run_folder), "--steps", "1"])
     train_pocket_base.BaseTraining(arguments).save()
     assert train_pocket_base.export(run_folder, tmp_path / "flux") == 0
     pipeline = FluxPipeline.from_pretrained(tmp_path / "flux", local_files_only=True)
@@ -225,17 +227,17 @@ def test_export_writes_a_loadable_folder_in_bfloat16(run_folder: Path, tmp_path:
 
 def test_a_run_can_start_from_exported_weights(run_folder: Path, tmp_path: Path) -> None:
     arguments = ["--run-dir", str(run_folder), "--steps", "1", "--batch-size", "2"]
-    first = train_pocket_base.BaseTraining(train_pocket_base.parse_arguments([*arguments, "--seed", "5"]))
+    first = train_pocket_base.BaseTraining(base_arguments([*arguments, "--seed", "5"]))
     first.save()
     train_pocket_base.export(run_folder, tmp_path / "flux")
     (run_folder / "checkpoint.pt").unlink()
     arguments += ["--start-from", str(tmp_path / "flux")]
-    second = train_pocket_base.BaseTraining(train_pocket_base.parse_arguments(arguments))
+    second = train_pocket_base.BaseTraining(base_arguments(arguments))
     for name, value in first.parameters.items():
         torch.testing.assert_close(second.parameters[name], value, rtol=0.01, atol=1e-4)  # stored in bfloat16
     (run_folder / "words.txt").write_text("other\nwords\n")
     with pytest.raises(ValueError, match="has words that this run's captions lack"):
-        train_pocket_base.BaseTraining(train_pocket_base.parse_arguments(arguments))
+        train_pocket_base.BaseTraining(base_arguments(arguments))
 
 
 def test_a_start_reads_captions_as_before_when_words_are_added(components: dict, tmp_path: Path) -> None:
@@ -260,9 +262,7 @@ def test_guidance_is_distilled(run_folder: Path, components: dict, tmp_path: Pat
     save_pocket_flux(components, tmp_path / "teacher")
     layout, generator = SCENE, torch.Generator().manual_seed(0)
     training = distill_pocket_base.GuidanceDistillation(
-        distill_pocket_base.parse_arguments(
-            ["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1", "--batch-size", "4"]
-        )
+        distillation_arguments(["--run-dir", str(run_folder), "--teacher", str(tmp_path / "teacher"), "--steps", "1", "--batch-size", "4"])
     )
     teacher = training.teacher
     torch.nn.init.normal_(teacher["transformer"].proj_out.weight, generator=generator)

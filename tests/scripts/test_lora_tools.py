@@ -17,7 +17,8 @@ from mosaic.lora.files import LoraFile
 from mosaic.lora.formats import to_diffusers
 from mosaic.lora.resize import rank_for_energy, reduce_module, singular_values
 from mosaic.weights.digests import weights_digest
-from scripts.loras import command as lora_tools
+from scripts import lora_tools
+from scripts.loras.command import describe, show_info
 from tests.lora.foreign import in_style
 
 WIDTH = 8
@@ -196,7 +197,7 @@ def test_a_reference_lora_of_another_style_is_brought_back(style: str, marked: b
     tensors, out = reference_lora(), tmp_path / "out.safetensors"
     mark = {"mosaic": json.dumps({"adapter": "reference", "config": {"a": 1}})} if marked else {}
     source = write(tmp_path / "in.safetensors", in_style(tensors, style), mark | {"author": "x", "sshs_model_hash": "y"})
-    assert lora_tools.describe(LoraFile(source))["kind"] == "reference LoRA"
+    assert describe(LoraFile(source))["kind"] == "reference LoRA"
     assert lora_tools.main(["import", str(source), "--output", str(out)]) == 0
     found = load_file(out)
     assert found.keys() == tensors.keys()
@@ -255,10 +256,10 @@ def test_info_of_another_style(tmp_path: Path, capsys: pytest.CaptureFixture[str
     other = lora(2, shapes={"context_embedder": (6, 8)})
     tensors = in_style(lora() | other, "kohya") | {"lora_te1_a.lora_up.weight": torch.ones(1)}
     source = write(tmp_path / "in.safetensors", tensors, {"author": "\x1b[31mred\nline", "mosaic_reduction": "["})
-    found = lora_tools.describe(LoraFile(source))
+    found = describe(LoraFile(source))
     assert (found["kind"], found["styles"], found["ranks"], found["with_alpha"]) == ("style LoRA", ["kohya"], {4: 3, 2: 1}, 4)
     assert (found["text_encoder_tensors"], found["reduction"]) == (1, None)
-    lora_tools.show_info(found)
+    show_info(found)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert len(printed.splitlines()) == 12

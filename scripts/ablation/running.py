@@ -1,0 +1,133 @@
+"""The ablation from its flags to its report: what is left to do is done, measured and drawn."""
+
+import argparse
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from mosaic.config.loading import load_config, resolved_dict
+from mosaic.files import in_one_line
+from mosaic.lora.adapter import write_reference_lora
+from mosaic.training.run_lock import RunLock
+from scripts.ablation import figures
+from scripts.ablation.loop import child_environment, run_chains
+from scripts.ablation.plan import SIZES, Plan, Size, make_plan
+from scripts.ablation.results import RESULTS, refuse_other_runs, write_results
+from scripts.ablation.steps import data_step, is_trained, measure_step, train_step
+from scripts.ablation.tasks import are_done, real_tasks, run_tasks, timing_tasks
+from scripts.pocket.statistics import MAX_SEEDS
+from scripts.pocket.world import MAX_SUBJECTS
+
+
+def chosen_size(arguments: argparse.Namespace) -> Size:
+    """The size that the flags name.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    names = ("seeds", "factor_seeds", "steps", "factor_steps", "batch_size", "train_samples", "cases", "real_scenes", "inference_steps")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        least = 2 if name in ("cases", "real_scenes") else 1  # a covariance needs two pictures
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    ks = tuple(sorted(set(arguments.ks))) if arguments.ks else None
+    if ks and not all(1 <= k <= MAX_SUBJECTS for k in ks):
+        raise ValueError(f"--ks must be of 1..{MAX_SUBJECTS}, got {arguments.ks}.")
+    if ks:
+        given |= {"ks": ks, "factor_ks": ks, "timing_ks": ks}
+    size = dataclasses.replace(SIZES[arguments.size], **given)
+    if given:
+        size = dataclasses.replace(size, name=f"{size.name}_changed")
+    if max(size.seeds, size.factor_seeds) > MAX_SEEDS or arguments.parallel < 1:
+        raise ValueError(f"--seeds must be at most {MAX_SEEDS} and --parallel at least 1, got {size.seeds} and {arguments.parallel}.")
+    return size
+
+
+def run_ablation(plan: Plan, parallel: int) -> list[str]:
+    """Do what is left to do, and write what is measured, also after an interruption; returns messages of what failed."""
+    runs = [[*([train_step(plan, run)] if run.lora else []), measure_step(plan, run.name, run_tasks(plan, run))] for run in plan.runs]
+    stages = [
+        ([[data_step(plan)]], 1),
+        ([[measure_step(plan, "real", real_tasks(plan))]], 1),
+        (runs, parallel),
+        ([[measure_step(plan, "timing", timing_tasks(plan))]], 1),  # alone on the machine
+    ]
+    failures: list[str] = []
+    refresh = 1.0 if sys.stderr.isatty() else 60.0
+    environment = child_environment(parallel, sys.executable)
+    are_steps_done = [step.is_done() for chains, _ in stages for chain in chains for step in chain]
+    try:
+        with tqdm(total=len(are_steps_done), initial=sum(are_steps_done), desc="ablation", unit="step", mininterval=refresh) as bar:
+            for number, (chains, side_by_side) in enumerate(stages):
+                failures += run_chains(chains, side_by_side, environment, bar, refresh)
+                if failures and number < 2:
+                    break  # nothing works without data or real renderings
+    finally:
+        write_results(plan, parallel, int(environment["OMP_NUM_THREADS"]))
+    return failures
+
+
+def export_arms(plan: Plan, folder: Path) -> None:
+    """Write the adapters of the main arms at seed 0 in half precision, `<arm>.safetensors`."""
+    for run in plan.of_part("main"):
+        if run.lora and not run.seed and is_trained(run):
+            tensors = {key: tensor.half() for key, tensor in load_file(run.lora).items()}
+            write_reference_lora(tensors, folder / f"{run.arm.name}.safetensors", resolved_dict(load_config(run.config)))
+
+
+def describe(plan: Plan) -> str:
+    """One line per run: what is left to do."""
+    lines = []
+    for run in plan.runs:
+        is_made = run.lora is None or is_trained(run)
+        state = "measured" if are_done(run_tasks(plan, run)) else "trained" if is_made else "not trained"
+        lines.append(f"{'+'.join(run.parts):15s} {run.name:60s} {state}")
+    return "\n".join(lines)
+
+
+def _end_by_signal(number: int, _: object) -> None:
+    raise KeyboardInterrupt
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code: 0 done, 1 something failed, 2 wrong command, 130 interrupted."""
+    before = signal.signal(signal.SIGTERM, _end_by_signal)
+    lock = RunLock(arguments.output)
+    try:
+        with lock:
+            size = chosen_size(arguments)
+            _acquire(lock, arguments.output)
+            plan = make_plan(size, arguments.output, tuple(arguments.parts), tuple(arguments.arms))
+            if arguments.list:
+                print(describe(plan))
+                return 0
+            refuse_other_runs(plan)
+            failures = run_ablation(plan, arguments.parallel)
+            if arguments.export_arms:
+                export_arms(plan, arguments.export_arms)
+            if (plan.output / RESULTS).is_file():
+                figures.draw(plan.output / RESULTS, plan.output / "report")
+                print(f"ablation: {plan.output / RESULTS}, tables and figures in {plan.output / 'report'}")
+    except KeyboardInterrupt:
+        print("ablation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"ablation: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for failure in failures:
+        print(f"ablation: failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _acquire(lock: RunLock, output: Path) -> None:
+    try:
+        lock.acquire()
+    except ValueError as error:
+        raise ValueError(f"--output {output}: another ablation is at work there; wait for its end, or choose another folder.") from error
