@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mosaic.files import in_one_line, require_file, write_text
-from mosaic.reports.charts import Point, Series, line_chart
 from mosaic.reports.html import page
 
 CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL"), ("loss/disentanglement", "MDL"))
@@ -41,6 +40,8 @@ def read_metrics(run: Path) -> list[dict]:
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> str:
     """One loss curve as SVG: the logged values, and their running mean in bold."""
+    from mosaic.reports.charts import Point, Series, line_chart  # and with it torch
+
     ys, ends = [y for _, y in points], sorted({points[0][0], points[-1][0]})
     mean, means = ys[0], []
     for x, y in points:

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mosaic.config.schema import Section
 from mosaic.files import nearest
-from preprocess.extractors.protocol import Extractor
+
+if TYPE_CHECKING:
+    import torch
+
+    from preprocess.extractors.protocol import Extractor
 
 EXTRACTORS: dict[str, tuple[str, str, str]] = {
     "dift": ("dift", "Dift", "DiftOptions"),
@@ -49,16 +51,18 @@ def extractor_spec(name: str, options: Mapping[str, Any] | None = None) -> Extra
     return ExtractorSpec(name, getattr(import_module(f"preprocess.extractors.{module}"), options_name)(**(options or {})))
 
 
-def build_extractor(spec: ExtractorSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Extractor:
+def build_extractor(spec: ExtractorSpec, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None) -> "Extractor":
     """Load the models of an extractor.
 
     Args:
         spec: From `extractor_spec`.
         device: Where it computes.
-        dtype: Of its models; features are float32 in any case.
+        dtype: Of its models, float32 by default; features are float32 in any case.
 
     Raises:
         FileNotFoundError, ValueError: A model cannot be had or an option does not fit it.
     """
+    import torch
+
     module, class_name, _ = EXTRACTORS[spec.name]
-    return getattr(import_module(f"preprocess.extractors.{module}"), class_name)(spec.options, torch.device(device), dtype)
+    return getattr(import_module(f"preprocess.extractors.{module}"), class_name)(spec.options, torch.device(device), dtype or torch.float32)

@@ -2,12 +2,14 @@
 
 import argparse
 import json
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from preprocess.extractors import EXTRACTORS, ExtractorSpec, extractor_spec
-from preprocess.extractors.weights import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str) -> None:
@@ -41,8 +43,10 @@ def extractor_specs(arguments: argparse.Namespace) -> list[ExtractorSpec]:
     return [extractor_spec(name, options[name]) for name in names]
 
 
-def check_device(name: str) -> torch.device:
+def check_device(name: str) -> "torch.device":
     """Return a device, or raise ValueError if torch does not know it or it is not there."""
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -11,8 +11,6 @@ import torch
 
 from preprocess.matching.matching import CHUNK_SIZE, match_features
 
-CHANNELS = 1280  # of DIFT
-
 
 def benchmark(sides: list[int], channels: int, device: str, repeats: int) -> list[dict[str, Any]]:
     """Measure `match_features` on square grids of random features, both directions and the margin included.

@@ -1,0 +1,136 @@
+"""What preprocess/match.py does: the points of a data set, each process of its own share."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from mosaic.data import Manifest, Row
+from mosaic.data.multi_reference.repository import Repository
+from mosaic.files import in_one_line
+from mosaic.reports.figures import contact_sheet, save_picture
+from preprocess.extractors import build_extractor
+from preprocess.extractors.arguments import check_device, extractor_specs
+from preprocess.extractors.weights import DTYPES
+from preprocess.matching.layouts import CompactLayout, Layout, ReleaseLayout
+from preprocess.matching.rows import read_pictures
+from preprocess.matching.run_settings import claim_settings, run_settings
+from preprocess.matching.samples import sample_seed
+from preprocess.matching.settings import MatchingSettings
+from preprocess.matching.sheets import correspondence_panel
+
+FILTERS = ("consensus", "cycle", "min_similarity", "min_margin", "soft_argmax", "temperature", "unique_u")
+
+
+def matching_settings(arguments: argparse.Namespace) -> MatchingSettings:
+    """Return the settings of matching that the command line asks for.
+
+    Raises:
+        ValueError: A value is out of range, or a filter was asked for in the released layout, which cannot hold its result.
+    """
+    given = {name: getattr(arguments, name) for name in MatchingSettings.model_fields if hasattr(arguments, name)}
+    filters = [name for name in FILTERS if name in given]
+    if arguments.layout == "release" and filters:
+        raise ValueError(
+            f"--{filters[0].replace('_', '-')} must not be given with --layout release: its files hold a match for every target cell, "
+            "and consensus is left to their reader."
+        )
+    return MatchingSettings(**given)
+
+
+def match(arguments: argparse.Namespace, state: PartialState) -> str:
+    """Match this process's share; returns a summary.
+
+    Raises:
+        FileNotFoundError, ValueError: Data, models or settings do not fit.
+    """
+    settings, specs = matching_settings(arguments), extractor_specs(arguments)
+    if (arguments.limit is not None and arguments.limit < 1) or arguments.contact_sheet < 0:
+        raise ValueError(f"--limit must be at least 1 and --contact-sheet at least 0, got {arguments.limit} and {arguments.contact_sheet}.")
+    root = arguments.output or arguments.data
+    layout = CompactLayout(root, settings) if arguments.layout == "compact" else ReleaseLayout(root, settings, [s.name for s in specs])
+    manifest = Manifest(arguments.data, arguments.split)
+    if isinstance(manifest.folder, Repository):
+        raise ValueError(
+            f"{manifest.path}: is in the repository form, and matching writes files into a folder. Write it as one first: "
+            "`python preprocess/convert.py repository`."
+        )
+    count = min(len(manifest), arguments.limit or len(manifest))
+    check_grids(manifest, count, settings, arguments.layout)
+    device = check_device(arguments.device or str(state.device))
+    extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
+    wanted = run_settings(arguments, settings, specs, extractors, device.type)
+    with state.main_process_first():
+        claim_settings(layout, wanted, (manifest.row(index) for index in range(count)))
+    share = range(state.process_index, count, state.num_processes)
+    todo = [index for index in share if not layout.is_finished(manifest.row(index))]
+    progress = tqdm(
+        todo, desc="matching", unit="sample", initial=len(share) - len(todo), total=len(share), disable=not state.is_main_process
+    )
+    num_references = num_empty = 0
+    for row in (manifest.row(index) for index in progress):
+        counts = layout.match(row, read_pictures(manifest, row), extractors, sample_seed(settings.seed, row.id))
+        num_references, num_empty = num_references + len(counts), num_empty + counts.count(0)
+    if arguments.contact_sheet and state.is_main_process:
+        rows = [manifest.row(index) for index in share[: arguments.contact_sheet]]
+        draw_sheet(manifest, rows, layout, root / "contact_sheet.png")
+    return (
+        f"{len(todo)} samples matched, {len(share) - len(todo)} were finished before; "
+        f"{num_empty} of {num_references} references have no points ({root})"
+    )
+
+
+def check_grids(manifest: Manifest, count: int, settings: MatchingSettings, layout: str) -> None:
+    """Raise ValueError for the first sample to whose grids points found on `settings.grid` cannot be carried."""
+    if settings.grid is None or layout == "release":
+        return
+    for row in (manifest.row(index) for index in range(count)):
+        for name, grid in (("target_grid", row.target_grid), *((f"references[{k}]: grid", r.grid) for k, r in enumerate(row.references))):
+            if settings.grid[0] % grid.rows or settings.grid[1] % grid.columns:
+                raise ValueError(
+                    f"{row.place}.{name} is {grid.rows} x {grid.columns}, of which --grid must be a whole multiple in both sides, "
+                    f"got {settings.grid[0]} x {settings.grid[1]}."
+                )
+
+
+def draw_sheet(manifest: Manifest, rows: Sequence[Row], layout: Layout, path: Path) -> None:
+    """Draw samples of this process's share with their points."""
+    panels = []
+    for row in rows:
+        pictures = read_pictures(manifest, row)
+        references = [reference.image for reference in pictures.references]
+        panels.append(correspondence_panel(pictures.target, references, **layout.drawn_points(row)))
+    save_picture(contact_sheet(panels, columns=3), path)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: sums then have one order, so that the machine's cores do not change results. More processes use more cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
+    # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
+    on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    try:
+        with one_thread():
+            summary = match(arguments, state)
+    except (ValueError, OSError) as error:
+        print(f"match.py: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    finally:
+        state.destroy_process_group()
+    print(f"process {state.process_index + 1} of {state.num_processes}: {summary}")
+    return 0
