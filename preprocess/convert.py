@@ -17,17 +17,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.data import SampleRecord
 from mosaic.files import in_one_line
 from preprocess.sources.invalid import InvalidSamples
-
-if TYPE_CHECKING:
-    from mosaic.data import SampleRecord
 
 SOURCES = {
     "folder": "one folder per sample: target.png, ref_*.png, prompt.txt (mask_*.png if known)",
@@ -107,7 +104,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
     return written, len(invalid.problems)
 
 
-def read(source: ModuleType, args: argparse.Namespace, invalid: InvalidSamples) -> Iterator["SampleRecord"]:
+def read(source: ModuleType, args: argparse.Namespace, invalid: InvalidSamples) -> Iterator[SampleRecord]:
     """The samples of a source, which gets those of the options that it knows."""
     options = {
         "invalid": invalid,
@@ -119,7 +116,7 @@ def read(source: ModuleType, args: argparse.Namespace, invalid: InvalidSamples) 
     return source.samples(args.src, **{name: value for name, value in options.items() if name in known})
 
 
-def split_of(sample: "SampleRecord", args: argparse.Namespace) -> str:
+def split_of(sample: SampleRecord, args: argparse.Namespace) -> str:
     """The split of a sample: a share of them, drawn by id and so the same in every run, is held out."""
     drawn = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big") / 2**64
     return "heldout" if drawn < args.heldout_share else sample.split

@@ -16,7 +16,6 @@ from huggingface_hub import HfApi
 
 from mosaic.data.multi_reference.repository import HUB, hub_id, looks_local
 from mosaic.files import in_one_line, require_folder
-from preprocess.publishing import write_repository
 
 FILE = "file://"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -54,6 +53,8 @@ def publish(args: argparse.Namespace) -> str:
         FileExistsError: The folder exists, or the data set on the hub has files.
         FileNotFoundError, ValueError, OSError: The data set cannot be read, the place is none, or the hub refuses.
     """
+    from preprocess.publishing import write_repository  # and with it torch
+
     folder = local_folder(args.to)
     if folder is not None:
         require_folder(folder.parent, "--to: the place of the folder")
@@ -85,6 +86,8 @@ def upload(args: argparse.Namespace, repo_id: str) -> str:
         ValueError: It is public, and `--private` is given.
         OSError: The hub cannot be reached, or refuses.
     """
+    from preprocess.publishing import write_repository
+
     api = HfApi()
     try:  # before long work
         api.create_repo(repo_id, repo_type="dataset", private=args.private, exist_ok=True)
