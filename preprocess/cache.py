@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.config.loading import Config, load_config
+from mosaic.files import in_one_line
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
@@ -24,12 +27,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The config that the command line names, with caches to fill.
+
+    Raises:
+        FileNotFoundError, ValueError: It cannot be read, or it or a flag does not say what to do.
+    """
+    config = load_config(arguments.config, arguments.set)
+    data = config.data
+    if data.latent_cache is None and data.text_cache is None:
+        raise ValueError("nothing to cache: name a folder with --set data.latent_cache=DIR, --set data.text_cache=DIR, or both.")
+    if data.latent_cache == data.text_cache:
+        raise ValueError(f"data.latent_cache and data.text_cache must be two folders, got {data.latent_cache} twice.")
+    if arguments.shard_size < 1:
+        raise ValueError(f"--shard-size must be at least 1, got {arguments.shard_size}.")
+    return config
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
-    from preprocess.encoding import run  # torch and the like only once the arguments stand
+    try:
+        config = read_config(arguments)
+    except (ValueError, OSError) as error:
+        print(f"cache.py: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    from preprocess.encoding import run  # torch and the like only once the config stands
 
-    return run(arguments)
+    return run(config, arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from mosaic.config.loading import Config, load_config
+from mosaic.config.loading import Config
 from mosaic.data import open_dataset
 from mosaic.data.cache.opening import latent_encoding, text_encoding
 from mosaic.files import in_one_line
@@ -19,20 +19,13 @@ from preprocess.caching import PictureSource, PromptSource, fill
 from preprocess.extractors.arguments import check_device
 
 
-def fill_caches(arguments: argparse.Namespace, state: PartialState) -> list[str]:
+def fill_caches(config: Config, arguments: argparse.Namespace, state: PartialState) -> list[str]:
     """Fill the caches that the config names; returns a summary of each.
 
     Raises:
         FileNotFoundError, OSError, ValueError: Settings, data or weights do not fit.
     """
-    config = load_config(arguments.config, arguments.set)
     data = config.data
-    if data.latent_cache is None and data.text_cache is None:
-        raise ValueError("nothing to cache: name a folder with --set data.latent_cache=DIR, --set data.text_cache=DIR, or both.")
-    if data.latent_cache == data.text_cache:
-        raise ValueError(f"data.latent_cache and data.text_cache must be two folders, got {data.latent_cache} twice.")
-    if arguments.shard_size < 1:
-        raise ValueError(f"--shard-size must be at least 1, got {arguments.shard_size}.")
     device = check_device(arguments.device or str(state.device))
     factor = vae_scale_factor(config.model.pretrained)
     grids = run_grids(data, factor)
@@ -63,11 +56,11 @@ def load_encoders(config: Config, vae_scale_factor: int) -> MosaicFluxPipeline:
     return pipeline
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: Config, arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
     state = PartialState(cpu=(arguments.device or "").startswith("cpu"))
     try:
-        summaries = fill_caches(arguments, state)
+        summaries = fill_caches(config, arguments, state)
     except (ValueError, OSError) as error:
         print(f"cache.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2

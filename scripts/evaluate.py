@@ -8,10 +8,15 @@ of the shipped weights.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mosaic.config.loading import load_config
+from mosaic.files import in_one_line, require_file
+from scripts.pocket import world
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -31,9 +36,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
-    from scripts.pocket.evaluate import run  # torch and the like only once the arguments stand
+    try:
+        if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
+            raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
+        if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
+            raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
+        lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
+        config = load_config(arguments.config, [*arguments.set, *lora])
+        if config.inference.lora is None:
+            raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
+        require_file(arguments.output, "--output")
+        from scripts.pocket.evaluate import run  # torch and the like only once the config stands
 
-    return run(arguments)
+        run(config, arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ At the end the weights, the optimizer, the average and the log must be those of 
 """
 
 import argparse
+import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mosaic.config.loading import load_config
+from mosaic.files import in_one_line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -28,9 +32,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
-    from scripts.launching.kill_test import run  # torch and the like only once the arguments stand
+    try:
+        if arguments.output.exists() and any(arguments.output.iterdir()):
+            raise ValueError(f"--output {arguments.output}: must be empty or absent.")
+        config = load_config(arguments.config, arguments.set)
+        if config.training.max_steps is None:
+            raise ValueError("training.max_steps must be given: the kills are spread over it.")
+        from scripts.launching.kill_test import kill_test  # torch and the like only once the config stands
 
-    return run(arguments)
+        report = kill_test(config, arguments.output, arguments.kills, random.Random(arguments.seed))
+    except (ValueError, OSError) as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    print("\n".join(report.lines()))
+    return 0 if report.passed else 1
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ def open_data(args: argparse.Namespace) -> TrainingDataset:
         raise FileNotFoundError(
             f"{args.data}: holds neither dataset.json (multi-reference format) nor a folder data with Parquet files (SemAlign layout)."
         )
-    sizes = [token_grid(side, side, args.token_size // 2, where) for side, where in _sides(args)]
+    target, reference = [token_grid(side, side, args.token_size // 2, where) for side, where in _sides(args)]
     data = DataConfig(
         format=layout, root=args.data, split=args.split, image_size=(args.image_size, args.image_size), reference_size=args.reference_size
     )
-    return open_dataset(data, args.split, *sizes)
+    return open_dataset(data, args.split, target, reference)
 
 
 def _sides(args: argparse.Namespace) -> list[tuple[int, str]]:

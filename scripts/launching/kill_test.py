@@ -1,6 +1,5 @@
 """A training run that is killed again and again, resumed each time, and compared with one that ran through."""
 
-import argparse
 import dataclasses
 import os
 import random
@@ -15,27 +14,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from mosaic.config.loading import Config, load_config
-from mosaic.files import in_one_line
+from mosaic.config.loading import Config
 from mosaic.training.checkpoints.checkpoint import checkpoint_folders, folder_of
 
 POLL_SECONDS = 0.0005
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
-    try:
-        if arguments.output.exists() and any(arguments.output.iterdir()):
-            raise ValueError(f"--output {arguments.output}: must be empty or absent.")
-        config = load_config(arguments.config, arguments.set)
-        if config.training.max_steps is None:
-            raise ValueError("training.max_steps must be given: the kills are spread over it.")
-        report = kill_test(config, arguments.output, arguments.kills, random.Random(arguments.seed))
-    except (ValueError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    print("\n".join(report.lines()))
-    return 0 if report.passed else 1
 
 
 @dataclasses.dataclass

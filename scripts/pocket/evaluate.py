@@ -4,14 +4,13 @@ import argparse
 import datetime
 import json
 import math
-import sys
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mosaic.config.loading import Config, load_config
-from mosaic.files import in_one_line, require_file, write_text
+from mosaic.config.loading import Config
+from mosaic.files import write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.weights.digests import weights_digest
 from mosaic.weights.hub import resolve_lora_file
@@ -122,24 +121,10 @@ def caption_table(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
-    try:
-        if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
-            raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
-        if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
-            raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
-        lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
-        config = load_config(arguments.config, [*arguments.set, *lora])
-        if config.inference.lora is None:
-            raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
-        require_file(arguments.output, "--output")
-        found = provenance(config, arguments.seed) if arguments.output else {}
-        entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
-        print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
-        if arguments.output:
-            write_text(arguments.output, json.dumps(found | {"entries": entries}, indent=1, allow_nan=False) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+def run(config: Config, arguments: argparse.Namespace) -> None:
+    """Measure, print the tables, and write the numbers where the command line says so."""
+    found = provenance(config, arguments.seed) if arguments.output else {}
+    entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
+    print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
+    if arguments.output:
+        write_text(arguments.output, json.dumps(found | {"entries": entries}, indent=1, allow_nan=False) + "\n")
