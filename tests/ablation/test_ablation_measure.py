@@ -39,8 +39,9 @@ def tasks(tmp_path: Path) -> dict[str, Task]:
 def test_everything_is_measured_once(tasks: dict[str, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_tasks(tmp_path / "tasks.json", list(tasks.values()))
     assert ablation_measure.main([str(file)]) == 0
-    monkeypatch.setattr(ablation_measures, "measure", lambda task: pytest.fail("is measured already"))
-    assert ablation_measure.main([str(file)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_measures, "measure", lambda task: pytest.fail("is measured already"))
+        assert ablation_measure.main([str(file)]) == 0
     found = {task.kind: task.result() for task in read_tasks(file)}
     pictures, lines = found["pictures"], found["lines"]
     assert pictures["identification"]["count"] == 4

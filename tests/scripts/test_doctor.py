@@ -246,7 +246,7 @@ def test_training_leaves_out_what_cannot_be_read(world: Path, data: Path, tmp_pa
     assert "1 of" in caplog.text
     everything = len(trainer.dataset.dataset)
     assert len(trainer.dataset) == len(trainer.dataset.batch_keys) == everything - 1
-    assert lines[0]["index"] not in [trainer.dataset._kept[i] for i in range(len(trainer.dataset))]
+    assert lines[0]["index"] not in [trainer.dataset._readable[i] for i in range(len(trainer.dataset))]
     shutil.copyfile(
         sorted((data / "images").glob("train-*_target.png"))[1], picture
     )  # repaired: a new run takes it, a continued one does not
