@@ -293,7 +293,7 @@ def in_one_line(error: BaseException | str, most: int | None = None, *, with_kin
         with_kind: Begin with its kind, as "OSError: no space left".
     """
     text = f"{type(error).__name__}: {error}" if with_kind else f"{error}"
-    return " ".join(text.split())[:most] or type(error).__name__
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:most] or type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

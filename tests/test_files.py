@@ -171,5 +171,6 @@ def test_an_error_in_one_line() -> None:
     error = ValueError("the first line,\n  and  another")
     assert files.in_one_line(error) == "the first line, and another"
     assert files.in_one_line(error, 9) == "the first"
+    assert files.in_one_line('got "  "') == 'got "  "'
     assert files.in_one_line(error, 20, with_kind=True) == "ValueError: the firs"
     assert files.in_one_line(ValueError()) == "ValueError"

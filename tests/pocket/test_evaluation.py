@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,7 @@ def test_the_file_of_the_numbers_says_what_was_measured(tmp_path: Path, monkeypa
     assert found["sampling"] == {"num_inference_steps": 20, "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 7}
     assert found["lora"] == {"name": "assets/pocket/lora.safetensors", "digest": file_digest(Path("assets/pocket/lora.safetensors"))}
     assert len({found["model"]["digest"], found["judge_digest"], found["world_digest"]}) == 3
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
     none = ["--lora", str(tmp_path / "none.safetensors"), "--output", str(tmp_path / "other.json")]
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("nothing may be computed"))
     assert main(none) == 2

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_what_a_checkpoint_holds(finished: Path, world: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     assert (state["step"], state["samples_seen"], state["ema_step"], state["global_batch"], state["processes"]) == (2, 4, 2, 2, 1)
     assert state["schedule"] == {"learning_rate": 0.0075, "disentanglement_weight": 0.6}
-    assert state["versions"]["torch"] == torch.__version__
+    assert state["versions"]["torch"] == version("torch")
     assert state["optimizer"]["param_groups/0/lr"] == 0.005
     assert len(state["digest"]) == 64
     adapter = load_file(folder / "lora.safetensors")
