@@ -168,7 +168,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, mask: int) -> 
 
 
 def test_an_error_in_one_line() -> None:
-    error = ValueError("the first line,\n  and  another")
+    error = ValueError("the first line,\n  and another")
     assert files.in_one_line(error) == "the first line, and another"
     assert files.in_one_line(error, 9) == "the first"
     assert files.in_one_line('got "  "') == 'got "  "'
