@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = ["torch.utils.tensorboard", "inference", "mosaic.rendering.runner", "mosaic.training", "preprocess.cache", "tests.runs"]
+IMPORTS = [
+    "torch.utils.tensorboard",
+    "inference",
+    "mosaic.rendering.runner",
+    "mosaic.training",
+    "preprocess.encoding",
+    "preprocess.matching.run",
+    "tests.runs",
+]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTS)
 
