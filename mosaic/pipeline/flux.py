@@ -1,15 +1,19 @@
 """diffusers' FLUX pipeline and the parts of it that are used here.
 
-It imports image processors for IP adapters, by names for which transformers warns where torchvision is not installed, and then gives the
-processors that need Pillow alone. They are put under those names before, so that a start says nothing.
+It imports image processors for IP adapters by names of which transformers says, where torchvision is not installed, that it gives the
+processors that need Pillow alone. They are asked for once, quietly, so that a start says nothing.
 """
 
-import transformers
-from transformers.utils import is_torchvision_available
+# ruff: noqa: E402
 
-if not is_torchvision_available():
-    for _name in ("CLIPImageProcessor", "SiglipImageProcessor"):
-        setattr(transformers, _name, getattr(transformers, f"{_name}Pil"))
+from transformers.utils import logging
+
+_verbosity = logging.get_verbosity()
+logging.set_verbosity_error()
+try:
+    from transformers import CLIPImageProcessor, SiglipImageProcessor  # noqa: F401  (it remembers what it gave)
+finally:
+    logging.set_verbosity(_verbosity)
 
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
