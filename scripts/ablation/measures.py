@@ -169,7 +169,7 @@ def measure_target_rows(task: Task, config: Config) -> dict[str, Any]:
     pipeline = _pipeline(config.model.pretrained, task.lora)
     generator, found = torch.Generator().manual_seed(NOISE_SEED), []
     for scene in held_out_scenes(task.num_references, task.cases):
-        with reading_target_rows() as rows:
+        with reading_target_rows(pipeline.transformer) as rows:
             _, points, _ = batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator)
         reference_grid = run_grids(config.data, pipeline.encoders.vae_scale_factor).reference
         found.append(target_looks(torch.stack(rows).mean(dim=0), points, reference_grid))

@@ -5,16 +5,18 @@ references over keys of the target (Eq. 8), by which a reference token gathers w
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mosaic.method.correspondence import Points
 from mosaic.method.grids import Grid
-from mosaic.model import blocks
-from mosaic.model.attention import Layout
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 
 
 class TargetLooks(NamedTuple):
@@ -34,24 +36,39 @@ class TargetLooks(NamedTuple):
 
 
 @contextmanager
-def reading_target_rows() -> Iterator[list[Tensor]]:
+def reading_target_rows(transformer: MosaicFluxTransformer2DModel) -> Iterator[list[Tensor]]:
     """While active, every block that runs appends its rows: float32 [B, N_tgt, K * N_ref], head mean of softmax(Q_tgt K^T / sqrt(D)) over
     all keys, text and target among them, of which those of the references are kept.
     """
     rows: list[Tensor] = []
-    attention = blocks.branch_attention
-
-    def read(query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Any, text_length: int = 0, capture: Any = None) -> Any:
-        start = query.shape[1] - layout.length
-        scores = torch.einsum("bthd,bshd->bhts", query[:, text_length:start].float(), key.float()) * query.shape[-1] ** -0.5
-        rows.append(scores.softmax(dim=-1)[..., start:].mean(dim=1))
-        return attention(query, key, value, layout, attend, text_length, capture)
-
-    blocks.branch_attention = read
-    try:
+    with ExitStack() as hooks:
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            for handle in _hooks(block, rows):
+                hooks.callback(handle.remove)
         yield rows
-    finally:
-        blocks.branch_attention = attention
+
+
+def _hooks(block: nn.Module, rows: list[Tensor]) -> Iterator[RemovableHandle]:
+    """Hooks by which a block appends its rows: its norms put out query and key, its arguments say what stands where."""
+    normed: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        normed[name] = output
+
+    def read(_: nn.Module, arguments: tuple[Any, ...], __: Any) -> None:
+        text, rotary, layout = arguments[1], arguments[3], arguments[4]
+        # Double-stream blocks have norms of their own for the text, whose tokens come first.
+        pairs = (("norm_added_q", "norm_q"), ("norm_added_k", "norm_k"))
+        joined = (torch.cat([normed.pop(name) for name in names if name in normed], dim=1) for names in pairs)
+        query, key = (apply_rotary_emb(tokens, rotary, sequence_dim=1) for tokens in joined)
+        start = query.shape[1] - layout.length
+        scores = torch.einsum("bthd,bshd->bhts", query[:, text.shape[1] : start].float(), key.float()) * query.shape[-1] ** -0.5
+        rows.append(scores.softmax(dim=-1)[..., start:].mean(dim=1))
+
+    for name, module in block.get_submodule("attn").named_children():
+        if name.startswith("norm_"):
+            yield module.register_forward_hook(partial(keep, name))
+    yield block.register_forward_hook(read)
 
 
 def target_looks(rows: Tensor, points: Points, reference_grid: Grid) -> TargetLooks:

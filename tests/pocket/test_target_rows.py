@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaic.method.correspondence import batch_points
 from mosaic.method.grids import Grid
-from mosaic.model import blocks
-from mosaic.model.attention import branch_attention
 from scripts.pocket.target_rows import TargetLooks, reading_target_rows, target_looks
 from tests import naive, tiny
 
@@ -32,19 +30,25 @@ def test_rows_are_those_of_the_full_maps(batch: tiny.Batch, mode: str) -> None:
     twin = TwinWithTargetMaps(stock, naive.lora_matrices({key: parameter.detach() for key, parameter in parameters.items()}))
     with torch.no_grad():
         twin(**batch.inputs, reference_attention=mode)
-        with reading_target_rows() as rows:
+        with reading_target_rows(transformer) as rows:
+            assert hooks(transformer) == 2 * 5 + 2 * 3  # four norms and the block, two norms and the block
             read = transformer(**batch.inputs, reference_attention=mode).sample
         assert torch.equal(transformer(**batch.inputs, reference_attention=mode).sample, read)
     assert len(rows) == len(twin.target_maps) == 4
     for ours, theirs in zip(rows, twin.target_maps, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
-    assert blocks.branch_attention is branch_attention
+    assert hooks(transformer) == 0
+
+
+def hooks(transformer: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in transformer.modules())
 
 
 def test_it_ends_with_an_error() -> None:
-    with pytest.raises(RuntimeError, match="stop"), reading_target_rows():
+    transformer = tiny.build_transformer()
+    with pytest.raises(RuntimeError, match="stop"), reading_target_rows(transformer):
         raise RuntimeError("stop")
-    assert blocks.branch_attention is branch_attention
+    assert hooks(transformer) == 0
 
 
 def looks_of(weights: list[float]) -> TargetLooks:
