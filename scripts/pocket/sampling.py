@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch import Tensor
 
 from scripts.pocket.base_data import Layout, caption_ids, decode_samples, position_ids
@@ -30,23 +31,17 @@ def time_shift(time: Tensor, tokens: int) -> Tensor:
 
 @contextmanager
 def explicit_attention() -> Iterator[None]:
-    """Replaces unmasked `scaled_dot_product_attention` by two matmuls and a float32 softmax.
+    """Attention of diffusers' models by two matmuls, in their own dtype, and a softmax, while active.
 
-    At these tiny sizes and in bfloat16 on a CPU, the fused kernel's backward takes longer than this.
+    At these tiny sizes and in bfloat16 on a CPU, the fused kernel's backward takes longer than this, and so do float32 matmuls.
     """
-    fused = torch.nn.functional.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-        if arguments or settings.get("attn_mask") is not None or settings.get("is_causal"):
-            return fused(query, key, value, *arguments, **settings)
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-
-    torch.nn.functional.scaled_dot_product_attention = attention
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, in spite of its name
     try:
-        yield
+        with attention_backend(AttentionBackendName._NATIVE_MATH):
+            yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = fused
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def predict_velocity(

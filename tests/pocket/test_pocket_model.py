@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.distill_pocket_base import parse_arguments as distillation_arguments
 from scripts.pocket import base_data, runs, sampling
@@ -162,11 +164,36 @@ def test_time_shift_follows_the_formula_and_keeps_the_ends() -> None:
     torch.testing.assert_close(sampling.time_shift(time, 256), expected)
 
 
+class Operations(TorchDispatchMode):
+    """Collects the names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*arguments, **(settings or {}))
+
+
 def test_explicit_attention_equals_the_fused_one() -> None:
-    query, key, value = torch.randn(3, 2, 4, 6, 8)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    """It has two matmuls and a softmax, in the dtype given, and no fused kernel."""
+    exact = torch.randn(3, 2, 6, 4, 8)
+    query, key, value = exact.bfloat16()
+    with Operations() as fused:
+        expected, rounded = dispatch_attention_fn(*exact), dispatch_attention_fn(query, key, value)
     with sampling.explicit_attention():
-        torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(query, key, value), expected)
+        torch.testing.assert_close(dispatch_attention_fn(*exact), expected)
+        with Operations() as explicit:
+            found = dispatch_attention_fn(query, key, value)
+    torch.testing.assert_close(found, rounded, atol=0.02, rtol=0.0)
+    assert any("scaled_dot_product" in name for name in fused.names)
+    assert "aten::bmm" in explicit.names
+    assert not any("scaled_dot_product" in name or "_to_copy" in name for name in explicit.names)  # nor float32
+    with Operations() as after:
+        dispatch_attention_fn(query, key, value)
+    assert any("scaled_dot_product" in name for name in after.names)
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
