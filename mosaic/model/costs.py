@@ -6,6 +6,7 @@ and the common exit). A (query, key) pair costs 4 d per block. Standard library 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mosaic.files import shown
@@ -29,6 +30,44 @@ FLUX_DEV: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What passes through the transformer, and how.
+
+    Attributes:
+        batch_size: Samples, or pictures.
+        num_references: K.
+        target_tokens: N.
+        reference_tokens: R, of one reference.
+        text_tokens: T.
+        lora_rank: r; 0 leaves the adapter out.
+        reference_attention: "target", "joint" or "isolated".
+    """
+
+    batch_size: int
+    num_references: int
+    target_tokens: int
+    reference_tokens: int
+    text_tokens: int
+    lora_rank: int
+    reference_attention: str
+
+    @property
+    def main_tokens(self) -> int:
+        """T + N, of one sample."""
+        return self.text_tokens + self.target_tokens
+
+    @property
+    def all_reference_tokens(self) -> int:
+        """K R, of one sample."""
+        return self.num_references * self.reference_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole batch."""
+        return self.batch_size * (self.main_tokens + self.all_reference_tokens)
+
+
 class ForwardFlops(NamedTuple):
     """FLOPs of one forward pass, by what their backward pass costs.
 
@@ -50,65 +89,35 @@ class ForwardFlops(NamedTuple):
         return float(sum(self))
 
 
-def forward_flops(
-    transformer_config: Mapping[str, Any],
-    batch_size: int,
-    num_references: int,
-    target_tokens: int,
-    reference_tokens: int,
-    text_tokens: int,
-    lora_rank: int,
-    reference_attention: str,
-) -> ForwardFlops:
-    """FLOPs of one forward pass without captured rows.
-
-    Args:
-        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
-        batch_size: Samples.
-        num_references: K.
-        target_tokens: N.
-        reference_tokens: R, of one reference.
-        text_tokens: T.
-        lora_rank: r.
-        reference_attention: "target", "joint" or "isolated".
+def forward_flops(transformer_config: Mapping[str, Any], load: Workload) -> ForwardFlops:
+    """FLOPs of one forward pass without captured rows, by `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
 
     Raises:
-        ValueError: If `reference_attention` is unknown.
+        ValueError: If the load's `reference_attention` is unknown.
     """
     d, double, single = width(transformer_config), transformer_config["num_layers"], transformer_config["num_single_layers"]
     channels, blocks = transformer_config["in_channels"], double + single
     exit_channels = transformer_config.get("out_channels") or channels
-    references = num_references * reference_tokens
-    main = text_tokens + target_tokens
-    everything = main + references
+    references = load.all_reference_tokens
+    everything = load.main_tokens + references
 
-    linear = 2 * 12 * d * d * blocks * everything + 2 * d * exit_channels * target_tokens
-    attention = 4 * d * blocks * attention_pairs(main, num_references, reference_tokens, reference_attention)
+    linear = 2 * 12 * d * d * blocks * everything + 2 * d * exit_channels * load.target_tokens
+    attention = 4 * d * blocks * attention_pairs(load)
     # Per adapted layer r (d_in + d_out) weights. Double-stream: q, k, v, out 2d each, the MLP's exit 5d, AdaLN 7d on one vector.
     # Single-stream: q, k, v 2d each, the MLP's entry 5d, the exit 6d, AdaLN 4d.
     per_token, per_vector = channels + d + d * (13 * double + 17 * single), d * (7 * double + 4 * single)
-    lora = 2 * lora_rank * (per_token * references + per_vector * bool(num_references))
+    lora = 2 * load.lora_rank * (per_token * references + per_vector * bool(load.num_references))
 
-    branches = 2 if num_references else 1  # conditioning vectors: the main one, and one that all references share
+    branches = 2 if load.num_references else 1  # conditioning vectors: the main one, and one that all references share
     embedders = TIMESTEP_CHANNELS * (2 if transformer_config["guidance_embeds"] else 1) + transformer_config["pooled_projection_dim"]
     squares = 3 if transformer_config["guidance_embeds"] else 2
     adaln = (6 * double + 3 * single) * branches + 6 * double + 2  # both branches; the text stream's; the exit's
-    tokens = d * (text_tokens * transformer_config["joint_attention_dim"] + (target_tokens + references) * channels)
+    tokens = d * (load.text_tokens * transformer_config["joint_attention_dim"] + (load.target_tokens + references) * channels)
     conditioning = 2 * (tokens + branches * (embedders * d + squares * d * d) + adaln * d * d)
-    return ForwardFlops(*(float(batch_size * part) for part in (linear, attention, lora, conditioning)))
+    return ForwardFlops(*(float(load.batch_size * part) for part in (linear, attention, lora, conditioning)))
 
 
-def training_step_flops(
-    transformer_config: Mapping[str, Any],
-    batch_size: int,
-    num_references: int,
-    target_tokens: int,
-    reference_tokens: int,
-    text_tokens: int,
-    lora_rank: int,
-    reference_attention: str,
-    gradient_checkpointing: str,
-) -> float:
+def training_step_flops(transformer_config: Mapping[str, Any], load: Workload, gradient_checkpointing: str) -> float:
     """FLOPs of forward and backward of one micro-batch, without the captured rows (`captured_row_flops`), encoders and optimizer.
 
     The backward pass of a frozen linear layer is one product (no weight gradient), of LoRA two, of attention 2.5 (five products for two,
@@ -116,14 +125,8 @@ def training_step_flops(
     `gradient_checkpointing="none"`: what is computed twice is no progress.
 
     Args:
-        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
-        batch_size: Samples.
-        num_references: K.
-        target_tokens: N.
-        reference_tokens: R, of one reference.
-        text_tokens: T.
-        lora_rank: r.
-        reference_attention: "target", "joint" or "isolated".
+        transformer_config: See `forward_flops`.
+        load: One micro-batch.
         gradient_checkpointing: "none", "block" (blocks are computed again) or "keep_attention" (all of them but their attention).
 
     Raises:
@@ -131,16 +134,7 @@ def training_step_flops(
     """
     if gradient_checkpointing not in CHECKPOINTING_MODES:
         raise ValueError(f"gradient_checkpointing must be one of {', '.join(CHECKPOINTING_MODES)}, got {shown(gradient_checkpointing)}.")
-    forward = forward_flops(
-        transformer_config,
-        batch_size,
-        num_references,
-        target_tokens,
-        reference_tokens,
-        text_tokens,
-        lora_rank,
-        reference_attention,
-    )
+    forward = forward_flops(transformer_config, load)
     backward = forward.linear + 2.5 * forward.attention + 2 * forward.lora
     again = {"none": 0.0, "block": forward.linear + forward.attention + forward.lora, "keep_attention": forward.linear + forward.lora}
     return forward.total + backward + again[gradient_checkpointing]
@@ -148,13 +142,7 @@ def training_step_flops(
 
 def sampling_flops(
     transformer_config: Mapping[str, Any],
-    batch_size: int,
-    num_references: int,
-    target_tokens: int,
-    reference_tokens: int,
-    text_tokens: int,
-    lora_rank: int,
-    reference_attention: str,
+    load: Workload,
     num_inference_steps: int,
     reference_steps: int | None = None,
     skipped_steps: int = 0,
@@ -162,14 +150,8 @@ def sampling_flops(
     """FLOPs of the transformer in one sampling run; image guidance, which runs it twice a step, doubles them. Encoders are not in it.
 
     Args:
-        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
-        batch_size: Pictures.
-        num_references: K.
-        target_tokens: N.
-        reference_tokens: R, of one reference.
-        text_tokens: T.
-        lora_rank: r; 0 leaves the adapter out.
-        reference_attention: "target", "joint" or "isolated".
+        transformer_config: See `forward_flops`.
+        load: The pictures.
         num_inference_steps: Sampling steps.
         reference_steps: Steps in which the references run; in the others text and target use their kept keys and values. 1 with a
             reference cache, ceil(steps / N) where it is refreshed every N steps. None: every step, without a cache.
@@ -183,16 +165,15 @@ def sampling_flops(
     for name, count in (("reference_steps", reference_steps), ("skipped_steps", skipped_steps)):
         if not 0 <= count <= num_inference_steps:
             raise ValueError(f"{name} must be in 0..num_inference_steps ({num_inference_steps}), got {count}.")
-    sizes = (target_tokens, reference_tokens, text_tokens)
     first_block = {**transformer_config, "num_layers": 1, "num_single_layers": 0}
 
     def step(config: Mapping[str, Any], with_references: bool) -> float:
         if with_references:
-            return forward_flops(config, batch_size, num_references, *sizes, lora_rank, reference_attention).total
+            return forward_flops(config, load).total
         # Kept references have no queries: only text and target attend to their keys.
-        over_kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * batch_size
-        over_kept *= (text_tokens + target_tokens) * num_references * reference_tokens
-        return forward_flops(config, batch_size, 0, *sizes, lora_rank, reference_attention).total + over_kept
+        over_kept = 4.0 * width(config) * (config["num_layers"] + config["num_single_layers"]) * load.batch_size
+        over_kept *= load.main_tokens * load.all_reference_tokens
+        return forward_flops(config, replace(load, num_references=0)).total + over_kept
 
     skipped_without = min(skipped_steps, num_inference_steps - reference_steps)
     skipped_with = skipped_steps - skipped_without
@@ -205,45 +186,35 @@ def sampling_flops(
 
 
 def captured_row_flops(
-    transformer_config: Mapping[str, Any],
-    batch_size: int,
-    num_references: int,
-    target_tokens: int,
-    reference_tokens: int,
-    num_points: int,
-    captured_blocks: int,
-    all_tokens: bool,
+    transformer_config: Mapping[str, Any], load: Workload, num_points: int, captured_blocks: int, all_tokens: bool
 ) -> float:
     """FLOPs of the supervised attention rows in forward and backward: one product, and three with the softmax computed anew.
 
     One product less where rows are tiny and saved (`mosaic.model.attention_rows.SAVED_BYTES`), which none of FLUX.1-dev's are.
 
     Args:
-        transformer_config: `transformer/config.json` of a diffusers FLUX folder, or `FLUX_DEV`.
-        batch_size: Samples.
-        num_references: K.
-        target_tokens: N.
-        reference_tokens: R.
+        transformer_config: See `forward_flops`.
+        load: One micro-batch.
         num_points: P, points of a sample over all references.
         captured_blocks: Blocks whose attention is supervised.
         all_tokens: Whether the rows of all reference tokens are read as well.
     """
     # Supervised rows are read from a product of their own, since fused attention never has the matrix in memory.
-    rows = num_points + (num_references * reference_tokens if all_tokens else 0)
-    return 4.0 * 2 * width(transformer_config) * batch_size * rows * target_tokens * captured_blocks
+    rows = num_points + (load.all_reference_tokens if all_tokens else 0)
+    return 4.0 * 2 * width(transformer_config) * load.batch_size * rows * load.target_tokens * captured_blocks
 
 
-def attention_pairs(main_tokens: int, num_references: int, reference_tokens: int, reference_attention: str) -> int:
-    """(query, key) pairs of one attention layer: text and target see everything, references what their mode says.
+def attention_pairs(load: Workload) -> int:
+    """(query, key) pairs of one sample in one attention layer: text and target see everything, references what their mode says.
 
     Raises:
         ValueError: If the mode is unknown.
     """
-    references = num_references * reference_tokens
-    seen = {"joint": main_tokens + references, "target": main_tokens + reference_tokens, "isolated": reference_tokens}
-    if reference_attention not in seen:
-        raise ValueError(f"reference_attention must be one of {', '.join(seen)}, got {shown(reference_attention)}.")
-    return main_tokens * (main_tokens + references) + references * seen[reference_attention]
+    main, references = load.main_tokens, load.all_reference_tokens
+    seen = {"joint": main + references, "target": main + load.reference_tokens, "isolated": load.reference_tokens}
+    if load.reference_attention not in seen:
+        raise ValueError(f"reference_attention must be one of {', '.join(seen)}, got {shown(load.reference_attention)}.")
+    return main * (main + references) + references * seen[load.reference_attention]
 
 
 def width(transformer_config: Mapping[str, Any]) -> int:

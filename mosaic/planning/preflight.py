@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mosaic.config.loading import Config, config_to_json, resolved_dict
-from mosaic.model.costs import captured_row_flops, lora_parameter_count, training_step_flops
+from mosaic.model.costs import Workload, captured_row_flops, lora_parameter_count, training_step_flops
 from mosaic.planning.data_checks import DataFacts
 from mosaic.planning.findings import NOTE, OK, STOP, Finding
 from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
@@ -122,24 +122,15 @@ def count(config: Config, shape: ModelShape, num_references: int, facts: DataFac
 def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_checkpointing: str) -> float:
     """TFLOP of one optimizer step of one process, captured rows included."""
     text, target, references = step_tokens(config, shape, num_references)
-    batch, per_reference, blocks = config.training.batch_size, references // num_references, shape.transformer
-    step = training_step_flops(
-        blocks,
-        batch,
-        num_references,
-        target,
-        per_reference,
-        text,
-        config.lora.rank,
-        config.model.reference_attention,
-        gradient_checkpointing,
-    )
+    blocks, per_reference, mode = shape.transformer, references // num_references, config.model.reference_attention
+    load = Workload(config.training.batch_size, num_references, target, per_reference, text, config.lora.rank, mode)
+    step = training_step_flops(blocks, load, gradient_checkpointing)
     captured = {"all": blocks["num_layers"] + blocks["num_single_layers"], "double": blocks["num_layers"]}
     setting_ = config.loss.capture_blocks
     num_captured = captured[setting_] if isinstance(setting_, str) else len(setting_)
     points = min(config.loss.max_points, references)
     means = config.loss.disentanglement_rows == "all"
-    rows = captured_row_flops(blocks, batch, num_references, target, per_reference, points, num_captured, means)
+    rows = captured_row_flops(blocks, load, points, num_captured, means)
     return config.training.gradient_accumulation_steps * (step + rows) / 1e12
 
 

@@ -31,7 +31,7 @@ from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.method.grids import token_grid
 from mosaic.method.tokens import unpack_latents
 from mosaic.model.acceleration import compile_blocks, set_attention_backend, set_step_cache
-from mosaic.model.costs import sampling_flops
+from mosaic.model.costs import Workload, sampling_flops
 from mosaic.pipeline.encoders import PromptEmbeddings
 from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.options import SamplingOptions
@@ -262,7 +262,8 @@ class Cell:
         rank = transformer.peft_config["reference"].r
         sizes = (self.grid.num_tokens, self.reference_grid.num_tokens, self.args.text_tokens)
         steps = (self.args.steps, mode.reference_steps(self.args.steps), skipped)
-        return sampling_flops(transformer.config, 1, self.num_references, *sizes, rank, mode.reference_attention, *steps)
+        load = Workload(1, self.num_references, *sizes, rank, mode.reference_attention)
+        return sampling_flops(transformer.config, load, *steps)
 
     @torch.no_grad()
     def levels(self, latents: Tensor) -> Tensor | None:

@@ -21,7 +21,8 @@ REFERENCE_TOKENS, TEXT = 1024, 512
 def step(size: int, num_references: int, mode: str = "target", checkpointing: str = "none", rank: int = 128) -> float:
     """TFLOP of a training step of FLUX.1-dev, batch 1."""
     target = (size // 16) ** 2
-    return costs.training_step_flops(costs.FLUX_DEV, 1, num_references, target, REFERENCE_TOKENS, TEXT, rank, mode, checkpointing) / 1e12
+    load = costs.Workload(1, num_references, target, REFERENCE_TOKENS, TEXT, rank, mode)
+    return costs.training_step_flops(costs.FLUX_DEV, load, checkpointing) / 1e12
 
 
 # px, K, mode, rank, checkpointing, TFLOP; the totals of an independent model of FLUX.1-dev (which gives the small terms a backward too)
@@ -61,8 +62,8 @@ SAMPLED = [
 
 def sampled(size: int, num_references: int, mode: str, rank: int = 0, reference_steps: int | None = None, skipped: int = 0) -> float:
     """TFLOP of 28 steps of FLUX.1-dev, one picture."""
-    sizes = ((size // 16) ** 2, REFERENCE_TOKENS, TEXT)
-    return costs.sampling_flops(costs.FLUX_DEV, 1, num_references, *sizes, rank, mode, 28, reference_steps, skipped) / 1e12
+    load = costs.Workload(1, num_references, (size // 16) ** 2, REFERENCE_TOKENS, TEXT, rank, mode)
+    return costs.sampling_flops(costs.FLUX_DEV, load, 28, reference_steps, skipped) / 1e12
 
 
 @pytest.mark.parametrize(("size", "num_references", "mode", "rank", "reference_steps", "expected"), SAMPLED)
@@ -87,8 +88,9 @@ def test_steps_beyond_the_run_are_refused(given: tuple[int, int], message: str) 
 
 def test_captured_rows_of_flux_dev() -> None:
     """A forward pass of 512 px, K = 2 measures 55.45 TFLOP and a step 123.9 with 512 points, 179.4 with recomputed blocks."""
-    rows = costs.captured_row_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, 512, 57, all_tokens=False) / 1e12
-    forward = costs.forward_flops(costs.FLUX_DEV, 1, 2, 1024, REFERENCE_TOKENS, TEXT, 128, "target").total / 1e12
+    load = costs.Workload(1, 2, 1024, REFERENCE_TOKENS, TEXT, 128, "target")
+    rows = costs.captured_row_flops(costs.FLUX_DEV, load, 512, 57, all_tokens=False) / 1e12
+    forward = costs.forward_flops(costs.FLUX_DEV, load).total / 1e12
     assert forward + rows / 4 == pytest.approx(55.45, rel=1e-3)
     assert step(512, 2) + rows == pytest.approx(123.9, rel=2e-3)
     assert step(512, 2, checkpointing="block") + rows * 5 / 4 == pytest.approx(179.4, rel=1e-3)
@@ -105,6 +107,10 @@ def test_parameter_counts() -> None:
 
 
 GEOMETRY = {"batch_size": 3, "num_references": 2, "reference_tokens": 36, "target_tokens": 48, "text_tokens": 20}
+
+
+def load_of(mode: str) -> costs.Workload:
+    return costs.Workload(**GEOMETRY, lora_rank=5, reference_attention=mode)
 
 
 def meta_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def count(config: Mapping[str, Any], mode: str, points: int = 0) -> tuple[int, i
 @pytest.mark.parametrize("guidance_embeds", [True, False])
 def test_equals_the_operations_of_the_real_forward(mode: str, guidance_embeds: bool) -> None:
     config = tiny.transformer_config(guidance_embeds, num_layers=3, num_single_layers=4)
-    forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
+    forward = costs.forward_flops(config, load_of(mode))
     assert count(config, mode)[0] == pytest.approx(forward.total, rel=1e-6)
 
 
@@ -165,7 +171,7 @@ def test_equals_the_operations_of_a_run_with_kept_references(mode: str) -> None:
         cache = transformer(**inputs, reference_attention=mode, keep_references=True).kept_references
         for _ in range(2):
             transformer(**without, reference_attention=mode, kept_references=cache)
-    run = costs.sampling_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, num_inference_steps=3, reference_steps=1)
+    run = costs.sampling_flops(config, load_of(mode), 3, reference_steps=1)
     assert counter.get_total_flops() == pytest.approx(run, rel=1e-6)
 
 
@@ -185,15 +191,7 @@ def test_equals_the_operations_of_skipped_steps(cached: bool) -> None:
                 given = {**without, "kept_references": kept} if cached and step else {**inputs, "keep_references": cached}
                 output = transformer(**given, reference_attention="isolated")
             kept = output.kept_references or kept
-    run = costs.sampling_flops(
-        config,
-        **GEOMETRY,
-        lora_rank=5,
-        reference_attention="isolated",
-        num_inference_steps=3,
-        reference_steps=1 if cached else 3,
-        skipped_steps=2,
-    )
+    run = costs.sampling_flops(config, load_of("isolated"), 3, reference_steps=1 if cached else 3, skipped_steps=2)
     assert counter.get_total_flops() == pytest.approx(run, rel=1e-6)
 
 
@@ -205,10 +203,10 @@ def test_follows_the_operations_of_the_real_backward(mode: str) -> None:
     computed again, its second not, since nothing of it is kept.
     """
     config = tiny.transformer_config(num_layers=8, num_single_layers=16)
-    forward = costs.forward_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode)
-    expected = costs.training_step_flops(config, **GEOMETRY, lora_rank=5, reference_attention=mode, gradient_checkpointing="none")
+    forward = costs.forward_flops(config, load_of(mode))
+    expected = costs.training_step_flops(config, load_of(mode), "none")
     main, references = GEOMETRY["text_tokens"] + GEOMETRY["target_tokens"], GEOMETRY["num_references"] * GEOMETRY["reference_tokens"]
-    pairs = costs.attention_pairs(main, GEOMETRY["num_references"], GEOMETRY["reference_tokens"], mode)
+    pairs = costs.attention_pairs(load_of(mode))
     again = forward.attention / 2 * (1 - main * (main + references) / pairs) if mode == "target" else 0.0
     assert count(config, mode)[1] == pytest.approx(expected - forward.attention / 2 + again, rel=0.02)
 
@@ -217,9 +215,7 @@ def test_captured_rows_equal_the_operations(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("mosaic.model.attention_rows.SAVED_BYTES", 0)  # FLUX.1-dev's are never kept
     config = tiny.transformer_config(num_layers=2, num_single_layers=3)
     without, with_rows = count(config, "target")[1], count(config, "target", points=7)[1]
-    g = GEOMETRY
-    sizes = (g["batch_size"], g["num_references"], g["target_tokens"], g["reference_tokens"])
-    assert with_rows - without == costs.captured_row_flops(config, *sizes, 7, 5, all_tokens=True)
+    assert with_rows - without == costs.captured_row_flops(config, load_of("target"), 7, 5, all_tokens=True)
 
 
 def test_unknown_modes_are_refused() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.model.costs import training_step_flops
+from mosaic.model.costs import Workload, training_step_flops
 from mosaic.planning.model_shape import ModelShape
 from scripts.benchmarks import command as benchmark
 from scripts.benchmarks import train as train_benchmark
@@ -140,7 +140,7 @@ def test_a_cell_of_the_table() -> None:
     shape = ModelShape(values, 4, {}, is_local=False)
     args = benchmark.parse([*SMALLEST, "--sizes", "64", "--reference-size", "32", "--max-points", "4"])
     cells = {mode: train_benchmark.measure(args, shape, 64, 2, mode, "cpu", peak=0.01, rate=0.005) for mode in ("none", "block")}
-    flops = training_step_flops(values, 1, 2, 64, 16, 4, 2, "target", "none")
+    flops = training_step_flops(values, Workload(1, 2, 64, 16, 4, 2, "target"), "none")
     for mode, row in cells.items():
         assert set(row) == set(train_benchmark.COLUMNS) - {"px", "K", "checkpointing"}
         assert row["s/step"] > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.model.costs import sampling_flops
+from mosaic.model.costs import Workload, sampling_flops
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.benchmarks import command as benchmark
 from scripts.benchmarks import infer as infer_benchmark
@@ -58,10 +58,11 @@ def test_a_table_of_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert row["latents"] > 1e-4  # approximations
         attention = "isolated" if mode.startswith("isolated") else "target"
         steps = (3, {"isolated-cache": 1, "refresh:2": 2}.get(mode, 3), row["skipped"])
-        flops = sampling_flops(small.transformer.config, 1, k, 16, 9, 8, 3, attention, *steps)
+        load = Workload(1, k, 16, 9, 8, 3, attention)
+        flops = sampling_flops(small.transformer.config, load, *steps)
         assert row["TFLOP"] == pytest.approx(flops / 1e12)
         if mode == "isolated-cache":
-            plain, cached = (sampling_flops(small.transformer.config, 1, k, 16, 9, 8, 3, attention, 3, n, 0) for n in (3, 1))
+            plain, cached = (sampling_flops(small.transformer.config, load, 3, n, 0) for n in (3, 1))
             assert row["predicted over plain"] == pytest.approx(plain / cached)
     printed = capsys.readouterr().out
     assert "MFU against 0.01 TFLOP/s" in printed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.model.costs import training_step_flops
+from mosaic.model.costs import Workload, training_step_flops
 from mosaic.training import Trainer, train
 from mosaic.training.watch.throughput import ThroughputMeter, Work, batch_work, known_peak, resident_peak_bytes
 from tests import runs, tiny
@@ -109,7 +109,7 @@ def test_work_of_a_batch(world: Path, tmp_path: Path) -> None:
     batch = runs.samples_of(trainer, num_references=2, count=3)
     work = batch_work(batch, trainer.pipeline, trainer.config)
     tokens = 3 * (tiny.TEXT_LENGTH + 4 * 6 + 2 * 9)  # targets 16 x 24 px, references 12 x 12 px, tokens of 4 px
-    flops = training_step_flops(trainer.pipeline.transformer.config, 3, 2, 24, 9, tiny.TEXT_LENGTH, runs.RANK, "target", "none")
+    flops = training_step_flops(trainer.pipeline.transformer.config, Workload(3, 2, 24, 9, tiny.TEXT_LENGTH, runs.RANK, "target"), "none")
     assert work == (3, tokens, flops)
 
 

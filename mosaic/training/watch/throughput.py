@@ -57,23 +57,20 @@ class Work(NamedTuple):
 
 def batch_work(batch: MosaicBatch, pipeline: MosaicFluxPipeline, config: Config) -> Work:
     """The work of one micro-batch, by `mosaic.model.costs`; encoders, losses and the optimizer are not counted."""
-    from mosaic.model.costs import training_step_flops
+    from mosaic.model.costs import Workload, training_step_flops
 
-    grids, count = batch_grids(batch, pipeline.encoders.vae_scale_factor), len(batch.prompts)
-    num_references, text_tokens = batch.num_references, config.model.text_length
-    target, reference = grids.target.num_tokens, grids.reference.num_tokens
-    flops = training_step_flops(
-        pipeline.transformer.config,
-        count,
-        num_references,
-        target,
-        reference,
-        text_tokens,
-        config.lora.rank,
-        config.model.reference_attention,
-        gradient_checkpointing="none",
+    grids = batch_grids(batch, pipeline.encoders.vae_scale_factor)
+    load = Workload(
+        batch_size=len(batch.prompts),
+        num_references=batch.num_references,
+        target_tokens=grids.target.num_tokens,
+        reference_tokens=grids.reference.num_tokens,
+        text_tokens=config.model.text_length,
+        lora_rank=config.lora.rank,
+        reference_attention=config.model.reference_attention,
     )
-    return Work(count, count * (text_tokens + target + num_references * reference), flops)
+    flops = training_step_flops(pipeline.transformer.config, load, gradient_checkpointing="none")
+    return Work(load.batch_size, load.num_tokens, flops)
 
 
 class ThroughputMeter:
