@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Nothing asks the network, which would try five times where there is none. Read when `huggingface_hub` is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState

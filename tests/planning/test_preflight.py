@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
@@ -175,6 +176,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path) -
             raise GatedRepoError.__new__(GatedRepoError)
 
     monkeypatch.setattr(preflight_checks, "HfApi", Gated)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     report = preflight.preflight(config)
     assert levels(report)["model.pretrained"] == STOP
     assert "accept its licence" in next(finding.message for finding in report.findings if finding.subject == "model.pretrained")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -284,8 +285,6 @@ def test_bad_adapters(config_file: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As with HF_HUB_OFFLINE=1, which is read at import, and an empty cache."""
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
@@ -327,6 +326,7 @@ def test_why_a_model_cannot_be_had(monkeypatch: pytest.MonkeyPatch, text: str, c
         raise OSError(text)
 
     monkeypatch.setattr(FluxPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match="model 'a/b' cannot be loaded") as caught:
         MosaicFluxPipeline.from_pretrained("a/b")
     assert all(part in str(caught.value) for part in (cure, text, *POCKET))

@@ -15,7 +15,7 @@ from mosaic.training.checkpoints.checkpoint import find_damage
 from scripts.train import main as train_main
 from tests import forks, runs
 
-STEPS = 50
+STEPS = 26
 
 
 def write_config(world: Path, file: Path, output: str, **training: Any) -> str:
@@ -58,11 +58,11 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         # output, processes, batch, micro-batches, steps, signal, exit code
         ("one", 1, 4, 1, STEPS, None, 0),
         ("two", 2, 2, 1, STEPS, None, 0),
-        ("mixed", 2, 2, 1, 21, None, 0),
-        ("mixed", 1, 2, 2, 35, None, 0),
+        ("mixed", 2, 2, 1, 11, None, 0),
+        ("mixed", 1, 2, 2, 18, None, 0),
         ("mixed", 2, 1, 2, STEPS, None, 0),
         ("stopped", 2, 2, 1, STEPS, (1, 6, "SIGUSR1"), 75),
-        ("stopped", 2, 2, 1, STEPS, (0, 20, "SIGTERM"), 75),
+        ("stopped", 2, 2, 1, STEPS, (0, 14, "SIGTERM"), 75),
         ("stopped", 2, 2, 1, STEPS, None, 0),
     ]
     for number, (output, processes, batch_size, micro_batches, steps, stop, code) in enumerate(jobs):
@@ -108,8 +108,8 @@ def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: 
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
-    """SIGUSR1 in step 6 of the second process, then SIGTERM in step 20 of the first."""
-    for job, first, stop in ((5, 0, 7), (6, 7, 21), (7, 21, STEPS)):
+    """SIGUSR1 in step 6 of the second process, then SIGTERM in step 14 of the first."""
+    for job, first, stop in ((5, 0, 7), (6, 7, 15), (7, 15, STEPS)):
         assert find_damage(folder / f"stopped/checkpoints/step_{stop:08d}") is None
         assert samples(folder, job).keys() == set(range(first, stop))
     for name in ("lora", "optimizer", "ema"):  # two processes throughout: bit for bit
