@@ -2,6 +2,7 @@
 tests/tiny.py and tests/runs.py."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Everything imported by now stays: each of a test's garbage collections, such as a trainer's at its end, need not go over it again."""
+    gc.freeze()
 
 
 @pytest.fixture
