@@ -1,0 +1,3 @@
+"""The commands, and what they stand on."""
+
+import mosaic  # noqa: F401  # before torch: it sets how threads wait

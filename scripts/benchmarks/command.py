@@ -8,6 +8,9 @@ shape with `--model flux_dev`, where that fits, or of the pocket transformer's w
 `python scripts/benchmark.py infer` measures sampling: a table of K x size x mode (kept references, step caches, compiled blocks, batches,
 attention kernels) with latency, memory, TFLOP, utilisation and the error against the plain path (scripts/benchmarks/infer.py).
 
+`python scripts/benchmark.py shared` measures training steps alone and beside a busy process at several spin counts of OpenMP
+(scripts/benchmarks/shared_cpu.py).
+
 `python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/benchmarks/data.py).
 """
 
@@ -62,6 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_train_arguments(train)
     add_infer_arguments(commands.add_parser("infer", help="sampling: latency, memory, utilisation, error"))
     add_data_arguments(commands.add_parser("data", help="samples per second and memory of the reader"))
+    add_shared_arguments(commands.add_parser("shared", help="training steps beside a busy process on the same cores"))
     args = parser.parse_args(argv)
     if args.command == "train":
         complete_arguments(args, DEFAULTS)
@@ -156,6 +160,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open-only", type=Path, help=argparse.SUPPRESS)
 
 
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command `shared`."""
+    parser.add_argument("--spin-counts", type=int, nargs="+", default=[300_000, 20_000, 3000, 1000, 300], help="the first is libgomp's own")
+    parser.add_argument("--competitors", type=int, default=1, help="busy processes")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, and cores that all processes share")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per step")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each setting, in turns")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time measured in each run")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds that a single step may take")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--steps-of-one", action="store_const", const=True, help=argparse.SUPPRESS)
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Name the flag whose value cannot be."""
     lowest, flags = {"workers": 0, "seed": 0}, {"references": "k"}
@@ -202,6 +219,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
             from scripts.benchmarks import data as data_benchmark
 
             return data_benchmark.run(args)
+        if args.command == "shared":
+            from scripts.benchmarks import shared_cpu
+
+            return shared_cpu.run(args)
         if args.command == "infer":
             from scripts.benchmarks import infer as infer_benchmark
 
