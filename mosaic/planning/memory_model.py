@@ -17,7 +17,7 @@ from mosaic.planning.dry_run import (
     row_bytes,
 )
 from mosaic.planning.model_shape import ModelShape
-from mosaic.training.distributed.sharding import Distribution
+from mosaic.training.distributed.environment import Distribution
 from mosaic.training.distributed.zero import BUCKET_WEIGHTS
 
 EMA, BUCKETS, ENCODERS, CONTEXT = "EMA", "gradient buckets", "text encoders and VAE", "CUDA context"

@@ -15,7 +15,7 @@ from mosaic.planning.findings import NOTE, OK, STOP, Finding
 from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
 from mosaic.planning.model_shape import ModelShape, read_model_shape
 from mosaic.planning.preflight_checks import look_around
-from mosaic.training.distributed.sharding import read_distribution
+from mosaic.training.distributed.environment import read_distribution
 from mosaic.training.watch.throughput import known_peak
 
 ASSUMED_PEAK_TFLOPS = 989.0  # of a card that is not here or not known: H100 and H200, dense bf16, data sheet

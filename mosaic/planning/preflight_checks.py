@@ -23,7 +23,7 @@ from mosaic.planning.memory_model import FORMAT_BYTES, GIB, OPTIMIZER_BYTES
 from mosaic.planning.model_shape import ENCODERS, ModelShape
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.training.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
-from mosaic.training.distributed.sharding import check_distribution, read_distribution
+from mosaic.training.distributed.environment import check_distribution, read_distribution, said_elsewhere, uses_deepspeed, uses_fsdp
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.starting import check_output, check_rank
 from mosaic.weights.hub import require_model_name, resolve_lora_file
@@ -61,7 +61,7 @@ def look_around(config: Config, shape: ModelShape, environ: Mapping[str, str], r
     folder = Path(config.training.output_dir)
     checkpoint = place.step("training.output_dir", lambda: _find_checkpoint(folder, resume), partial(_describe_output, folder))
     facts, findings = look_at_data(config, shape, read_distribution(environ).processes, checkpoint)
-    if "ACCELERATE_USE_FSDP" in environ or "ACCELERATE_USE_DEEPSPEED" in environ:
+    if uses_fsdp(environ) or uses_deepspeed(environ) or said_elsewhere(environ) is not None:
         findings.step("Accelerate config", lambda: check_distribution(config.optimizer, environ), lambda _: "as training takes it.")
     if config.validation.every is not None and config.validation.cases is not None:
         cases = partial(load_cases, config.validation.cases, config.data.reference_size)

@@ -222,7 +222,7 @@ def accelerate_environment(plan: Plan) -> dict[str, str]:
         raise ValueError(f"{plan.config}: Accelerate refuses this config: {error}") from error
     prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
     found = {name: value for name, value in found.items() if name.startswith(prefixes) and value != os.environ.get(name)}
-    # mosaic.training.distributed.sharding makes the mesh from the two sizes itself; Accelerate would refuse them on a CPU.
+    # mosaic.training.distributed.environment reads the mesh from the two sizes itself; Accelerate would refuse them on a CPU.
     return {name: value for name, value in found.items() if name not in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_PARALLELISM_CONFIG")}
 
 

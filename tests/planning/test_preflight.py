@@ -22,7 +22,7 @@ from mosaic.planning.findings import NOTE, OK, STOP
 from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, GRADIENTS, OPTIMIZER, ROWS, SAVED, TRANSIENT
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE
 from mosaic.training import train
-from mosaic.training.distributed.sharding import Distribution, read_distribution
+from mosaic.training.distributed.environment import Distribution, read_distribution
 from mosaic.weights import quantization
 from scripts.launching import launch, memory_table
 from scripts.preflight import main, planned_environment

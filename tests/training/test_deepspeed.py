@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from mosaic.config.sections import OptimizerConfig
 from mosaic.training.checkpoints.optimizer_state import optimizer_tensors, pack_state, unpack_state
-from mosaic.training.distributed import sharding
-from mosaic.training.distributed.sharding import check_distribution
+from mosaic.training.distributed import environment
+from mosaic.training.distributed.environment import check_distribution
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_a_shared_out_state_is_packed_as_that_of_a_whole_optimizer() -> None:
 def test_what_zero_2_cannot_do_is_refused(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], optimizer: dict[str, str], message: str
 ) -> None:
-    monkeypatch.setattr(sharding, "require_package", lambda *_: None)
+    monkeypatch.setattr(environment, "require_package", lambda *_: None)
     for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     check_distribution(OptimizerConfig())
@@ -126,7 +126,7 @@ def test_processes_of_their_own_and_the_package_are_needed(monkeypatch: pytest.M
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with monkeypatch.context() as installed:
-        installed.setattr(sharding, "require_package", lambda *_: None)
+        installed.setattr(environment, "require_package", lambda *_: None)
         with pytest.raises(ValueError, match="LOCAL_RANK is not set"):
             check_distribution(OptimizerConfig())
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

@@ -13,7 +13,7 @@ from torch import nn
 
 from mosaic.config.sections import OptimizerConfig
 from mosaic.training.distributed import sharding
-from mosaic.training.distributed.sharding import check_distribution
+from mosaic.training.distributed.environment import check_distribution
 from scripts.launching.launch import make_plan, process_environments
 from scripts.launching.processes import run_processes
 from tests import runs
