@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -23,16 +24,23 @@ from tqdm import tqdm
 from mosaic import SPIN_VARIABLES
 from mosaic.files import write_text
 
+ROOT = Path(__file__).resolve().parents[2]
 WARM_UP_STEPS = 2
 START_SECONDS = 120.0  # that a process may take to import and build
 BUSY = "while True: pass"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Measure, print a table, return the result."""
+    """Measure, print a table, return the result.
+
+    Raises:
+        ValueError: This system cannot keep processes on some cores, or a measuring process has ended by itself.
+    """
     if args.steps_of_one:
         measure_steps(args)
         return None
+    if sys.platform != "linux":
+        raise ValueError("processes are kept on some cores, which Python can do on Linux only.")
     cores = sorted(os.sched_getaffinity(0))[: args.threads]
     os.sched_setaffinity(0, cores)  # and with it all that is started here
     settings = [*(f"GOMP_SPINCOUNT={count}" for count in args.spin_counts), "OMP_WAIT_POLICY=PASSIVE"]
@@ -80,7 +88,7 @@ def seconds_per_step(setting: str, args: argparse.Namespace) -> float:
     kept = {name: value for name, value in os.environ.items() if name not in (*SPIN_VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     name, _, value = setting.partition("=")
     options = ["--steps-of-one", "--threads", str(args.threads), "--batch-size", str(args.batch_size)]
-    command = [sys.executable, "scripts/benchmark.py", "shared", *options]
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "shared", *options]
     with lines_of(command, {**kept, name: value}) as lines:
         found: list[float] = []
         wait, end = START_SECONDS, float("inf")
