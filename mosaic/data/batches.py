@@ -12,8 +12,8 @@ from mosaic.data.samples import MosaicBatch, collate
 
 def batches_from(
     step: int, dataset: Any, sampler: BucketBatchSampler, num_workers: int, start_worker: Callable[[int], None] | None = None
-) -> Iterator[list[MosaicBatch]]:
-    """The micro-batches of each optimizer step, without end.
+) -> Iterator[tuple[list[MosaicBatch], float]]:
+    """The micro-batches of each optimizer step, and what the step counts (`BucketBatchSampler.shares`), without end.
 
     Args:
         step: The first optimizer step.
@@ -26,6 +26,6 @@ def batches_from(
     while True:
         sampler.set_epoch(epoch, done)
         loader = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker))
-        for _ in range(done, sampler.steps_per_epoch):
-            yield list(islice(loader, sampler.accumulation))
+        for share in sampler.shares():
+            yield list(islice(loader, sampler.accumulation)), share
         epoch, done = epoch + 1, 0

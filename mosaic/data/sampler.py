@@ -13,8 +13,9 @@ class BucketBatchSampler(Sampler[list[int]]):
     step, all of one length. A global batch is cut into equal slices: micro-batch m of rank r is slice m * world_size + r. So the
     samples of a step depend on the size of the global batch only, not on how micro-batches and ranks share it; all ranks see the
     same keys at the same time; and the mean over the slices' means is the mean over the samples. The remainder of each group is left
-    out of the epoch (another one in each epoch); a group with too few samples for one global batch fills one by repeating them. A data
-    loader that shards by itself (accelerate) must not shard this sampler again.
+    out of the epoch (another one in each epoch); a group with too few samples for one global batch fills one by repeating them, and
+    `shares` says what that batch is to count, so that no sample counts more than another. A data loader that shards by itself
+    (accelerate) must not shard this sampler again.
     """
 
     def __init__(
@@ -61,19 +62,27 @@ class BucketBatchSampler(Sampler[list[int]]):
         """Number of samples in groups smaller than a global batch, which are repeated to fill one."""
         return sum(len(group) for group in self._groups if len(group) < self.global_batch)
 
+    def shares(self) -> list[float]:
+        """What each global batch of the next iteration counts: 1; for one of n samples that are repeated to fill it n / global batch."""
+        return [share for _, share in self._epoch_batches()]
+
     def __len__(self) -> int:
         """Number of micro-batches of a whole epoch, the same on every rank."""
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self._epoch])
-        batches = [batch for group in self._groups for batch in self._global_batches(rng.permutation(group))]
-        for number in rng.permutation(len(batches))[self._first_step :]:
-            for slices in np.split(batches[number], self.accumulation):
+        for batch, _ in self._epoch_batches():
+            for slices in np.split(batch, self.accumulation):
                 yield np.split(slices, self.world_size)[self.rank].tolist()
 
-    def _global_batches(self, indices: np.ndarray) -> list[np.ndarray]:
+    def _epoch_batches(self) -> list[tuple[np.ndarray, float]]:
+        """Global batches of the chosen epoch from its first step on, and what each counts."""
+        rng = np.random.default_rng([self.seed, self._epoch])
+        batches = [batch for group in self._groups for batch in self._global_batches(rng.permutation(group))]
+        return [batches[number] for number in rng.permutation(len(batches))[self._first_step :]]
+
+    def _global_batches(self, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
         """Cut the shuffled samples of one group into global batches."""
-        size = self.global_batch
+        size, share = self.global_batch, min(len(indices) / self.global_batch, 1.0)
         indices = np.resize(indices, max(size, len(indices)))
-        return [indices[start : start + size] for start in range(0, len(indices) - size + 1, size)]
+        return [(indices[start : start + size], share) for start in range(0, len(indices) - size + 1, size)]

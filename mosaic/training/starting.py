@@ -3,12 +3,12 @@
 import logging
 import math
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 
 from mosaic.config.loading import Config
 from mosaic.config.sections import LoraConfig
@@ -31,6 +31,7 @@ from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
+from mosaic.training.distributed.waiting import STEP_LIMIT, main_alone
 from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.run_lock import RunLock
@@ -39,7 +40,6 @@ from mosaic.weights.digests import model_file, vae_scale_factor
 from mosaic.weights.hub import resolve_lora_file
 from mosaic.weights.quantization import check_quantization, quantize_base
 
-WAIT = timedelta(hours=6)  # that processes wait for one another: the main one validates, or looks over the data, alone
 logger = logging.getLogger(__name__)
 
 
@@ -155,15 +155,17 @@ def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path 
         FileNotFoundError: `resume` is no checkpoint.
         ValueError: The checkpoints are damaged, the folder holds those of an earlier run, or another run has it locked.
     """
-    found: list[str | None] = [None]
-    if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT).is_main_process:
+
+    def find() -> str | None:
         if run_dir.is_dir():
             lock.acquire()
             clean_up(run_dir / "checkpoints")
         path = find_checkpoint(resume, run_dir / "checkpoints")
-        found = [str(path) if path is not None else None]
-    broadcast_object_list(found)
-    return Path(found[0]) if found[0] is not None else None
+        return str(path) if path is not None else None
+
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=STEP_LIMIT)
+    found = main_alone(find)
+    return Path(found) if found is not None else None
 
 
 def load_base(config: Config, opened: Opened, device: torch.device) -> MosaicFluxPipeline:
@@ -200,8 +202,9 @@ def training_dataset(
     if accelerator.is_main_process and not continues:
         file.unlink(missing_ok=True)  # of an earlier start in this folder, maybe with other data
     if data.skip_invalid:
-        with accelerator.main_process_first():
-            skipped = find_unreadable(opened.samples, file, data.num_workers, accelerator.is_local_main_process)
+        find = partial(find_unreadable, opened.samples, file, data.num_workers, accelerator.is_local_main_process)
+        main_alone(lambda: len(find()))
+        skipped = find()  # from the list that the main process has written
         if skipped:
             logger.warning("%d of %d samples cannot be read and are left out, see %s", len(skipped), len(dataset), file)
             dataset = ReadableSamples(opened.samples, skipped)
@@ -233,7 +236,10 @@ def training_sampler(
             f"must be at most the number of samples, {len(dataset)}, got {sampler.global_batch}."
         )
     if sampler.num_repeated:
-        message = "%d samples are of a number of references or a size that fewer than %d samples have; an epoch repeats them"
+        message = (
+            "%d samples are of a number of references or a size that fewer than %d samples have: they are repeated to fill a step, and the "
+            "step's gradient is scaled down to their share of it, so that no sample counts more than another"
+        )
         logger.warning(message, sampler.num_repeated, sampler.global_batch)
     return sampler
 

@@ -1,13 +1,13 @@
 """Training of the reference LoRA: the objects of a run and the loop around `mosaic.training.objective.train_step`."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -23,7 +23,10 @@ from mosaic.training.checkpoints.checkpoint import folder_of, load_snapshot, set
 from mosaic.training.checkpoints.run_state import describe_run, require_same_run
 from mosaic.training.checkpoints.snapshot import restore_snapshot, take_snapshot
 from mosaic.training.checkpoints.writer import CheckpointWriter
-from mosaic.training.distributed.sharding import check_distribution, is_sharded, place_models, uses_deepspeed
+from mosaic.training.distributed.comparison import check_adapter, check_base
+from mosaic.training.distributed.environment import check_distribution, uses_deepspeed
+from mosaic.training.distributed.sharding import is_sharded, place_models
+from mosaic.training.distributed.waiting import ProcessFailed, failing_together, in_step, main_alone, read_together
 from mosaic.training.distributed.zero import ZeroUpdates
 from mosaic.training.objective import call_settings, draw_inputs, sample_generators, scheduled_weights, train_step
 from mosaic.training.optimizers import build_optimizer
@@ -65,7 +68,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     """
     check_distribution(config.optimizer)  # before any process looks for the others
     run_dir = Path(config.training.output_dir)
-    with StopSignals() as signals, RunLock(run_dir) as lock:
+    with failing_together(TrainingStopped), StopSignals() as signals, RunLock(run_dir) as lock:
         checkpoint = choose_checkpoint(resume, run_dir, lock)
         trainer = Trainer(config, signals, continues=checkpoint is not None)
         if checkpoint is not None:
@@ -107,6 +110,8 @@ class Trainer:
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
         attach_adapter(self.pipeline, config, opened.adapter)
+        check_base([self.pipeline.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2])
+        check_adapter(list(reference_lora_parameters(self.pipeline.transformer).values()), 0)
         placed = place_models(self.accelerator, self.pipeline)
         self.parameters = reference_lora_parameters(self.pipeline.transformer)
         trainable = list(self.parameters.values())
@@ -147,6 +152,7 @@ class Trainer:
         if self._saved_step == self.step:
             return
         self._settle()
+        check_adapter(list(self.parameters.values()), self.step)
         optimizer = self.updates.optimizer_state()
         if optimizer is not None:  # on the main process
             self.log.flush()
@@ -157,22 +163,19 @@ class Trainer:
 
     def _settle(self) -> None:
         """Wait for the checkpoint that is being written; where that has failed, raise on all processes."""
-        error = None
-        try:
-            self.writer.wait()
-        except OSError as failure:
-            error = failure
-        (failed,) = self._on_any_process(error is not None)
-        if failed:
-            raise error or OSError("the main process could not write a checkpoint; its message says why.")
+        main_alone(self.writer.wait)
 
     def _best_step(self, steps: list[int]) -> int | None:
         return self.log.best_step(self.config.training.best_metric, steps)
 
     # ---- one step
 
-    def optimizer_step(self, batches: list[MosaicBatch]) -> MosaicLoss:
+    def optimizer_step(self, batches: list[MosaicBatch], share: float = 1.0) -> MosaicLoss:
         """Accumulate the gradients of the micro-batches and update the adapter once; returns the mean terms over all processes.
+
+        Args:
+            batches: The micro-batches of this process.
+            share: Factor on the gradient, not on the returned terms: of the sampler, for samples that are repeated to fill the step.
 
         Raises:
             NonFiniteLoss: The loss or the gradient is not finite and `training.non_finite` is "stop"; the adapter is not changed.
@@ -185,7 +188,7 @@ class Trainer:
             with self.updates.micro_batch(is_last=micro_step == len(batches) - 1):
                 inputs = draw_inputs(self.pipeline.encoders, batch, self.config, generators, self.pipeline.transformer.device)
                 loss = train_step(self.transformer, *inputs, self.config.loss, self.step, self.call)
-                self.updates.backward(loss.total / len(batches))
+                self.updates.backward(loss.total * share / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         # All slices have one size, so the mean of their means is the mean over the samples.
         loss = MosaicLoss(*self.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
@@ -217,7 +220,9 @@ class Trainer:
         training = self.config.training
         limits = (training.max_steps, training.max_epochs and training.max_epochs * self.sampler.steps_per_epoch)
         total = min(limit for limit in limits if limit is not None)
-        batches_of_steps = batches_from(self.step, self.dataset, self.sampler, self.config.data.num_workers, ignore_in_worker)
+        loaded = batches_from(self.step, self.dataset, self.sampler, self.config.data.num_workers, ignore_in_worker)
+        batches_of_steps = read_together(islice(loaded, max(total - self.step, 0)), self._on_any_process)
+        check_adapter(list(self.parameters.values()), self.step)
         self._start_log()
         if self.step:
             self.save()  # one that was continued from elsewhere, so that this run's folder has it
@@ -228,9 +233,9 @@ class Trainer:
             self._stop_if_asked()
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with progress:  # closed in any case, so that an error message starts on a line of its own
-            for batches in self.meter.wait_for(islice(batches_of_steps, max(total - self.step, 0))):
+            for batches, share in self.meter.wait_for(batches_of_steps):
                 try:
-                    loss = self.optimizer_step(batches)
+                    loss = self.optimizer_step(batches, share)
                 except NonFiniteLoss:
                     self.save()  # the steps before this one
                     self._settle()
@@ -279,35 +284,46 @@ class Trainer:
 
     def _has_validated(self) -> bool:
         """Whether the log has the validation of this step; the main process decides for all."""
-        found = [any("attention/exact" in entry for entry in self.log.entries() if entry["step"] == self.step)]
-        broadcast_object_list(found)
-        return found[0]
+        return main_alone(lambda: any("attention/exact" in entry for entry in self.log.entries() if entry["step"] == self.step))
 
     def validate(self) -> None:
         """Panels of held-out cases and attention accuracy, with the averaged adapter if there is one; written by the main process.
 
-        A failure is logged and never ends a run. A stop signal cuts it short; the run then makes it when it is continued.
+        A failure is logged and does not end a run, but where a process has left the others in a sharded forward pass. A stop signal cuts
+        it short; the run then makes it when it is continued.
         """
+        if is_sharded(self.transformer):
+            with self._going_on(), in_step() as on_any_process:
+                self._validate(lambda: on_any_process(self._asked_here()))
+        else:
+            main_alone(self._validate_here)
+
+    def _validate_here(self) -> None:
+        with self._going_on():
+            self._validate(self._asked_here)
+
+    def _validate(self, asked_to_stop: Callable[[], bool]) -> None:
         assert self.held_out is not None  # `open_run` has opened them where validation is asked for
-        is_main, sharded = self.accelerator.is_main_process, is_sharded(self.transformer)
-        if is_main or sharded:
-            folder = self.run_dir / "validation" / f"step_{self.step:08d}" if is_main else None
-            try:
-                with averaged(self.ema, list(self.parameters.values())):
-                    asked = self._asked_on_any_process if sharded else self._asked_here
-                    accuracy = validate(self.pipeline, self.held_out, self.panels, self.config, folder, asked)
-                self._write(self.log, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
-            except ValidationStopped:
-                logger.warning("validation at step %d was cut short by a stop signal", self.step)
-            except Exception:
-                logger.exception("validation at step %d failed; training goes on", self.step)
-        self.accelerator.wait_for_everyone()
+        is_main = self.accelerator.is_main_process
+        folder = self.run_dir / "validation" / f"step_{self.step:08d}" if is_main else None
+        with averaged(self.ema, list(self.parameters.values())):
+            accuracy = validate(self.pipeline, self.held_out, self.panels, self.config, folder, asked_to_stop)
+        self._write(self.log, {f"attention/{name}": value for name, value in accuracy._asdict().items()})
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Context of a validation that may fail."""
+        try:
+            yield
+        except ProcessFailed:
+            raise
+        except ValidationStopped:
+            logger.warning("validation at step %d was cut short by a stop signal", self.step)
+        except Exception:
+            logger.exception("validation at step %d failed; training goes on", self.step)
 
     def _asked_here(self) -> bool:
         return self.signals.received is not None
-
-    def _asked_on_any_process(self) -> bool:
-        return self._on_any_process(self._asked_here())[0]
 
     def _stop_if_asked(self) -> None:
         """At a step's end: end on all processes if a signal has come to any of them, or if a checkpoint could not be written."""

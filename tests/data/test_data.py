@@ -328,6 +328,35 @@ def test_ranks_and_micro_batches_share_the_global_batches(batch_size: int, world
     assert joined == [index for batch in epoch(1, batch_size=4, first_step=1) for index in batch]
 
 
+@pytest.mark.parametrize("batch_size", [2, 4, 8, 16])
+def test_no_sample_counts_more_than_another(batch_size: int) -> None:
+    """A group too small for a global batch fills one, at its share of it; full groups leave their remainders out in turns."""
+    ks, counted = COUNTS.copy(), np.zeros(len(COUNTS))
+    sampler = BucketBatchSampler(COUNTS, batch_size, seed=5)
+    epochs = 60
+    for number in range(epochs):
+        sampler.set_epoch(number)
+        batches, shares = list(sampler), sampler.shares()
+        assert len(shares) == len(batches) == sampler.steps_per_epoch
+        for batch, share in zip(batches, shares, strict=True):
+            assert share == min((ks == ks[batch[0]]).sum() / batch_size, 1)
+            np.add.at(counted, batch, share / epochs)
+    for k in (1, 2, 3, 4):
+        size = (ks == k).sum()
+        expected = 1.0 if size < batch_size else size // batch_size * batch_size / size  # less what is left out
+        assert counted[ks == k].mean() == pytest.approx(expected)
+        assert counted[ks == k] == pytest.approx(np.full(size, expected), abs=0.25)
+
+
+def test_shares_go_on_where_an_epoch_is_resumed() -> None:
+    sampler = BucketBatchSampler(COUNTS, 2, 5, accumulation=2)
+    sampler.set_epoch(1)
+    whole = sampler.shares()
+    assert sorted(whole) == [0.25, 0.75, 1.0, 1.0, 1.0, 1.0]
+    sampler.set_epoch(1, first_step=2)
+    assert sampler.shares() == whole[2:]
+
+
 @pytest.mark.parametrize("arguments", [([1], 0, 0), ([1], 1, 0, 2, 2), ([], 1, 0), ([1], 1, 0, 0, 1, 0)])
 def test_sampler_refuses(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="batch_size, world_size and accumulation must be at least 1"):

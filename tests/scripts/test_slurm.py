@@ -71,3 +71,9 @@ def test_options_of_the_examples(name: str) -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", (SLURM / f"{name}.sbatch").read_text(), flags=re.MULTILINE))
     assert (options["signal"], options["requeue"], options["ntasks-per-node"], options["open-mode"]) == ("B:USR1@120", "", "1", "append")
     assert ("array" in options) == (name == "array")
+
+
+def test_machines_end_together() -> None:
+    """Code 75 of one ends no other one at once; a failed one holds none for long."""
+    command = (SLURM / "train.sbatch").read_text().splitlines()[-1]
+    assert "--kill-on-bad-exit=0 --wait=300 bash train.sh" in command

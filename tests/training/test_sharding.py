@@ -56,6 +56,20 @@ def ask(self):
 Trainer._asked_here = ask
 """
 
+#: Before training: the second process alone fails between the first two pictures of the first validation.
+FAIL = """
+import os
+asked, here = [], Trainer._asked_here
+
+def ask(self):
+    asked.append(1)
+    if os.environ["RANK"] == "1" and len(asked) == 2:
+        raise ValueError("sample 4 is damaged")
+    return here(self)
+
+Trainer._asked_here = ask
+"""
+
 
 def run(world: Path, folder: Path, name: str, environ: dict[str, str], shards: int, before: str = "", code: int = 0) -> Path:
     """Train three steps of two micro-batches, with validation and a moving average; returns the run's folder."""
@@ -116,6 +130,22 @@ def test_a_signal_to_one_process_ends_a_sharded_validation_on_all(world: Path, t
     assert (folder / "checkpoints/step_00000000/state.json").is_file()
     assert not (folder / "metrics.jsonl").exists()
     assert (folder / "validation/step_00000000/case_0.png").is_file()
+
+
+@pytest.mark.cluster
+def test_a_failure_of_one_process_ends_a_sharded_validation_on_all_and_no_run(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    environ = {"NNODES": "1", "NUM_PROCESSES": "2", "ACCELERATE_CONFIG": str(ROOT / "configs/accelerate/fsdp2.yaml")}
+    folder = run(world, tmp_path, "failed", environ, 2, FAIL)
+    printed = capfd.readouterr().err
+    assert printed.count("validation at step 0 failed; training goes on") == 2
+    assert printed.count("FailedElsewhere: process 1: sample 4 is damaged") == 1
+    measured = [
+        entry["step"] for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "attention/exact" in entry
+    ]
+    assert measured == [3]
+    assert (folder / "lora.safetensors").is_file()
 
 
 @pytest.mark.cluster

@@ -113,15 +113,15 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 def test_signals_to_a_whole_group_leave_the_loading_processes_alive(trainer: Trainer, number: signal.Signals) -> None:
     """And what they load does not depend on their number."""
     alone = batches_from(1, trainer.dataset, trainer.sampler, 0)
-    expected = [next(alone)[0].ids for _ in range(6)]
+    expected = [next(alone)[0][0].ids for _ in range(6)]
     stream = batches_from(1, trainer.dataset, trainer.sampler, 2, ignore_in_worker)
     before = set(multiprocessing.active_children())
-    found = [next(stream)[0].ids for _ in range(2)]  # each of them has begun
+    found = [next(stream)[0][0].ids for _ in range(2)]  # each of them has begun
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, number)
-    found += [next(stream)[0].ids for _ in range(4)]
+    found += [next(stream)[0][0].ids for _ in range(4)]
     assert found == expected
 
 
@@ -163,7 +163,7 @@ def test_not_finite_is_skipped_where_asked_for(
     seen = at_step(2, lambda loss: MosaicLoss(*(term * math.nan for term in loss)), monkeypatch)
     trainer = Trainer(runs.make_config(world, tmp_path / "run", **OPTIONS, training__non_finite="skip"))
     weights, step = [], trainer.optimizer_step
-    monkeypatch.setattr(trainer, "optimizer_step", lambda batches: (step(batches), weights.append(runs.values(trainer)))[0])
+    monkeypatch.setattr(trainer, "optimizer_step", lambda *batches: (step(*batches), weights.append(runs.values(trainer)))[0])
     trainer.fit()
     runs.assert_same_tensors(weights[2], weights[1])
     assert not torch.equal(weights[3]["transformer.x_embedder.lora_A.weight"], weights[2]["transformer.x_embedder.lora_A.weight"])

@@ -42,6 +42,39 @@ def test_accumulation_equals_one_batch(world: Path, tmp_path: Path, monkeypatch:
     assert runs.total_norm(seen[0]) > 0.01
 
 
+def test_a_small_group_counts_by_its_share(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples of one reference among steps of four: three quarters of the gradient, and the loss itself; also after a resume."""
+    settings = {"training__batch_size": 4, "training__max_steps": 6, "training__checkpoint_every": 3, "optimizer__max_grad_norm": None}
+    trainer = Trainer(runs.make_config(world, tmp_path / "run", **settings))
+    seen, start = runs.captured_gradients(trainer, monkeypatch), runs.values(trainer)
+    batch = runs.samples_of(trainer, num_references=1, count=3)
+    losses = []
+    for share in (1.0, 0.75):
+        losses.append(trainer.optimizer_step([batch], share))
+        trainer.step = 0
+        with torch.no_grad():
+            for key, parameter in trainer.parameters.items():
+                parameter.copy_(start[key])
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(seen[1], {key: 0.75 * gradient for key, gradient in seen[0].items()})
+    counted: list[tuple[int, float]] = []
+
+    def spy(self: Trainer, batches: list[MosaicBatch], share: float) -> MosaicLoss:
+        counted.append((batches[0].references.shape[1], share))
+        return step(self, batches, share)
+
+    step = Trainer.optimizer_step
+    monkeypatch.setattr(Trainer, "optimizer_step", spy)
+    again = Trainer(runs.make_config(world, tmp_path / "again", **settings))
+    again.fit()
+    assert sorted(set(counted)) == [(1, 0.75), (2, 1.0)]
+    whole, counted[:] = list(counted), []
+    resumed = Trainer(runs.make_config(world, tmp_path / "again", **settings), continues=True)
+    resumed.resume(tmp_path / "again/checkpoints/step_00000003")
+    resumed.fit()
+    assert counted == whole[3:]
+
+
 def test_clipping_really_clips(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     norms = []
     for limit in (None, 1e-3, 1e6):
