@@ -110,10 +110,12 @@ def check(config: Config, cases: list[Case]) -> list[str]:
     """What `--check` finds beyond the cases file: a message for every case whose size does not fit the model.
 
     Raises:
-        FileNotFoundError, ValueError: See `mosaic.rendering.checks.check_run`.
+        FileNotFoundError, ValueError: See `mosaic.rendering.checks.check_run` and `adapter_notes`.
     """
-    from mosaic.rendering.checks import check_run
+    from mosaic.rendering.checks import adapter_notes, check_run
 
+    for note in adapter_notes(config) if is_first_process() else []:
+        print(f"note: {note}", file=sys.stderr)
     try:
         return check_run(cases, config)
     except FileNotFoundError:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.lora.adapter import load_reference_lora, reference_lora_parameters
+from mosaic.lora.adapter import reference_lora_parameters
+from mosaic.lora.loading import load_reference_lora
 from mosaic.method.correspondence import Points, batch_points
 from mosaic.method.grids import Grid
 from mosaic.method.losses import correspondence_loss, disentanglement_loss, flow_matching_loss, reference_distributions

@@ -1,5 +1,6 @@
 """A tiny model folder, data set, adapter file and config on disk, for tests of training, inference and the commands."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -213,13 +214,15 @@ def watch_steps(
     """Have `seen` called with step, batch and generators before the loss of every micro-step, and `change` with step and loss after it."""
     draw, loss_of, given = training.draw_inputs, training.train_step, []
 
-    def spy_on_inputs(encoders: Any, batch: MosaicBatch, config: Any, generators: list[torch.Generator], device: Any) -> Any:
-        given[:] = batch, generators
-        return draw(encoders, batch, config, generators, device)
+    def spy_on_inputs(*arguments: Any, **named: Any) -> Any:
+        bound = inspect.signature(draw).bind(*arguments, **named).arguments
+        given[:] = bound["batch"], bound["generators"]
+        return draw(*arguments, **named)
 
-    def spy_on_step(transformer: Any, encoded: Any, points: Any, draws: Any, loss: Any, step: int, call: Any) -> MosaicLoss:
+    def spy_on_step(*arguments: Any, **named: Any) -> MosaicLoss:
+        step = inspect.signature(loss_of).bind(*arguments, **named).arguments["step"]
         seen(step, *given)
-        return change(step, loss_of(transformer, encoded, points, draws, loss, step, call))
+        return change(step, loss_of(*arguments, **named))
 
     patch(training, "draw_inputs", spy_on_inputs)
     patch(training, "train_step", spy_on_step)

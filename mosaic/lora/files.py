@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from mosaic.files import replacing, save_tensors
 
 METADATA_KEY = "mosaic"  # key of the safetensors metadata that marks a file as a reference LoRA
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # key under which diffusers keeps PEFT's config, and with it the alpha
+
+ALL_ZERO = "all its values are zero, so it changes nothing: float16 makes small numbers zero, and a fresh adapter starts at zero"
+MOST_ROUNDING = 2.0**-8  # share of a matrix's norm: bfloat16 rounds a number by at most 2^-9 of it
 
 
 class LoraFile(Mapping[str, Tensor]):
@@ -79,9 +82,24 @@ def check_finite(tensor: Tensor, key: str, where: str) -> None:
     Raises:
         ValueError: Naming the file and the key.
     """
-    values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no test of its own
-    if not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{where}: {key} holds values that are not finite. The file is damaged, or its training failed.")
+
+
+def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 or float64 matrix in a number format; in float32 where that format would make numbers infinite, or small ones zero."""
+    narrow = wide.to(dtype)
+    lost = torch.linalg.matrix_norm(narrow.double() - wide.double())
+    return narrow if lost <= MOST_ROUNDING * torch.linalg.matrix_norm(wide.double()) else wide.float()
+
+
+def is_all_zero(factors: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Whether a LoRA changes nothing, A or B of every module being zero; it stops at the first module that does change something."""
+    return not any(_acts(a) and _acts(b) for a, b in factors)
+
+
+def _acts(factor: Tensor) -> bool:
+    return bool((factor.float() if factor.element_size() == 1 else factor).any())  # float8 has no test of its own
 
 
 def metadata_object(metadata: Mapping[str, str], key: str, where: str) -> dict[str, Any]:

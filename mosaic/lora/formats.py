@@ -5,45 +5,46 @@ exactly what they were. Scales are taken into the factors here, in every style a
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mosaic.lora.adapter import PREFIX
-from mosaic.lora.files import DIFFUSERS_METADATA, LoraFile, check_finite, metadata_object
+from mosaic.lora.adapter import PREFIX, shorten
+from mosaic.lora.files import LoraFile, check_finite, is_all_zero, narrowed
 from mosaic.lora.keys import LINEAR1_WIDTH, LoraKeys, convert_module, find_modules, is_text_encoder_key
+from mosaic.lora.scales import Alpha, module_scale, peft_config
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+#: Number formats of matrices, by their names in a file's header.
+NUMBER_FORMATS = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+FORMAT_NAMES = "float64, float32, float16, bfloat16, float8_e4m3fn or float8_e5m2"
 LINEAR1_PARTS = 4  # to_q, to_k, to_v and proj_mlp
 WIDER = {"proj_mlp": 4}  # output rows of a part of a stack, in widths of the model; of all others 1
-SCALES = (1e-6, 1e6)  # beyond them a file is damaged, and factors that take the scale up would overflow
 SWAPPED = "norm_out.linear"  # its rows are two halves, scale and shift
 
 
-def read_module(tensors: Mapping[str, Tensor], keys: LoraKeys, metadata: Mapping[str, str], where: str) -> tuple[Tensor, Tensor, float]:
+def read_module(tensors: Mapping[str, Tensor], keys: LoraKeys, config: Mapping[str, Any], where: str) -> tuple[Tensor, Tensor, float]:
     """A, B and the scale s of a module; its weights change by s B A.
 
     Args:
         tensors: A `LoraFile`, or tensors by key.
         keys: Of the module.
-        metadata: Of the file.
+        config: Of `peft_config`.
         where: The file, for messages.
 
     Returns:
-        A [r, d_in], B [d_out, r], and s = alpha / r (1 where no alpha is given).
+        A [r, d_in], B [d_out, r], where they are float8 as bfloat16, which holds the same numbers; s of `module_scale`.
 
     Raises:
         ValueError: If one of them is no finite floating point matrix, the ranks of A and B differ or are 0, the rows do not fit the module,
             or alpha is no sensible number.
     """
-    a, b = tensors[keys.down], tensors[keys.up]
-    for key, matrix in ((keys.down, a), (keys.up, b)):
-        if matrix.ndim != 2 or matrix.dtype not in FLOATS:
-            raise ValueError(f"{where}: {key} must be a floating point matrix, got {matrix.dtype} of shape {tuple(matrix.shape)}.")
-        check_finite(matrix, key, where)
+    a, b = (_finite_matrix(tensors[key], key, where) for key in (keys.down, keys.up))
     rank = len(a)
     if rank == 0 or b.shape[1] != rank:
         raise ValueError(f"{where}: {keys.up} must have a column for each row of {keys.down}, one or more, got {b.shape[1]} and {rank}.")
@@ -52,40 +53,16 @@ def read_module(tensors: Mapping[str, Tensor], keys: LoraKeys, metadata: Mapping
         raise ValueError(f"{where}: {keys.up} must have {rows} rows ({len(keys.parts)} parts), got {len(b)}. Is it for another model?")
     if len(keys.parts) == LINEAR1_PARTS and a.shape[1] > LINEAR1_WIDTH:
         raise ValueError(f"{where}: {keys.down} must have at most FLUX.1's {LINEAR1_WIDTH} columns, got {a.shape[1]}.")
-    if keys.alpha is None:
-        alpha, source = _declared_alpha(metadata, keys.parts[0], rank, where), "lora_alpha in its metadata"
-    else:
-        alpha, source = _one_number(tensors[keys.alpha]), keys.alpha
-    if not SCALES[0] <= alpha / rank <= SCALES[1]:
-        given = f"between {SCALES[0]:g} and {SCALES[1]:g} times the rank {rank}, got {alpha:g}"
-        raise ValueError(f"{where}: {source} must be one number {given}. The file is damaged.")
-    return a, b, alpha / rank
+    alpha = None if keys.alpha is None else Alpha(keys.alpha, tensors[keys.alpha])
+    return a, b, module_scale(config, keys.parts[0], rank, alpha, where)
 
 
-def _one_number(tensor: Tensor) -> float:
-    """The value of a tensor of one element, else NaN."""
-    return float(tensor) if tensor.numel() == 1 else math.nan
-
-
-def _declared_alpha(metadata: Mapping[str, str], module: str, rank: int, where: str) -> float:
-    """The alpha that PEFT's config in a file's metadata gives a module; the rank without such metadata."""
-    declared = metadata_object(metadata, DIFFUSERS_METADATA, where)
-    config = {key.removeprefix(PREFIX): value for key, value in declared.items() if key.startswith(PREFIX)} or declared
-    if config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{where}: is a DoRA or a rank-stabilised LoRA by its metadata; only plain LoRA can be read.")
-    try:
-        matching = [value for name, value in (config.get("alpha_pattern") or {}).items() if _names(name, module)]
-        return float([*matching, config.get("lora_alpha", rank)][0])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where}: alphas of modules cannot be read from {DIFFUSERS_METADATA!r} of its metadata: {error}.") from error
-
-
-def _names(pattern: str, module: str) -> bool:
-    """Whether a key of PEFT's alpha_pattern, a module's name or its end, is of this module."""
-    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(f"the pattern {pattern!r} is more than a name")
-    return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
+def _finite_matrix(matrix: Tensor, key: str, where: str) -> Tensor:
+    if matrix.ndim != 2 or matrix.dtype not in NUMBER_FORMATS.values():
+        raise ValueError(f"{where}: {key} must be a matrix of {FORMAT_NAMES}, got {matrix.dtype} of shape {tuple(matrix.shape)}.")
+    matrix = matrix.bfloat16() if matrix.element_size() == 1 else matrix
+    check_finite(matrix, key, where)
+    return matrix
 
 
 def part_rows(parts: tuple[str, ...], width: int) -> list[int]:
@@ -94,11 +71,27 @@ def part_rows(parts: tuple[str, ...], width: int) -> list[int]:
 
 
 def fold_scale(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A' and B' with B' A' = s B A, in the given number format. Exact where s is a power of two; both factors take about half of it."""
+    """A' and B' with B' A' = s B A, in the given number formats where these hold them. Exact where s is a power of two; both factors take
+    about half of it.
+    """
     if scale == 1:
         return a, b
     half = 2.0 ** round(math.log2(scale) / 2)
-    return a * (scale / half), b * half
+    return narrowed(_wide(a) * (scale / half), a.dtype), narrowed(_wide(b) * half, b.dtype)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor if factor.dtype == torch.float64 else factor.float()
+
+
+def changes_nothing(file: LoraFile) -> bool:
+    """Whether all of a file of any style is zero; matrices are read up to the first module that changes something.
+
+    Raises:
+        ValueError: See `find_modules`.
+    """
+    modules = find_modules([key for key in file if not is_text_encoder_key(key)], str(file.path))
+    return is_all_zero((file[keys.down], file[keys.up]) for keys in modules.values())
 
 
 def to_diffusers(file: LoraFile, transformer_only: bool = False) -> dict[str, Tensor]:
@@ -112,10 +105,14 @@ def to_diffusers(file: LoraFile, transformer_only: bool = False) -> dict[str, Te
         ValueError: See `find_modules` and `read_module`.
     """
     where, result = str(file.path), {}
+    config = peft_config(file.metadata, where)
     modules = find_modules([key for key in file if not (transformer_only and is_text_encoder_key(key))], where)
     for keys in modules.values():
-        a, b = fold_scale(*read_module(file, keys, file.metadata, where))
-        for part, part_a, part_b in split_stack(a, b, keys):
+        a, b = fold_scale(*read_module(file, keys, config, where))
+        parts = list(split_stack(a, b, keys))
+        if [part for part, _, _ in parts] != list(keys.parts):
+            raise ValueError(f"{where}: {keys.stem} does not come apart into {shorten(list(keys.parts))}. Nothing may be left out.")
+        for part, part_a, part_b in parts:
             result[f"{PREFIX}{part}.lora_A.weight"], result[f"{PREFIX}{part}.lora_B.weight"] = part_a, part_b
     return result
 

@@ -32,6 +32,8 @@ _XLABS_KEY = re.compile(
     r"((?:diffusion_model\.)?(?:double_blocks\.\d{1,4}\.processor\.(?:qkv|proj)_lora[12]|single_blocks\.\d{1,4}\.processor\.(?:qkv|proj)_lora))"
     r"\.(down|up)\.weight"
 )
+_BARE_KEY = re.compile(r"([\w.]+)\.(lora_A|lora_B|lora_down|lora_up|alpha)(.*)")  # of diffusers' save_lora_adapter
+_PEFT_PREFIX = "base_model.model."  # of PEFT's save_pretrained, where a module of diffusers follows
 _SIDES = {"lora_A": "down", "lora_down": "down", "down": "down", "lora_B": "up", "lora_up": "up", "up": "up", "alpha": "alpha"}
 _TEXT_ENCODERS = ("lora_te", "text_encoder")
 _BLOCK = re.compile(r"((?:single_)?transformer_blocks)[._](\d{1,4})[._](.+)")
@@ -157,12 +159,30 @@ def _read_key(key: str) -> tuple[Style, str, str, str] | None:
     """Style, stem (see `LoraKeys`), name and side ("down", "up" or "alpha") of a key; None if it is no LoRA's."""
     if xlabs := _XLABS_KEY.fullmatch(key):
         return "xlabs", xlabs[1], xlabs[1], _SIDES[xlabs[2]]
+    if plain := read_plain_key(key):
+        return "diffusers", plain[0], *plain
     match = _KEY.fullmatch(key)
-    if not match or match[4] not in (("",) if match[3] == "alpha" else (".weight", ".default.weight")):
+    if not match or not _is_end(match[3], match[4]):
         return None
     style, prefix = _STYLES[match[1]]
-    name = match[2] if style != "diffusers" else _linear_layer(match[2])
-    return (style, prefix + name, name, _SIDES[match[3]]) if name else None
+    return (style, prefix + match[2], match[2], _SIDES[match[3]]) if style != "diffusers" else None
+
+
+def read_plain_key(key: str) -> tuple[str, str] | None:
+    """Module of diffusers and side ("down", "up" or "alpha") of a key that names it by its own name, with or without `transformer.`."""
+    match = _KEY.fullmatch(key)
+    if match and _STYLES[match[1]][0] == "diffusers":
+        layer, side, end = match.groups()[1:]
+    elif match := _BARE_KEY.fullmatch(key):
+        layer, side, end = match.groups()
+    else:
+        return None
+    name = _linear_layer(layer)
+    return (name, _SIDES[side]) if name and _is_end(side, end) else None
+
+
+def _is_end(side: str, end: str) -> bool:
+    return end in (("",) if side == "alpha" else (".weight", ".default.weight"))
 
 
 def _refusal(missing: list[str], unexpected: list[str], where: str) -> str:
@@ -171,9 +191,17 @@ def _refusal(missing: list[str], unexpected: list[str], where: str) -> str:
         f"(diffusion_model.), fal (base_model.model.) or XLabs (double_blocks.N.processor.). "
         f"Missing {len(missing)}: {shorten(missing)}. Unexpected {len(unexpected)}: {shorten(unexpected)}."
     )
+    text += peft_hint(unexpected)
     if any(map(is_text_encoder_key, unexpected)):
         text += " It also adapts a text encoder: `python scripts/lora_tools.py import --transformer-only` leaves that part out."
     return text
+
+
+def peft_hint(keys: Iterable[str]) -> str:
+    """What to do where keys are those of PEFT's own save_pretrained; else nothing."""
+    if not any(key.startswith(_PEFT_PREFIX) and read_plain_key(key.removeprefix(_PEFT_PREFIX)) for key in keys):
+        return ""
+    return " PEFT saves it so, its alpha in adapter_config.json: load it with PEFT, and save it by FluxPipeline.save_lora_weights."
 
 
 def is_reference_lora(modules: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from mosaic.lora.files import LoraFile
 from mosaic.lora.formats import read_module
 from mosaic.lora.keys import find_modules
 from mosaic.lora.resize import ReducedModule, rank_for_energy, reduce_module, singular_values
+from mosaic.lora.scales import peft_config
 
 REPORT_KEY = "mosaic_reduction"  # of the file's metadata
 
@@ -28,9 +29,10 @@ def find_rank(file: LoraFile, energy: float, on_module: Callable[[], object] = l
     """
     if not 0 < energy <= 1:
         raise ValueError(f"the energy must be more than 0 and at most 1, got {energy:g}.")
-    spectra = []
-    for keys in find_modules(file, str(file.path)).values():
-        a, b, scale = read_module(file, keys, file.metadata, str(file.path))
+    spectra, where = [], str(file.path)
+    config = peft_config(file.metadata, where)
+    for keys in find_modules(file, where).values():
+        a, b, scale = read_module(file, keys, config, where)
         spectra.append(singular_values(a.double(), b.double() * scale))
         on_module()
     return rank_for_energy(spectra, energy)
@@ -59,8 +61,9 @@ def reduce_file(
         raise ValueError(f"{where}: the rank must be at least 1 and less than the file's, {max(ranks)[0]}, got {rank}. Nothing to reduce.")
     tensors: dict[str, Tensor] = {}
     reduced: dict[str, ReducedModule] = {}
+    config = peft_config(file.metadata, where)
     for name, keys in modules.items():
-        a, b, scale = read_module(file, keys, file.metadata, where)
+        a, b, scale = read_module(file, keys, config, where)
         tensors[keys.down], tensors[keys.up], reduced[name] = reduce_module(a, b, scale, rank)
         if keys.alpha is not None:
             tensors[keys.alpha] = torch.tensor(float(len(tensors[keys.down])))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mosaic.lora.files import narrowed
+
 
 class ReducedModule(NamedTuple):
     """What a module lost with its rank.
@@ -108,14 +110,14 @@ def reduce_module(a: Tensor, b: Tensor, scale: float, rank: int) -> tuple[Tensor
         rank: The most rank wanted. A module that has no more keeps its factors, but for the scale.
 
     Returns:
-        A' and B' in the number formats of A and B, and what is lost.
+        A' and B' in the number formats of A and B where these hold them (`narrowed`), and what is lost.
     """
     wide_a, wide_b = a.double(), b.double() * scale
     if rank < len(a):
         new_a, new_b, values = truncate(wide_a, wide_b, rank)
-        new_a, new_b = new_a.to(a.dtype).contiguous(), new_b.to(b.dtype).contiguous()
+        new_a, new_b = narrowed(new_a, a.dtype).contiguous(), narrowed(new_b, b.dtype).contiguous()
     else:
-        new_a, new_b, values = a, wide_b.to(b.dtype), singular_values(wide_a, wide_b)
+        new_a, new_b, values = a, narrowed(wide_b, b.dtype), singular_values(wide_a, wide_b)
     squares = values.square()
     whole, rest = float(squares.sum()), float(squares[rank:].sum())
     error = _product_norm(torch.cat([wide_a, new_a.double()]), torch.cat([wide_b, -new_b.double()], dim=1))

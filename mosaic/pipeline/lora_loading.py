@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
@@ -17,6 +16,7 @@ from torch import Tensor
 from mosaic.lora import adapter as lora
 from mosaic.lora.files import LoraFile, reference_metadata
 from mosaic.lora.formats import to_diffusers
+from mosaic.lora.loading import in_dtype_of, load_reference_lora
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
 from mosaic.weights.hub import STYLE_WEIGHT_NAME, resolve_lora_file, resolve_style_lora_file
 
@@ -53,7 +53,7 @@ class ReferenceLoraLoaderMixin(FluxLoraLoaderMixin):
             raise ValueError("a style LoRA is fused and would reach the reference tokens too: unfuse_lora(), or load the base anew.")
         file = LoraFile(resolve_lora_file(source, weight_name, revision), "reference LoRA")
         config = _reference_config(file)
-        rank = lora.load_reference_lora(self.transformer, file, pipeline=self)
+        rank = load_reference_lora(self.transformer, file, pipeline=self)
         self.reference_config = config
         return rank
 
@@ -115,9 +115,9 @@ class ReferenceLoraLoaderMixin(FluxLoraLoaderMixin):
         if reference_metadata(file.metadata, where):
             raise ValueError(f"{where!r} is a reference LoRA, not a style LoRA: load it with load_reference_lora().")
         check_style_lora(tensors, self.transformer, where)
-        dtype = self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.bfloat16
+        tensors = in_dtype_of(self.transformer, tensors, f"style LoRA {where}")
         with _quiet():
-            self.load_lora_weights({key: tensor.to(dtype) for key, tensor in tensors.items()}, adapter_name=adapter_name)
+            self.load_lora_weights(tensors, adapter_name=adapter_name)
         self.set_adapters(adapter_name, scale)
 
     def unload_lora_weights(self, **kwargs: Any) -> None:

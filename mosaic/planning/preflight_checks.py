@@ -14,8 +14,9 @@ from mosaic.config.loading import Config
 from mosaic.data.cache.latents import cached_latent_bytes
 from mosaic.data.cache.texts import cached_text_bytes
 from mosaic.files import read_json
-from mosaic.lora.adapter import PREFIX, reference_module_names
-from mosaic.lora.files import LoraFile
+from mosaic.lora.files import ALL_ZERO, LoraFile
+from mosaic.lora.formats import changes_nothing
+from mosaic.lora.keys import find_modules
 from mosaic.model.costs import lora_parameter_count
 from mosaic.planning.data_checks import DataFacts, look_at_data
 from mosaic.planning.findings import NOTE, OK, STOP, Finding, Findings
@@ -25,7 +26,7 @@ from mosaic.rendering.cases.reading import load_cases
 from mosaic.training.checkpoints.checkpoint import checkpoint_folders, find_checkpoint
 from mosaic.training.distributed.environment import check_distribution, read_distribution, said_elsewhere, uses_deepspeed, uses_fsdp
 from mosaic.training.optimizers import check_optimizer
-from mosaic.training.starting import check_output, check_rank
+from mosaic.training.starting import check_output, check_rank, open_adapter
 from mosaic.weights.hub import require_model_name, resolve_lora_file
 from mosaic.weights.quantization import check_quantization
 
@@ -72,7 +73,7 @@ def look_around(config: Config, shape: ModelShape, environ: Mapping[str, str], r
         if _looks_like_hub_id(adapter):
             findings.append(Finding(NOTE, "lora.pretrained", f"{adapter}: looked for on the Hub when training starts."))
         else:
-            findings.step("lora.pretrained", lambda: _adapter_header(adapter, config, shape), str)
+            findings.step("lora.pretrained", lambda: _adapter_header(config, shape), str)
     quantization, optimizer = config.model.quantization, config.optimizer
     findings.step("model.quantization", lambda: check_quantization(quantization), lambda _: f'"{quantization}" can be used.')
     findings.step("optimizer.name", lambda: check_optimizer(optimizer), lambda _: f'"{optimizer.name}" can be used.')
@@ -89,26 +90,20 @@ def _describe_output(folder: Path, checkpoint: Path | None) -> str:
     return f"{folder}: " + ("a new run." if checkpoint is None else f"continues from {checkpoint.name}.")
 
 
-def _adapter_header(adapter: str, config: Config, shape: ModelShape) -> str:
-    """What the header of the adapter to start from says.
+def _adapter_header(config: Config, shape: ModelShape) -> str:
+    """What the file of the adapter to start from says.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such file, or it does not fit.
+        FileNotFoundError, OSError, ValueError: There is no such file, or it does not fit.
     """
-    file = LoraFile(resolve_lora_file(adapter, config.lora.weight_name), "reference LoRA")
-    first = f"{PREFIX}x_embedder.lora_A.weight"
-    rank = file.shape(first)[0] if first in file and len(file.shape(first)) == 2 else 0
-    if not rank or (shape.is_local and not _fits(file, rank, shape)):  # of another model the shape is not known
-        raise ValueError(f"{file.path}: is no reference LoRA for {config.model.pretrained}: its modules or widths are others.")
-    check_rank(rank, config.lora, file.path)
-    return f"{file.path}: rank {rank}" + ("." if rank == config.lora.rank else f", to be resized to {config.lora.rank}.")
-
-
-def _fits(file: LoraFile, rank: int, shape: ModelShape) -> bool:
-    """Whether an adapter's file has the modules and the number of weights that a base of this shape needs."""
-    modules = reference_module_names(shape.transformer["num_layers"], shape.transformer["num_single_layers"])
-    keys = {f"{PREFIX}{name}.lora_{side}.weight" for name in modules for side in "AB"}
-    return set(file) == keys and sum(math.prod(file.shape(key)) for key in file) == lora_parameter_count(shape.transformer, rank)
+    lora = config.lora
+    assert lora.pretrained is not None
+    path = resolve_lora_file(lora.pretrained, lora.weight_name)
+    file = open_adapter(config) if shape.is_local else LoraFile(path, "reference LoRA")  # of another model the shape is not known
+    rank = max(max(file.shape(keys.down)[:1], default=0) for keys in find_modules(file, str(file.path)).values())
+    check_rank(rank, lora, file.path)
+    resized = "" if rank == lora.rank else f", to be resized to {lora.rank}"
+    return f"{file.path}: rank {rank}{resized}." + (f" But {ALL_ZERO}." if changes_nothing(file) else "")
 
 
 def _looks_like_hub_id(name: str) -> bool:

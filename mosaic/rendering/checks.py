@@ -5,10 +5,14 @@ from pathlib import Path
 
 from mosaic.config.loading import Config
 from mosaic.files import require_folder
+from mosaic.lora.files import ALL_ZERO, LoraFile
+from mosaic.lora.formats import changes_nothing
+from mosaic.lora.scales import peft_config
 from mosaic.method.grids import token_grid
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.weights.digests import vae_scale_factor
+from mosaic.weights.hub import resolve_lora_file, resolve_style_lora_file
 
 MANIFEST = "manifest.jsonl"
 
@@ -32,6 +36,25 @@ def check_run(cases: Sequence[Case], config: Config) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def adapter_notes(config: Config) -> list[str]:
+    """What to know of the adapters whose files are on this machine; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: One is no LoRA of FLUX that can be read.
+    """
+    settings, notes = config.inference, []
+    for name, source, resolve, weight_name in (
+        ("inference.lora", settings.lora, resolve_lora_file, settings.lora_weight_name),
+        ("inference.style_lora", settings.style_lora, resolve_style_lora_file, settings.style_lora_weight_name),
+    ):
+        if source is not None and Path(source).exists():
+            file = LoraFile(resolve(source, weight_name), name)
+            peft_config(file.metadata, str(file.path))
+            if changes_nothing(file):
+                notes.append(f"{name}: {file.path}: {ALL_ZERO}.")
+    return notes
 
 
 def check_sizes(options: ResolvedOptions, factor: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mosaic.config.loading import Config
 from mosaic.lora.files import LoraFile
 from mosaic.lora.keys import find_modules
+from mosaic.lora.scales import peft_config
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.checks import check_size
@@ -112,12 +113,14 @@ def shared_recipe(config: Config, model_digest: str, lora_digest: str | None, de
 
 
 def _style_lora(config: Config) -> StyleWeights | None:
-    """The style LoRA, its keys checked before anything is loaded; None: there is none."""
+    """The style LoRA, its keys and metadata checked before anything is loaded; None: there is none."""
     settings = config.inference
     if settings.style_lora is None:
         return None
     path = resolve_style_lora_file(settings.style_lora, settings.style_lora_weight_name)
-    find_modules(LoraFile(path, "style LoRA"), str(path))
+    file = LoraFile(path, "style LoRA")
+    peft_config(file.metadata, str(path))
+    find_modules(file, str(path))
     return StyleWeights(_public_name(settings.style_lora), weights_digest(path), settings.style_lora_scale)
 
 

@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from mosaic.files import in_one_line
 from mosaic.lora.adapter import shorten
-from mosaic.lora.files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
-from mosaic.lora.formats import to_diffusers
-from mosaic.lora.keys import find_modules, is_reference_lora, is_text_encoder_key
+from mosaic.lora.files import ALL_ZERO, METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
+from mosaic.lora.formats import changes_nothing, to_diffusers
+from mosaic.lora.keys import LoraKeys, find_modules, is_reference_lora, is_text_encoder_key
 from mosaic.lora.reduction import REPORT_KEY, find_rank, overall, reduce_file, reduction_report
 from mosaic.lora.resize import ReducedModule
+from mosaic.lora.scales import Alpha, module_scale, peft_config
 from mosaic.weights.digests import weights_digest
 
 NUM_WORST = 10
@@ -28,10 +29,10 @@ NUM_WORST = 10
 
 
 def describe(file: LoraFile) -> dict[str, Any]:
-    """What is in a file, ready for JSON; matrices are not read.
+    """What is in a file, ready for JSON; matrices are read only up to the first that is not zero.
 
     Raises:
-        ValueError: If it is no LoRA of a known style.
+        ValueError: If it is no plain LoRA of a known style.
     """
     text_encoder = [key for key in file if is_text_encoder_key(key)]
     modules = find_modules([key for key in file if not is_text_encoder_key(key)], str(file.path))
@@ -49,6 +50,8 @@ def describe(file: LoraFile) -> dict[str, Any]:
         "dtypes": dict(Counter(file.dtype(key) for key in file).most_common()),
         "parameters": sum(math.prod(file.shape(key)) for keys in modules.values() for key in (keys.down, keys.up)),
         "with_alpha": sum(keys.alpha is not None for keys in modules.values()),
+        "scales": dict(Counter(f"{_scale(file, keys):g}" for keys in modules.values()).most_common()),
+        "all_zero": changes_nothing(file),
         "text_encoder_tensors": len(text_encoder),
         "config": ours.get("config", {}),
         "reduction": _summary(file.metadata.get(REPORT_KEY)),
@@ -61,6 +64,11 @@ def _rank(file: LoraFile, down: str) -> int:
     if len(shape) != 2:
         raise ValueError(f"{file.path}: {down} must be a matrix, got shape {shape}.")
     return shape[0]
+
+
+def _scale(file: LoraFile, keys: LoraKeys) -> float:
+    alpha = None if keys.alpha is None else Alpha(keys.alpha, file[keys.alpha])
+    return module_scale(peft_config(file.metadata, str(file.path)), keys.parts[0], _rank(file, keys.down), alpha, str(file.path))
 
 
 def _summary(text: str | None) -> dict[str, Any] | None:
@@ -81,8 +89,9 @@ def show_info(found: dict[str, Any]) -> None:
         "digest": found["digest"],
         "kind": found["kind"],
         "key style": ", ".join(found["styles"]),
-        "modules": f"{found['modules']}, of which {found['with_alpha']} give an alpha",
+        "modules": f"{found['modules']}, of which {found['with_alpha']} give an alpha" + (f"; {ALL_ZERO}" if found["all_zero"] else ""),
         "rank": ranks,
+        "scale": ", ".join(f"{scale} ({count} modules)" for scale, count in found["scales"].items()),
         "tensors": dtypes,
         "parameters": f"{found['parameters']:,}",
         "text encoder": f"{found['text_encoder_tensors']} tensors" if found["text_encoder_tensors"] else "none",
@@ -113,6 +122,7 @@ def reduce(arguments: argparse.Namespace, file: LoraFile) -> None:
     report = reduction_report(reduced, file.path.name, weights_digest(file.path))
     write_tensors(tensors, arguments.output, kept_metadata(file.metadata) | {REPORT_KEY: json.dumps(report)})
     show_reduction(reduced)
+    note_of_zeros(file)
     before, after = file.path.stat().st_size, arguments.output.stat().st_size
     print(f"{arguments.output}: rank {rank}, {after:,} bytes ({after / before:.1%} of {before:,})")
 
@@ -136,9 +146,16 @@ def bring(arguments: argparse.Namespace, file: LoraFile) -> None:
     metadata = kept_metadata(file.metadata)
     reference_metadata(metadata, str(file.path))  # refused where it could not be loaded
     write_tensors(tensors, arguments.output, metadata)
+    note_of_zeros(file)
     if left_out:
         print(f"note: left out {len(left_out)} tensors of text encoders: {shorten(left_out, 2)}", file=sys.stderr)
     print(f"{arguments.output}: {len(tensors) // 2} modules, {arguments.output.stat().st_size:,} bytes")
+
+
+def note_of_zeros(file: LoraFile) -> None:
+    """Say so where a file changes nothing."""
+    if changes_nothing(file):
+        print(f"note: {file.path}: {ALL_ZERO}", file=sys.stderr)
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:

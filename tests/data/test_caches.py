@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mosaic.data import BucketBatchSampler, CachedSamples, collate
+from mosaic.data.cache.opening import text_encoding
+from mosaic.data.cache.texts import TextCache
 from mosaic.training import Trainer, train
 from mosaic.training.encoding import encode_batch
 from preprocess import cache
@@ -252,4 +255,8 @@ def test_new_samples_and_changed_pictures_are_refused(world: Path, tmp_path: Pat
     shard.unlink()
     assert build(config) == 0
     Trainer(runs.from_dict(values))
+    text = TextCache(tmp_path / "text", text_encoding(runs.from_dict(values)))
+    other = SimpleNamespace(prompts=lambda: ["a cat and a mug", "a prompt that came later", "a cat and a mug"])
+    with pytest.raises(ValueError, match=r"lacks 1 of 2 prompts, such as \"a prompt that came later\""):
+        CachedSamples(other, None, text)
     assert "lacks 4 of 4 samples" in stale(world, tmp_path, tmp_path, data__root=str(tmp_path / "data"), data__split="heldout")

@@ -212,6 +212,39 @@ def test_rows_are_float32_under_autocast(transformer: MosaicFluxTransformer2DMod
     assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in gradients.values())
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_norms_stand_outside_of_autocast(transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch) -> None:
+    """Of a norm's inputs in bfloat16 autocast would keep float32 copies for the backward pass."""
+    states: dict[str, bool] = {}
+    for name, module in transformer.named_modules():
+        if name.endswith((".norm1.norm", ".norm2", ".norm.norm", ".norm_q", ".norm_k", ".norm_added_q", ".norm_added_k", ".to_q")):
+            module.register_forward_pre_hook(lambda *_, name=name: states.update({name: torch.is_autocast_enabled("cpu")}))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        transformer(**batch.inputs)
+    assert len(states) == 2 * (6 + 1) + 2 * (3 + 1)
+    assert {name for name, enabled in states.items() if enabled} == {name for name in states if name.endswith(".to_q")}
+
+
+def test_float16_is_clipped_where_stock_flux_clips_it() -> None:
+    """6e4 + 1 * 6e4 is infinite in float16. Gates are 1, since each block's modulation is 1 in every element."""
+    transformer = tiny.build_transformer(num_layers=1, num_single_layers=1)
+    double, single = transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]
+    for norm in (double.norm1, double.norm1_context, single.norm):
+        nn.init.zeros_(norm.linear.weight)
+        nn.init.ones_(norm.linear.bias)
+    for layer in (double.ff_context.net[2], single.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.constant_(layer.bias, 6e4)
+    transformer.half()
+    rotary = torch.ones(9, 16), torch.zeros(9, 16)
+    image, text, temb = torch.zeros(1, 4, 32).half(), torch.full((1, 5, 32), 6e4).half(), torch.zeros(1, 1, 32).half()
+    with torch.no_grad():
+        assert double(image, text, temb, rotary).encoder_hidden_states.unique().tolist() == [65504.0]
+        output = single(image + 6e4, text, temb, rotary)
+    assert {float(tensor.max()) for tensor in output[:2]} == {65504.0}
+    assert bool(output.hidden_states.isfinite().all())
+
+
 def test_position_ids_stay_float32_in_a_bfloat16_model(transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch) -> None:
     seen: list[torch.dtype] = []
     transformer.pos_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))

@@ -64,6 +64,16 @@ def test_a_fused_style_counts_once_and_keeps_the_reference_lora_out() -> None:
         ours.load_reference_lora("any.safetensors")
 
 
+def test_offloaded_models_go_back_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and only after the picture is decoded."""
+    pipeline, order = tiny.build_pipeline(), []
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k))
+    monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: order.append("free"))
+    pipeline("a cat", [tiny.picture(0)], **tiny.CALL | {"output_type": "pil"})
+    assert order == ["decode", "free"]
+
+
 def test_dora_is_refused() -> None:
     pipeline = tiny.build_pipeline()
     tensors = style_file(tiny.build_transformer(stock=True))

@@ -243,6 +243,8 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "dtypes": {"F32": 26},
         "parameters": sum(sizes),
         "with_alpha": 0,
+        "scales": {"1": 13},
+        "all_zero": False,
         "text_encoder_tensors": 0,
         "config": {"lora": {"rank": 2}},
         "reduction": None,
@@ -262,7 +264,7 @@ def test_info_of_another_style(tmp_path: Path, capsys: pytest.CaptureFixture[str
     show_info(found)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
-    assert len(printed.splitlines()) == 12
+    assert len(printed.splitlines()) == 13
 
 
 # ---- what is refused

@@ -15,10 +15,12 @@ from mosaic.method.correspondence import batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import MosaicLoss
 from mosaic.method.tokens import pack_latents
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.training import Trainer, objective
-from mosaic.training.objective import draw_inputs, loss_weights, sample_generators
+from mosaic.training.encoding import EncodedBatch, Grids
+from mosaic.training.objective import Draws, call_settings, draw_inputs, loss_weights, sample_generators, train_step
 from mosaic.training.validation import batch_attention_accuracy
-from tests import runs
+from tests import runs, tiny
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -236,6 +238,35 @@ def test_release_preset(world: Path, tmp_path: Path) -> None:
     assert -math.log(2) <= loss.disentanglement < 0
     torch.testing.assert_close(loss.total, loss.flow_matching + 0.1 * loss.correspondence + 0.5 * loss.disentanglement)
     trainer.optimizer_step([runs.samples_of(trainer, num_references=2, count=2)])
+
+
+def test_every_setting_reaches_the_step() -> None:
+    """Against the transformer called by hand: guidance 1 on a model that embeds it, isolated references, the release losses, a cap that
+    bites, a target grid that is no reference grid.
+    """
+    transformer, batch = tiny.build_pipeline(guidance_embeds=True).transformer, tiny.build_batch(guidance_embeds=True)
+    settings = {"preset": "release", "disentanglement_start_step": 0, "disentanglement_warmup_steps": 0, "disentanglement_cap": 0.01}
+    config = from_dict({"model": {"reference_attention": "isolated"}, "loss": settings})
+    inputs, points = batch.inputs, batch.points
+    tensors = (inputs[name] for name in ("reference_hidden_states", "encoder_hidden_states", "pooled_projections"))
+    encoded = EncodedBatch(batch.latents, *tensors, Grids(tiny.TARGET_GRID, tiny.REFERENCE_GRID))
+    draws = Draws(torch.tensor([True, True]), inputs["timestep"], batch.noise)
+    found = train_step(transformer, encoded, points, draws, config.loss, 0, call_settings(config, transformer))
+
+    asked = CaptureRequest(points.global_index, all_tokens=True, blocks="double")
+    output = transformer(**inputs | {"guidance": torch.ones(2), "reference_attention": "isolated"}, capture=asked)
+    correspondence, disentanglement = [], []
+    for rows, targets, mask, (p, q) in zip(output.attention_rows, points.target_index, points.mask, output.reference_rows, strict=True):
+        correspondence.append(torch.stack([-rows[i, v].log() for i, v in enumerate(targets) if mask[i]]).mean())
+        middle = (p + q) / 2
+        apart = float((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2
+        disentanglement.append(-min(apart, 0.01))
+    assert disentanglement == [-0.01, -0.01]
+    assert len({len(pairs) for pairs in batch.samples[0]}) == 2  # else the two means of SCAL would be equal
+    torch.testing.assert_close(found.flow_matching, (output.sample - (batch.noise - batch.latents)).square().mean())
+    torch.testing.assert_close(found.correspondence, torch.stack(correspondence).mean(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.disentanglement, torch.tensor(disentanglement).mean())
+    torch.testing.assert_close(found.total, found.flow_matching + 0.1 * found.correspondence + 1.0 * found.disentanglement)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # RMSNorm under autocast: only not fused

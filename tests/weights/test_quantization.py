@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mosaic.config.loading import load_config
-from mosaic.lora.adapter import load_reference_lora, save_reference_lora
+from mosaic.lora.adapter import save_reference_lora
+from mosaic.lora.loading import load_reference_lora
 from mosaic.model.branch import branch_linear
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.training import Trainer, train

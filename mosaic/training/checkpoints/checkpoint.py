@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mosaic.files import move, read_json, recover, remove_folder, replacing, save_tensors, shown
-from mosaic.lora.adapter import read_reference_lora, write_reference_lora
+from mosaic.lora.adapter import write_reference_lora
+from mosaic.lora.loading import read_reference_lora
 from mosaic.weights.digests import file_digest
 
 logger = logging.getLogger(__name__)
