@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from mosaic.files import replacing, save_tensors
 METADATA_KEY = "mosaic"  # key of the safetensors metadata that marks a file as a reference LoRA
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # key under which diffusers keeps PEFT's config, and with it the alpha
 
-ALL_ZERO = "all its values are zero, so it changes nothing: float16 makes small numbers zero, and a fresh adapter starts at zero"
 MOST_ROUNDING = 2.0**-8  # share of a matrix's norm: bfloat16 rounds a number by at most 2^-9 of it
 
 
@@ -91,15 +90,6 @@ def narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
     narrow = wide.to(dtype)
     lost = torch.linalg.matrix_norm(narrow.double() - wide.double())
     return narrow if lost <= MOST_ROUNDING * torch.linalg.matrix_norm(wide.double()) else wide.float()
-
-
-def is_all_zero(factors: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Whether a LoRA changes nothing, A or B of every module being zero; it stops at the first module that does change something."""
-    return not any(_acts(a) and _acts(b) for a, b in factors)
-
-
-def _acts(factor: Tensor) -> bool:
-    return bool((factor.float() if factor.element_size() == 1 else factor).any())  # float8 has no test of its own
 
 
 def metadata_object(metadata: Mapping[str, str], key: str, where: str) -> dict[str, Any]:

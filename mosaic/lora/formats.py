@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mosaic.lora.adapter import PREFIX, shorten
-from mosaic.lora.files import LoraFile, check_finite, is_all_zero, narrowed
+from mosaic.lora.files import LoraFile, check_finite, narrowed
 from mosaic.lora.keys import LINEAR1_WIDTH, LoraKeys, convert_module, find_modules, is_text_encoder_key
 from mosaic.lora.scales import Alpha, module_scale, peft_config
 
@@ -82,16 +82,6 @@ def fold_scale(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def _wide(factor: Tensor) -> Tensor:
     return factor if factor.dtype == torch.float64 else factor.float()
-
-
-def changes_nothing(file: LoraFile) -> bool:
-    """Whether all of a file of any style is zero; matrices are read up to the first module that changes something.
-
-    Raises:
-        ValueError: See `find_modules`.
-    """
-    modules = find_modules([key for key in file if not is_text_encoder_key(key)], str(file.path))
-    return is_all_zero((file[keys.down], file[keys.up]) for keys in modules.values())
 
 
 def to_diffusers(file: LoraFile, transformer_only: bool = False) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from mosaic.lora.adapter import PREFIX, activate_styles, active_styles, detach_reference_lora, reference_lora_modules, shorten
-from mosaic.lora.files import ALL_ZERO, LoraFile, check_finite, is_all_zero
+from mosaic.lora.files import LoraFile, check_finite
 from mosaic.lora.formats import FORMAT_NAMES, NUMBER_FORMATS, fold_scale, read_module
 from mosaic.lora.keys import LoraKeys, find_modules, is_text_encoder_key, peft_hint, read_plain_key
 from mosaic.lora.scales import Alpha, module_scale, peft_config
+from mosaic.lora.zeros import ALL_ZERO
 from mosaic.model.branch import ADAPTER_NAME
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def in_dtype_of(transformer: FluxTransformer2DModel, tensors: Mapping[str, Tenso
     converted = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     for key, tensor in converted.items():
         check_finite(tensor, key, f"{what} as {dtype}")
-    if is_all_zero((a, converted[key.replace(".lora_A.", ".lora_B.")]) for key, a in converted.items() if ".lora_A." in key):
+    pairs = [(a, converted[key.replace(".lora_A.", ".lora_B.")]) for key, a in converted.items() if ".lora_A." in key]
+    if not any(a.any() and b.any() for a, b in pairs):
         logger.warning("%s: %s.", what, ALL_ZERO)
     return converted

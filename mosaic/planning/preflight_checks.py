@@ -14,9 +14,9 @@ from mosaic.config.loading import Config
 from mosaic.data.cache.latents import cached_latent_bytes
 from mosaic.data.cache.texts import cached_text_bytes
 from mosaic.files import read_json
-from mosaic.lora.files import ALL_ZERO, LoraFile
-from mosaic.lora.formats import changes_nothing
+from mosaic.lora.files import LoraFile
 from mosaic.lora.keys import find_modules
+from mosaic.lora.zeros import ALL_ZERO, changes_nothing
 from mosaic.model.costs import lora_parameter_count
 from mosaic.planning.data_checks import DataFacts, look_at_data
 from mosaic.planning.findings import NOTE, OK, STOP, Finding, Findings
@@ -103,7 +103,7 @@ def _adapter_header(config: Config, shape: ModelShape) -> str:
     rank = max(max(file.shape(keys.down)[:1], default=0) for keys in find_modules(file, str(file.path)).values())
     check_rank(rank, lora, file.path)
     resized = "" if rank == lora.rank else f", to be resized to {lora.rank}"
-    return f"{file.path}: rank {rank}{resized}." + (f" But {ALL_ZERO}." if changes_nothing(file) else "")
+    return f"{file.path}: rank {rank}{resized}." + (f" But {ALL_ZERO}." if changes_nothing(file.path) else "")
 
 
 def _looks_like_hub_id(name: str) -> bool:

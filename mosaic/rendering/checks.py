@@ -5,9 +5,7 @@ from pathlib import Path
 
 from mosaic.config.loading import Config
 from mosaic.files import require_folder
-from mosaic.lora.files import ALL_ZERO, LoraFile
-from mosaic.lora.formats import changes_nothing
-from mosaic.lora.scales import peft_config
+from mosaic.lora.zeros import ALL_ZERO, changes_nothing
 from mosaic.method.grids import token_grid
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
@@ -42,7 +40,7 @@ def adapter_notes(config: Config) -> list[str]:
     """What to know of the adapters whose files are on this machine; nothing is downloaded.
 
     Raises:
-        FileNotFoundError, ValueError: One is no LoRA of FLUX that can be read.
+        FileNotFoundError, ValueError: There is no such file, or it is no safetensors file.
     """
     settings, notes = config.inference, []
     for name, source, resolve, weight_name in (
@@ -50,10 +48,9 @@ def adapter_notes(config: Config) -> list[str]:
         ("inference.style_lora", settings.style_lora, resolve_style_lora_file, settings.style_lora_weight_name),
     ):
         if source is not None and Path(source).exists():
-            file = LoraFile(resolve(source, weight_name), name)
-            peft_config(file.metadata, str(file.path))
-            if changes_nothing(file):
-                notes.append(f"{name}: {file.path}: {ALL_ZERO}.")
+            path = resolve(source, weight_name)
+            if changes_nothing(path):
+                notes.append(f"{name}: {path}: {ALL_ZERO}.")
     return notes
 
 

@@ -24,10 +24,10 @@ from mosaic.data import (
 from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
 from mosaic.files import require_folder
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
-from mosaic.lora.files import ALL_ZERO, LoraFile
-from mosaic.lora.formats import changes_nothing
+from mosaic.lora.files import LoraFile
 from mosaic.lora.loading import check_reference_lora, read_reference_lora
 from mosaic.lora.resize import resize_reference_lora
+from mosaic.lora.zeros import ALL_ZERO, changes_nothing
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.encoders import LiveEncoders
@@ -99,7 +99,7 @@ def open_run(config: Config, continues: bool) -> Opened:
         held_out = samples if validation.split == data.split else samples.of_split(validation.split)
         panels = read_panels(config, factor)
     adapter = open_adapter(config) if lora.pretrained is not None and not continues else None
-    if adapter is not None and changes_nothing(adapter):
+    if adapter is not None and changes_nothing(adapter.path):
         logger.warning("lora.pretrained: %s: %s. A module whose two matrices are both zero never learns.", adapter.path, ALL_ZERO)
     return Opened(factor, samples, held_out, panels, open_caches(config), adapter)
 

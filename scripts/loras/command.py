@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from mosaic.files import in_one_line
 from mosaic.lora.adapter import shorten
-from mosaic.lora.files import ALL_ZERO, METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
-from mosaic.lora.formats import changes_nothing, to_diffusers
+from mosaic.lora.files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
+from mosaic.lora.formats import to_diffusers
 from mosaic.lora.keys import LoraKeys, find_modules, is_reference_lora, is_text_encoder_key
 from mosaic.lora.reduction import REPORT_KEY, find_rank, overall, reduce_file, reduction_report
 from mosaic.lora.resize import ReducedModule
 from mosaic.lora.scales import Alpha, module_scale, peft_config
+from mosaic.lora.zeros import ALL_ZERO, changes_nothing
 from mosaic.weights.digests import weights_digest
 
 NUM_WORST = 10
@@ -51,7 +52,7 @@ def describe(file: LoraFile) -> dict[str, Any]:
         "parameters": sum(math.prod(file.shape(key)) for keys in modules.values() for key in (keys.down, keys.up)),
         "with_alpha": sum(keys.alpha is not None for keys in modules.values()),
         "scales": dict(Counter(f"{_scale(file, keys):g}" for keys in modules.values()).most_common()),
-        "all_zero": changes_nothing(file),
+        "all_zero": changes_nothing(file.path),
         "text_encoder_tensors": len(text_encoder),
         "config": ours.get("config", {}),
         "reduction": _summary(file.metadata.get(REPORT_KEY)),
@@ -154,7 +155,7 @@ def bring(arguments: argparse.Namespace, file: LoraFile) -> None:
 
 def note_of_zeros(file: LoraFile) -> None:
     """Say so where a file changes nothing."""
-    if changes_nothing(file):
+    if changes_nothing(file.path):
         print(f"note: {file.path}: {ALL_ZERO}", file=sys.stderr)
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import inference
-from mosaic.config.loading import from_dict
 from mosaic.lora.adapter import reference_lora_modules, reference_lora_parameters, save_reference_lora
 from mosaic.lora.files import LoraFile
 from mosaic.lora.formats import to_diffusers
 from mosaic.lora.loading import load_reference_lora, read_reference_lora
+from mosaic.lora.zeros import changes_nothing
 from mosaic.training import Trainer
 from scripts import lora_tools
 from scripts.loras.command import describe
@@ -327,13 +327,7 @@ def test_zeros_of_any_style_are_imported_whole(tmp_path: Path) -> None:
     one = {key: value if ".x_embedder." in key else value * 0 for key, value in tensors.items()}
     save_file(one, tmp_path / "x.safetensors")
     assert describe(LoraFile(tmp_path / "x.safetensors"))["all_zero"] is False
-
-
-def test_a_check_refuses_what_rendering_would_refuse(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, _ = written_by_diffusers(tmp_path / "dora", use_dora=True)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(runs.settings(world, tmp_path / "out")))
-    assert from_dict(json.loads(config.read_text())).inference.lora is not None
-    for flag in ("--lora", "--style-lora"):
-        assert inference.main(["--config", str(config), flag, str(path), "--check"]) == 2
-        assert "DoRA" in capsys.readouterr().err
+    for number, dtype in ((-0.0, torch.float16), (2.0**-24, torch.float16), (2.0**-9, FLOAT8[0]), (5e-324, torch.float64)):
+        factors = {"a.lora_A.weight": torch.ones(1, 3).to(dtype), "a.lora_B.weight": torch.full((2, 1), number).to(dtype)}
+        save_file(factors, tmp_path / "x.safetensors")
+        assert changes_nothing(tmp_path / "x.safetensors") == (number == 0)
