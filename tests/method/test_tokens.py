@@ -70,6 +70,7 @@ def test_reference_ids_stand_left_of_the_target() -> None:
         *([0, 0, -4], [0, 0, -3], [0, 1, -4], [0, 1, -3]),
         *([0, 0, -6], [0, 0, -5], [0, 1, -6], [0, 1, -5]),
     ]
+    assert reference_position_ids(Grid(1, 2), 2).tolist() == [[0, 0, -2], [0, 0, -1], [0, 0, -4], [0, 0, -3]]  # widths, not heights
     assert reference_position_ids(Grid(2, 2), 0).shape == (0, 3)
     assert not text_position_ids(4).any()
     assert text_position_ids(4).shape == (4, 3)

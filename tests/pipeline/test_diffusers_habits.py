@@ -36,6 +36,18 @@ def test_a_stock_pipeline_still_works_with_a_shared_transformer() -> None:
     assert again.transformer is ours.transformer
 
 
+def test_the_shift_is_that_of_the_scheduler() -> None:
+    ours, stock = tiny.build_pipeline(lora_rank=None), tiny.build_stock_pipeline()
+    usual = stock_picture(stock)
+    for pipeline in (ours, stock):
+        other = {"base_image_seq_len": 16, "max_image_seq_len": 32, "base_shift": 0.2, "max_shift": 3.0}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **other)
+    expected = stock_picture(stock)
+    assert not torch.allclose(expected, usual, atol=1e-3)
+    torch.testing.assert_close(stock_picture(ours), expected, rtol=0, atol=1e-5)
+    assert ours.num_timesteps == stock.num_timesteps == tiny.CALL["num_inference_steps"]
+
+
 def test_saving_names_the_stock_class_whatever_was_given(tmp_path: Path) -> None:
     tiny.build_stock_pipeline().save_pretrained(tmp_path / "stock")
     transformer = MosaicFluxTransformer2DModel.from_pretrained(tmp_path / "stock", subfolder="transformer")

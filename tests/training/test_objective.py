@@ -240,6 +240,7 @@ def test_release_preset(world: Path, tmp_path: Path) -> None:
     trainer.optimizer_step([runs.samples_of(trainer, num_references=2, count=2)])
 
 
+@torch.no_grad()
 def test_every_setting_reaches_the_step() -> None:
     """Against the transformer called by hand: guidance 1 on a model that embeds it, isolated references, the release losses, a cap that
     bites, a target grid that is no reference grid.
