@@ -1,4 +1,4 @@
-"""Frechet distance, intervals over seeds, entropy and overlap: against closed forms and numbers worked out by hand."""
+"""Frechet distance and intervals over seeds: against closed forms and numbers worked out by hand."""
 
 import math
 
@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic.method.correspondence import batch_points
-from mosaic.method.metrics import attention_shape, pool_shapes
 from scripts.pocket.frechet import distance_of_normals, frechet_distance, symmetric_root
 from scripts.pocket.judge import Judge, JudgeConfig
 from scripts.pocket.statistics import T_QUANTILES, over_seeds, over_seeds_and_scenes
@@ -113,25 +111,6 @@ def test_quantiles_of_t() -> None:
         log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
         density = math.exp(log_scale) * (1 + x.square() / freedom) ** (-(freedom + 1) / 2)
         assert 0.5 + torch.trapezoid(density, x).item() == pytest.approx(0.975, abs=1e-5)
-
-
-def test_entropy_and_overlap_by_hand() -> None:
-    points = batch_points(
-        [[torch.tensor([[0, 0]]), torch.tensor([[0, 1], [1, 2]])], [torch.tensor([[1, 3]]), torch.zeros(0, 2).long()]], 2, 4
-    )
-    rows = torch.zeros(2, points.mask.shape[1], 4)
-    rows[0, 0] = torch.tensor([0.5, 0.5, 0, 0])
-    rows[0, 1] = torch.tensor([0, 1.0, 0, 0])
-    rows[0, 2] = torch.tensor([0, 0, 1.0, 0])
-    rows[1, 0] = 0.25
-    found = attention_shape(rows, points)
-    assert found.entropy == pytest.approx((math.log(2) + 0 + 0 + math.log(4)) / 4)
-    assert (found.entropy_chance, found.num_points, found.num_pairs) == (pytest.approx(math.log(4)), 4, 1)
-    assert found.overlap == pytest.approx(0.5)  # (.5, .5, 0, 0) and (0, .5, .5, 0); the second sample has one reference with points
-    pooled = pool_shapes([found, found._replace(entropy=0.0, num_points=12, overlap=math.nan, num_pairs=0)])
-    assert pooled.entropy == pytest.approx(found.entropy / 4)
-    assert (pooled.overlap, pooled.num_points, pooled.num_pairs) == (pytest.approx(0.5), 16, 1)
-    assert math.isnan(pool_shapes([]).entropy)
 
 
 def test_features_of_the_judge_feed_its_background_head() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mosaic.method.correspondence import batch_points
 from mosaic.method.grids import Grid
-from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, attention_leakage, pool_accuracies
+from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, attention_leakage, attention_shape, pool_accuracies, pool_shapes
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.reports import figures
 from mosaic.reports.figures import (
@@ -88,6 +88,28 @@ def test_no_points_have_no_accuracy() -> None:
     for nothing in (accuracy_of([], [], Grid(2, 2)), pool_accuracies([])):
         assert nothing.num_points == 0
         assert all(math.isnan(value) for value in (*nothing[:4], nothing.leakage, nothing.leakage_chance))
+
+
+# ---- sharpness and overlap
+
+
+def test_entropy_and_overlap_by_hand() -> None:
+    points = batch_points(
+        [[torch.tensor([[0, 0]]), torch.tensor([[0, 1], [1, 2]])], [torch.tensor([[1, 3]]), torch.zeros(0, 2).long()]], 2, 4
+    )
+    rows = torch.zeros(2, points.mask.shape[1], 4)
+    rows[0, 0] = torch.tensor([0.5, 0.5, 0, 0])
+    rows[0, 1] = torch.tensor([0, 1.0, 0, 0])
+    rows[0, 2] = torch.tensor([0, 0, 1.0, 0])
+    rows[1, 0] = 0.25
+    found = attention_shape(rows, points)
+    assert found.entropy == pytest.approx((math.log(2) + 0 + 0 + math.log(4)) / 4)
+    assert (found.entropy_chance, found.num_points, found.num_pairs) == (pytest.approx(math.log(4)), 4, 1)
+    assert found.overlap == pytest.approx(0.5)  # (.5, .5, 0, 0) and (0, .5, .5, 0); the second sample has one reference with points
+    pooled = pool_shapes([found, found._replace(entropy=0.0, num_points=12, overlap=math.nan, num_pairs=0)])
+    assert pooled.entropy == pytest.approx(found.entropy / 4)
+    assert (pooled.overlap, pooled.num_points, pooled.num_pairs) == (pytest.approx(0.5), 16, 1)
+    assert math.isnan(pool_shapes([]).entropy)
 
 
 # ---- attention leakage

@@ -214,7 +214,7 @@ def test_attention_losses_count_at_supervised_timesteps_only(world: Path, tmp_pa
     times = iter([0.2, 0.7] * 3)
     monkeypatch.setattr(objective, "sample_timesteps", lambda *_: torch.tensor([next(times)]))
     losses = []
-    for index, supervised in enumerate(([0.0, 1.0], [0.0, 0.5], [0.7, 1.0])):
+    for index, supervised in enumerate(([0.0, 1.0], [0.0, 0.2], [0.7, 1.0])):  # both ends count
         trainer = Trainer(runs.make_config(world, tmp_path / str(index), loss__supervised_timesteps=supervised))
         losses.append(runs.step_loss(trainer, runs.samples_of(trainer, num_references=2, count=2)))
     every, low, high = losses
