@@ -17,6 +17,7 @@ from mosaic.data.cache import texts as text_cache
 from mosaic.data.cache.tensors import DESCRIPTION, INDEX, NAMES, VERSION, is_finished, shard_path, write_index, write_shard
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import first_difference, read_json, write_text
+from mosaic.locks import LOCK_FILE
 from mosaic.pipeline.encoders import Encoders
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 
@@ -112,7 +113,7 @@ def fill(root: Path, source: Source, encoding: Mapping[str, Any], made_of: Mappi
     A shard appears when it is complete. So a start after a kill encodes what the kill has cost, at most one shard per process.
 
     Args:
-        root: Folder of the cache.
+        root: Folder of the cache, which the caller has locked.
         source: What is cached.
         encoding: How, as JSON values; what readers of the cache check.
         made_of: The data set and the size of the shards; what only a further start must share.
@@ -167,8 +168,7 @@ def claim(root: Path, description: dict[str, Any]) -> None:
         if difference:
             raise ValueError(f"{root}: holds a cache that was made otherwise: {difference}. Name another folder, or remove this one.")
     else:
-        if root.exists() and (not root.is_dir() or any(found.suffix != ".partial" for found in root.iterdir())):
+        if any(found.suffix != ".partial" and found.name != LOCK_FILE for found in root.iterdir()):
             raise ValueError(f"{root}: must be a new or empty folder, or a cache; it has no {DESCRIPTION}. Name another folder.")
-        root.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(description, indent=2) + "\n")
     shard_path(root, 0).parent.mkdir(exist_ok=True)

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
@@ -10,6 +12,7 @@ from mosaic.config.loading import Config
 from mosaic.data import open_dataset
 from mosaic.data.cache.opening import latent_encoding, text_encoding
 from mosaic.files import in_one_line
+from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.training.encoding import run_grids
@@ -20,26 +23,31 @@ from preprocess.extractors.arguments import check_device
 
 
 def fill_caches(config: Config, arguments: argparse.Namespace, state: PartialState) -> list[str]:
-    """Fill the caches that the config names; returns a summary of each.
+    """Fill the caches that the config names, in folders that are locked until all processes are done; returns a summary of each.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: Settings, data or weights do not fit.
+        FileNotFoundError, OSError, ValueError: Settings, data or weights do not fit, or another run is filling one of the caches.
     """
     data = config.data
     device = check_device(arguments.device or str(state.device))
     factor = vae_scale_factor(config.model.pretrained)
     grids = run_grids(data, factor)
-    with state.main_process_first():  # the index of ids of SemAlign data is made once
-        dataset = open_dataset(data, data.split, grids.target, grids.reference)
-    pipeline = load_encoders(config, factor).to(device)
-    made_of = {"format": data.format, "root": data.root, "split": data.split, "shard_size": arguments.shard_size}
-    summaries = []
-    if data.latent_cache is not None:
-        pictures = PictureSource(dataset, pipeline, data.skip_invalid, data.num_workers)
-        summaries.append(fill(Path(data.latent_cache), pictures, latent_encoding(config), made_of, arguments.shard_size, state))
-    if data.text_cache is not None:
-        prompts = PromptSource(dataset, pipeline.encoders, config.model.text_length)
-        summaries.append(fill(Path(data.text_cache), prompts, text_encoding(config), made_of, arguments.shard_size, state))
+    with ExitStack() as locks:
+        for name, folder in (("data.latent_cache", data.latent_cache), ("data.text_cache", data.text_cache)):
+            if folder is not None:
+                acquire_for_all(locks.enter_context(FolderLock(Path(folder), name)), state)
+        with state.main_process_first():  # the index of ids of SemAlign data is made once
+            dataset = open_dataset(data, data.split, grids.target, grids.reference)
+        pipeline = load_encoders(config, factor).to(device)
+        made_of = {"format": data.format, "root": data.root, "split": data.split, "shard_size": arguments.shard_size}
+        summaries = []
+        if data.latent_cache is not None:
+            pictures = PictureSource(dataset, pipeline, data.skip_invalid, data.num_workers)
+            summaries.append(fill(Path(data.latent_cache), pictures, latent_encoding(config), made_of, arguments.shard_size, state))
+        if data.text_cache is not None:
+            prompts = PromptSource(dataset, pipeline.encoders, config.model.text_length)
+            summaries.append(fill(Path(data.text_cache), prompts, text_encoding(config), made_of, arguments.shard_size, state))
+        state.wait_for_everyone()
     return summaries
 
 
@@ -58,7 +66,8 @@ def load_encoders(config: Config, vae_scale_factor: int) -> MosaicFluxPipeline:
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
-    state = PartialState(cpu=(arguments.device or "").startswith("cpu"))
+    # The first process to end waits for the last one, however long that takes.
+    state = PartialState(cpu=(arguments.device or "").startswith("cpu"), timeout=timedelta(days=30))
     try:
         summaries = fill_caches(config, arguments, state)
     except (ValueError, OSError) as error:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest
 from mosaic.data.multi_reference.repository import HUB
-from mosaic.files import move, replacing, write_text
+from mosaic.files import move, write_text
+from mosaic.locks import new_folder, refuse_existing
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -134,8 +135,7 @@ def write_repository(
         FileNotFoundError: The data set, or a file of it, is missing.
         ValueError: The data set or a points file is damaged, or a split's name is none for the hub.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder}: exists already; choose another folder or remove it.")
+    refuse_existing(folder)
     manifest = Manifest(data, None)
     for split in dict.fromkeys(manifest.column("split")):
         if not _SPLIT.fullmatch(split):
@@ -145,7 +145,7 @@ def write_repository(
     columns, schema = features(), features().arrow_schema
     facts: dict[str, SplitFacts] = {}
     shards: dict[str, ShardWriter] = {}
-    with replacing(folder) as aside:
+    with new_folder(folder, "folder") as aside:
         (aside / "data").mkdir(parents=True)
         for split, row in tqdm(_rows(manifest), desc="writing", unit="sample", total=len(manifest)):
             if split not in shards:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from mosaic.config.loading import Config
 from mosaic.files import in_one_line
+from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.rendering.batches import plan_batches, unfinished_batches
 from mosaic.rendering.cases.reading import Case, CaseFile
 from mosaic.rendering.checks import check_output
@@ -47,25 +48,28 @@ def run_cases(file: CaseFile, config: Config, state: PartialState) -> RunResult:
         In the first process what all of them gave; in the others what is known there.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: The model, the LoRA or the settings do not fit, so that no case can be rendered.
+        FileNotFoundError, OSError, ValueError: The model, the LoRA or the settings do not fit, so that no case can be rendered; or another
+            run is writing into the folder.
     """
     settings, folder = config.inference, Path(config.inference.output_dir)
     check_output(folder)
-    start = Start.check(config, state.device)
-    jobs, problems = plan_jobs(file.cases, start, file.pictures.digests)
-    todo = unfinished(jobs, folder, settings.report and start.lora_file is not None)
-    state.wait_for_everyone()  # nobody writes before everybody has looked
-    share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
-    if share:
-        pipeline = start.load([job.recipe.prompt for batch in share for job in batch])
-        names, journal = {job.name for job in todo}, Journal(folder, state.process_index)
-        render_batches(share, names, pipeline, config, file.pictures, journal, show_progress=state.is_main_process)
-    state.wait_for_everyone()
-    if state.is_main_process and jobs:
-        failures = write_manifest(jobs, folder)
-        problems += failures + write_overviews(jobs, folder)
-        return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
-    return RunResult(len(jobs), len(jobs) - len(todo), problems)
+    with FolderLock(folder, "inference.output_dir") as lock:
+        acquire_for_all(lock, state)
+        start = Start.check(config, state.device)
+        jobs, problems = plan_jobs(file.cases, start, file.pictures.digests)
+        todo = unfinished(jobs, folder, settings.report and start.lora_file is not None)
+        state.wait_for_everyone()  # nobody writes before everybody has looked
+        share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
+        if share:
+            pipeline = start.load([job.recipe.prompt for batch in share for job in batch])
+            names, journal = {job.name for job in todo}, Journal(folder, state.process_index)
+            render_batches(share, names, pipeline, config, file.pictures, journal, show_progress=state.is_main_process)
+        state.wait_for_everyone()
+        if state.is_main_process and jobs:
+            failures = write_manifest(jobs, folder)
+            problems += failures + write_overviews(jobs, folder)
+            return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
+        return RunResult(len(jobs), len(jobs) - len(todo), problems)
 
 
 def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:

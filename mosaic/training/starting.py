@@ -23,6 +23,7 @@ from mosaic.data import (
 )
 from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
 from mosaic.files import require_folder
+from mosaic.locks import FolderLock
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.lora.files import LoraFile
 from mosaic.lora.loading import check_reference_lora, read_reference_lora
@@ -36,7 +37,6 @@ from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
 from mosaic.training.distributed.waiting import STEP_LIMIT, main_alone
 from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
-from mosaic.training.run_lock import RunLock
 from mosaic.training.validation import Panel, read_panels
 from mosaic.weights.digests import model_file, vae_scale_factor
 from mosaic.weights.hub import resolve_lora_file
@@ -152,18 +152,18 @@ def warn_of_best(config: Config) -> None:
         logger.warning(message, both, training.checkpoint_every, f"validation.every {validation.every}")
 
 
-def choose_checkpoint(resume: str | None, run_dir: Path, lock: RunLock) -> Path | None:
-    """The checkpoint that `--resume` names, found by the main process for all; takes the lock of a folder that is there already.
+def choose_checkpoint(resume: str | None, run_dir: Path, lock: FolderLock) -> Path | None:
+    """The checkpoint that `--resume` names, found by the main process for all in the folder that it has locked; a new one is made.
 
     Raises:
         FileNotFoundError: `resume` is no checkpoint.
-        ValueError: The checkpoints are damaged, the folder holds those of an earlier run, or another run has it locked.
+        ValueError: The checkpoints are damaged, the folder holds those of an earlier run, another run has it locked, or it cannot be
+            written to.
     """
 
     def find() -> str | None:
-        if run_dir.is_dir():
-            lock.acquire()
-            clean_up(run_dir / "checkpoints")
+        lock.acquire()  # before the look: another run may have begun, and even ended, since
+        clean_up(run_dir / "checkpoints")
         path = find_checkpoint(resume, run_dir / "checkpoints")
         return str(path) if path is not None else None
 

@@ -15,6 +15,7 @@ from mosaic.config.loading import Config, config_to_json, resolved_dict
 from mosaic.data import MosaicBatch
 from mosaic.data.batches import batches_from
 from mosaic.files import write_text
+from mosaic.locks import FolderLock
 from mosaic.lora.adapter import reference_lora_parameters, save_reference_lora
 from mosaic.method.losses import SHORT_NAMES, MosaicLoss
 from mosaic.model.attention_rows import resolve_capture_blocks
@@ -30,7 +31,6 @@ from mosaic.training.distributed.waiting import ProcessFailed, failing_together,
 from mosaic.training.distributed.zero import ZeroUpdates
 from mosaic.training.objective import call_settings, draw_inputs, sample_generators, scheduled_weights, train_step
 from mosaic.training.optimizers import build_optimizer
-from mosaic.training.run_lock import RunLock
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.training.starting import (
     attach_adapter,
@@ -68,15 +68,13 @@ def train(config: Config, resume: str | None = None) -> Path:
     """
     check_distribution(config.optimizer)  # before any process looks for the others
     run_dir = Path(config.training.output_dir)
-    with failing_together(TrainingStopped), StopSignals() as signals, RunLock(run_dir) as lock:
+    with failing_together(TrainingStopped), StopSignals() as signals, FolderLock(run_dir, "training.output_dir") as lock:
         checkpoint = choose_checkpoint(resume, run_dir, lock)
         trainer = Trainer(config, signals, continues=checkpoint is not None)
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        if trainer.accelerator.is_main_process:
-            lock.acquire()
-            if checkpoint is not None and resume != "auto":
-                set_aside(run_dir / "checkpoints", checkpoint, [trainer.log.file, trainer.speed_log.file])
+        if trainer.accelerator.is_main_process and checkpoint is not None and resume != "auto":
+            set_aside(run_dir / "checkpoints", checkpoint, [trainer.log.file, trainer.speed_log.file])
         with trainer.writer:
             return trainer.fit()
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from mosaic.data import Manifest, Row
 from mosaic.data.multi_reference.repository import Repository
 from mosaic.files import in_one_line
+from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.reports.figures import contact_sheet, save_picture
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import check_device, extractor_specs
+from preprocess.extractors.protocol import Extractor
 from preprocess.extractors.weights import DTYPES
 from preprocess.matching.layouts import CompactLayout, Layout, ReleaseLayout
 from preprocess.matching.rows import read_pictures
@@ -47,7 +50,7 @@ def match(arguments: argparse.Namespace, state: PartialState) -> str:
     """Match this process's share; returns a summary.
 
     Raises:
-        FileNotFoundError, ValueError: Data, models or settings do not fit.
+        FileNotFoundError, ValueError: Data, models or settings do not fit, or another run is matching there.
     """
     settings, specs = matching_settings(arguments), extractor_specs(arguments)
     if (arguments.limit is not None and arguments.limit < 1) or arguments.contact_sheet < 0:
@@ -63,25 +66,33 @@ def match(arguments: argparse.Namespace, state: PartialState) -> str:
     count = min(len(manifest), arguments.limit or len(manifest))
     check_grids(manifest, count, settings, arguments.layout)
     device = check_device(arguments.device or str(state.device))
-    extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
-    wanted = run_settings(arguments, settings, specs, extractors, device.type)
-    with state.main_process_first():
-        claim_settings(layout, wanted, (manifest.row(index) for index in range(count)))
-    share = range(state.process_index, count, state.num_processes)
+    with FolderLock(root, "--output" if arguments.output else "--data") as lock:
+        acquire_for_all(lock, state)
+        extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
+        wanted = run_settings(arguments, settings, specs, extractors, device.type)
+        with state.main_process_first():
+            claim_settings(layout, wanted, (manifest.row(index) for index in range(count)))
+        summary = match_share(manifest, range(state.process_index, count, state.num_processes), layout, extractors, settings.seed, state)
+        if arguments.contact_sheet and state.is_main_process:
+            rows = [manifest.row(index) for index in range(0, count, state.num_processes)[: arguments.contact_sheet]]
+            draw_sheet(manifest, rows, layout, root / "contact_sheet.png")
+        state.wait_for_everyone()  # the lock is the main process's
+    return f"{summary} ({root})"
+
+
+def match_share(manifest: Manifest, share: range, layout: Layout, extractors: Sequence[Extractor], seed: int, state: PartialState) -> str:
+    """Match what is not finished of a share of the samples; returns a summary."""
     todo = [index for index in share if not layout.is_finished(manifest.row(index))]
     progress = tqdm(
         todo, desc="matching", unit="sample", initial=len(share) - len(todo), total=len(share), disable=not state.is_main_process
     )
     num_references = num_empty = 0
     for row in (manifest.row(index) for index in progress):
-        counts = layout.match(row, read_pictures(manifest, row), extractors, sample_seed(settings.seed, row.id))
+        counts = layout.match(row, read_pictures(manifest, row), extractors, sample_seed(seed, row.id))
         num_references, num_empty = num_references + len(counts), num_empty + counts.count(0)
-    if arguments.contact_sheet and state.is_main_process:
-        rows = [manifest.row(index) for index in share[: arguments.contact_sheet]]
-        draw_sheet(manifest, rows, layout, root / "contact_sheet.png")
     return (
         f"{len(todo)} samples matched, {len(share) - len(todo)} were finished before; "
-        f"{num_empty} of {num_references} references have no points ({root})"
+        f"{num_empty} of {num_references} references have no points"
     )
 
 
@@ -123,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the first process to end waits for the last one
     try:
         with one_thread():
             summary = match(arguments, state)

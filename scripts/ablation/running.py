@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from mosaic.config.loading import load_config, resolved_dict
 from mosaic.files import in_one_line
+from mosaic.locks import FolderLock
 from mosaic.lora.adapter import write_reference_lora
-from mosaic.training.run_lock import RunLock
 from scripts.ablation import figures
 from scripts.ablation.loop import child_environment, run_chains
 from scripts.ablation.plan import SIZES, Plan, Size, make_plan
@@ -97,11 +97,11 @@ def _end_by_signal(number: int, _: object) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code: 0 done, 1 something failed, 2 wrong command, 130 interrupted."""
     before = signal.signal(signal.SIGTERM, _end_by_signal)
-    lock = RunLock(arguments.output)
+    lock = FolderLock(arguments.output, "--output")
     try:
         with lock:
             size = chosen_size(arguments)
-            _acquire(lock, arguments.output)
+            lock.acquire()
             plan = make_plan(size, arguments.output, tuple(arguments.parts), tuple(arguments.arms))
             if arguments.list:
                 print(describe(plan))
@@ -124,10 +124,3 @@ def run(arguments: argparse.Namespace) -> int:
     for failure in failures:
         print(f"ablation: failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _acquire(lock: RunLock, output: Path) -> None:
-    try:
-        lock.acquire()
-    except ValueError as error:
-        raise ValueError(f"--output {output}: another ablation is at work there; wait for its end, or choose another folder.") from error

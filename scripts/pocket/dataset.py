@@ -8,7 +8,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
-from mosaic.files import replacing
+from mosaic.locks import new_folder
 from scripts.pocket import world
 
 REFERENCE_GRID = 32
@@ -72,9 +72,7 @@ def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, 
     Raises:
         FileExistsError: `output` exists.
     """
-    if output.exists():
-        raise FileExistsError(f"{output}: exists already; choose another folder or remove it")
-    with replacing(output) as aside:
+    with new_folder(output, "--output") as aside:
         for i in tqdm(range(num_samples), desc="drawing scenes", unit="scene"):
             sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
             folder = aside / sample.id

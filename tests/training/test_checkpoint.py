@@ -19,13 +19,13 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from mosaic.locks import FolderLock
 from mosaic.method.metrics import AttentionAccuracy
 from mosaic.training import Trainer, starting, train
 from mosaic.training import trainer as training
 from mosaic.training.checkpoints import checkpoint
 from mosaic.training.checkpoints.checkpoint import checkpoint_folders, clean_up, find_checkpoint, find_damage, rotate
 from mosaic.training.checkpoints.optimizer_state import optimizer_tensors, restore_optimizer
-from mosaic.training.run_lock import RunLock
 from mosaic.training.signals import TrainingStopped
 from mosaic.weights.digests import file_digest
 from tests import forks, runs
@@ -286,7 +286,7 @@ def test_a_checkpoint_folder_that_cannot_be_written(world: Path, tmp_path: Path,
 
 
 def hold(folder: Path) -> None:
-    lock = RunLock(folder)
+    lock = FolderLock(folder, "training.output_dir")
     lock.acquire()
     print("held", flush=True)
     time.sleep(600)
@@ -303,19 +303,9 @@ def test_two_runs_in_one_folder(run: Path, world: Path, tmp_path: Path) -> None:
     assert runs.files_below(run) == before
     other.kill()
     other.join()
-    with RunLock(run) as lock:  # a kill gives it back
+    with FolderLock(run, "training.output_dir") as lock:  # a kill gives it back
         lock.acquire()
         assert f"process {os.getpid()}" in (run / ".lock").read_text()
-
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.lockf", no_locks)
-    with RunLock(tmp_path) as lock:
-        lock.acquire()
-    assert "this file system has no locks" in caplog.text
 
 
 # ---- another config

@@ -17,8 +17,9 @@ from mosaic.data.multi_reference.manifest import FORMAT, VERSION
 from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.rows import MAX_SIDE
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
-from mosaic.files import replacing, save_tensors
+from mosaic.files import save_tensors
 from mosaic.images import decode_image, to_rgb
+from mosaic.locks import new_folder, refuse_existing
 
 ROWS_PER_GROUP = 1000
 _PAIR = pa.list_(pa.int32())
@@ -65,11 +66,10 @@ class DatasetWriter:
             pictures: "given": picture files are copied byte by byte, once they are seen to decode; "png": all are stored as RGB PNG.
 
         Raises:
-            FileExistsError: `root` exists.
+            FileExistsError: `root` exists. When the context is entered also ValueError: another process is writing it.
         """
-        if root.exists():
-            raise FileExistsError(f"{root}: exists already; choose another folder or remove it")
-        self._replacing = replacing(root)
+        refuse_existing(root)
+        self._replacing = new_folder(root, "folder")
         self._pictures = pictures
         self._rows: list[dict[str, object]] = []
         self._ids: set[str] = set()
