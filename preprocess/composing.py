@@ -118,14 +118,11 @@ def read_panel(manifest: Manifest, row: Row) -> tuple[Panel, bytes]:
     """
     entry = row.references[0]
 
-    target = manifest.read_picture(row.target, f"{row.place}.target")
+    target = manifest.read_target(row)
     if not has_square_cells((target.height, target.width), row.target_grid):
         raise ValueError(f"{row.place}.target_grid: its cells must be about square to be composed, got a target of {target.size} px.")
-    mask = (
-        None if entry.mask is None else np.asarray(manifest.read_picture(entry.mask, f"{row.place}.references[0].mask").convert("L")) > 127
-    )
-    if mask is not None and mask.shape != (target.height, target.width):
-        raise ValueError(f"{row.place}.references[0].mask: must have the target's size {target.height} x {target.width}, got {mask.shape}.")
+    drawn = manifest.read_mask(row, 0, target)
+    mask = None if drawn is None else np.asarray(drawn.convert("L")) > 127
     points = manifest.read_points(row)
     reference = manifest.folder.read(entry.image, f"{row.place}.references[0].image")
     return Panel(row.prompt, target, row.target_grid, None if points is None else points[0].numpy(), mask), reference

@@ -12,12 +12,13 @@ def read_pictures(manifest: Manifest, row: Row) -> SamplePictures:
     """Read target, references and masks of a sample.
 
     Raises:
-        FileNotFoundError, ValueError: A picture is missing or damaged; the message names row and field.
+        FileNotFoundError, ValueError: A picture is missing, damaged or of another size than it should; the message names row and field.
     """
-    references = []
+    target, references = manifest.read_target(row), []
     for k, entry in enumerate(row.references):
         place = f"{row.place}.references[{k}]"
         image = manifest.read_picture(entry.image, f"{place}.image")
-        mask = None if entry.mask is None else np.asarray(manifest.read_picture(entry.mask, f"{place}.mask").convert("L")) > MASK_THRESHOLD
+        drawn = manifest.read_mask(row, k, target)
+        mask = None if drawn is None else np.asarray(drawn.convert("L")) > MASK_THRESHOLD
         references.append(ReferencePicture(image, entry.grid, mask))
-    return SamplePictures(manifest.read_picture(row.target, f"{row.place}.target"), row.target_grid, references)
+    return SamplePictures(target, row.target_grid, references)

@@ -1,6 +1,5 @@
 """A data set of the multi-reference format in its repository form, for the folder form: pictures keep their bytes, splits their names."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mosaic.data import Manifest, ReferenceRecord, SampleRecord
+from mosaic.files import parse_json, shown
 from preprocess.matching.rows import MASK_THRESHOLD
 from preprocess.sources.invalid import InvalidSamples
 
@@ -31,10 +31,11 @@ def samples(root: Path, invalid: InvalidSamples) -> Iterator[SampleRecord]:
 def _sample(manifest: Manifest, index: int) -> SampleRecord:
     row, values = manifest.row(index), manifest.values(index)
     points = manifest.read_points(row)
-    references = []
+    target, references = manifest.read_target(row), []
     for k, (entry, stored) in enumerate(zip(row.references, values["references"], strict=True)):
         place = f"{row.place}.references[{k}]"
-        mask = None if entry.mask is None else np.asarray(manifest.read_picture(entry.mask, f"{place}.mask").convert("L")) > MASK_THRESHOLD
+        drawn = manifest.read_mask(row, k, target)
+        mask = None if drawn is None else np.asarray(drawn.convert("L")) > MASK_THRESHOLD
         references.append(
             ReferenceRecord(
                 manifest.folder.read(entry.image, f"{place}.image"),
@@ -42,19 +43,22 @@ def _sample(manifest: Manifest, index: int) -> SampleRecord:
                 None if points is None else points[k].numpy(),
                 mask,
                 None if stored.get("grid") is None else entry.grid,
-                _from_json(stored.get("scores")),
+                _from_json(stored.get("scores"), f"{place}.scores"),
                 stored.get("kind"),
             )
         )
-    target = manifest.folder.read(row.target, f"{row.place}.target")
-    metadata, scores = _from_json(row.metadata), _from_json(values.get("scores"))
-    return SampleRecord(row.id, row.split, row.prompt, target, references, row.reference_grid, row.target_grid, metadata, scores)
+    metadata, scores = _from_json(row.metadata, f"{row.place}.metadata"), _from_json(values.get("scores"), f"{row.place}.scores")
+    picture = manifest.folder.read(row.target, f"{row.place}.target")
+    return SampleRecord(row.id, row.split, row.prompt, picture, references, row.reference_grid, row.target_grid, metadata, scores)
 
 
-def _from_json(text: str | None) -> dict[str, Any]:
+def _from_json(text: str | None, place: str) -> dict[str, Any]:
     """A JSON object of a column; none where it is empty.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is no JSON object.
     """
-    return json.loads(text) if text else {}
+    values = parse_json(text, place) if text else {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: must be a JSON object, got {shown(values)}.")
+    return values

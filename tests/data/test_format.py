@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from mosaic.data import (
 from mosaic.data.multi_reference.records import reference_grid_of, target_grid_of
 from mosaic.data.multi_reference.rows import parse_row
 from mosaic.data.multi_reference.storage import PerProcess
+from mosaic.data.multi_reference.writer import SCHEMA
+from preprocess.matching.rows import read_pictures
 from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,27 +66,40 @@ def rows_to_judge() -> list[dict[str, Any]]:
     def with_reference(**values: Any) -> None:
         rows.append(GOOD | {"references": [GOOD["references"][0] | values]})
 
-    with_field("id", "", "a b", "a/b", "é", "a\n", "..", 5, None, "x" * 300)
-    with_field("split", "", None, 1)
-    with_field("prompt", "", "  ", "\n", " a", None, 1)
+    with_field("id", "", "a b", "a/b", "é", "a\n", "..", 5, None, "x" * 300, "x" * 65537)
+    with_field("split", "", None, 1, "x" * 65537)
+    with_field("prompt", "", "  ", "\n", " a", None, 1, "é" * 65536, "é" * 65537)
     with_field("target", *BAD_PATHS, "a.png", "a/b:c.png", "a..b/c", "..a")
-    with_field("points", *BAD_PATHS)
-    with_field("references", [], None, {}, [None], [{}], ["a"], [{"image": "a.png"}], GOOD["references"] * 7)
-    with_field("reference_grid", *BAD_SIDES, None, [65535, 1])
-    with_field("target_grid", *BAD_SIDES, None)
-    with_field("target_size", *BAD_SIDES, None, [512, 300])
+    with_field("points", *BAD_PATHS, "a" * 65536, "a" * 65537)
+    with_field(
+        "references",
+        [],
+        None,
+        {},
+        [None],
+        [{}],
+        ["a"],
+        [{"image": "a.png"}],
+        GOOD["references"] * 7,
+        GOOD["references"] * 64,
+        GOOD["references"] * 65,
+    )
+    with_field("reference_grid", *BAD_SIDES, None, [4096, 1], [4097, 1])
+    with_field("target_grid", *BAD_SIDES, None, [65535, 65535])
+    with_field("target_size", *BAD_SIDES, None, [512, 300], [65535, 1])
     with_field("scores", None, '{"clip": 0.3}', {"clip": 0.3}, 3)
-    with_field("metadata", None, "no JSON, and not looked at", {})
+    with_field("metadata", None, "no JSON, and not looked at", {}, "x" * 2**20, "x" * (2**20 + 1))
     with_field("unknown", 1)
     for path in BAD_PATHS:
         with_reference(image=path)
         with_reference(mask=path)
-    for sides in [*BAD_SIDES, None, [3, 9]]:
+    for sides in [*BAD_SIDES, None, [3, 9], [1, 4097]]:
         with_reference(grid=sides)
     for name in ("phrase", "scores", "kind"):
         with_reference(**{name: 1})
         with_reference(**{name: None})
         with_reference(**{name: "x"})
+        with_reference(**{name: "x" * 65537})
     return rows
 
 
@@ -379,6 +395,101 @@ def test_what_is_cut_off_has_no_points(tmp_path: Path) -> None:
     read = MultiReferenceDataset(write(tmp_path / "d", sample), **OPTIONS)[0]
     assert read.points[0].tolist() == [[u, u] for u in range(16)]
     assert np.array_equal(np.rint((read.target.permute(1, 2, 0).numpy() + 1) * 127.5), picture[:, 32:64])
+
+
+def rewritten(root: Path, change: Callable[[int, dict[str, Any]], Any], copies: int = 1) -> Path:
+    """A data set whose manifest's rows were changed; `change` gets a row's number. A row may be there several times, under other ids."""
+    rows = pq.read_table(root / "manifest.parquet").to_pylist() * copies
+    for number, row in enumerate(rows):
+        row["id"] = f"{row['id']}_{number}"
+        change(number, row)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), root / "manifest.parquet")
+    return root
+
+
+def test_a_stated_size_is_compared_with_the_picture(tmp_path: Path) -> None:
+    """By all that read the picture: training, the doctor, matching; a size that is believed decides the bucket, and what is cut off."""
+    root = write(tmp_path / "d", record(0, 1, target=noise(32, 64)), record(1, 1))
+    rewritten(root, lambda number, row: row.update(target_size=[[64, 32], [48, 480]][number]))
+    dataset = MultiReferenceDataset(root, **OPTIONS, buckets=[(32, 32), (16, 64)])
+    turned = (
+        r'manifest\.parquet\[0\] \(id "s0_0"\)\.target: target_size says 64 x 32 px .*images/s0_target\.png has 32 x 64\. Height and width'
+    )
+    for read in (dataset.__getitem__, dataset.inspect, lambda index: read_pictures(dataset.manifest, dataset.manifest.row(index))):
+        with pytest.raises(ValueError, match=turned):
+            read(0)
+        with pytest.raises(ValueError, match="says 48 x 480 px .* has 48 x 48. Put the right size"):
+            read(1)
+    rewritten(root, lambda number, row: row.update(target_size=[[32, 64], [48, 48]][number]))
+    assert [MultiReferenceDataset(root, **OPTIONS)[index].missing for index in range(2)] == [(), ()]
+
+
+def test_a_grid_that_stands_for_the_size_is_compared_with_the_picture(tmp_path: Path) -> None:
+    root = write(tmp_path / "d", record(0, 1, target=noise(32, 64)), record(1, 1, target=noise(45, 44)))
+    rewritten(root, lambda _, row: row.update(target_size=None))
+    dataset = MultiReferenceDataset(root, **OPTIONS, buckets=[(32, 32), (16, 64), (32, 40)])
+    for read in (dataset.__getitem__, dataset.inspect):
+        with pytest.raises(
+            ValueError, match="target_grid: 8 x 8 cells stand for the target's aspect, .*images/s0_target.png has 32 x 64 px"
+        ):
+            read(0)
+    assert dataset[1].target.shape == (3, 32, 32)
+    assert MultiReferenceDataset(root, **OPTIONS, buckets=[(32, 32)])[0].missing == ()  # one bucket takes all
+
+
+def test_a_mask_has_the_size_of_its_target(tmp_path: Path) -> None:
+    masked = ReferenceRecord(noise(40, 40), mask=np.ones((32, 64)))
+    root = write(tmp_path / "d", SampleRecord("s", "train", "p", noise(32, 64), [masked], (8, 8), (8, 16)))
+    dataset = MultiReferenceDataset(root, **OPTIONS)
+    assert dataset.inspect(0).masks[0].all()
+    Image.new("L", (32, 64), 255).save(root / "images/s_mask0.png")
+    for read in (dataset.inspect, lambda index: read_pictures(dataset.manifest, dataset.manifest.row(index))):
+        with pytest.raises(
+            ValueError, match=r"references\[0\]\.mask: a mask must have its target's size, 32 x 64 .*s_mask0\.png has 64 x 32"
+        ):
+            read(0)
+
+
+BEYOND: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda row: row.update(references=row["references"] * 65), r"references: must be at most 64, got 65"),
+    (lambda row: row.update(target_grid=[65535, 65535]), r"target_grid: must be at most 4096 in both sides"),
+    (lambda row: row["references"][0].update(grid=[4097, 1]), r"references\[0\]\.grid: must be at most 4096"),
+    (lambda row: row.update(prompt="a" * 65537), "prompt: must have at most 65536 characters, got 65537"),
+    (lambda row: row["references"][0].update(phrase="a" * 65537), "phrase: must have at most 65536 characters"),
+    (lambda row: row.update(metadata="a" * (2**20 + 1)), "metadata: must have at most 1048576 characters"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BEYOND)
+def test_bounds_of_a_row(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    root = rewritten(write(tmp_path / "d", record(0, 1)), lambda number, row: change(row) if number == 2 else None, copies=3)
+    with pytest.raises(ValueError, match=rf'manifest\.parquet\[2\] \(id "s0_2"\)\.{message}'):
+        MultiReferenceDataset(root, **OPTIONS, max_references=10**6)
+
+
+def test_bounds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file says of itself is looked at before it is decoded: numbers of references that overflow, texts beyond all memory, points."""
+    root = write(tmp_path / "d", record(0, 1))
+    points = {"0": torch.zeros(0, 2, dtype=torch.int32), "0.more": torch.zeros(2**20 + 1024 * 64, dtype=torch.uint8)}
+    save_file(points, root / "points/s0.safetensors")
+    for data in (root, copy_to_memory(root, "bounds")):
+        with pytest.raises(ValueError, match=r"points: the file must have at most 1114112 bytes"):
+            MultiReferenceDataset(data, **OPTIONS)[0]
+    rewritten(root, lambda _, row: row.update(references=row["references"] * 40_000))
+    with pytest.raises(ValueError, match=r"row group 0: the column references\.list\.element\.image holds 40000 values in 1 rows"):
+        MultiReferenceDataset(root, **OPTIONS, max_references=10**6)
+    monkeypatch.setattr("mosaic.data.multi_reference.parquet_table.MAX_GROUP_BYTES", 2**20)
+    rewritten(root, lambda _, row: row.update(references=row["references"][:1], prompt="a" * 2**21))
+    with pytest.raises(ValueError, match="row group 0: must have at most 1 MiB unpacked, got 2"):
+        MultiReferenceDataset(root, **OPTIONS)
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    root = write(tmp_path / "d", record(0, 1))
+    table = pq.read_table(root / "manifest.parquet")
+    pq.write_table(table.append_column("prompt", table["prompt"]), root / "manifest.parquet")
+    with pytest.raises(ValueError, match="the column prompt must be there once, but is there 2 times"):
+        MultiReferenceDataset(root, **OPTIONS)
 
 
 def test_an_old_manifest_reads(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mosaic.data.multi_reference.rows import MAX_SIDE, parse_row
+from mosaic.data.multi_reference.rows import MAX_GRID_SIDE, MAX_JSON, MAX_REFERENCES, MAX_SIDE, MAX_TEXT, parse_row
 
 TEXT_COLUMNS = ("id", "split", "prompt", "target", "points")
 REQUIRED = (*TEXT_COLUMNS, "references", "reference_grid", "target_grid")
@@ -80,11 +80,14 @@ def check_columns(schema: pa.Schema, path: str) -> list[str]:
     """Return the columns to read.
 
     Raises:
-        ValueError: A column is missing or has another type than the format says.
+        ValueError: A column is missing, is there twice, or has another type than the format says.
     """
     missing = [name for name in REQUIRED if name not in schema.names]
     if missing:
         raise ValueError(f"{path}: the column {missing[0]} is missing. Found: {', '.join(schema.names)}.")
+    twice = [name for name in (*REQUIRED, *OPTIONAL) if schema.names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: the column {twice[0]} must be there once, but is there {schema.names.count(twice[0])} times.")
     present = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
     for name in present:
         if not _has_type(name, schema.field(name).type):
@@ -148,11 +151,17 @@ def _check_rows(rows: pa.RecordBatch, numbers: np.ndarray, table: Table) -> np.n
     """
     references = rows["references"]
     suspects = pc.match_substring_regex(rows["prompt"], r"^\s*$").to_numpy(zero_copy_only=False)
-    suspects = suspects | (pc.list_value_length(references).to_numpy() < 1)
+    lengths = pc.list_value_length(references).to_numpy()
+    suspects = suspects | (lengths < 1) | (lengths > MAX_REFERENCES)
+    for name in (*TEXT_COLUMNS, "scores", "metadata"):
+        if name in rows.schema.names:
+            suspects |= _too_long(rows[name], name)
     for name, pattern in (("id", UNSAFE_ID), ("target", UNSAFE_PATH), ("points", UNSAFE_PATH)):
         suspects |= pc.match_substring_regex(rows[name], pattern).to_numpy(zero_copy_only=False)
     items, parents = pc.list_flatten(references), pc.list_parent_indices(references).to_numpy()
     fields = items.type.names
+    for name in {"image", "phrase", "mask", "scores", "kind"} & set(fields):
+        suspects[parents[_too_long(pc.struct_field(items, name), name)]] = True
     image = pc.struct_field(items, "image")
     suspects[parents[_flagged(image, lambda column: pc.match_substring_regex(column, UNSAFE_PATH), if_null=True)]] = True
     if "mask" in fields:
@@ -161,17 +170,17 @@ def _check_rows(rows: pa.RecordBatch, numbers: np.ndarray, table: Table) -> np.n
     pairs = {}
     for name in ("reference_grid", "target_grid", "target_size"):
         column = rows[name] if name in rows.schema.names else pa.nulls(len(rows), pa.list_(pa.int32()))
-        pairs[name], bad = _pairs(column)
+        pairs[name], bad = _pairs(column, MAX_SIDE if name == "target_size" else MAX_GRID_SIDE)
         suspects |= bad
     sides = pairs["reference_grid"].max(axis=1, initial=0)[parents]
     if "grid" in fields:
-        own, bad = _pairs(pc.struct_field(items, "grid"))
+        own, bad = _pairs(pc.struct_field(items, "grid"), MAX_GRID_SIDE)
         suspects[parents[bad]] = True
         sides = np.where(own.any(axis=1), own.max(axis=1, initial=0), sides)
     for index in np.flatnonzero(suspects):
         values = rows.slice(index, 1).to_pylist()[0]
         parse_row(values, f'{table.place(numbers[index])} (id "{values["id"]}")')
-    coarsest = np.full(len(rows), MAX_SIDE)
+    coarsest = np.full(len(rows), MAX_GRID_SIDE)
     np.minimum.at(coarsest, parents, sides)
     return np.column_stack([pairs["target_grid"], pairs["target_size"], coarsest])
 
@@ -181,15 +190,21 @@ def _flagged(column: pa.Array, test: Callable[[pa.Array], pa.Array], if_null: bo
     return pc.fill_null(test(column), if_null).to_numpy(zero_copy_only=False)
 
 
-def _pairs(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return int64 [N, 2], zeros where the cell is null, and bool [N]: which cells are not two numbers within [1, MAX_SIDE]."""
+def _too_long(column: pa.Array, name: str) -> np.ndarray:
+    """Return a bool array: which texts have more bytes than characters are allowed, so that `parse_row` must count these."""
+    most = MAX_JSON if name in ("scores", "metadata") else MAX_TEXT
+    return _flagged(column, lambda texts: pc.greater(pc.binary_length(texts), most), if_null=False)
+
+
+def _pairs(column: pa.Array, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return int64 [N, 2], zeros where the cell is null, and bool [N]: which cells are not two numbers within [1, most]."""
     lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
     bad = (lengths != 2) & (lengths != -1)
     pairs = np.zeros((len(column), 2), np.int64)
     if not bad.any() and (lengths == 2).any():
         numbers = pc.fill_null(pc.list_flatten(column), 0).to_numpy(zero_copy_only=False)
         pairs[lengths == 2] = numbers.astype(np.int64).reshape(-1, 2)
-        bad = (lengths == 2) & ((pairs < 1) | (pairs > MAX_SIDE)).any(axis=1)
+        bad = (lengths == 2) & ((pairs < 1) | (pairs > most)).any(axis=1)
     return pairs, bad
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
+from math import log, log1p
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -120,11 +121,14 @@ class MultiReferenceDataset(Dataset[Sample]):
 
         Raises:
             FileNotFoundError: A picture is missing.
-            ValueError: A file is damaged, a point is out of range or in two references, or a grid is coarser than the tokens.
+            ValueError: A file is damaged, the target has another size than the manifest says, a point is out of range or in two
+                references, or a grid is coarser than the tokens.
         """
         row = self.manifest.row(index)
         bucket = int(self.bucket[index])
-        picture = self.manifest.read_picture(row.target, f"{row.place}.target")
+        picture = self.manifest.read_target(row)
+        if row.target_size is None:
+            self._refuse_wrong_bucket(row, picture.size[::-1], bucket)
         frame = cover(picture.size[::-1], self.buckets[bucket])
         target = _to_tensor(frame.apply(picture))
         frames, references = [], []
@@ -142,16 +146,14 @@ class MultiReferenceDataset(Dataset[Sample]):
     def inspect(self, index: int) -> Inspection:
         """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read."""
         row = self.manifest.row(index)
-        target = self.manifest.read_picture(row.target, f"{row.place}.target")
+        target = self.manifest.read_target(row)
+        if row.target_size is None:
+            self._refuse_wrong_bucket(row, target.size[::-1], int(self.bucket[index]))
         references = [
             self.manifest.read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)
         ]
-        masks = [
-            None
-            if entry.mask is None
-            else touched_cells(self.manifest.read_picture(entry.mask, f"{row.place}.references[{k}].mask"), row.target_grid)
-            for k, entry in enumerate(row.references)
-        ]
+        drawn = [self.manifest.read_mask(row, k, target) for k in range(len(row.references))]
+        masks = [None if mask is None else touched_cells(mask, row.target_grid) for mask in drawn]
         points = self.manifest.read_points(row)
         return Inspection(
             id=row.id,
@@ -194,6 +196,18 @@ class MultiReferenceDataset(Dataset[Sample]):
             inside = v >= 0
             carried.append(majority_points(u[inside], v[inside], self.reference_token_grid.num_tokens, token_grid.num_tokens))
         return make_disjoint(carried)
+
+    def _refuse_wrong_bucket(self, row: Row, size: tuple[int, int], bucket: int) -> None:
+        """Raise ValueError where the grid, whose aspect stands for that of the target, is so far from it that the bucket is another one."""
+        height, width = size
+        found = int(nearest_bucket(np.array([height]), np.array([width]), self.buckets)[0])
+        rows, columns = row.target_grid
+        rounding = log1p(1 / rows) + log1p(1 / columns)  # a grid of whole cells may be off by one in each side
+        if found != bucket and abs(log(height * columns / (width * rows))) > rounding:
+            raise ValueError(
+                f"{row.place}.target_grid: {rows} x {columns} cells stand for the target's aspect, as there is no target_size, but "
+                f"{row.target} has {height} x {width} px (height x width). Put its size into the column target_size."
+            )
 
     def _refuse_coarse_grids(self, geometries: np.ndarray, by_geometry: np.ndarray) -> None:
         """Raise ValueError for grids that are too coarse whatever the pictures' sizes; the rest shows when a picture is read."""

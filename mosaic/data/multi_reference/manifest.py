@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mosaic.data.multi_reference.columns import Geometry, Table, summarise
 from mosaic.data.multi_reference.parquet_table import ParquetTable
-from mosaic.data.multi_reference.points_file import read_stored_points
+from mosaic.data.multi_reference.points_file import most_bytes, read_stored_points
 from mosaic.data.multi_reference.repository import Repository, find_repository
 from mosaic.data.multi_reference.rows import Row, parse_row
 from mosaic.data.multi_reference.storage import DESCRIPTION, Folder
@@ -129,6 +129,49 @@ class Manifest:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 
+    def read_target(self, row: Row) -> Image.Image:
+        """Read the target picture of a row as RGB, upright.
+
+        Raises:
+            FileNotFoundError: It is missing.
+            ValueError: As `read_picture`; or it has another size than the manifest says.
+        """
+        place = f"{row.place}.target"
+        picture = self.read_picture(row.target, place)
+        found, stated = (picture.height, picture.width), row.target_size
+        if stated is not None and found != stated:
+            cause = " Height and width are exchanged, as where a picture was measured before it was turned upright." * (
+                found[::-1] == stated
+            )
+            raise ValueError(
+                f"{place}: target_size says {stated[0]} x {stated[1]} px (height x width), but {row.target} has {found[0]} x {found[1]}."
+                f"{cause} Put the right size into the manifest, or the right picture into its place."
+            )
+        return picture
+
+    def read_mask(self, row: Row, k: int, target: Image.Image) -> Image.Image | None:
+        """Read the mask of reference k of a row, None if there is none.
+
+        Args:
+            row: The row.
+            k: Number of the reference.
+            target: The row's target, over whose frame the mask lies.
+
+        Raises:
+            FileNotFoundError: It is missing.
+            ValueError: As `read_picture`; or it has another size than the target.
+        """
+        name, place = row.references[k].mask, f"{row.place}.references[{k}].mask"
+        if name is None:
+            return None
+        mask = self.read_picture(name, place)
+        if mask.size != target.size:
+            raise ValueError(
+                f"{place}: a mask must have its target's size, {target.height} x {target.width} px (height x width), but {name} has "
+                f"{mask.height} x {mask.width}. Make it anew from {row.target}, upright."
+            )
+        return mask
+
     def read_points(self, row: Row) -> list[Tensor] | None:
         """Read the points of a row on the grids they were found on, per reference [P_k, 2] of (u, v); None: it has no points file.
 
@@ -137,7 +180,7 @@ class Manifest:
         """
         place = f"{row.place}.points"
         try:
-            data = self.folder.read(row.points, place)
+            data = self.folder.read(row.points, place, most_bytes(row.target_grid))
         except FileNotFoundError:
             return None
         return read_stored_points(data, [entry.grid for entry in row.references], row.target_grid, f"{place}: {row.points}")

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mosaic.data.handles import PerProcess
-from mosaic.data.multi_reference.columns import BATCH_ROWS, check_columns
+from mosaic.data.multi_reference.columns import BATCH_ROWS, OPTIONAL, REQUIRED, check_columns
+from mosaic.data.multi_reference.rows import MAX_REFERENCES
 from mosaic.data.multi_reference.storage import MANIFEST, Folder
 
 logger = logging.getLogger(__name__)
 CACHED_GROUPS = 2  # row groups kept decoded; a shuffled order finds none of them again, a sequential one always
 LARGE_GROUP = 50_000  # rows of a row group from which on reading single samples is slow
+MAX_GROUP_BYTES = 2**32  # of a row group, unpacked; texts of a million samples take a tenth of that
 
 
 class ParquetTable:
@@ -80,6 +82,8 @@ class _RowGroups:
         self.file = pq.ParquetFile(folder.open(MANIFEST), pre_buffer=False, page_checksum_verification=True)
         self._columns = check_columns(self.file.schema_arrow, path)
         metadata = self.file.metadata
+        for group in range(metadata.num_row_groups):
+            _check_group(metadata.row_group(group), f"{path}, row group {group}")
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum(np.array(sizes, np.int64))
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
@@ -101,3 +105,22 @@ class _RowGroups:
         table = self._tables[group]
         start = int(self._ends[group]) - table.num_rows
         return table.slice(number - start, 1).to_pylist()[0]
+
+
+def _check_group(group: pq.RowGroupMetaData, place: str) -> None:
+    """Raise ValueError for a row group that would take too much memory, before it is decoded, by what the file says of itself."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    columns = [column for column in columns if column.path_in_schema.split(".")[0] in (*REQUIRED, *OPTIONAL)]
+    unpacked = sum(column.total_uncompressed_size for column in columns)
+    if unpacked > MAX_GROUP_BYTES:
+        raise ValueError(
+            f"{place}: must have at most {MAX_GROUP_BYTES >> 20} MiB unpacked, got {unpacked >> 20}. Write groups of about 1000 rows, with "
+            "texts and paths alone."
+        )
+    most = 2 * MAX_REFERENCES * max(group.num_rows, 1)  # of the longest column, the references' grids
+    for column in columns:
+        if column.num_values > most:
+            raise ValueError(
+                f"{place}: the column {column.path_in_schema} holds {column.num_values} values in {group.num_rows} rows; a row must have "
+                f"at most {MAX_REFERENCES} references, and a grid two sides."
+            )

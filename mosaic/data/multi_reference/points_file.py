@@ -7,7 +7,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from mosaic.images import MAX_FILE
 from mosaic.method.grids import Grid
+
+
+def most_bytes(target_grid: Grid) -> int:
+    """Most bytes of the points file of a sample; a point takes 8 or 16 of them, and what a matcher adds has room."""
+    return min(MAX_FILE, 2**20 + 1024 * target_grid.num_tokens)
 
 
 def read_stored_points(data: bytes, reference_grids: Sequence[Grid], target_grid: Grid, place: str) -> list[Tensor]:

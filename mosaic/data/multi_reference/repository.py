@@ -24,6 +24,7 @@ from fsspec.core import split_protocol, url_to_fs
 
 from mosaic.data.multi_reference.columns import BATCH_ROWS, OPTIONAL, REQUIRED
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
+from mosaic.images import MAX_FILE
 
 if TYPE_CHECKING:  # importing it takes a second and more; a data set in a folder does without
     from datasets import Dataset
@@ -149,15 +150,17 @@ class Repository:
         name, first, split = self._find(number)
         return self._as_manifest(split[number - first].to_batches()[0], name, number).to_pylist()[0]
 
-    def read(self, relative: str, place: str | None = None) -> bytes:
+    def read(self, relative: str, place: str | None = None, max_bytes: int = MAX_FILE) -> bytes:
         """Return the content of a file that a row holds.
 
         Args:
             relative: Its name in the rows of this table.
             place: Where the name stands, for messages.
+            max_bytes: A file with more is refused.
 
         Raises:
             FileNotFoundError: The row holds none.
+            ValueError: It is too large.
         """
         column, number, *inner = relative.split("/")
         _, first, split = self._find(int(number))
@@ -167,6 +170,9 @@ class Repository:
         content: Any = cell if column == "points" else cell["bytes"] if cell.is_valid else cell
         if not content.is_valid:
             raise FileNotFoundError(f"{place or self.path}: {relative} is not held by its row.")
+        size = content.as_buffer().size
+        if size > max_bytes:
+            raise ValueError(f"{place or self.path}: {relative} must have at most {max_bytes} bytes, got {size}.")
         return content.as_py()
 
     def names(self, relative: str) -> set[str]:

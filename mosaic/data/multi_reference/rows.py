@@ -12,7 +12,15 @@ from mosaic.files import relative_path, shown
 from mosaic.method.grids import Grid
 
 MAX_SIDE = 65_535
-"""Longest side of a grid in cells, or of a picture in pixels, that a manifest may state."""
+"""Longest side of a picture in pixels that a manifest may state."""
+MAX_GRID_SIDE = 4096
+"""Longest side of a grid in cells: one cell per pixel of a picture of that side."""
+MAX_REFERENCES = 64
+"""Most references of a sample, ten times what the paper trains with."""
+MAX_TEXT = 2**16
+"""Most characters of a prompt, a phrase, a path, an id, a split or a kind."""
+MAX_JSON = 2**20
+"""Most characters of the JSON texts `metadata` and `scores`, which readers need not look at."""
 _ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -72,7 +80,8 @@ def parse_row(values: Mapping[str, Any], place: str) -> Row:
         place: File and row, for messages.
 
     Raises:
-        ValueError: A value is missing, empty or of the wrong type; a path leaves the root; a grid or size is not two positive integers.
+        ValueError: A value is missing, empty, of the wrong type or beyond one of the bounds above; a path leaves the root; a grid or size
+            is not two positive integers.
     """
     for name in ("id", "split", "prompt"):
         _text(values.get(name), f"{place}.{name}")
@@ -86,21 +95,23 @@ def parse_row(values: Mapping[str, Any], place: str) -> Row:
     if not isinstance(references, list) or not references:
         empty = "an empty list" if references == [] else shown(references)
         raise ValueError(f"{place}.references: must hold at least one reference, got {empty}.")
+    if len(references) > MAX_REFERENCES:
+        raise ValueError(f"{place}.references: must be at most {MAX_REFERENCES}, got {len(references)}.")
     for name in ("scores", "metadata"):
-        _optional_text(values.get(name), f"{place}.{name}")
-    reference_grid = _sides(values.get("reference_grid"), f"{place}.reference_grid", "rows and columns")
+        _optional_text(values.get(name), f"{place}.{name}", MAX_JSON)
+    reference_grid = _grid(values.get("reference_grid"), f"{place}.reference_grid")
     size = values.get("target_size")
     return Row(
         place=place,
         id=values["id"],
         split=values["split"],
         prompt=values["prompt"],
-        target=relative_path(values.get("target"), f"{place}.target"),
-        references=tuple(_entry(entry, Grid(*reference_grid), f"{place}.references[{k}]") for k, entry in enumerate(references)),
-        points=relative_path(values.get("points"), f"{place}.points"),
-        reference_grid=Grid(*reference_grid),
-        target_grid=Grid(*_sides(values.get("target_grid"), f"{place}.target_grid", "rows and columns")),
-        target_size=None if size is None else _sides(size, f"{place}.target_size", "height and width"),
+        target=_path(values.get("target"), f"{place}.target"),
+        references=tuple(_entry(entry, reference_grid, f"{place}.references[{k}]") for k, entry in enumerate(references)),
+        points=_path(values.get("points"), f"{place}.points"),
+        reference_grid=reference_grid,
+        target_grid=_grid(values.get("target_grid"), f"{place}.target_grid"),
+        target_size=None if size is None else _sides(size, f"{place}.target_size", "height and width", MAX_SIDE),
         metadata=values.get("metadata") or "{}",
     )
 
@@ -109,32 +120,46 @@ def _entry(entry: Any, reference_grid: Grid, place: str) -> ReferenceEntry:
     """Return one element of the column `references`."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{place}: must be a reference with an image, got {shown(entry)}.")
-    image = relative_path(entry.get("image"), f"{place}.image")
-    for name in ("phrase", "scores", "kind"):
-        _optional_text(entry.get(name), f"{place}.{name}")
+    image = _path(entry.get("image"), f"{place}.image")
+    for name, most in (("phrase", MAX_TEXT), ("scores", MAX_JSON), ("kind", MAX_TEXT)):
+        _optional_text(entry.get(name), f"{place}.{name}", most)
     mask, grid = entry.get("mask"), entry.get("grid")
     return ReferenceEntry(
         image=image,
         phrase=entry.get("phrase") or "",
-        mask=None if mask is None else relative_path(mask, f"{place}.mask"),
-        grid=reference_grid if grid is None else Grid(*_sides(grid, f"{place}.grid", "rows and columns")),
+        mask=None if mask is None else _path(mask, f"{place}.mask"),
+        grid=reference_grid if grid is None else _grid(grid, f"{place}.grid"),
     )
 
 
-def _text(value: Any, place: str) -> None:
+def _text(value: Any, place: str, most: int = MAX_TEXT) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{place}: must be a string, got {shown(value)}.")
+    if len(value) > most:
+        raise ValueError(f"{place}: must have at most {most} characters, got {len(value)}.")
 
 
-def _optional_text(value: Any, place: str) -> None:
+def _optional_text(value: Any, place: str, most: int) -> None:
     if value is not None:
-        _text(value, place)
+        _text(value, place, most)
 
 
-def _sides(value: Any, place: str, names: str) -> tuple[int, int]:
-    """Return two sides within [1, MAX_SIDE], or raise ValueError."""
+def _path(value: Any, place: str) -> str:
+    """Return a path below the root, or raise ValueError."""
+    path = relative_path(value, place)
+    _text(path, place)
+    return path
+
+
+def _grid(value: Any, place: str) -> Grid:
+    """Return a grid, or raise ValueError."""
+    return Grid(*_sides(value, place, "rows and columns", MAX_GRID_SIDE))
+
+
+def _sides(value: Any, place: str, names: str, most: int) -> tuple[int, int]:
+    """Return two sides within [1, most], or raise ValueError."""
     if not isinstance(value, list) or len(value) != 2 or any(type(side) is not int or side < 1 for side in value):
         raise ValueError(f"{place}: must be two positive integers, {names}, got {shown(value)}.")
-    if max(value) > MAX_SIDE:
-        raise ValueError(f"{place}: must be at most {MAX_SIDE} in both sides, got {shown(value)}.")
+    if max(value) > most:
+        raise ValueError(f"{place}: must be at most {most} in both sides, got {shown(value)}.")
     return value[0], value[1]

@@ -10,6 +10,7 @@ from fsspec.core import split_protocol, url_to_fs
 
 from mosaic.data.handles import PerProcess
 from mosaic.files import path_below
+from mosaic.images import MAX_FILE
 
 DESCRIPTION, MANIFEST = "dataset.json", "manifest.parquet"
 T = TypeVar("T")
@@ -44,19 +45,26 @@ class Folder:
         """Return whether the root is a folder."""
         return bool(self._filesystem.get().isdir(str(self.root)))
 
-    def read(self, relative: str, place: str | None = None) -> bytes:
+    def read(self, relative: str, place: str | None = None, max_bytes: int = MAX_FILE) -> bytes:
         """Return the content of a file.
 
         Args:
             relative: Path below the root, with "/" and without "..".
             place: Where the path comes from, for messages; None: from the format itself.
+            max_bytes: A file with more is refused, and no more of it is read.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no regular file, cannot be read, or a symbolic link leads out of the root.
+            ValueError: It is no regular file, cannot be read, is too large, or a symbolic link leads out of the root.
         """
         path = self._checked(relative, place or self.path(relative))
-        return self._translated(lambda filesystem: filesystem.cat_file(path), relative, place)
+        if self.is_local:
+            size = self._translated(lambda filesystem: filesystem.size(path), relative, place)
+            self._require_size(size, max_bytes, relative, place)
+            return self._translated(lambda filesystem: filesystem.cat_file(path), relative, place)
+        data = self._translated(lambda filesystem: filesystem.cat_file(path, start=0, end=max_bytes + 1), relative, place)
+        self._require_size(len(data), max_bytes, relative, place)
+        return data
 
     def open(self, relative: str, place: str | None = None) -> BinaryIO:
         """Return a file open for reading at any place in it. Raises as `read`."""
@@ -89,6 +97,11 @@ class Folder:
         if path.exists() and not path.is_file():
             raise ValueError(f"{place}: must be a file, but it is a folder or a device: {self.path(relative)}.")
         return str(path)
+
+    def _require_size(self, size: int, max_bytes: int, relative: str, place: str | None) -> None:
+        if size > max_bytes:
+            start = f"{place}: " if place else ""
+            raise ValueError(f"{start}the file must have at most {max_bytes} bytes, got {size}: {self.path(relative)}.")
 
     def _translated(self, action: Callable[[Any], T], relative: str, place: str | None) -> T:
         """Run an action on the file system; its errors name the place and the file."""

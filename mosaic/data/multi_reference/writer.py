@@ -15,7 +15,7 @@ from PIL import Image
 
 from mosaic.data.multi_reference.manifest import FORMAT, VERSION
 from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord
-from mosaic.data.multi_reference.rows import MAX_SIDE
+from mosaic.data.multi_reference.rows import MAX_GRID_SIDE, MAX_JSON, MAX_REFERENCES, MAX_TEXT
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
 from mosaic.files import save_tensors
 from mosaic.images import decode_image, to_rgb
@@ -101,7 +101,7 @@ class DatasetWriter:
         Raises:
             FileNotFoundError: a picture file is missing.
             ValueError: the id is taken or unfit as a file name, prompt or references are missing, a picture does not decode, a mask has
-                another size than the target, a grid or a score is out of range, or points are refused by `check_points`.
+                another size than the target, a grid, a score or a text is out of range, or points are refused by `check_points`.
         """
         check_sample(sample)
         if sample.id in self._ids:
@@ -114,6 +114,9 @@ class DatasetWriter:
                     f"sample {sample.id!r}, references[{k}]: the mask must have the target's size {target.height} x {target.width}; "
                     f"got {list(np.shape(reference.mask))}"
                 )
+        metadata = json.dumps(dict(sample.metadata), sort_keys=True)
+        if len(metadata) > MAX_JSON:
+            raise ValueError(f"sample {sample.id!r}: metadata must have at most {MAX_JSON} characters as JSON, got {len(metadata)}")
         self._ids.add(sample.id)
         row: dict[str, object] = {
             "id": sample.id,
@@ -129,7 +132,7 @@ class DatasetWriter:
             "target_grid": list(sample.target_grid),
             "target_size": [target.height, target.width],
             "scores": _to_json(sample.scores),
-            "metadata": json.dumps(dict(sample.metadata), sort_keys=True),
+            "metadata": metadata,
         }
         points = {str(k): r.points for k, r in enumerate(sample.references) if r.points is not None}
         if points:
@@ -201,13 +204,17 @@ def check_sample(sample: SampleRecord) -> None:
     for name in ("split", "prompt"):
         if not getattr(sample, name).strip():
             raise ValueError(f"sample {sample.id!r}: {name} must not be empty")
+        if len(getattr(sample, name)) > MAX_TEXT:
+            raise ValueError(f"sample {sample.id!r}: {name} must have at most {MAX_TEXT} characters, got {len(getattr(sample, name))}")
     if not sample.references:
         raise ValueError(f"sample {sample.id!r}: must have at least one reference")
+    if len(sample.references) > MAX_REFERENCES:
+        raise ValueError(f"sample {sample.id!r}: must have at most {MAX_REFERENCES} references, got {len(sample.references)}")
     grids = {"reference_grid": sample.reference_grid, "target_grid": sample.target_grid}
     grids |= {f"references[{k}].grid": r.grid for k, r in enumerate(sample.references) if r.grid is not None}
     for name, grid in grids.items():
-        if len(grid) != 2 or any(not 1 <= side <= MAX_SIDE for side in grid):
-            raise ValueError(f"sample {sample.id!r}: {name} must be two integers within 1..{MAX_SIDE}; got {list(grid)}")
+        if len(grid) != 2 or any(not 1 <= side <= MAX_GRID_SIDE for side in grid):
+            raise ValueError(f"sample {sample.id!r}: {name} must be two integers within 1..{MAX_GRID_SIDE}; got {list(grid)}")
     check_points(sample)
 
 
