@@ -1,6 +1,6 @@
 """Convert a data set into the multi-reference format (preprocess/FORMAT.md).
 
-python preprocess/convert.py folder   SRC DEST    one folder per sample: target.png, ref_*.png, prompt.txt
+python preprocess/convert.py folder   SRC DEST    one folder per sample: target.png, ref_*.png, prompt.txt; or pictures with captions
 python preprocess/convert.py uno      SRC DEST    UNO-style JSON list
 python preprocess/convert.py musar    SRC DEST    MUSAR-Gen-style Parquet
 python preprocess/convert.py semalign SRC DEST    SemAlign-MS-Subjects200K as released
@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mosaic.data import SampleRecord
 from mosaic.files import in_one_line
+from mosaic.locks import new_folder
+from preprocess.sources import flat
 from preprocess.sources.invalid import InvalidSamples
 
 SOURCES = {
-    "folder": "one folder per sample: target.png, ref_*.png, prompt.txt (mask_*.png if known)",
+    "folder": "one folder per sample: target.png, ref_*.png, prompt.txt (mask_*.png if known); or pictures with captions",
     "uno": "UNO-style JSON list of prompt, image_paths (or image_path), image_tgt_path",
     "musar": "MUSAR-Gen-style Parquet: tgt_img, prompt, cond_img_k, cond_prompt_k",
     "semalign": "SemAlign-MS-Subjects200K as released, with its points",
@@ -40,12 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        written, problems = convert(args)
+        is_flat = args.source == "folder" and flat.is_flat(args.src)
+        written, problems = prepare(args) if is_flat else convert(args)
     except (ValueError, OSError) as error:
         print(f"convert: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     left_out = f"; {problems} left out, listed in {invalid_list(args.dest)}" if problems else ""
-    print(f"wrote {written} samples to {args.dest}{left_out}")
+    print(f"wrote {written} {'sample folders' if is_flat else 'samples'} to {args.dest}{left_out}")
+    if is_flat:
+        print(flat.what_is_missing(args.dest))
     return 0
 
 
@@ -99,6 +104,23 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
                 break
         if not written:
             raise ValueError(f"{args.src}: no sample could be converted ({len(invalid.problems)} are invalid).")
+        if invalid.problems:
+            invalid.write(invalid_list(args.dest))
+    return written, len(invalid.problems)
+
+
+def prepare(args: argparse.Namespace) -> tuple[int, int]:
+    """Make sample folders, which lack their references, of a flat folder; returns how many were written and what was left out.
+
+    Raises:
+        FileExistsError: DEST exists.
+        FileNotFoundError, ValueError: No picture could be taken, or one is invalid and not skipped.
+    """
+    invalid = InvalidSamples(args.skip_invalid)
+    with new_folder(args.dest, "folder") as aside:
+        written = flat.write_sample_folders(args.src, aside, invalid, args.limit)
+        if not written:
+            raise ValueError(f"{args.src}: no picture could be taken ({len(invalid.problems)} are invalid).")
         if invalid.problems:
             invalid.write(invalid_list(args.dest))
     return written, len(invalid.problems)

@@ -55,7 +55,7 @@ def count(root: Path) -> int:
 def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
-    found = sorted(root.rglob("*.parquet"))
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".parquet")
     if not found:
         raise FileNotFoundError(f"{root}: must be a Parquet file or a folder that holds some, found none.")
     return found
@@ -79,7 +79,17 @@ def _batches(file: pq.ParquetFile, columns: list[str], path: Path) -> Iterator[p
 
 def _columns(names: list[str], path: Path) -> list[str]:
     """Return the columns to read, those of the references in order."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: the column {twice[0]} must be there once, but is there {names.count(twice[0])} times.")
     count = next(k for k in range(len(names) + 1) if f"cond_img_{k}" not in names)
+    wanted = [f"cond_img_{k}" for k in range(count)]
+    beyond = [name for name in names if name.lower().startswith("cond_img") and name not in wanted]
+    if count and beyond:
+        raise ValueError(
+            f"{path}: the column {beyond[0]} would be left out: references are cond_img_0, cond_img_1, ... without a gap, and "
+            f"cond_img_{count} is missing. Rename the columns."
+        )
     wanted = ["tgt_img", "prompt", *(f"cond_img_{k}" for k in range(max(count, 1)))]
     missing = [name for name in wanted if name not in names]
     if missing:
