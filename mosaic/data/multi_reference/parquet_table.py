@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mosaic.data.handles import PerProcess
-from mosaic.data.multi_reference.columns import BATCH_ROWS, OPTIONAL, REQUIRED, check_columns
-from mosaic.data.multi_reference.rows import MAX_REFERENCES
+from mosaic.data.multi_reference.columns import BATCH_ROWS, check_columns
 from mosaic.data.multi_reference.storage import MANIFEST, Folder
 
 logger = logging.getLogger(__name__)
@@ -108,19 +107,12 @@ class _RowGroups:
 
 
 def _check_group(group: pq.RowGroupMetaData, place: str) -> None:
-    """Raise ValueError for a row group that would take too much memory, before it is decoded, by what the file says of itself."""
-    columns = [group.column(number) for number in range(group.num_columns)]
-    columns = [column for column in columns if column.path_in_schema.split(".")[0] in (*REQUIRED, *OPTIONAL)]
-    unpacked = sum(column.total_uncompressed_size for column in columns)
-    if unpacked > MAX_GROUP_BYTES:
+    """Raise ValueError for a row group that would take too much memory, before it is decoded, by what the file says of itself.
+
+    It is not asked of its columns: where their part of a file is damaged, pyarrow ends the process.
+    """
+    if group.total_byte_size > MAX_GROUP_BYTES:
         raise ValueError(
-            f"{place}: must have at most {MAX_GROUP_BYTES >> 20} MiB unpacked, got {unpacked >> 20}. Write groups of about 1000 rows, with "
-            "texts and paths alone."
+            f"{place}: must have at most {MAX_GROUP_BYTES >> 20} MiB unpacked, got {group.total_byte_size >> 20}. Write groups of about "
+            "1000 rows, with texts and paths alone."
         )
-    most = 2 * MAX_REFERENCES * max(group.num_rows, 1)  # of the longest column, the references' grids
-    for column in columns:
-        if column.num_values > most:
-            raise ValueError(
-                f"{place}: the column {column.path_in_schema} holds {column.num_values} values in {group.num_rows} rows; a row must have "
-                f"at most {MAX_REFERENCES} references, and a grid two sides."
-            )
