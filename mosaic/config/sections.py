@@ -108,6 +108,9 @@ class DataConfig(Section):
     """Samples with more references than this are refused."""
     min_point_coverage: Probability = 0.95
     """Training refuses data of which a smaller share of the references has correspondence points; 0 trains on any."""
+    max_points_outside: Probability = 0.05
+    """Training refuses data of which, as far as 32 samples show it, a larger share of the points lies outside the masks over the target, or
+    on the white around the references' subjects; 1 trains on any."""
     skip_invalid: bool = False
     """Leave out samples that cannot be read, after a pass over all of them, and list them in the run's folder; false: stop at the first."""
     latent_cache: Text | None = None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mosaic.data.multi_reference.rows import ReferenceEntry, Row
     from mosaic.data.multi_reference.writer import DatasetWriter
     from mosaic.data.opening import TrainingDataset, open_dataset
+    from mosaic.data.placement import check_placement
     from mosaic.data.readable import ReadableSamples, find_unreadable
     from mosaic.data.sampler import BucketBatchSampler
     from mosaic.data.samples import MosaicBatch, Sample, collate
@@ -33,6 +34,7 @@ __all__ = [
     "SampleRecord",
     "SemAlignDataset",
     "TrainingDataset",
+    "check_placement",
     "check_supervision",
     "collate",
     "find_unreadable",
@@ -49,6 +51,7 @@ _MODULES = {
     "multi_reference.rows": ("ReferenceEntry", "Row"),
     "multi_reference.writer": ("DatasetWriter",),
     "opening": ("TrainingDataset", "open_dataset"),
+    "placement": ("check_placement",),
     "readable": ("ReadableSamples", "find_unreadable"),
     "sampler": ("BucketBatchSampler",),
     "samples": ("MosaicBatch", "Sample", "collate"),

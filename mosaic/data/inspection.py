@@ -95,7 +95,7 @@ def check_supervision(dataset: _SampleSource, minimum: float, count: int = QUICK
         ValueError: The share is lower; the message names samples and the cure.
     """
     coverage = Coverage()
-    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist():
+    for index in spread_evenly(len(dataset), count):
         sample = dataset[index]
         coverage.add(sample.id, sample.points, sample.missing)
     if coverage.share < minimum:
@@ -107,6 +107,11 @@ def check_supervision(dataset: _SampleSource, minimum: float, count: int = QUICK
             "points; data.min_point_coverage=0 trains without them."
         )
     return coverage
+
+
+def spread_evenly(length: int, count: int) -> list[int]:
+    """Up to `count` numbers of samples, spread evenly over `length` of them."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).astype(int)).tolist()
 
 
 def fingerprint(image: Image.Image) -> int:

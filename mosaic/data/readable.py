@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mosaic.data.inspection import Inspection
 from mosaic.data.samples import Sample
 from mosaic.files import write_text
 
@@ -77,6 +78,10 @@ class ReadableSamples(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read one sample."""
         return self.dataset[int(self._readable[index])]
+
+    def inspect(self, index: int) -> Inspection:
+        """Look at one sample as it is stored."""
+        return self.dataset.inspect(int(self._readable[index]))
 
 
 def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: bool) -> list[Unreadable]:

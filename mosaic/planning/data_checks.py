@@ -4,12 +4,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mosaic.config.loading import Config, DataConfig
-from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_supervision, find_unreadable, open_dataset
+from mosaic.data import CachedSamples, ReadableSamples, TrainingDataset, check_placement, check_supervision, find_unreadable, open_dataset
 from mosaic.data.cache.latents import LatentCache
 from mosaic.data.cache.opening import Caches, latent_encoding, latent_settings, text_encoding, text_settings
 from mosaic.data.cache.tensors import DESCRIPTION, TensorCache
 from mosaic.data.cache.texts import TextCache
+from mosaic.data.placement import Placement
 from mosaic.data.semalign.dataset import INDEX_NAME
 from mosaic.data.semalign.ids import has_all_ids
 from mosaic.data.semalign.rows import SemAlignRows, find_parquet
@@ -114,6 +117,7 @@ def _share_out(findings: Findings, config: Config, samples: Samples, processes: 
     """Look at points, batches and the checkpoint; returns the optimizer steps of an epoch."""
     minimum = config.data.min_point_coverage
     findings.step("points", lambda: check_supervision(samples, minimum), lambda found: f"in {found.share:.0%} of the references looked at.")
+    findings.step("placement", lambda: check_placement(samples, config.data.max_points_outside), _describe_placement)
     sampler = findings.step(
         "batches", lambda: training_sampler(config, samples, 0, processes), lambda found: f"{found.steps_per_epoch:,} steps per epoch."
     )
@@ -133,6 +137,12 @@ def _readable(dataset: TrainingDataset, file: Path) -> Samples:
     """The samples without those that the run has found to be unreadable."""
     skipped = find_unreadable(dataset, file, 0, show_progress=False)
     return ReadableSamples(dataset, skipped) if skipped else dataset
+
+
+def _describe_placement(found: Placement) -> str:
+    shares = ((found.target, "outside the masks"), (found.reference, "on the white of the references"))
+    looked_at = [f"{np.mean(share):.1%} of the points {where}" for share, where in shares if share]
+    return f"{', '.join(looked_at)}, of the samples looked at." if looked_at else "not looked at."
 
 
 def _describe(split: str, dataset: TrainingDataset) -> str:

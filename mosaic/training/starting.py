@@ -17,6 +17,7 @@ from mosaic.data import (
     CachedSamples,
     ReadableSamples,
     TrainingDataset,
+    check_placement,
     check_supervision,
     find_unreadable,
     open_dataset,
@@ -215,6 +216,7 @@ def training_dataset(
     if opened.caches != Caches(None, None):
         dataset = CachedSamples(dataset, *opened.caches)
     check_supervision(dataset, data.min_point_coverage)
+    check_placement(dataset, data.max_points_outside)
     return dataset
 
 

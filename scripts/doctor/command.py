@@ -21,6 +21,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="look at no more than this many samples, spread evenly")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read")
     parser.add_argument("--min-coverage", type=float, default=0.95, help="share of the references that must have points")
+    parser.add_argument("--max-outside", type=float, default=0.05, help="share of the points that may lie outside their subjects")
     parser.add_argument("--image-size", type=int, default=512, help="side of the target in training, px")
     parser.add_argument("--reference-size", type=int, default=512, help="side of a reference in training, px")
     parser.add_argument("--token-size", type=int, default=16, help="px per token side (FLUX.1: 16, pocket: 8)")
@@ -31,8 +32,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.token_size % 2:
         parser.error(f"--token-size must be even, for a token is 2 x 2 latents, got {args.token_size}")
-    if args.workers < 0 or not 0 <= args.min_coverage <= 1:
-        parser.error(f"--workers must not be negative and --min-coverage lie in [0, 1], got {args.workers} and {args.min_coverage}")
+    if args.workers < 0:
+        parser.error(f"--workers must not be negative, got {args.workers}")
+    for name in ("min_coverage", "max_outside"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(args, name)}")
     return args
 
 

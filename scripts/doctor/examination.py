@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mosaic.config.loading import DataConfig
 from mosaic.data import Inspection, TrainingDataset, open_dataset
+from mosaic.data.inspection import spread_evenly
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import in_one_line, require_file, write_text
@@ -44,8 +44,7 @@ def _sides(args: argparse.Namespace) -> list[tuple[int, str]]:
 
 def inspections(dataset: TrainingDataset, args: argparse.Namespace) -> Iterator[Inspection | Unreadable]:
     """The samples that are looked at, in order."""
-    count = min(args.limit or len(dataset), len(dataset))
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist()
+    chosen = spread_evenly(len(dataset), args.limit or len(dataset))
     loader = DataLoader(Subset(Attempt(dataset, "inspect"), chosen), batch_size=None, num_workers=args.workers)
     yield from tqdm(loader, desc="looking at samples", unit="sample", disable=not sys.stderr.isatty())
 
@@ -58,7 +57,9 @@ def print_findings(summary: dict[str, Any]) -> None:
     print(f"references         {summary['references_per_sample']} (K: samples)")
     print(f"with points        {coverage['points']:.1%} of references; with masks {coverage['masks']:.1%}; missing {coverage['missing']}")
     print(f"points             median {points['median']:g}, mean {points['mean']:.1f}, {points['min']} to {points['max']} per reference")
+    white = summary["points_on_white"]["share"]
     print(f"outside masks      {'no masks' if masked is None else f'{masked:.1%} of points'}")
+    print(f"on white           {'no points' if white is None else f'{white:.1%} of points, beside the subject of a reference'}")
     print(f"not disjoint       {summary['disjointness_violations']['count']} samples")
     print(f"near-duplicates    {summary['near_duplicates']['pairs']} pairs of targets")
     print(f"sizes              {', '.join(f'{size} ({number})' for size, _, number in summary['target_sizes'][:4])}")
@@ -78,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
         require_file(args.json, "--json")
         require_file(args.html, "--html")
         dataset = open_data(args)
-        training = Training(args.token_size, (args.image_size,) * 2, args.reference_size, args.text_length, args.min_coverage)
+        training = Training(
+            args.token_size, (args.image_size,) * 2, args.reference_size, args.text_length, args.min_coverage, args.max_outside
+        )
         findings = Findings(training)
         shown: list[Inspection] = []
         for found in inspections(dataset, args):

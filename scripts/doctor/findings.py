@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mosaic.data.inspection import Coverage, Inspection, fingerprint
+from mosaic.data.placement import Placement
 from mosaic.data.readable import Unreadable
 
 FEW_POINTS = 8  # a reference with fewer is hardly supervised
@@ -27,6 +28,7 @@ class Training:
         reference_size: Side of a reference in pixels.
         text_length: Text tokens.
         min_coverage: Share of references that must have points.
+        max_outside: Largest share of points that may lie outside their subjects.
     """
 
     token_pixels: int = 16
@@ -34,6 +36,7 @@ class Training:
     reference_size: int = 512
     text_length: int = 512
     min_coverage: float = 0.95
+    max_outside: float = 0.05
 
 
 @dataclass
@@ -49,14 +52,16 @@ class Findings:
     references: Counter = field(default_factory=Counter)
     counts: list[int] = field(default_factory=list)
     disjointness: list[str] = field(default_factory=list)
-    outside: list[float] = field(default_factory=list)
-    outside_examples: list[str] = field(default_factory=list)
     sizes: Counter = field(default_factory=Counter)
     reference_sizes: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
     empty_captions: list[str] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     fingerprints: list[tuple[int, str]] = field(default_factory=list)
+    placement: Placement = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.placement = Placement(self.training.max_outside)
 
     def add(self, found: Inspection | Unreadable) -> None:
         """Count one sample."""
@@ -71,10 +76,7 @@ class Findings:
         self.counts += [len(pairs) for pairs in found.points]
         if shared_cells(found.points):
             self.disjointness.append(found.id)
-        shares = [share for pairs, mask in zip(found.points, found.masks, strict=True) if (share := share_outside(pairs, mask)) is not None]
-        self.outside += shares
-        if any(share > 0 for share in shares):
-            self.outside_examples.append(found.id)
+        self.placement.add(found)
         self.sizes[found.target.size] += 1
         self.reference_sizes.update(reference.size for reference in found.references)
         self.captions[found.prompt] += 1
@@ -95,20 +97,13 @@ class Findings:
             reasons.append(f"{len(self.unreadable)} of {self.samples} samples cannot be read")
         if self.disjointness:
             reasons.append(f"{len(self.disjointness)} samples have a target cell in two references (Eq. 2)")
-        return reasons
+        return reasons + self.placement.reasons()
 
 
 def shared_cells(points: Sequence[Tensor]) -> int:
     """Number of target cells v that stand in two references or more (Eq. 2 allows none)."""
     owners = Counter(v for pairs in points for v in set(pairs[:, 1].tolist()))
     return sum(count > 1 for count in owners.values())
-
-
-def share_outside(points: Tensor, mask: Tensor | None) -> float | None:
-    """Share of a reference's points whose target cell its mask does not touch; None without mask or points."""
-    if mask is None or not len(points):
-        return None
-    return 1.0 - mask[points[:, 1].long()].float().mean().item()
 
 
 def near_duplicates(fingerprints: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
@@ -145,7 +140,7 @@ def summarise(findings: Findings) -> dict[str, Any]:
     readable = sum(references.values())
     tokens = sum(number * tokens_per_sample(findings.training, k) for k, number in references.items()) / max(1, readable)
     repeated = [(caption, number) for caption, number in findings.captions.most_common(EXAMPLES) if number > 1]
-    reasons = findings.reasons()
+    reasons, placement = findings.reasons(), findings.placement
     return {
         "healthy": not reasons,
         "reasons": reasons,
@@ -169,9 +164,10 @@ def summarise(findings: Findings) -> dict[str, Any]:
         },
         "disjointness_violations": {"count": len(findings.disjointness), "examples": findings.disjointness[:EXAMPLES]},
         "points_outside_masks": {
-            "share": float(np.mean(findings.outside)) if findings.outside else None,
-            "examples": findings.outside_examples[:EXAMPLES],
+            "share": float(np.mean(placement.target)) if placement.target else None,
+            "examples": placement.examples[:EXAMPLES],
         },
+        "points_on_white": {"share": float(np.mean(placement.reference)) if placement.reference else None},
         "near_duplicates": {"pairs": len(pairs), "examples": [list(pair) for pair in pairs[:EXAMPLES]]},
         "target_sizes": _histogram(findings.sizes),
         "reference_sizes": _histogram(findings.reference_sizes),

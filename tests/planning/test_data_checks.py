@@ -50,7 +50,7 @@ def caches_of(place: Path) -> dict[str, str]:
 
 def test_all_is_well(place: Path) -> None:
     facts, findings = look(place, **caches_of(place), validation__every=2)
-    subjects = ["data.root", "validation.split", "data.latent_cache", "data.text_cache", "points", "batches"]
+    subjects = ["data.root", "validation.split", "data.latent_cache", "data.text_cache", "points", "placement", "batches"]
     assert [(finding.level, finding.subject) for finding in findings] == [(OK, subject) for subject in subjects]
     assert facts == DataFacts(max_references=2, num_samples=9, num_prompts=2, steps_per_epoch=4)
     assert findings[0].message == '9 samples in the split "train", up to 2 references.'
@@ -153,7 +153,7 @@ def test_samples_that_cannot_be_read_are_left_to_the_start(place: Path) -> None:
     next((place / "data").rglob("train-3_target*")).write_bytes(b"no picture")
     train(runs.make_config(place, place / "run", data__skip_invalid=True, training__max_steps=1))
     facts, findings = look(place, checkpoint=place / "run/checkpoints/step_00000001", data__skip_invalid=True)
-    assert [finding.level for finding in findings] == [OK] * 5
+    assert [finding.level for finding in findings] == [OK] * 6
     assert findings[1].message == "8 can be read."
     assert facts.steps_per_epoch == 3
 

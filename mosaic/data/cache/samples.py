@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from mosaic.data.cache.latents import LatentCache
 from mosaic.data.cache.texts import TextCache
+from mosaic.data.inspection import Inspection
 from mosaic.data.samples import Sample
 
 
@@ -61,3 +62,7 @@ class CachedSamples(Dataset[Sample]):
         posteriors = None if self.latents is None else self.latents.posteriors(sample)
         text = None if self.text is None else self.text.embeddings(sample.prompt)
         return replace(sample, posteriors=posteriors, text=text)
+
+    def inspect(self, index: int) -> Inspection:
+        """Look at one sample as it is stored."""
+        return self.dataset.inspect(index)

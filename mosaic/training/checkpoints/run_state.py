@@ -43,6 +43,7 @@ FREE_SETTINGS = frozenset({
     "data.coordinates",
     "data.id_index",
     "data.min_point_coverage",
+    "data.max_points_outside",
     "data.skip_invalid",
     "data.num_workers",
     "data.latent_cache",
