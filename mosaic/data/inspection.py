@@ -31,6 +31,7 @@ class Inspection:
         target_grid: Grid of v.
         masks: Per reference bool [N] over the cells of `target_grid`, where the reference is seen; None where no mask is known.
         missing: Parts that the data set lacks for this sample ("mask", "points").
+        scores: Per reference what matching recorded, by name ("cyclic", "agreement"); () where it recorded nothing.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Inspection:
     target_grid: Grid
     masks: tuple[Tensor | None, ...]
     missing: tuple[str, ...] = ()
+    scores: tuple[dict[str, float], ...] = ()
 
 
 @dataclass

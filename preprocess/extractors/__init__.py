@@ -1,6 +1,6 @@
 """Feature extractors by name. Their modules are imported when one is built, so that a name alone costs nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ EXTRACTORS: dict[str, tuple[str, str, str]] = {
     "pixels": ("pixels", "Pixels", "PixelsOptions"),
 }
 """Per name the module, the extractor's class and its options' class."""
+WEAK = frozenset({"pixels", "vae"})
+"""Those that compare colours and local appearance, and know no part of a subject by its meaning."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ def extractor_spec(name: str, options: Mapping[str, Any] | None = None) -> Extra
         raise ValueError(f'there is no extractor "{name}".{cure}')
     module, _, options_name = EXTRACTORS[name]
     return ExtractorSpec(name, getattr(import_module(f"preprocess.extractors.{module}"), options_name)(**(options or {})))
+
+
+def weakness(names: Iterable[str]) -> str | None:
+    """What must be said where only weak extractors match; None where another one is among them."""
+    names = list(names)
+    if not names or not WEAK.issuperset(names):
+        return None
+    return (
+        f"weak extractors only ({', '.join(names)}): they compare colours and local appearance and know no parts, so that most of their "
+        "matches on photographs are wrong. For real data use learned ones, such as dift and dinov2"
+    )
 
 
 def build_extractor(spec: ExtractorSpec, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None) -> "Extractor":

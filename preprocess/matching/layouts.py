@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mosaic.data import Row
+from mosaic.data.multi_reference.points_file import MATCH_SCORES
 from mosaic.files import path_below, write_bytes
 from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import Extractor
@@ -53,7 +54,9 @@ class Layout(Protocol):
 
 
 class CompactLayout:
-    """The points file that the manifest names: "k" int32 [P_k, 2] of (u, v) and "k.similarity" float16 [P_k] per reference k."""
+    """The points file that the manifest names. Per reference k: "k" int32 [P_k, 2] of (u, v), "k.similarity" float16 [P_k], and "k.cyclic"
+    and "k.agreement" float32 [1] (`match_scores`), as far as they are known.
+    """
 
     name = "compact"
 
@@ -74,13 +77,17 @@ class CompactLayout:
         except (SafetensorError, OSError):
             return False
         expected = {f"{k}{end}" for k in range(len(row.references)) for end in ("", ".similarity")}
-        return shapes.keys() == expected and all(shapes[f"{k}"] == [*shapes[f"{k}.similarity"], 2] for k in range(len(row.references)))
+        optional = {f"{k}.{name}" for k in range(len(row.references)) for name in MATCH_SCORES}  # results of before have none
+        return expected <= shapes.keys() <= expected | optional and all(
+            shapes[f"{k}"] == [*shapes[f"{k}.similarity"], 2] for k in range(len(row.references))
+        )
 
     def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its points."""
         found = match_sample(pictures, extractors, self.settings, seed)
         tensors = {f"{k}": own.pairs.int().contiguous() for k, own in enumerate(found)}
         tensors |= {f"{k}.similarity": own.similarity.half() for k, own in enumerate(found)}
+        tensors |= {f"{k}.{name}": torch.tensor([score]) for k, own in enumerate(found) for name, score in own.scores.items()}
         write_bytes(self.files(row)[0], save(tensors))
         return [len(own.pairs) for own in found]
 

@@ -16,7 +16,7 @@ from mosaic.data.multi_reference.repository import Repository
 from mosaic.files import in_one_line
 from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.reports.figures import contact_sheet, save_picture
-from preprocess.extractors import build_extractor
+from preprocess.extractors import build_extractor, weakness
 from preprocess.extractors.arguments import check_device, extractor_specs
 from preprocess.extractors.protocol import Extractor
 from preprocess.extractors.weights import DTYPES
@@ -65,6 +65,9 @@ def match(arguments: argparse.Namespace, state: PartialState) -> str:
         )
     count = min(len(manifest), arguments.limit or len(manifest))
     check_grids(manifest, count, settings, arguments.layout)
+    note = weakness(spec.name for spec in specs)
+    if note and state.is_main_process:
+        print(f"match.py: note: {note}.", file=sys.stderr)
     device = check_device(arguments.device or str(state.device))
     with FolderLock(root, "--output" if arguments.output else "--data") as lock:
         acquire_for_all(lock, state)

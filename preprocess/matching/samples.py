@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from preprocess.matching import matching
 from preprocess.matching.masks import covered_cells, on_black, subject_mask
 from preprocess.matching.matching import Match, match_features
 from preprocess.matching.settings import MatchingSettings
+
+CYCLE = 2  # cells by which a match may miss itself on the way back, to count as cyclic
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,21 @@ class SamplePictures:
 
 @dataclass(frozen=True)
 class FoundPoints:
-    """Points of one reference, sorted by v: int64 [P, 2] (u, v), and the mean cosine over the extractors, float32 [P]. On the CPU."""
+    """Points of one reference, on the CPU.
+
+    Attributes:
+        pairs: int64 [P, 2] of (u, v), sorted by v.
+        similarity: float32 [P], mean cosine over the extractors.
+        scores: Of `match_scores`.
+    """
 
     pairs: Tensor
     similarity: Tensor
+    scores: dict[str, float] = field(default_factory=dict)
 
     def where(self, keep: Tensor) -> "FoundPoints":
         """Those in `keep`, bool [P]."""
-        return FoundPoints(self.pairs[keep], self.similarity[keep])
+        return replace(self, pairs=self.pairs[keep], similarity=self.similarity[keep])
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,29 @@ def accepted(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, 
     return keep
 
 
+def match_scores(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, tolerance: int) -> dict[str, float]:
+    """How far the matches of one reference can be trusted, before any filter.
+
+    Args:
+        matches: Of each extractor, with the same masks.
+        target_grid: Grid of v.
+        reference_grid: Grid of u.
+        tolerance: Cells by which the extractors may differ.
+
+    Returns:
+        "cyclic": share of the matched target cells that come back to themselves within `CYCLE` cells, the mean over the extractors; and,
+        of several extractors, "agreement": share on which all agree. Nothing where no cell is matched.
+    """
+    matched = matches[0].index != matching.NO_MATCH
+    if not matched.any():
+        return {}
+    cyclic = [matching.is_cyclic(match, target_grid, CYCLE)[matched].float().mean().item() for match in matches]
+    scores = {"cyclic": float(np.mean(cyclic))}
+    if len(matches) > 1:
+        scores["agreement"] = matching.agree([match.index for match in matches], reference_grid, tolerance)[matched].float().mean().item()
+    return scores
+
+
 def refined_index(features: PairFeatures, match: Match, reference_mask: Tensor | None, settings: MatchingSettings) -> Tensor:
     """Reference cells of a match, int64 [N_tgt], moved to the expected position if `settings.soft_argmax` says so."""
     if not settings.soft_argmax:
@@ -174,7 +206,8 @@ def _points(reference: ReferencePicture, features: Sequence[PairFeatures], setti
     keep = accepted(matches, target_grid, reference_grid, settings)
     index = refined_index(features[0], matches[0], reference_mask, settings)
     similarity = torch.stack([match.similarity[keep] for match in matches]).mean(dim=0)
-    return FoundPoints(matching.points_from_index(index, keep).cpu(), similarity.cpu())
+    scores = match_scores(matches, target_grid, reference_grid, settings.consensus)
+    return FoundPoints(matching.points_from_index(index, keep).cpu(), similarity.cpu(), scores)
 
 
 def _carried(found: FoundPoints, reference_grid: Grid, target_grid: Grid, grid: tuple[int, int] | None) -> FoundPoints:
@@ -190,7 +223,7 @@ def _carried(found: FoundPoints, reference_grid: Grid, target_grid: Grid, grid: 
     at = torch.searchsorted(ordered, votes).clamp(max=max(len(ordered) - 1, 0))
     won = ordered[at] == votes if len(ordered) else torch.zeros_like(votes, dtype=torch.bool)
     sums = torch.zeros(len(points)).index_add(0, place[at[won]], found.similarity[won])
-    return FoundPoints(points, sums / torch.bincount(place[at[won]], minlength=len(points)))
+    return replace(found, pairs=points, similarity=sums / torch.bincount(place[at[won]], minlength=len(points)))
 
 
 def _features(extractor: Extractor, image: Image.Image, grid: Grid, seed: int) -> Tensor:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord
+from mosaic.data.multi_reference.points_file import read_match_scores
 from mosaic.method.grids import Grid
 from preprocess import match
-from preprocess.extractors import build_extractor, extractor_spec
+from preprocess.extractors import build_extractor, extractor_spec, weakness
 from preprocess.matching.masks import covered_cells, on_black, subject_mask
 from preprocess.matching.matching import match_features, resize_features
 from preprocess.matching.samples import sample_seed
@@ -71,7 +72,7 @@ def test_points_files_hold_what_they_should(data: Path, matched: Path) -> None:
     for number, path in enumerate(files):
         tensors = load_file(path)
         count = number % 3 + 1
-        assert tensors.keys() == {f"{k}{end}" for k in range(count) for end in ("", ".similarity")}
+        assert tensors.keys() == {f"{k}{end}" for k in range(count) for end in ("", ".similarity", ".cyclic")}
         taken: list[int] = []
         for k in range(count):
             points, similarity = tensors[f"{k}"], tensors[f"{k}.similarity"]
@@ -104,6 +105,31 @@ def test_one_sample_by_hand(data: Path, matched: Path) -> None:
     tensors = load_file(matched / "points/train-00000000.safetensors")
     assert torch.equal(tensors["0"].long(), torch.stack([found.index[v], v], dim=1))
     assert torch.equal(tensors["0.similarity"], found.similarity[v].half())
+
+
+def test_what_can_be_told_of_the_matches_is_recorded_and_read(data: Path, matched: Path, tmp_path: Path) -> None:
+    both = ["--data", str(data), "--output", str(tmp_path), "--extractors", "pixels,vae", "--limit", "1", "--device", "cpu"]
+    assert match.main([*both, "--set", "pixels.cells=16", "--set", "vae.size=64"]) == 0
+    file = tmp_path / "points/train-00000000.safetensors"
+    recorded = load_file(file)
+    assert {name: tuple(recorded[f"0.{name}"].shape) for name in ("cyclic", "agreement")} == {"cyclic": (1,), "agreement": (1,)}
+    assert 0 < recorded["0.agreement"] < recorded["0.cyclic"] < 1
+    (scores,) = read_match_scores(file.read_bytes(), 1)
+    assert scores == {name: recorded[f"0.{name}"].item() for name in ("cyclic", "agreement")}
+    other = {"0": recorded["0"], "0.cyclic": torch.ones(7), "0.agreement": torch.tensor([1.5])}  # of a program that means other things
+    assert read_match_scores(save(other), 1) == ({},)
+    # Results of before, without scores, are finished.
+    before = {name: tensor for name, tensor in recorded.items() if name in ("0", "0.similarity")}
+    file.write_bytes(save(before))
+    assert match.main([*both, "--set", "pixels.cells=16", "--set", "vae.size=64"]) == 0
+    assert load_file(file).keys() == before.keys()
+
+
+def test_weak_extractors_say_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert match.main(arguments(data, tmp_path, "--limit", "1")) == 0
+    assert "match.py: note: weak extractors only (pixels): they compare colours" in capsys.readouterr().err
+    assert weakness(["pixels", "vae"]).startswith("weak extractors only (pixels, vae)")
+    assert weakness(["pixels", "dift"]) is weakness(["dinov2"]) is weakness([]) is None
 
 
 def test_a_second_start_does_nothing(data: Path, matched: Path, capsys: pytest.CaptureFixture) -> None:

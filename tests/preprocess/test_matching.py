@@ -10,7 +10,7 @@ from mosaic.method.correspondence import make_disjoint, owned_by_similarity
 from mosaic.method.grids import Grid
 from preprocess.matching import matching
 from preprocess.matching.matching import Match, match_features, soft_argmax
-from preprocess.matching.samples import FoundPoints, _carried
+from preprocess.matching.samples import FoundPoints, _carried, match_scores
 
 GRIDS = [Grid(6, 6), Grid(5, 9), Grid(9, 4), Grid(1, 7)]
 
@@ -289,6 +289,18 @@ def test_best_per_reference_cell(drawn: tuple[list[Tensor], list[Tensor]]) -> No
 
 
 # --- grids
+
+
+def test_scores_by_hand() -> None:
+    """A row of 8 target cells against one of 8: two extractors that agree within 1 on half of the cells, and what comes back."""
+    grid, nothing = Grid(1, 8), torch.zeros(8)
+    first = Match(torch.tensor([0, 1, 2, 3, -1, -1, -1, -1]), nothing, nothing, torch.tensor([0, 1, 7, 0, 4, 5, 6, 7]))
+    second = Match(torch.tensor([1, 3, 2, 7, -1, -1, -1, -1]), nothing, nothing, torch.tensor([5, 5, 5, 5, 5, 5, 5, 1]))
+    # First: cells 0 and 1 come back to themselves, 2 to 7, 3 to 0: 1/2. Second: 0 to 5, 1 to 5, 2 to 5, 3 to 1, within 2: 1/4.
+    assert match_scores([first], grid, grid, 1) == {"cyclic": 0.5}
+    assert match_scores([first, second], grid, grid, 1) == {"cyclic": 0.375, "agreement": 0.5}  # 0 and 1, 2 and 2
+    assert match_scores([first, second], grid, grid, 2) == {"cyclic": 0.375, "agreement": 0.75}
+    assert match_scores([Match(torch.full((8,), -1), nothing, nothing, torch.full((8,), -1))], grid, grid, 1) == {}
 
 
 def test_points_are_sorted_by_v_with_u_first() -> None:

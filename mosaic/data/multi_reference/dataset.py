@@ -165,6 +165,7 @@ class MultiReferenceDataset(Dataset[Sample]):
             target_grid=row.target_grid,
             masks=tuple(masks),
             missing=() if points is not None else ("points",),
+            scores=self.manifest.read_match_scores(row),
         )
 
     def report(self) -> dict[str, int]:

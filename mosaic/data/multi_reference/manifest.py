@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mosaic.data.multi_reference.columns import Geometry, Table, summarise
 from mosaic.data.multi_reference.parquet_table import ParquetTable
-from mosaic.data.multi_reference.points_file import most_bytes, read_stored_points
+from mosaic.data.multi_reference.points_file import most_bytes, read_match_scores, read_stored_points
 from mosaic.data.multi_reference.repository import Repository, find_repository
 from mosaic.data.multi_reference.rows import Row, parse_row
 from mosaic.data.multi_reference.storage import DESCRIPTION, Folder
@@ -184,6 +184,14 @@ class Manifest:
         except FileNotFoundError:
             return None
         return read_stored_points(data, [entry.grid for entry in row.references], row.target_grid, f"{place}: {row.points}")
+
+    def read_match_scores(self, row: Row) -> tuple[dict[str, float], ...]:
+        """Read what matching recorded beside the points of a row, per reference; () where it has no points file. Its points are sound."""
+        try:
+            data = self.folder.read(row.points, f"{row.place}.points", most_bytes(row.target_grid))
+        except FileNotFoundError:
+            return ()
+        return read_match_scores(data, len(row.references))
 
     def _place(self, index: int, values: dict[str, Any]) -> str:
         return f'{self._table.place(int(self._numbers[index]))} (id "{values["id"]}")'

@@ -10,6 +10,24 @@ from torch import Tensor
 from mosaic.images import MAX_FILE
 from mosaic.method.grids import Grid
 
+MATCH_SCORES = ("cyclic", "agreement")
+"""What matching may record of reference k beside its points, as "k.cyclic" and "k.agreement": float32 [1], shares."""
+
+
+def read_match_scores(data: bytes, num_references: int) -> tuple[dict[str, float], ...]:
+    """Per reference, what matching recorded of `MATCH_SCORES`; nothing where it did not, or another program wrote other things there.
+
+    Args:
+        data: Content of a points file that `read_stored_points` takes.
+        num_references: K.
+    """
+    tensors = load(data)
+    found = [{name: tensors[f"{k}.{name}"] for name in MATCH_SCORES if f"{k}.{name}" in tensors} for k in range(num_references)]
+    return tuple(
+        {name: score.item() for name, score in own.items() if score.is_floating_point() and score.shape == (1,) and 0 <= score.item() <= 1}
+        for own in found
+    )
+
 
 def most_bytes(target_grid: Grid) -> int:
     """Most bytes of the points file of a sample; a point takes 8 or 16 of them, and what a matcher adds has room."""
