@@ -1,7 +1,8 @@
 """Measure extractors and filters where every correspondence is known: python preprocess/evaluate_matching.py --data data/pocket
 
 The data set's own points must be exact, as those of scripts/make_pocket_world.py are. Prints Markdown tables: PCK per extractor, with and
-without soft-argmax, and precision and recall of each filter. A match is correct if it lies within 0.1 of the subject's box (PCK@0.1);
+without soft-argmax, precision and recall of each filter, and what the doctor's figures (coherence, coverage, cyclic, agreement) are for
+exact, spoilt and matched points. A match is correct if it lies within 0.1 of the subject's box (PCK@0.1);
 recall counts all true correspondences. --benchmark measures time and memory of matching instead.
 """
 

@@ -21,6 +21,8 @@ from preprocess.extractors.weights import DTYPES
 from preprocess.matching import matching
 from preprocess.matching.benchmark import benchmark
 from preprocess.matching.benchmark import table as benchmark_table
+from preprocess.matching.figures import Figures, entries, figures
+from preprocess.matching.figures import table as figure_table
 from preprocess.matching.masks import subject_mask
 from preprocess.matching.matching import Match, match_features
 from preprocess.matching.metrics import ALPHAS, FilterCounts, Truth, cell_positions, filter_counts, pck
@@ -120,10 +122,11 @@ def evaluate(manifest: Manifest, names: Sequence[str], extractors: Sequence[Extr
     """Measure PCK of every extractor, and every filter with every extractor, or with all of them where it needs several.
 
     Returns:
-        JSON values: "pck" and "filters", lists of entries.
+        JSON values: "pck", "filters" and "figures", lists of entries.
     """
     errors: dict[tuple[str, bool], list[torch.Tensor]] = {(name, soft): [] for name in names for soft in (False, True)}
     counts: dict[tuple[str, str], FilterCounts] = {}
+    told: list[tuple[str, Figures]] = []
     for pair in pairs(manifest, extractors, limit):
         matches = {masks: masked_matches(pair, *masks) for masks in ((a, b) for a in (False, True) for b in (False, True))}
         for name, features, match in zip(names, pair.features, matches[True, True], strict=True):
@@ -132,6 +135,8 @@ def evaluate(manifest: Manifest, names: Sequence[str], extractors: Sequence[Extr
             soft = matching.soft_argmax(features.target, features.reference, match.index, reference_mask=mask, window=SOFT_WINDOW)
             errors[name, False].append(pair.truth.errors(hard.cpu()))
             errors[name, True].append(pair.truth.errors(soft.cpu()))
+        target_grid = Grid(*pair.features[0].target.shape[1:])
+        told += figures(pair.truth, pair.reference, names, [match.to("cpu") for match in matches[True, True]], target_grid, CORRECT)
         for tested in filters():
             found = matches[tested.target_mask, tested.reference_mask]
             for who, chosen in _participants(names, found, tested.needs_several):
@@ -142,6 +147,7 @@ def evaluate(manifest: Manifest, names: Sequence[str], extractors: Sequence[Extr
             {"filter": name, "extractors": who, **asdict(count), "precision": count.precision, "recall": count.recall}
             for (name, who), count in counts.items()
         ],
+        "figures": entries(told),
     }
 
 
@@ -158,7 +164,7 @@ def tables(result: dict[str, Any]) -> str:
     for entry in result["filters"]:
         shares = f"{100 * entry['precision']:.1f} | {100 * entry['recall']:.1f}"
         lines.append(f"| {entry['filter']} | {entry['extractors']} | {shares} | {entry['kept']} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *figure_table(result["figures"])])
 
 
 def _participants(names: Sequence[str], matches: list[Match], several: bool) -> list[tuple[str, list[Match]]]:

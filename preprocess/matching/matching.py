@@ -43,6 +43,10 @@ class Match:
     margin: Tensor
     backward: Tensor
 
+    def to(self, device: torch.device | str) -> "Match":
+        """The same match on another device."""
+        return Match(*(tensor.to(device) for tensor in (self.index, self.similarity, self.margin, self.backward)))
+
 
 def match_features(
     target: Tensor,

@@ -3,7 +3,8 @@
     python scripts/doctor.py DATA [--json findings.json] [--html findings.html]
 
 DATA is a folder in the multi-reference format (preprocess/FORMAT.md) or SemAlign-MS-Subjects200K in its released layout. Exit code 0: fit
-for training; 1: supervision is starved, or samples cannot be read; 2: the command is wrong, or DATA as a whole cannot be read.
+for training; 1: not fit (supervision is starved, points lie beside their subjects, samples cannot be read), or somebody should look at the
+matches first; 2: the command is wrong, or DATA as a whole cannot be read.
 """
 
 import argparse
@@ -18,6 +19,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help='split to look at (SemAlign: "train", "heldout" or "all")')
     parser.add_argument("--json", type=Path, help="write the findings here")
     parser.add_argument("--html", type=Path, help="write a page with pictures here")
+    parser.add_argument("--looked", action="store_true", help="somebody has looked at the matches: doubts are named but do not count")
     parser.add_argument("--limit", type=int, help="look at no more than this many samples, spread evenly")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read")
     parser.add_argument("--min-coverage", type=float, default=0.95, help="share of the references that must have points")

@@ -15,10 +15,12 @@ from mosaic.data import Inspection, TrainingDataset, open_dataset
 from mosaic.data.inspection import spread_evenly
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
-from mosaic.files import in_one_line, require_file, write_text
+from mosaic.files import in_one_line, read_json, require_file, write_text
 from mosaic.method.grids import token_grid
 from scripts.doctor.findings import Findings, Training, summarise
-from scripts.doctor.page import PICTURES, write_findings
+from scripts.doctor.matches import Matches
+from scripts.doctor.page import Sheet, write_findings
+from scripts.doctor.wording import LOOK, rows
 
 
 def open_data(args: argparse.Namespace) -> TrainingDataset:
@@ -49,28 +51,30 @@ def inspections(dataset: TrainingDataset, args: argparse.Namespace) -> Iterator[
     yield from tqdm(loader, desc="looking at samples", unit="sample", disable=not sys.stderr.isatty())
 
 
+def extractors_of(data: str) -> list[str]:
+    """Names of the extractors that made the points of a local data set, as matching.json has them; none where there is no such file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = Path(data) / "matching.json"
+    settings = read_json(path) if path.is_file() else {}
+    names = settings.get("order", []) if isinstance(settings, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}: must name the extractors in "order", as preprocess/match.py writes it.')
+    return names
+
+
 def print_findings(summary: dict[str, Any]) -> None:
     """The findings on the screen."""
-    coverage, points = summary["coverage"], summary["points_per_reference"]
-    masked = summary["points_outside_masks"]["share"]
-    print(f"samples            {summary['samples']}, unreadable {summary['unreadable']['count']}")
-    print(f"references         {summary['references_per_sample']} (K: samples)")
-    print(f"with points        {coverage['points']:.1%} of references; with masks {coverage['masks']:.1%}; missing {coverage['missing']}")
-    print(f"points             median {points['median']:g}, mean {points['mean']:.1f}, {points['min']} to {points['max']} per reference")
-    white = summary["points_on_white"]["share"]
-    print(f"outside masks      {'no masks' if masked is None else f'{masked:.1%} of points'}")
-    print(f"on white           {'no points' if white is None else f'{white:.1%} of points, beside the subject of a reference'}")
-    print(f"not disjoint       {summary['disjointness_violations']['count']} samples")
-    print(f"near-duplicates    {summary['near_duplicates']['pairs']} pairs of targets")
-    print(f"sizes              {', '.join(f'{size} ({number})' for size, _, number in summary['target_sizes'][:4])}")
-    print(f"captions           {summary['captions']['distinct']} different, {len(summary['captions']['empty'])} empty")
-    print(f"tokens per sample  {summary['tokens_per_sample']:.0f}")
-    for name, value in summary["data_set"].items():
-        print(f"{name:18s} {value}")
+    for name, value in rows(summary):
+        print(f"{name:24s} {value}")
+    print(f"{LOOK} --html writes one.")
     for reason in summary["reasons"]:
         print(f"NOT FIT: {reason}")
-    if summary["healthy"]:
-        print("fit for training")
+    for doubt in summary["doubts"]:
+        print(f"LOOK FIRST: {doubt}")
+    print(summary["verdict"])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,18 +86,17 @@ def run(args: argparse.Namespace) -> int:
         training = Training(
             args.token_size, (args.image_size,) * 2, args.reference_size, args.text_length, args.min_coverage, args.max_outside
         )
-        findings = Findings(training)
-        shown: list[Inspection] = []
+        findings, sheet = Findings(training, args.looked, matches=Matches(extractors_of(args.data))), Sheet()
         for found in inspections(dataset, args):
             findings.add(found)
-            if isinstance(found, Inspection) and len(shown) < PICTURES:
-                shown.append(found)
+            if args.html and isinstance(found, Inspection):
+                sheet.add(found)
         summary = summarise(findings) | {"data_set": dataset.report()}
         print_findings(summary)
         if args.json:
             write_text(args.json, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         if args.html:
-            write_findings(summary, shown, args.html, title=f"Data set {args.data}")
+            write_findings(summary, sheet, args.html, title=f"Data set {args.data}")
     except (OSError, ValueError) as error:
         print(f"doctor.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2

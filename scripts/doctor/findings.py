@@ -11,11 +11,13 @@ from torch import Tensor
 from mosaic.data.inspection import Coverage, Inspection, fingerprint
 from mosaic.data.placement import Placement
 from mosaic.data.readable import Unreadable
+from scripts.doctor.matches import Matches
 
 FEW_POINTS = 8  # a reference with fewer is hardly supervised
 NEAR_BITS = 3  # fingerprints that differ in at most so many of 64 bits are near-duplicates
 _BANDS = NEAR_BITS + 1
 EXAMPLES = 20  # ids listed per finding
+FIT, LOOK_FIRST, NOT_FIT = "fit for training", "look first", "not fit for training"
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,15 @@ class Training:
 
 @dataclass
 class Findings:
-    """Collects inspections one by one; memory grows by a few numbers per sample."""
+    """Collects inspections one by one; memory grows by a few numbers per sample.
+
+    Attributes:
+        training: What they are judged by.
+        looked: Whether somebody has looked at the matches, so that doubts do not count.
+    """
 
     training: Training = field(default_factory=Training)
+    looked: bool = False
     samples: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
@@ -58,6 +66,7 @@ class Findings:
     empty_captions: list[str] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     fingerprints: list[tuple[int, str]] = field(default_factory=list)
+    matches: Matches = field(default_factory=Matches)
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +86,7 @@ class Findings:
         if shared_cells(found.points):
             self.disjointness.append(found.id)
         self.placement.add(found)
+        self.matches.add(found)
         self.sizes[found.target.size] += 1
         self.reference_sizes.update(reference.size for reference in found.references)
         self.captions[found.prompt] += 1
@@ -97,7 +107,7 @@ class Findings:
             reasons.append(f"{len(self.unreadable)} of {self.samples} samples cannot be read")
         if self.disjointness:
             reasons.append(f"{len(self.disjointness)} samples have a target cell in two references (Eq. 2)")
-        return reasons + self.placement.reasons()
+        return reasons + self.placement.reasons() + self.matches.reasons()
 
 
 def shared_cells(points: Sequence[Tensor]) -> int:
@@ -141,9 +151,12 @@ def summarise(findings: Findings) -> dict[str, Any]:
     tokens = sum(number * tokens_per_sample(findings.training, k) for k, number in references.items()) / max(1, readable)
     repeated = [(caption, number) for caption, number in findings.captions.most_common(EXAMPLES) if number > 1]
     reasons, placement = findings.reasons(), findings.placement
+    doubts = findings.matches.doubts()
     return {
-        "healthy": not reasons,
+        "healthy": not reasons and (findings.looked or not doubts),
+        "verdict": NOT_FIT if reasons else LOOK_FIRST if doubts and not findings.looked else FIT,
         "reasons": reasons,
+        "doubts": doubts,
         "samples": findings.samples,
         "unreadable": {"count": len(findings.unreadable), "examples": [[bad.index, bad.message] for bad in findings.unreadable[:EXAMPLES]]},
         "coverage": {
@@ -168,6 +181,7 @@ def summarise(findings: Findings) -> dict[str, Any]:
             "examples": placement.examples[:EXAMPLES],
         },
         "points_on_white": {"share": float(np.mean(placement.reference)) if placement.reference else None},
+        "matches": findings.matches.summary(),
         "near_duplicates": {"pairs": len(pairs), "examples": [list(pair) for pair in pairs[:EXAMPLES]]},
         "target_sizes": _histogram(findings.sizes),
         "reference_sizes": _histogram(findings.reference_sizes),

@@ -26,17 +26,17 @@ def test_only_charts_are_shown_as_they_are(path: Path) -> None:
 
 def test_words_are_escaped_wherever_a_page_shows_them() -> None:
     evil = "</title></table><script>alert(1)</script>\" onerror='x' & "
-    values = {"title": evil, "verdict": evil, "rows": [(evil, evil)], "sheet": b"png"}
+    values = {"title": evil, "verdict": evil, "rows": [(evil, evil)], "panels": [(b"png", evil)], "because": [evil], "look": evil}
     content = page("findings.html.jinja", ROOT / "scripts/doctor", **values)
     assert "<script" not in content
-    assert content.count("&lt;script&gt;alert(1)&lt;/script&gt;&#34; onerror=&#39;x&#39; &amp;") == 5
+    assert content.count("&lt;script&gt;alert(1)&lt;/script&gt;&#34; onerror=&#39;x&#39; &amp;") == 9
     content = page("report.html.jinja", title="x", panels=[(b"png", evil)], maps=[], run=None)
     assert f'alt="{jinja2.utils.markupsafe.escape(evil)}"' in content
 
 
 def test_a_value_that_is_missing_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError, match="'rows' is undefined"):
-        page("findings.html.jinja", ROOT / "scripts/doctor", title="x", verdict="x", sheet=None)
+        page("findings.html.jinja", ROOT / "scripts/doctor", title="x", verdict="x", because=[], look="x", panels=[])
 
 
 def test_templates_ship_with_the_package() -> None:

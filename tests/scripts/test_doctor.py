@@ -19,6 +19,8 @@ from mosaic.method.grids import Grid
 from mosaic.training import Trainer
 from scripts.doctor import command as doctor
 from scripts.doctor.findings import Findings, Training, near_duplicates, shared_cells, summarise, tokens_per_sample
+from scripts.doctor.page import Sheet
+from scripts.doctor.wording import rows
 from tests import runs
 
 GRID = Grid(2, 4)
@@ -164,6 +166,87 @@ def test_starved_supervision_is_refused() -> None:
     assert (data.read[0], data.read[-1], len(set(data.read))) == (0, 999, 50)
 
 
+# ---- the quality of matches
+
+SQUARE = Grid(8, 8)
+ALL = torch.arange(64)
+
+
+def matched(name: str, u: torch.Tensor, scores: tuple[dict[str, float], ...] = ()) -> Inspection:
+    """One reference, of which every cell is matched: cell u[v] to cell v."""
+    return inspection(
+        name,
+        references=(picture(32, 32),),
+        points=(torch.stack([u, ALL], dim=1),),
+        reference_grids=(SQUARE,),
+        target_grid=SQUARE,
+        masks=(None,),
+        scores=scores,
+    )
+
+
+def shuffled(share: float, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(64, generator=rng) < share, ALL[torch.randperm(64, generator=rng)], ALL)
+
+
+def test_matches_without_order_are_not_fit() -> None:
+    summary = summarise(collect(matched("a", shuffled(1)), matched("b", shuffled(1, 1))))
+    assert (summary["verdict"], summary["healthy"]) == ("not fit for training", False)
+    assert summary["reasons"][0].startswith("the matches have no spatial order: their coherence is 0.0")
+    assert summary["matches"]["incoherent_references"] == 2
+    good = summarise(collect(matched("a", ALL), matched("b", ALL.reshape(8, 8).flip(1).flatten())))
+    assert (good["verdict"], good["healthy"], good["doubts"]) == ("fit for training", True, [])
+    assert (good["matches"]["coherence"], good["matches"]["coverage"], good["matches"]["cyclic"]) == (pytest.approx(1), 1, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "doubt"),
+    [
+        ([matched("a", shuffled(0.4))], r"the coherence of the matches is 0\.[34]\d of 1: a third of them or more may be wrong"),
+        ([matched("a", ALL)] * 7 + [matched("b", shuffled(1))], "the matches of 1 of 8 references have no spatial order"),
+        ([matched("a", ALL // 16 * 16 + ALL % 8 // 4 * 4)], "the points cover 12% of the subjects of the references, less than 25%"),
+        ([matched("a", ALL, ({"cyclic": 0.4},))], "the matches lead back to where they came from in 40% of the cells, less than 50%"),
+        ([matched("a", ALL, ({"cyclic": 0.6, "agreement": 0.1},))], "the extractors agree on 10% of the cells, less than 20%"),
+    ],
+)
+def test_doubts_ask_for_a_look(found: list[Inspection], doubt: str) -> None:
+    findings = collect(*found)
+    summary = summarise(findings)
+    assert (summary["verdict"], summary["healthy"], summary["reasons"]) == ("look first", False, [])
+    assert [re.match(doubt, one) is not None for one in summary["doubts"]] == [True]
+    findings.looked = True  # somebody did
+    summary = summarise(findings)
+    assert (summary["verdict"], summary["healthy"], len(summary["doubts"])) == ("fit for training", True, 1)
+
+
+def test_the_sheet_shows_the_worst_first() -> None:
+    sheet = Sheet()
+    for index in range(20):
+        sheet.add(matched(f"s{index}", shuffled(index / 20)))
+    shown = [found.id for _, found in sheet.worst]
+    assert len(shown) == 12
+    assert set(shown[:3]) <= {f"s{index}" for index in range(15, 20)}
+    assert "s0" not in shown
+    captions = [caption for _, caption in sheet.panels()]
+    assert re.fullmatch(r"s1\d: coherence (0\.\d\d|0 or not told); a cat and a mug", captions[0])
+
+
+def test_findings_are_told_in_words() -> None:
+    """No brackets and quotes of a programming language, whatever was found."""
+    found = (matched("a", ALL), inspection("b"), inspection("c", points=(pairs(), pairs((0, 1)))), Unreadable(7, "x.png: broken"))
+    summary = summarise(collect(*found)) | {"data_set": {"found_points": 2, "canary": "zlib"}}
+    told = dict(rows(summary))
+    text = "\n".join(map(str, told.values()))
+    assert re.search(r"[][{}()]|None|nan|'", text) is None, text
+    assert told["unreadable samples"] == "1; first: sample 7: x.png: broken"
+    assert told["references per sample"] == "1: 1 samples, 2: 2 samples"
+    assert told["references with points"] == "80.0%; none in: c"
+    assert told["target sizes (px)"] == "64 x 32: 3 pictures"
+    assert (told["matched by"], told["data set: found points"], told["data set: canary"]) == ("not known", "2", "zlib")
+    assert not re.search(r"None|nan", "\n".join(value for _, value in rows(summarise(collect()) | {"data_set": {}})))
+
+
 # ---- the command
 
 
@@ -186,6 +269,8 @@ def test_the_command_on_a_healthy_set(data: Path, tmp_path: Path, capsys: pytest
     assert sum(found["references_per_sample"].values()) == found["samples"] == found["data_set"]["samples"]
     text = page.read_text()
     assert "Fit for training." in text
+    assert "Somebody must look at the contact sheet" in text
+    assert "coherence 0 or not told; " in text
     assert "data:image/png;base64," in text
     assert re.search(r'(src|href)="(?!data:)', text) is None  # nothing is loaded from elsewhere
 
@@ -206,6 +291,19 @@ def test_the_command_names_what_is_missing(data: Path, capsys: pytest.CaptureFix
     assert "--token-size must be even" in capsys.readouterr().err
     assert doctor.main([str(data), *SIZES, "--json", str(data)]) == 2
     assert f"--json: must be a file, but {data} is a folder" in capsys.readouterr().err
+
+
+def test_weak_extractors_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "matching.json").write_text('{"order": ["pixels", "vae"]}')
+    assert doctor.main([str(data), *SIZES]) == 1
+    said = capsys.readouterr().out
+    assert "LOOK FIRST: the points were made by weak extractors only (pixels, vae)" in said
+    assert said.endswith("look first\n")
+    assert doctor.main([str(data), *SIZES, "--looked"]) == 0
+    assert capsys.readouterr().out.endswith("fit for training\n")
+    (data / "matching.json").write_text('{"order": 3}')
+    assert doctor.main([str(data), *SIZES]) == 2
+    assert 'matching.json: must name the extractors in "order"' in capsys.readouterr().err
 
 
 def test_what_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
