@@ -192,7 +192,7 @@ def test_doctor_preflight_and_training_refuse(world: Path, masked: Path, tmp_pat
     settings = {"data__root": str(data), "lora__pretrained": None}
     assert check_placement(Trainer(runs.make_config(world, tmp_path / "run", **settings)).dataset, 0.0).target == [0.0] * 4
     doctor.main([str(data), *sizes])
-    assert "outside masks      0.0% of points\n" in capsys.readouterr().out
+    assert re.search(r"^outside masks +0\.0% of points$", capsys.readouterr().out, re.MULTILINE)
     table = pq.read_table(data / "manifest.parquet")
     rows = [row | {"target_grid": [4, 24]} for row in table.to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), data / "manifest.parquet")
