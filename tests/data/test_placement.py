@@ -198,7 +198,7 @@ def test_doctor_preflight_and_training_refuse(world: Path, masked: Path, tmp_pat
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), data / "manifest.parquet")
     assert doctor.main([str(data), *sizes]) == 1
     assert re.search(f"NOT FIT: {WRONG}", capsys.readouterr().out)
-    assert doctor.main([str(data), *sizes, "--max-outside", "0.8"]) == 0
+    assert doctor.main([str(data), *sizes, "--max-outside", "0.8", "--looked"]) == 0
     config = runs.make_config(world, tmp_path / "run", **settings)
     with pytest.raises(ValueError, match=WRONG + r".* 4 of 4 samples were looked at; .*doctor.py.* data.max_points_outside"):
         Trainer(config)
