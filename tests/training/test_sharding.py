@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mosaic.config.sections import OptimizerConfig
+from mosaic.training import Trainer
 from mosaic.training.distributed import sharding
 from mosaic.training.distributed.environment import check_distribution
 from scripts.launching.launch import make_plan, process_environments
@@ -106,6 +107,15 @@ def test_mixed_precision_is_that_of_a_replicated_model() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(inputs[:, :7])
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_replicas_send_one_another_the_adapter_alone(trainer: Trainer) -> None:
+    transformer = trainer.pipeline.transformer
+    names = {name for name, _ in [*transformer.named_parameters(), *transformer.named_buffers()]}
+    adapter = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    assert len(adapter) == len(trainer.parameters)
+    assert set(transformer._ddp_params_and_buffers_to_ignore) == names - adapter
 
 
 @pytest.mark.cluster
