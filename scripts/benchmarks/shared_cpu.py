@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     os.sched_setaffinity(0, cores)  # and with it all that is started here
     settings = [*(f"GOMP_SPINCOUNT={count}" for count in args.spin_counts), "OMP_WAIT_POLICY=PASSIVE"]
     seconds: dict[str, dict[int, list[float]]] = {setting: {0: [], args.competitors: []} for setting in settings}
-    turns = [(number, setting) for number in (0, args.competitors) for _ in range(args.rounds) for setting in settings]
+    turns = [*((0, setting) for _ in range(args.rounds) for setting in settings), *((args.competitors, setting) for setting in settings)]
     for number, setting in tqdm(turns, desc="runs", unit="run"):
         with busy_processes(number):
             seconds[setting][number].append(seconds_per_step(setting, args))
