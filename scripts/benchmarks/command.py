@@ -162,9 +162,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command `shared`."""
-    parser.add_argument(
-        "--spin-counts", type=int, nargs="+", default=[300_000, 20_000, 3000, 1000, 300], help="the first is libgomp's own"
-    )
+    parser.add_argument("--spin-counts", type=int, nargs="+", default=[300_000, 20_000, 3000, 1000, 300], help="the first is libgomp's own")
     parser.add_argument("--competitors", type=int, default=1, help="busy processes")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, and cores that all processes share")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step")
