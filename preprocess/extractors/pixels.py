@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import Count
 from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import fitted_grid, picture_tensor
+from preprocess.matching.settings import GridSide
 
 CELL = 2
 """Pixels per cell of the resized picture: its colours and its contrast are the finest description."""
@@ -28,7 +28,7 @@ class PixelsOptions(Section):
 
     path: ClassVar[str] = "pixels"
 
-    cells: Count = 64
+    cells: GridSide = 64
     """Cells along the long side."""
     scales: Scales = 4
     """Radii around a cell whose mean colour and contrast are taken: 0, 1, 3, 7, ... cells."""

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import Count, Text
+from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
 from mosaic.weights.hub import POCKET_MODEL
 from preprocess.extractors.hooks import outputs_until
@@ -24,7 +24,7 @@ class VaeOptions(Section):
     """Folder or hub id with an `AutoencoderKL` of diffusers."""
     subfolder: str = "vae"
     """Subfolder that holds it; "" for none."""
-    size: Count = 256
+    size: Side = 256
     """Long side in px to which pictures are resized."""
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mosaic.data import Row
-from mosaic.data.multi_reference.points_file import MATCH_SCORES
-from mosaic.files import path_below, write_bytes
+from mosaic.data.multi_reference.points_file import MATCH_SCORES, PICTURES, pictures_of
+from mosaic.files import path_below, write_bytes, write_text
 from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching.matching import match_features
@@ -48,8 +48,14 @@ class Layout(Protocol):
         """The arguments `points`, `target_grid` and `reference_grids` of `correspondence_panel` for a finished sample."""
         ...
 
-    def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
-        """Match a sample and write its results; returns the number of points of each reference."""
+    def pictures_of(self, row: Row) -> str | None:
+        """The digest (`Manifest.digest`) of what the results of a finished sample were found in; None where they do not say."""
+        ...
+
+    def match(self, row: Row, pictures: SamplePictures, digest: str, extractors: Sequence[Extractor], seed: int) -> list[int]:
+        """Match a sample and write its results, with the digest of what they were found in; returns the number of points of each
+        reference.
+        """
         ...
 
 
@@ -82,13 +88,17 @@ class CompactLayout:
             shapes[f"{k}"] == [*shapes[f"{k}.similarity"], 2] for k in range(len(row.references))
         )
 
-    def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
+    def pictures_of(self, row: Row) -> str | None:
+        """What the header of the points file says."""
+        return pictures_of(self.files(row)[0].read_bytes())
+
+    def match(self, row: Row, pictures: SamplePictures, digest: str, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its points."""
         found = match_sample(pictures, extractors, self.settings, seed)
         tensors = {f"{k}": own.pairs.int().contiguous() for k, own in enumerate(found)}
         tensors |= {f"{k}.similarity": own.similarity.half() for k, own in enumerate(found)}
         tensors |= {f"{k}.{name}": torch.tensor([score]) for k, own in enumerate(found) for name, score in own.scores.items()}
-        write_bytes(self.files(row)[0], save(tensors))
+        write_bytes(self.files(row)[0], save(tensors, {PICTURES: digest}))
         return [len(own.pairs) for own in found]
 
     def drawn_points(self, row: Row) -> dict[str, Any]:
@@ -100,7 +110,8 @@ class CompactLayout:
 
 class ReleaseLayout:
     """The released layout: `coord/<extractor>/<id>_ref<k>.pt`, int64 [rows * columns, 2] of (y, x), the nearest reference cell of each
-    target cell (data fact A7). Every target cell has one; no filter and no consensus apply, which is left to the reader.
+    target cell (data fact A7). Every target cell has one; no filter and no consensus apply, which is left to the reader. These files have
+    no room for a digest, so `coord/pictures/<id>.txt` holds it, written last.
     """
 
     name = "release"
@@ -118,8 +129,14 @@ class ReleaseLayout:
         """Whether all coordinate files of a sample are readable and of the right shape."""
         return all(_is_coordinates(path, self.grid) for path in self.files(row))
 
-    def match(self, row: Row, pictures: SamplePictures, extractors: Sequence[Extractor], seed: int) -> list[int]:
+    def pictures_of(self, row: Row) -> str | None:
+        """What the file beside the coordinates says."""
+        path = self._digest_path(row)
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+    def match(self, row: Row, pictures: SamplePictures, digest: str, extractors: Sequence[Extractor], seed: int) -> list[int]:
         """Match a sample and write its coordinates."""
+        self._digest_path(row).unlink(missing_ok=True)  # of what is replaced now
         settings = self.settings
         on_grid = MatchingSettings(
             grid=(self.grid.rows, self.grid.columns), background=settings.background, white_threshold=settings.white_threshold
@@ -130,6 +147,7 @@ class ReleaseLayout:
                 buffer = io.BytesIO()  # in memory, since a file's name would go into its content
                 torch.save(coordinates(match.index, self.grid).cpu(), buffer)
                 write_bytes(self._path(row, method, k), buffer.getvalue())
+        write_text(self._digest_path(row), f"{digest}\n")
         return [self.grid.num_tokens] * len(row.references)
 
     def drawn_points(self, row: Row) -> dict[str, Any]:
@@ -141,9 +159,15 @@ class ReleaseLayout:
         return {"points": points, "target_grid": self.grid, "reference_grids": [self.grid] * len(points)}
 
     def _path(self, row: Row, method: str, k: int) -> Path:
+        return self._below(row, f"{method}/{row.id}_ref{k}.pt")
+
+    def _digest_path(self, row: Row) -> Path:
+        return self._below(row, f"pictures/{row.id}.txt")
+
+    def _below(self, row: Row, relative: str) -> Path:
         if not _FILE_NAME.fullmatch(row.id):
             raise ValueError(f'{row.place}.id: must be of letters, digits, "-" and "_" to name a file, got "{row.id}".')
-        return path_below(self.root, f"coord/{method}/{row.id}_ref{k}.pt", row.place, str(self.root))
+        return path_below(self.root, f"coord/{relative}", row.place, str(self.root))
 
 
 def coordinates(index: Tensor, grid: Grid) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 
 from mosaic.data import Manifest, Row
 from preprocess.matching.samples import ReferencePicture, SamplePictures
+from preprocess.matching.settings import MAX_GRID
 
 MASK_THRESHOLD = 127  # a mask's pixel counts above the middle (data fact A6)
 
@@ -14,6 +15,10 @@ def read_pictures(manifest: Manifest, row: Row) -> SamplePictures:
     Raises:
         FileNotFoundError, ValueError: A picture is missing, damaged or of another size than it should; the message names row and field.
     """
+    grids = {"target_grid": row.target_grid} | {f"references[{k}].grid": entry.grid for k, entry in enumerate(row.references)}
+    for name, (rows, columns) in grids.items():
+        if max(rows, columns) > MAX_GRID:
+            raise ValueError(f"{row.place}.{name}: must have at most {MAX_GRID} cells a side to be matched, got {rows} x {columns}.")
     target, references = manifest.read_target(row), []
     for k, entry in enumerate(row.references):
         place = f"{row.place}.references[{k}]"

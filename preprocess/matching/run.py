@@ -85,18 +85,36 @@ def match(arguments: argparse.Namespace, state: PartialState) -> str:
 
 def match_share(manifest: Manifest, share: range, layout: Layout, extractors: Sequence[Extractor], seed: int, state: PartialState) -> str:
     """Match what is not finished of a share of the samples; returns a summary."""
-    todo = [index for index in share if not layout.is_finished(manifest.row(index))]
+    todo, again, unknown = [], [], 0
+    for index in tqdm(share, desc="looking at what is finished", unit="sample", disable=not state.is_main_process, leave=False):
+        row = manifest.row(index)
+        if not layout.is_finished(row):
+            todo.append(index)
+            continue
+        made_of = layout.pictures_of(row)
+        unknown += made_of is None
+        if made_of is not None and made_of != manifest.digest(row):
+            again.append(row.id)
+            todo.append(index)
     progress = tqdm(
         todo, desc="matching", unit="sample", initial=len(share) - len(todo), total=len(share), disable=not state.is_main_process
     )
     num_references = num_empty = 0
     for row in (manifest.row(index) for index in progress):
-        counts = layout.match(row, read_pictures(manifest, row), extractors, sample_seed(seed, row.id))
+        digest = manifest.digest(row)  # before the pictures are read, so that a change until then shows the next time
+        counts = layout.match(row, read_pictures(manifest, row), digest, extractors, sample_seed(seed, row.id))
         num_references, num_empty = num_references + len(counts), num_empty + counts.count(0)
+    changed = f", {len(again)} of them again, for their pictures or grids have changed ({shown_ids(again)})" if again else ""
+    kept = f", {unknown} of these by an earlier version, which did not note their pictures" if unknown else ""
     return (
-        f"{len(todo)} samples matched, {len(share) - len(todo)} were finished before; "
+        f"{len(todo)} samples matched{changed}, {len(share) - len(todo)} were finished before{kept}; "
         f"{num_empty} of {num_references} references have no points"
     )
+
+
+def shown_ids(ids: Sequence[str], most: int = 3) -> str:
+    """The first few ids of many."""
+    return ", ".join(ids[:most]) + (", ..." if len(ids) > most else "")
 
 
 def check_grids(manifest: Manifest, count: int, settings: MatchingSettings, layout: str) -> None:

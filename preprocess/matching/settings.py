@@ -5,9 +5,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import Count, CountOrZero, Positive, Seed
+from mosaic.config.sections import CountOrZero, Positive, Seed
 
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+MAX_GRID = 512  # cells of a side: features of 1280 channels take 1.3 GB there
+GridSide = Annotated[int, Field(ge=1, le=MAX_GRID)]
 
 
 class MatchingSettings(Section):
@@ -25,7 +27,7 @@ class MatchingSettings(Section):
     """Least cosine of a match, for every extractor."""
     min_margin: Annotated[float, Field(ge=0, le=2)] | None = None
     """Least difference between the cosine of a match and that of the best cell beyond its neighbours, for every extractor."""
-    soft_argmax: CountOrZero = 0
+    soft_argmax: Annotated[int, Field(ge=0, le=64)] = 0
     """Half the side in cells of the window in which u is refined to the expected position, which is then rounded; 0: not refined."""
     temperature: Positive = 0.02
     """Temperature of that refinement."""
@@ -35,9 +37,9 @@ class MatchingSettings(Section):
     """What extractors see outside the masks: the picture, or black as in the release."""
     unique_u: bool = False
     """Keep only the most similar point of every reference cell. Readers make u unique by votes when they reduce the grids."""
-    grid: tuple[Count, Count] | None = None
+    grid: tuple[GridSide, GridSide] | None = None
     """Rows and columns on which both sides are matched; null: the manifest's grids. Points are carried to those by majority vote."""
-    chunk_size: Count = 1024
+    chunk_size: Annotated[int, Field(ge=1, le=16_384)] = 1024
     """Target cells whose similarities are held in memory at a time."""
     seed: Seed = 0
     """Seed of the extractors' noise, together with the sample's id."""

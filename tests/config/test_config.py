@@ -139,7 +139,7 @@ def test_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.rank=0", "lora.rank must be an integer of at least 1, got 0 (--set lora.rank=0)."),
+        ("lora.rank=0", "lora.rank must be an integer of at least 1 and at most 3072, got 0 (--set lora.rank=0)."),
         ("lora.rnk=4", "lora.rnk is not a known setting. Did you mean rank? (--set lora.rnk=4)."),
         ("lra.rank=4", "lra.rank is not a known setting. Did you mean lora? (--set lra.rank=4)."),
         ("lora=4", '--set must have the form section.field=value, such as lora.rank=32, got "lora=4".'),
@@ -157,7 +157,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, {"lora": {"rank": -1}})
-    with pytest.raises(ValueError, match=re.escape(f"lora.rank must be an integer of at least 1, got -1 ({path}).")):
+    with pytest.raises(ValueError, match=re.escape(f"lora.rank must be an integer of at least 1 and at most 3072, got -1 ({path}).")):
         load_config(path, ["lora.weight_name=x.safetensors"])
 
 
@@ -171,10 +171,10 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
         ),
         ({"lora": {"zzz": 1}}, "lora.zzz is not a known setting. Known here: rank, pretrained, weight_name, resize (FILE)."),
         ({"lora": {"rank": 0, "rnk": 4}}, "lora.rnk is not a known setting. Did you mean rank? (FILE)."),
-        ({"lora": {"rank": "128"}}, 'lora.rank must be an integer of at least 1, got "128" (FILE).'),
-        ({"lora": {"rank": True}}, "lora.rank must be an integer of at least 1, got true (FILE)."),
-        ({"lora": {"rank": 2.0}}, "lora.rank must be an integer of at least 1, got 2.0 (FILE)."),
-        ({"lora": {"rank": None}}, "lora.rank must be an integer of at least 1, got null (FILE)."),
+        ({"lora": {"rank": "128"}}, 'lora.rank must be an integer of at least 1 and at most 3072, got "128" (FILE).'),
+        ({"lora": {"rank": True}}, "lora.rank must be an integer of at least 1 and at most 3072, got true (FILE)."),
+        ({"lora": {"rank": 2.0}}, "lora.rank must be an integer of at least 1 and at most 3072, got 2.0 (FILE)."),
+        ({"lora": {"rank": None}}, "lora.rank must be an integer of at least 1 and at most 3072, got null (FILE)."),
         ({"lora": []}, "lora must be an object of settings, got [] (FILE)."),
         (
             {"model": {"gradient_checkpointing": True}},
@@ -192,17 +192,34 @@ def test_an_override_does_not_take_the_blame_for_the_file(tmp_path: Path) -> Non
             {"inference": {"step_cache": "first_block", "report": True}},
             'inference.step_cache must be "none" where a report is written, which reads every block of every step, got "first_block" (FILE).',
         ),
-        ({"inference": {"batch_size": 0}}, "inference.batch_size must be an integer of at least 1, got 0 (FILE)."),
+        ({"model": {"text_length": 513}}, "model.text_length must be an integer of at least 1 and at most 512, got 513 (FILE)."),
+        ({"data": {"num_workers": 257}}, "data.num_workers must be an integer of at least 0 and at most 256, got 257 (FILE)."),
+        ({"data": {"max_references": 65}}, "data.max_references must be an integer of at least 1 and at most 64, got 65 (FILE)."),
+        (
+            {"data": {"buckets": [[512, 8193]]}},
+            "data.buckets must be a list of 0 to 256 values, each a list of 2 values, each an integer of at least 1 and at most 8192, got [[512, 8193]]"
+            " (FILE).",
+        ),
+        ({"training": {"batch_size": 4097}}, "training.batch_size must be an integer of at least 1 and at most 4096, got 4097 (FILE)."),
+        (
+            {"training": {"gradient_accumulation_steps": 65537}},
+            "training.gradient_accumulation_steps must be an integer of at least 1 and at most 65536, got 65537 (FILE).",
+        ),
+        ({"validation": {"num_cases": 1001}}, "validation.num_cases must be an integer of at least 1 and at most 1000, got 1001 (FILE)."),
+        ({"inference": {"batch_size": 0}}, "inference.batch_size must be an integer of at least 1 and at most 4096, got 0 (FILE)."),
         ({"model": {"compile": 1}}, "model.compile must be true or false, got 1 (FILE)."),
         (
             {"optimizer": {"name": "prodigy", "learning_rate": 1e-4}},
             'optimizer.learning_rate must be at least 0.1 where optimizer.name is "prodigy" (a factor, usually 1), got 0.0001 (FILE).',
         ),
         ({"data": {"root": ""}}, 'data.root must be a string that is not empty, got "" (FILE).'),
-        ({"data": {"image_size": 512}}, "data.image_size must be a list of 2 values, each an integer of at least 1, got 512 (FILE)."),
+        (
+            {"data": {"image_size": 512}},
+            "data.image_size must be a list of 2 values, each an integer of at least 1 and at most 8192, got 512 (FILE).",
+        ),
         (
             {"data": {"image_size": [512, 0]}},
-            "data.image_size must be a list of 2 values, each an integer of at least 1, got [512, 0] (FILE).",
+            "data.image_size must be a list of 2 values, each an integer of at least 1 and at most 8192, got [512, 0] (FILE).",
         ),
         ({"data": {"text_dropout": 1.5}}, "data.text_dropout must be a number of at least 0 and at most 1, got 1.5 (FILE)."),
         ({"data": {"text_dropout": 0.95}}, "data.image_dropout + text_dropout + both_dropout must be at most 1, got 1.05 (FILE)."),
@@ -261,7 +278,7 @@ def test_message_of_a_missing_file_a_folder_and_bytes(tmp_path: Path) -> None:
 
 
 def test_direct_construction_is_checked_too() -> None:
-    with pytest.raises(ValueError, match=r"^lora\.rank must be an integer of at least 1, got 0\.$"):
+    with pytest.raises(ValueError, match=r"^lora\.rank must be an integer of at least 1 and at most 3072, got 0\.$"):
         LoraConfig(rank=0)
 
 
@@ -277,7 +294,7 @@ def test_integers_fit_64_bits_and_numbers_are_finite() -> None:
 def test_a_copy_with_other_values_is_checked_and_keeps_the_rest() -> None:
     loss = LossConfig(preset="release", max_points=7)
     assert loss.replace(preset="paper", capture_blocks=[1]) == LossConfig(**{**dict(loss), "preset": "paper", "capture_blocks": (1,)})
-    with pytest.raises(FieldError, match=r"^loss\.max_points must be an integer of at least 1, got 0\.$"):
+    with pytest.raises(FieldError, match=r"^loss\.max_points must be an integer of at least 1 and at most 65536, got 0\.$"):
         loss.replace(max_points=0)
     with pytest.raises(FieldError, match=r"^loss\.supervised_timesteps must be a lower and a higher timestep, got \[1\.0, 0\.5\]\.$"):
         loss.replace(supervised_timesteps=[1, 0.5])
@@ -322,7 +339,7 @@ def test_a_file_builds_on_the_one_it_extends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ('{"lora": {"rank": 0}}', r"lora.rank must be an integer of at least 1, got 0 \(.*base.json\)"),
+        ('{"lora": {"rank": 0}}', r"lora.rank must be an integer of at least 1 and at most 3072, got 0 \(.*base.json\)"),
         ('{"lora": {"ranc": 1}}', r"lora.ranc is not a known setting. Did you mean rank\? \(.*base.json\)"),
         ('{"lore": {}}', r"lore is not a known setting. Did you mean lora\? \(.*base.json\)"),
         ('{"lora": 3}', r"lora must be an object of settings, got 3 \(.*base.json\)"),
@@ -373,3 +390,33 @@ def test_the_schema_agrees_with_the_models() -> None:
         with pytest.raises(ValueError, match=f"{section}.{field}"):
             from_dict({section: {field: value}})
     assert list(make_config_schema.config_schema()["properties"])[3:] == list(SECTIONS)
+
+
+def test_every_number_that_takes_memory_or_time_is_bounded() -> None:
+    """Those without an upper bound are steps after which something happens, factors, and numbers of what there is anyway."""
+    free = {
+        "loss.disentanglement_start_step", "loss.disentanglement_warmup_steps", "loss.correspondence_weight", "loss.disentanglement_weight",
+        "loss.disentanglement_cap", "loss.capture_blocks", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.eps",
+        "optimizer.max_grad_norm", "optimizer.warmup_steps", "training.max_steps", "training.max_epochs", "training.log_every",
+        "training.checkpoint_every", "training.keep_checkpoints", "training.milestone_every", "training.peak_tflops", "validation.every",
+        "inference.refresh_references", "inference.step_cache_threshold",
+    }  # fmt: skip
+
+    def numbers(schema: dict[str, Any]) -> list[dict[str, Any]]:
+        """The schemas of all numbers within one."""
+        parts = [
+            *schema.get("anyOf", ()),
+            *schema.get("prefixItems", ()),
+            *([schema["items"]] if isinstance(schema.get("items"), dict) else []),
+        ]
+        return [schema] if schema.get("type") in ("integer", "number") else [found for part in parts for found in numbers(part)]
+
+    sections = json.loads((ROOT / "configs/schema.json").read_text(encoding="utf-8"))["$defs"]
+    unbounded = {
+        f"{section.path}.{name}"
+        for section in Section.__subclasses__()
+        if section.__module__ == "mosaic.config.sections"
+        for name, schema in sections[section.__name__]["properties"].items()
+        if any("maximum" not in number and "exclusiveMaximum" not in number for number in numbers(schema))
+    }
+    assert unbounded == free

@@ -4,16 +4,20 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.points_file import read_match_scores
@@ -139,6 +143,59 @@ def test_a_second_start_does_nothing(data: Path, matched: Path, capsys: pytest.C
     assert {path: path.stat().st_mtime_ns for path in matched.rglob("*")} == before
 
 
+def rewrite(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the first row of a manifest."""
+    table = pq.read_table(root / "manifest.parquet")
+    rows = table.to_pylist()
+    change(rows[0])
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), root / "manifest.parquet")
+
+
+@pytest.mark.parametrize("layout", ["compact", "release"])
+def test_changed_pictures_are_matched_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str) -> None:
+    """A target, a reference, a mask or a grid of points that were found before: each time one sample, and the doctor's reader refuses it."""
+    root = shutil.copytree(data, tmp_path / "data")
+    flags = ["--data", str(root), *FLAGS, "--limit", "3", "--layout", layout]
+    assert match.main(flags) == 0
+    name, mask = "train-00000000", Image.new("L", (64, 64), 0)
+    mask.paste(255, (10, 10, 30, 30))
+    changes: list[Callable[[], Any]] = [
+        lambda: shutil.copy(root / "images/train-00000001_target.png", root / f"images/{name}_target.png"),
+        lambda: shutil.copy(root / "images/train-00000001_ref0.png", root / f"images/{name}_ref0.png"),
+        lambda: mask.save(root / f"images/{name}_mask0.png"),
+        lambda: rewrite(root, lambda row: row.update(target_grid=[32, 128])),
+    ]
+    before = contents(root)
+    for change in changes:
+        change()
+        if layout == "compact":
+            dataset = MultiReferenceDataset(
+                root, image_size=(64, 64), reference_size=64, target_token_grid=(8, 8), reference_token_grid=(8, 8)
+            )
+            with pytest.raises(ValueError, match=f"{name}.safetensors was found in other pictures, or on other grids, than those that"):
+                dataset.inspect(0)
+        assert match.main(flags) == 0
+        again = f"1 samples matched, 1 of them again, for their pictures or grids have changed ({name}), 2 were finished before;"
+        assert again in capsys.readouterr().out
+        found = {path for path, content in contents(root).items() if before.get(path) != content}
+        assert {path for path in found if path.startswith(("points", "coord"))} <= {path for path in before if name in path}
+    assert match.main(flags) == 0
+    assert "0 samples matched, 3 were finished before;" in capsys.readouterr().out
+    anew = ["--data", str(root), "--output", str(tmp_path / "anew"), *FLAGS, "--limit", "3", "--layout", layout]
+    assert match.main(anew) == 0
+    assert contents(root).items() >= contents(tmp_path / "anew").items()
+
+
+def test_points_that_do_not_say_what_they_were_found_in_stay(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert match.main(arguments(data, tmp_path, "--limit", "2")) == 0
+    path = sorted((tmp_path / "points").iterdir())[0]
+    save_file(load_file(path), path)
+    before = contents(tmp_path)
+    assert match.main(arguments(data, tmp_path, "--limit", "2")) == 0
+    assert "0 samples matched, 2 were finished before, 1 of these by an earlier version, which did not note" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
 def test_damaged_results_are_made_anew(data: Path, matched: Path, tmp_path: Path) -> None:
     assert match.main(arguments(data, tmp_path, "--limit", "4")) == 0
     files = sorted((tmp_path / "points").iterdir())
@@ -235,7 +292,8 @@ def test_released_layout(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert match.main(arguments(data, tmp_path, *flags)) == 0
     names = set(contents(tmp_path))
     coordinates = {f"coord/pixels/train-{i:08d}_ref{k}.pt" for i, k in ((0, 0), (1, 0), (1, 1))}
-    assert names == coordinates | {"coord/matching.json"}
+    digests = {f"coord/pictures/train-{i:08d}.txt" for i in range(2)}
+    assert names == coordinates | digests | {"coord/matching.json"}
     extractor = build_extractor(extractor_spec("pixels", {"cells": 32}))
     for path in sorted(coordinates):
         stored = torch.load(tmp_path / path, weights_only=True)

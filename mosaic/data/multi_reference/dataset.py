@@ -144,7 +144,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         return Sample(row.id, row.prompt, target, torch.stack(references), points, () if stored is not None else ("points",))
 
     def inspect(self, index: int) -> Inspection:
-        """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read."""
+        """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read, or points of other pictures."""
         row = self.manifest.row(index)
         target = self.manifest.read_target(row)
         if row.target_size is None:
@@ -155,6 +155,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         drawn = [self.manifest.read_mask(row, k, target) for k in range(len(row.references))]
         masks = [None if mask is None else touched_cells(mask, row.target_grid) for mask in drawn]
         points = self.manifest.read_points(row)
+        self.manifest.check_digest(row)
         return Inspection(
             id=row.id,
             prompt=row.prompt,

@@ -3,6 +3,8 @@
 Rows are read at random; memory is nearly flat in their number.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from mosaic.data.multi_reference.columns import Geometry, Table, summarise
 from mosaic.data.multi_reference.parquet_table import ParquetTable
-from mosaic.data.multi_reference.points_file import most_bytes, read_match_scores, read_stored_points
+from mosaic.data.multi_reference.points_file import most_bytes, pictures_of, read_match_scores, read_stored_points
 from mosaic.data.multi_reference.repository import Repository, find_repository
 from mosaic.data.multi_reference.rows import Row, parse_row
 from mosaic.data.multi_reference.storage import DESCRIPTION, Folder
@@ -171,6 +173,38 @@ class Manifest:
                 f"{mask.height} x {mask.width}. Make it anew from {row.target}, upright."
             )
         return mask
+
+    def digest(self, row: Row) -> str:
+        """SHA-256, in hex, of everything of a row that decides its points: the files of its pictures and masks, and its grids.
+
+        Raises:
+            FileNotFoundError, ValueError: A file is missing, cannot be read or is too large.
+        """
+        files = [(row.target, "target")]
+        for k, entry in enumerate(row.references):
+            files += [(entry.image, f"references[{k}].image"), (entry.mask or "", f"references[{k}].mask")]
+        digest = hashlib.sha256(json.dumps([row.target_grid, *(entry.grid for entry in row.references)]).encode())
+        for path, name in files:
+            content = self.folder.read(path, f"{row.place}.{name}") if path else b""
+            digest.update(len(content).to_bytes(8, "big") + content)
+        return digest.hexdigest()
+
+    def check_digest(self, row: Row) -> None:
+        """Check that the points of a row were found in the pictures that are there now, as far as its points file says.
+
+        Raises:
+            FileNotFoundError: A picture is missing.
+            ValueError: They were found in others.
+        """
+        try:
+            found = pictures_of(self.folder.read(row.points, f"{row.place}.points", most_bytes(row.target_grid)))
+        except FileNotFoundError:
+            return
+        if found is not None and found != self.digest(row):
+            raise ValueError(
+                f"{row.place}.points: {row.points} was found in other pictures, or on other grids, than those that are there now. "
+                "preprocess/match.py, started again, matches such samples anew."
+            )
 
     def read_points(self, row: Row) -> list[Tensor] | None:
         """Read the points of a row on the grids they were found on, per reference [P_k, 2] of (u, v); None: it has no points file.

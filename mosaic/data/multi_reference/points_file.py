@@ -1,5 +1,6 @@
 """The points of one sample as they are stored: one safetensors file (preprocess/FORMAT.md)."""
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from mosaic.images import MAX_FILE
 from mosaic.method.grids import Grid
 
+PICTURES = "pictures"  # key of the file's metadata
 MATCH_SCORES = ("cyclic", "agreement")
 """What matching may record of reference k beside its points, as "k.cyclic" and "k.agreement": float32 [1], shares."""
 
@@ -32,6 +34,12 @@ def read_match_scores(data: bytes, num_references: int) -> tuple[dict[str, float
 def most_bytes(target_grid: Grid) -> int:
     """Most bytes of the points file of a sample; a point takes 8 or 16 of them, and what a matcher adds has room."""
     return min(MAX_FILE, 2**20 + 1024 * target_grid.num_tokens)
+
+
+def pictures_of(data: bytes) -> str | None:
+    """The digest, in the header of a safetensors file that can be read, of what its points were found in; None: it does not say."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {}).get(PICTURES)
 
 
 def read_stored_points(data: bytes, reference_grids: Sequence[Grid], target_grid: Grid, place: str) -> list[Tensor]:

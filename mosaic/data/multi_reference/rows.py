@@ -1,6 +1,7 @@
 """One row of a manifest: what it holds, and whether that is sound. preprocess/manifest.schema.json says the same as JSON Schema.
 
-Everything read here is untrusted: paths may not leave the data set's folder.
+Everything read here is untrusted: paths may not leave the data set's folder, and nothing may be so many or so long as to fill
+the memory.
 """
 
 import re
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mosaic.config.sections import MAX_REFERENCES
 from mosaic.files import relative_path, shown
 from mosaic.method.grids import Grid
 
@@ -15,8 +17,6 @@ MAX_SIDE = 65_535
 """Longest side of a picture in pixels that a manifest may state."""
 MAX_GRID_SIDE = 4096
 """Longest side of a grid in cells: one cell per pixel of a picture of that side."""
-MAX_REFERENCES = 64
-"""Most references of a sample, ten times what the paper trains with."""
 MAX_TEXT = 2**16
 """Most characters of a prompt, a phrase, a path, an id, a split or a kind."""
 MAX_JSON = 2**20
