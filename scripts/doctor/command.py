@@ -19,6 +19,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help='split to look at (SemAlign: "train", "heldout" or "all")')
     parser.add_argument("--json", type=Path, help="write the findings here")
     parser.add_argument("--html", type=Path, help="write a page with pictures here")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="points of another extractor (match.py --output): how far they agree"
+    )
     parser.add_argument("--looked", action="store_true", help="somebody has looked at the matches: doubts are named but do not count")
     parser.add_argument("--limit", type=int, help="look at no more than this many samples, spread evenly")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read")

@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mosaic.config.loading import DataConfig
-from mosaic.data import Inspection, TrainingDataset, open_dataset
+from mosaic.data import Inspection, MultiReferenceDataset, TrainingDataset, open_dataset
 from mosaic.data.inspection import spread_evenly
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import in_one_line, read_json, require_file, write_text
 from mosaic.method.grids import token_grid
+from scripts.doctor.comparison import Compared
 from scripts.doctor.findings import Findings, Training, summarise
 from scripts.doctor.matches import Matches
 from scripts.doctor.page import Sheet, write_findings
@@ -44,10 +45,20 @@ def _sides(args: argparse.Namespace) -> list[tuple[int, str]]:
     return [(args.image_size, "--image-size"), (args.reference_size, "--reference-size")]
 
 
+def compared(dataset: TrainingDataset, folder: Path) -> Compared:
+    """The samples, with the points of another folder held against their own. Raises as `Compared`, and for the released layout."""
+    if not isinstance(dataset, MultiReferenceDataset):
+        raise ValueError(
+            "--against: needs data in the multi-reference format; SemAlign's points are the agreement of two matchers already."
+        )
+    return Compared(dataset, folder)
+
+
 def inspections(dataset: TrainingDataset, args: argparse.Namespace) -> Iterator[Inspection | Unreadable]:
     """The samples that are looked at, in order."""
     chosen = spread_evenly(len(dataset), args.limit or len(dataset))
-    loader = DataLoader(Subset(Attempt(dataset, "inspect"), chosen), batch_size=None, num_workers=args.workers)
+    read = dataset if args.against is None else compared(dataset, args.against)
+    loader = DataLoader(Subset(Attempt(read, "inspect"), chosen), batch_size=None, num_workers=args.workers)
     yield from tqdm(loader, desc="looking at samples", unit="sample", disable=not sys.stderr.isatty())
 
 

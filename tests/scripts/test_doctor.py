@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 
 from mosaic.data import Sample
 from mosaic.data.inspection import Coverage, Inspection, check_supervision, fingerprint, touched_cells
@@ -304,6 +305,25 @@ def test_weak_extractors_are_named(data: Path, tmp_path: Path, capsys: pytest.Ca
     (data / "matching.json").write_text('{"order": 3}')
     assert doctor.main([str(data), *SIZES]) == 2
     assert 'matching.json: must name the extractors in "order"' in capsys.readouterr().err
+
+
+def test_points_of_two_extractors_are_compared(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(data / "points", tmp_path / "other/points")
+    assert doctor.main([str(data), *SIZES, "--against", str(tmp_path / "other")]) == 0
+    assert "extractors agree         on 100.0% of cells\n" in capsys.readouterr().out
+    for file in (tmp_path / "other/points").iterdir():
+        tensors = load_file(file)
+        moved = {name: pairs + torch.tensor([3 if pairs[:, 0].max() < 33 else -3, 0], dtype=pairs.dtype) for name, pairs in tensors.items()}
+        save_file({name: pairs.clamp(min=0) for name, pairs in moved.items()}, file)
+    findings = tmp_path / "findings.json"
+    assert doctor.main([str(data), *SIZES, "--against", str(tmp_path / "other"), "--json", str(findings)]) == 1
+    assert json.loads(findings.read_text())["matches"]["agreement"] < 0.2
+    assert "LOOK FIRST: the extractors agree on " in capsys.readouterr().out
+    next((tmp_path / "other/points").glob("train-*")).unlink()
+    assert doctor.main([str(data), *SIZES, "--against", str(tmp_path / "other")]) == 1
+    assert re.search(r"NOT FIT: 1 of \d+ samples cannot be read", capsys.readouterr().out)
+    assert doctor.main([str(data), *SIZES, "--against", str(tmp_path / "nowhere")]) == 2
+    assert "--against: there is no such folder" in capsys.readouterr().err
 
 
 def test_what_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
