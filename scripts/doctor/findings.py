@@ -11,9 +11,8 @@ from torch import Tensor
 from mosaic.data.inspection import Coverage, Inspection, fingerprint
 from mosaic.data.placement import Placement
 from mosaic.data.readable import Unreadable
-from scripts.doctor.matches import Matches
+from scripts.doctor.matches import FEW_POINTS, Matches
 
-FEW_POINTS = 8  # a reference with fewer is hardly supervised
 NEAR_BITS = 3  # fingerprints that differ in at most so many of 64 bits are near-duplicates
 _BANDS = NEAR_BITS + 1
 EXAMPLES = 20  # ids listed per finding

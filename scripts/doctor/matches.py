@@ -11,8 +11,9 @@ from mosaic.data.placement import subject_cells
 from mosaic.data.quality import coherence, coverage
 from preprocess.extractors import weakness
 
+FEW_POINTS = 8  # a reference with fewer is hardly supervised
 # Thresholds lie between true and wrong points of the pocket world; docs/data.md has the measurement and the command.
-UNFIT_COHERENCE, LEAST_COHERENCE = 0.3, 0.5  # below the first, half of the points or more are wrong; below the second, about a third
+UNFIT_COHERENCE, LEAST_COHERENCE = 0.35, 0.5  # of points of which half are wrong; of which about a third are
 MOST_INCOHERENT = 0.1  # share of references that may lie below UNFIT_COHERENCE
 LEAST_COVERAGE = 0.25
 LEAST_CYCLIC = 0.5
@@ -26,10 +27,10 @@ class Matches:
     Attributes:
         extractors: Names of those that made the points; () where that is not known.
         coherence: Of references with points enough to tell.
-        coverage: Of the subjects of those references.
+        coverage: Of the subjects of references that have not few points anyway.
         cyclic: As matching recorded it.
         agreement: As matching recorded it, or with another matching.
-        too_few: References with points, but too few to tell.
+        too_few: References with points, but too few to tell their coherence.
         lowest: Samples by their lowest coherence.
     """
 
@@ -46,11 +47,9 @@ class Matches:
         own = []
         for pairs, picture, grid in zip(found.points, found.references, found.reference_grids, strict=True):
             kept = coherence(pairs, grid, found.target_grid)
-            if kept is None:
-                self.too_few += len(pairs) > 0
-                continue
-            own.append(kept)
-            covered = coverage(pairs[:, 0], subject_cells(picture, grid), grid)
+            own += [] if kept is None else [kept]
+            self.too_few += kept is None and len(pairs) > 0
+            covered = coverage(pairs[:, 0], subject_cells(picture, grid), grid) if len(pairs) >= FEW_POINTS else None
             self.coverage += [] if covered is None else [covered]
         self.coherence += own
         if own:

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mosaic.data.quality import FEWEST_POINTS
-from scripts.doctor.findings import FEW_POINTS
-from scripts.doctor.matches import UNFIT_COHERENCE
+from scripts.doctor.matches import FEW_POINTS, UNFIT_COHERENCE
 
 LOOK = (
     "No figure proves that points are right: a part may be matched to another one in good order. Somebody must look at the contact sheet: "
