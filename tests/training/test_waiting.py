@@ -23,7 +23,7 @@ from scripts.train import main as train_main
 from tests import forks
 from tests.training.test_processes import write_config
 
-LONG, SHORT = 30.0, 1.0  # seconds: what nobody may wait for, and what somebody has to
+LONG, SHORT = 30.0, 0.5  # seconds: what nobody may wait for, and what somebody has to
 
 
 def both(folder: Path, limit: float, *scenes: Callable[[int], Any]) -> list[list[dict[str, Any]]]:
@@ -38,7 +38,7 @@ def play(folder: Path, limit: float, *scenes: Callable[[int], Any]) -> None:
     """One process."""
     seconds = timedelta(seconds=limit)
     waiting.STEP_LIMIT = waiting.LOADING_LIMIT = waiting.WORK_LIMIT = comparison.LOADING_LIMIT = seconds
-    waiting.AGREE_LIMIT = seconds / 2
+    waiting.AGREE_LIMIT, waiting.LINGER_SECONDS = seconds / 2, 0.0
     state = PartialState(cpu=True, timeout=timedelta(seconds=LONG))  # a busy machine may start one process seconds after the other
     state.wait_for_everyone()
     dist.distributed_c10d._set_pg_timeout(seconds, dist.group.WORLD)
@@ -153,7 +153,9 @@ def test_what_leaves_all_in_step(tmp_path: Path) -> None:
     errors = ["ProcessFailed: process 1 has failed: manifest row 7 is damaged", "ValueError: manifest row 7 is damaged"]
     assert [found["error"] for found in read] == errors
     for found in compared:
-        assert found["error"].startswith("ValueError: the adapter's weights at step 8 must be the same in all processes, but their finger")
+        assert found["error"].startswith(
+            "ProcessesDiffer: the adapter's weights at step 8 must be the same in all processes, but their finger"
+        )
         assert "process 1: " in found["error"]
     assert [found["result"] for found in averaged] == [[18, 28, 40, 1]] * 2
     for found in [*broken, *failed[0], *failed[1], *read, *compared]:
@@ -175,8 +177,8 @@ def hangs(rank: int) -> None:
 @pytest.mark.parametrize(
     ("scene", "message"),
     [
-        (is_silent, "ProcessFailed: process 1 of 2 has not answered for 0:00:01."),
-        (hangs, "ProcessFailed: another process has ended, or has not answered within 0:00:01; its own message says why"),
+        (is_silent, "ProcessFailed: process 1 of 2 has not answered for 0:00:00.5"),
+        (hangs, "ProcessFailed: another process has ended, or has not answered within 0:00:00.500000; its own message says why"),
     ],
 )
 def test_who_does_not_answer_is_not_waited_for_longer_than_the_limit(tmp_path: Path, scene: Callable[[int], Any], message: str) -> None:

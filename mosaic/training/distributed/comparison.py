@@ -13,6 +13,10 @@ FACTOR = 0x5851F42D4C957F2D  # odd: a change of any tensor changes the whole
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class ProcessesDiffer(ValueError):
+    """What all processes must have alike is not; nothing of any of them is to be kept."""
+
+
 def fingerprint(tensors: Iterable[Tensor], most: int | None = None) -> int:
     """64 bits of the values of some tensors and of their order; a change of one value alone always changes them.
 
@@ -37,7 +41,7 @@ def check_base(modules: Iterable[nn.Module | None]) -> None:
     Quantised weights are left out: what differs between files also differs in the norms, biases and embeddings beside them.
 
     Raises:
-        ValueError: They differ.
+        ProcessesDiffer: They do not.
         ProcessFailed: Another process could not read them.
     """
     if PartialState().num_processes == 1:
@@ -51,7 +55,7 @@ def check_adapter(parameters: Sequence[Tensor], step: int) -> None:
     """Check that all processes have the same adapter, bit for bit; to be called on all.
 
     Raises:
-        ValueError: They differ.
+        ProcessesDiffer: They do not.
     """
     if PartialState().num_processes == 1:
         return
@@ -64,4 +68,4 @@ def _require_alike(what: str, found: int, cure: str) -> None:
     said = gather_words(f"{found:016x}", LOADING_LIMIT)
     if len(set(said)) > 1:
         listed = ", ".join(f"process {rank}: {word}" for rank, word in enumerate(said))
-        raise ValueError(f"{what} must be the same in all processes, but their fingerprints differ ({listed}). {cure}")
+        raise ProcessesDiffer(f"{what} must be the same in all processes, but their fingerprints differ ({listed}). {cure}")
