@@ -10,7 +10,7 @@ from torch import Tensor
 from mosaic.method.grids import Grid
 
 FEWEST_POINTS = 16  # of which coherence is told: distances of fewer are in order by chance too often
-MOST_POINTS = 256  # that are compared pair by pair; of more, so many are drawn
+MOST_POINTS = 128  # that are compared pair by pair; of more, so many are drawn
 PARTS = Grid(8, 8)  # of a picture, for coverage: points on coarse and fine grids then cover as much
 
 

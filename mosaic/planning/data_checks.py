@@ -140,9 +140,10 @@ def _readable(dataset: TrainingDataset, file: Path) -> Samples:
 
 
 def _describe_placement(found: Placement) -> str:
-    shares = ((found.target, "outside the masks"), (found.reference, "on the white of the references"))
-    looked_at = [f"{np.mean(share):.1%} of the points {where}" for share, where in shares if share]
-    return f"{', '.join(looked_at)}, of the samples looked at." if looked_at else "not looked at."
+    if not found.reference:
+        return "not looked at: data.max_points_outside is 1, or there are no points."
+    masks = f"{np.mean(found.target):.1%} of the points outside the masks" if found.target else "no masks over the targets"
+    return f"{masks}, {np.mean(found.reference):.1%} of the points on the white of the references, in the samples looked at."
 
 
 def _describe(split: str, dataset: TrainingDataset) -> str:

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         for found in inspections(dataset, args):
             findings.add(found)
             if args.html and isinstance(found, Inspection):
-                sheet.add(found)
+                sheet.add(found, findings.matches.lowest.get(found.id))
         summary = summarise(findings) | {"data_set": dataset.report()}
         print_findings(summary)
         if args.json:

@@ -103,11 +103,5 @@ class Matches:
         return doubts
 
 
-def badness(found: Inspection) -> float:
-    """By how much a sample wants to be looked at: one less its least coherent reference; 1 where points are missing or cannot be told."""
-    known = [coherence(pairs, grid, found.target_grid) for pairs, grid in zip(found.points, found.reference_grids, strict=True)]
-    return 1 - min((0.0 if value is None else value for value in known), default=0.0)
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None

@@ -3,32 +3,49 @@
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mosaic.data import Inspection
+from mosaic.data.placement import reference_sides, target_sides
+from mosaic.data.quality import FEWEST_POINTS
 from mosaic.files import write_text
 from mosaic.reports.html import page
 from preprocess.matching.sheets import correspondence_panel
-from scripts.doctor.matches import badness
 from scripts.doctor.wording import LOOK, rows
 
 FOLDER = Path(__file__).resolve().parent
 PICTURES = 12  # samples on the sheet
 
 
+class Shown(NamedTuple):
+    """A sample of the sheet.
+
+    Attributes:
+        badness: By how much it wants to be looked at, in [0, 1]: for points beside a subject, without order, or of unknown order.
+        coherence: Of its least coherent reference; None where none has points enough to tell.
+        found: The sample.
+    """
+
+    badness: float
+    coherence: float | None
+    found: Inspection
+
+
 @dataclass
 class Sheet:
     """The samples that want to be looked at most, of those seen so far, worst first; equal ones in their order."""
 
-    worst: list[tuple[float, Inspection]] = field(default_factory=list)
+    worst: list[Shown] = field(default_factory=list)
 
-    def add(self, found: Inspection) -> None:
+    def add(self, found: Inspection, coherence: float | None) -> None:
         """Keep a sample, if it is among the worst."""
-        self.worst = sorted([*self.worst, (badness(found), found)], key=lambda one: -one[0])[:PICTURES]
+        outside = max((side.outside for side in (*target_sides(found), *reference_sides(found))), default=0.0)
+        shown = Shown(max(outside, 1 - (coherence or 0.0)), coherence, found)
+        self.worst = sorted([*self.worst, shown], key=lambda one: -one.badness)[:PICTURES]
 
     def panels(self) -> list[tuple[bytes, str]]:
         """Per sample a PNG, each reference beside the target, and its caption."""
-        return [(_panel(found), f"{found.id}: {_coherence(found, bad)}; {found.prompt}") for bad, found in self.worst]
+        return [(_panel(shown.found), f"{shown.found.id}: {_words(shown.coherence)}; {shown.found.prompt}") for shown in self.worst]
 
 
 def write_findings(summary: dict[str, Any], sheet: Sheet, path: Path, title: str) -> None:
@@ -46,8 +63,8 @@ def write_findings(summary: dict[str, Any], sheet: Sheet, path: Path, title: str
     write_text(path, page("findings.html.jinja", FOLDER, title=title, verdict=verdict, **values))
 
 
-def _coherence(found: Inspection, bad: float) -> str:
-    return "no points" if not any(map(len, found.points)) else f"coherence {1 - bad:.2f}" if bad < 1 else "coherence 0 or not told"
+def _words(coherence: float | None) -> str:
+    return f"no reference has {FEWEST_POINTS} points" if coherence is None else f"coherence {coherence:.2f}"
 
 
 def _panel(found: Inspection) -> bytes:

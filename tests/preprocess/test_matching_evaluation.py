@@ -11,6 +11,7 @@ from mosaic.method.grids import Grid
 from preprocess import evaluate_matching
 from preprocess.matching.benchmark import _measure, table
 from preprocess.matching.metrics import FilterCounts, Truth, cell_positions, filter_counts, pck
+from scripts.doctor.matches import LEAST_AGREEMENT, LEAST_COHERENCE, LEAST_COVERAGE, UNFIT_COHERENCE
 from scripts.pocket.dataset import write_dataset
 from tests import tiny_extractors
 
@@ -85,6 +86,18 @@ def test_command_on_the_pocket_world(data: Path, tmp_path: Path, capsys: pytest.
     kept = [found[name, "pixels + dinov2"]["kept"] for name in names]
     assert kept == sorted(kept)
     assert kept[-1] <= both["kept"]
+    figures = {entry["points"]: entry for entry in result["figures"]}
+    spoilt = [figures[name] for name in ("exact", "a fifth at random", "half at random", "all at random")]
+    assert [entry["right"][0] for entry in spoilt] == pytest.approx([1, 0.8, 0.5, 0], abs=0.05)
+    means = [entry["coherence"][0] for entry in spoilt]  # the doctor's thresholds lie between them
+    assert means[0] > 0.99 > means[1] > LEAST_COHERENCE > UNFIT_COHERENCE > means[2] > 0.15 > means[3]
+    assert spoilt[0]["coverage"][1] > 2 * LEAST_COVERAGE
+    assert figures["pixels"]["coherence"][0] < UNFIT_COHERENCE
+    assert figures["pixels"]["right"][0] == pytest.approx(both["precision"], abs=0.05)
+    assert figures["pixels"]["agreement"] is figures["exact"]["cyclic"] is None
+    assert figures["pixels + dinov2"]["agreement"][0] < LEAST_AGREEMENT
+    assert all(entry["references"] == 4 for name, entry in figures.items() if "+" not in name)
+    assert "| exact | 1.00 [1.00, 1.00] | 1.00 [" in text
     assert "| both masks | pixels |" in text
     assert "| extractor | soft-argmax | PCK@0.05 per point |" in text
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,14 +224,14 @@ def test_doubts_ask_for_a_look(found: list[Inspection], doubt: str) -> None:
 
 def test_the_sheet_shows_the_worst_first() -> None:
     sheet = Sheet()
-    for index in range(20):
-        sheet.add(matched(f"s{index}", shuffled(index / 20)))
-    shown = [found.id for _, found in sheet.worst]
-    assert len(shown) == 12
-    assert set(shown[:3]) <= {f"s{index}" for index in range(15, 20)}
-    assert "s0" not in shown
+    beside = replace(matched("beside", ALL), masks=(torch.arange(64) < 32,))  # half of its points lie outside the mask
+    few = inspection("few", points=(pairs((0, 1)), pairs()), masks=(cells(1), None))
+    for found, kept in ((beside, 1.0), (few, None), *((matched(f"s{index}", ALL), index / 20) for index in range(1, 20))):
+        sheet.add(found, kept)
+    shown = [one.found.id for one in sheet.worst]
+    assert shown == ["few", *(f"s{index}" for index in range(1, 10)), "beside", "s10"]
     captions = [caption for _, caption in sheet.panels()]
-    assert re.fullmatch(r"s1\d: coherence (0\.\d\d|0 or not told); a cat and a mug", captions[0])
+    assert captions[:2] == ["few: no reference has 16 points; a cat and a mug", "s1: coherence 0.05; a cat and a mug"]
 
 
 def test_findings_are_told_in_words() -> None:
@@ -271,7 +272,7 @@ def test_the_command_on_a_healthy_set(data: Path, tmp_path: Path, capsys: pytest
     text = page.read_text()
     assert "Fit for training." in text
     assert "Somebody must look at the contact sheet" in text
-    assert "coherence 0 or not told; " in text
+    assert ": no reference has 16 points; " in text
     assert "data:image/png;base64," in text
     assert re.search(r'(src|href)="(?!data:)', text) is None  # nothing is loaded from elsewhere
 
@@ -363,6 +364,7 @@ def test_training_leaves_out_what_cannot_be_read(world: Path, data: Path, tmp_pa
     everything = len(trainer.dataset.dataset)
     assert len(trainer.dataset) == len(trainer.dataset.batch_keys) == everything - 1
     assert lines[0]["index"] not in [trainer.dataset._readable[i] for i in range(len(trainer.dataset))]
+    assert [trainer.dataset.inspect(i).id for i in range(everything - 1)] == [sample.id for sample in trainer.dataset]
     shutil.copyfile(
         sorted((data / "images").glob("train-*_target.png"))[1], picture
     )  # repaired: a new run takes it, a continued one does not
