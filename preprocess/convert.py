@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.config.loading import load_config
 from mosaic.data import SampleRecord
 from mosaic.files import in_one_line
 from mosaic.locks import new_folder
@@ -69,7 +70,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--limit", type=int, help="stop after this many samples")
         command.add_argument("--skip-invalid", action="store_true", help="leave out, count and list samples that do not convert")
         if name not in ("semalign", "repository"):
-            command.add_argument("--grid", type=int, default=64, help="cells per side of the points' grids (default: 64)")
+            command.add_argument(
+                "--config", help="config of the training that is planned, whose sizes decide how fine the points' grids are"
+            )
+            command.add_argument("--grid", type=int, help="cells per side of the points' grids instead (default: 64, enough up to 1024 px)")
         if name == "uno":
             command.add_argument("--image-root", type=Path, help="folder that the list's paths are relative to (default: that of SRC)")
     args = parser.parse_args(argv)
@@ -78,6 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("grid", "limit"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if getattr(args, "grid", None) is not None and args.config is not None:
+        parser.error("--config and --grid must not be given both: the config's sizes decide the grid")
     return args
 
 
@@ -86,10 +92,13 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
 
     Raises:
         FileExistsError: DEST exists.
-        FileNotFoundError, ValueError: SRC is not what its name says, no sample could be converted, or one is invalid and not skipped.
+        FileNotFoundError, OSError, ValueError: SRC is not what its name says, no sample could be converted, or one is invalid and not
+            skipped; or the config cannot be read.
     """
     from mosaic.data import DatasetWriter  # and with it torch
 
+    if hasattr(args, "grid"):
+        args.grid = chosen_grid(args)
     invalid = InvalidSamples(args.skip_invalid)
     written = 0
     with DatasetWriter(args.dest, args.pictures) as writer:
@@ -107,6 +116,21 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
         if invalid.problems:
             invalid.write(invalid_list(args.dest))
     return written, len(invalid.problems)
+
+
+def chosen_grid(args: argparse.Namespace) -> int:
+    """Cells per side of the points' grids.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The config, or the model that it names, cannot be read.
+    """
+    from preprocess.sources.sizes import DEFAULT_GRID, grid_of
+
+    if args.config is None:
+        return args.grid or DEFAULT_GRID
+    grid = grid_of(load_config(args.config))
+    logging.info("%s: points get grids of about %d x %d cells", args.config, grid, grid)
+    return grid
 
 
 def prepare(args: argparse.Namespace) -> tuple[int, int]:

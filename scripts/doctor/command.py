@@ -1,6 +1,6 @@
 """Looks over a data set and says whether it can supervise: points, masks, disjointness, duplicates, sizes, captions.
 
-    python scripts/doctor.py DATA [--json findings.json] [--html findings.html]
+    python scripts/doctor.py DATA [--config CONFIG] [--json findings.json] [--html findings.html]
 
 DATA is a folder in the multi-reference format (preprocess/FORMAT.md) or SemAlign-MS-Subjects200K in its released layout. Exit code 0: fit
 for training; 1: not fit (supervision is starved, points lie beside their subjects, samples cannot be read), or somebody should look at the
@@ -16,7 +16,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a data set: a folder, or an id of the Hugging Face hub")
-    parser.add_argument("--split", default="train", help='split to look at (SemAlign: "train", "heldout" or "all")')
+    parser.add_argument(
+        "--config", help="config of the training that is planned; its sizes, split and limits hold, unless a flag says else"
+    )
+    parser.add_argument("--split", help='split to look at (default: train; SemAlign: "train", "heldout" or "all")')
     parser.add_argument("--json", type=Path, help="write the findings here")
     parser.add_argument("--html", type=Path, help="write a page with pictures here")
     parser.add_argument(
@@ -25,22 +28,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--looked", action="store_true", help="somebody has looked at the matches: doubts are named but do not count")
     parser.add_argument("--limit", type=int, help="look at no more than this many samples, spread evenly")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read")
-    parser.add_argument("--min-coverage", type=float, default=0.95, help="share of the references that must have points")
-    parser.add_argument("--max-outside", type=float, default=0.05, help="share of the points that may lie outside their subjects")
-    parser.add_argument("--image-size", type=int, default=512, help="side of the target in training, px")
-    parser.add_argument("--reference-size", type=int, default=512, help="side of a reference in training, px")
-    parser.add_argument("--token-size", type=int, default=16, help="px per token side (FLUX.1: 16, pocket: 8)")
-    parser.add_argument("--text-length", type=int, default=512, help="text tokens in training")
+    parser.add_argument("--min-coverage", type=float, help="share of the references that must have points (default: 0.95)")
+    parser.add_argument("--max-outside", type=float, help="share of points that may lie outside their subjects (default: 0.05)")
+    parser.add_argument("--image-size", type=int, help="side of the target in training, px (default: 512)")
+    parser.add_argument("--reference-size", type=int, help="side of a reference in training, px (default: 512)")
+    parser.add_argument("--token-size", type=int, help="px per token side (default: 16, of FLUX.1)")
+    parser.add_argument("--text-length", type=int, help="text tokens in training (default: 512)")
     args = parser.parse_args(argv)
     for name in ("limit", "image_size", "reference_size", "token_size", "text_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.token_size % 2:
+    if args.token_size is not None and args.token_size % 2:
         parser.error(f"--token-size must be even, for a token is 2 x 2 latents, got {args.token_size}")
     if args.workers < 0:
         parser.error(f"--workers must not be negative, got {args.workers}")
     for name in ("min_coverage", "max_outside"):
-        if not 0 <= getattr(args, name) <= 1:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(args, name)}")
     return args
 

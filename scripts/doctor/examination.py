@@ -10,21 +10,45 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mosaic.config.loading import DataConfig
+from mosaic.config.loading import Config, DataConfig, load_config
 from mosaic.data import Inspection, MultiReferenceDataset, TrainingDataset, open_dataset
 from mosaic.data.inspection import spread_evenly
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import in_one_line, read_json, require_file, write_text
-from mosaic.method.grids import token_grid
+from mosaic.method.grids import PATCH, token_grid
+from mosaic.weights.digests import vae_scale_factor
 from scripts.doctor.comparison import Compared
 from scripts.doctor.findings import Findings, Training, summarise
 from scripts.doctor.matches import Matches
 from scripts.doctor.page import Sheet, write_findings
 from scripts.doctor.wording import LOOK, rows
 
+FLUX_TOKEN = 16  # px per side
 
-def open_data(args: argparse.Namespace) -> TrainingDataset:
+
+def planned(args: argparse.Namespace) -> tuple[Config, int]:
+    """The training that is planned, and the pixels of its tokens: what a config says, or the defaults of FLUX.1; flags win.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The config, or the VAE's config of the model that it names, cannot be read.
+    """
+    config = Config() if args.config is None else load_config(args.config)
+    given = {
+        "split": args.split,
+        "image_size": None if args.image_size is None else (args.image_size, args.image_size),
+        "buckets": None if args.image_size is None else (),
+        "reference_size": args.reference_size,
+        "min_point_coverage": args.min_coverage,
+        "max_points_outside": args.max_outside,
+    }
+    data = config.data.replace(root=args.data, **{name: value for name, value in given.items() if value is not None})
+    model = config.model if args.text_length is None else config.model.replace(text_length=args.text_length)
+    own = FLUX_TOKEN if args.config is None or args.token_size is not None else PATCH * vae_scale_factor(model.pretrained)
+    return config.replace(data=data, model=model), args.token_size or own
+
+
+def open_data(args: argparse.Namespace, settings: DataConfig, token_size: int) -> TrainingDataset:
     """The data set, its layout told by `dataset.json` or the column `references`, which only our format has."""
     is_ours = "://" in args.data or (Path(args.data) / "dataset.json").exists() or "references" in parquet_columns(Path(args.data))
     layout: Literal["multi_reference", "semalign"] = (
@@ -34,15 +58,10 @@ def open_data(args: argparse.Namespace) -> TrainingDataset:
         raise FileNotFoundError(
             f"{args.data}: holds neither dataset.json (multi-reference format) nor a folder data with Parquet files (SemAlign layout)."
         )
-    target, reference = [token_grid(side, side, args.token_size // 2, where) for side, where in _sides(args)]
-    data = DataConfig(
-        format=layout, root=args.data, split=args.split, image_size=(args.image_size, args.image_size), reference_size=args.reference_size
-    )
-    return open_dataset(data, args.split, target, reference)
-
-
-def _sides(args: argparse.Namespace) -> list[tuple[int, str]]:
-    return [(args.image_size, "--image-size"), (args.reference_size, "--reference-size")]
+    data = settings.replace(format=layout)
+    target = token_grid(*data.image_size, token_size // PATCH, "--image-size")
+    reference = token_grid(data.reference_size, data.reference_size, token_size // PATCH, "--reference-size")
+    return open_dataset(data, data.split, target, reference)
 
 
 def compared(dataset: TrainingDataset, folder: Path) -> Compared:
@@ -93,9 +112,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         require_file(args.json, "--json")
         require_file(args.html, "--html")
-        dataset = open_data(args)
+        config, token_size = planned(args)
+        data = config.data
+        dataset = open_data(args, data, token_size)
         training = Training(
-            args.token_size, (args.image_size,) * 2, args.reference_size, args.text_length, args.min_coverage, args.max_outside
+            token_size, data.image_size, data.reference_size, config.model.text_length, data.min_point_coverage, data.max_points_outside
         )
         findings, sheet = Findings(training, args.looked, matches=Matches(extractors_of(args.data))), Sheet()
         for found in inspections(dataset, args):

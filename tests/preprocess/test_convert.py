@@ -17,6 +17,8 @@ from mosaic.data import Manifest, MultiReferenceDataset, sample_id
 from preprocess import convert
 from tests.runs import files_below
 
+ROOT = Path(__file__).resolve().parents[2]
+POCKET = {"pretrained": str(ROOT / "assets/pocket/flux")}
 PROMPTS = ("a cat and a mug", "a fish on the beach", "three things")
 COUNTS = (2, 1, 3)
 
@@ -238,3 +240,28 @@ def test_a_missing_column_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     pq.write_table(pq.read_table(path).drop_columns(["cond_img_0"]), path)
     assert convert.main(["musar", str(root), str(tmp_path / "out")]) == 2
     assert f"{path}: the column cond_img_0 is missing." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "grid"),
+    [
+        ({"extends": str(ROOT / "configs/pocket.json")}, 16),  # tokens of 8 px: 8 x 8, and two cells per token
+        ({"model": POCKET, "data": {"image_size": [320, 320], "reference_size": 8}}, 64),  # 40 x 40 tokens
+        ({"model": POCKET, "data": {"image_size": [64, 64], "reference_size": 1024}}, 128),  # the references need more
+        ({"model": POCKET, "data": {"reference_size": 8, "buckets": [[16, 144], [64, 64]]}}, 16),  # 2 x 18: as many tokens as 6 x 6
+    ],
+)
+def test_a_config_decides_how_fine_the_grids_are(tmp_path: Path, overrides: dict[str, Any], grid: int) -> None:
+    given, config = write_uno(tmp_path / "in"), tmp_path / "config.json"
+    config.write_text(json.dumps(overrides))
+    assert convert.main(["uno", str(given), str(tmp_path / "out"), "--config", str(config), "--limit", "1"]) == 0
+    row = Manifest(tmp_path / "out", "train").row(0)
+    assert tuple(row.target_grid) == tuple(row.reference_grid) == (grid, grid)
+
+
+def test_a_grid_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convert.main(["uno", "list.json", str(tmp_path / "out"), "--config", "x.json", "--grid", "16"])
+    assert "--config and --grid must not be given both" in capsys.readouterr().err
+    assert convert.main(["uno", str(write_uno(tmp_path / "in")), str(tmp_path / "out"), "--config", str(tmp_path / "none.json")]) == 2
+    assert "none.json: file not found" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,6 +294,24 @@ def test_the_command_names_what_is_missing(data: Path, capsys: pytest.CaptureFix
     assert "--token-size must be even" in capsys.readouterr().err
     assert doctor.main([str(data), *SIZES, "--json", str(data)]) == 2
     assert f"--json: must be a file, but {data} is a folder" in capsys.readouterr().err
+
+
+def test_sizes_of_a_config(data: Path, world: Path, tmp_path: Path) -> None:
+    """Those that the flags say, and the token size by the model that the config names; a flag wins."""
+
+    def findings(*arguments: str) -> Any:
+        doctor.main([str(data), *arguments, "--workers", "0", "--json", str(tmp_path / "findings.json")])
+        return json.loads((tmp_path / "findings.json").read_text())
+
+    config = {
+        "model": {"pretrained": str(world / "model"), "text_length": 8},
+        "data": {"image_size": [32, 32], "reference_size": 16, "min_point_coverage": 1.0, "split": "heldout"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    by_config = findings("--config", str(tmp_path / "config.json"))
+    assert by_config == findings(*SIZES, "--text-length", "8", "--split", "heldout")
+    assert by_config["samples"] != findings("--config", str(tmp_path / "config.json"), "--split", "train")["samples"]
+    assert findings("--config", str(tmp_path / "config.json"), "--image-size", "16")["tokens_per_sample"] < by_config["tokens_per_sample"]
 
 
 def test_weak_extractors_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
