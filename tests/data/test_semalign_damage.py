@@ -183,6 +183,18 @@ def test_a_member_that_unpacks_to_more_than_it_says(copy: SemAlignSet, tmp_path:
         SemAlignDataset(root)[0]
 
 
+def test_a_field_that_unpacks_to_more_than_its_file(copy: SemAlignSet) -> None:
+    """PyTorch's own format is a zip archive, which it would unpack whole."""
+    path = copy.field_path(0, "dift")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{archive.namelist()[0].split('/')[0]}/data/1", bytes(17 * 2**20))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(
+        ValueError, match=r"dift/.*: must hold one int64 tensor .*\(its parts have 178\d+ bytes unpacked, 16777216 are allowed\)"
+    ):
+        SemAlignDataset(copy.root)[0]
+
+
 def test_odd_files(copy: SemAlignSet) -> None:
     path = copy.mask_path(0)
     Image.new("L", (512, 256)).save(path)
@@ -207,6 +219,7 @@ def with_image(data: bytes) -> dict[str, Any]:
 
 
 SMALL = semalign_set.encode(Image.new("RGB", (1040, 519)), "PNG")
+LARGE = semalign_set.encode(Image.new("RGB", (2112, 1056)), "PNG")
 CMYK = semalign_set.encode(Image.new("CMYK", (1048, 528)), "JPEG")
 
 
@@ -216,6 +229,7 @@ CMYK = semalign_set.encode(Image.new("CMYK", (1048, 528)), "JPEG")
         (with_image(b""), "[1].image: must hold the encoded picture itself, got none; pictures named by a path are not read."),
         (with_image(b"no picture"), "[1].image: the file cannot be decoded as a picture: its 10 bytes (no known picture format)."),
         (with_image(SMALL), "[1].image: must be at least 1040 x 520 px (width x height)"),
+        (with_image(LARGE), "[1].image: must hold two panels of 512 px, got 2112 x 1056 px (width x height), of which panels of that size"),
         (
             with_image(CMYK),
             "[1]: has no id. Ids are hashes of PNG files, which hold no picture of mode CMYK, YCbCr or LAB, and this one has CMYK;",

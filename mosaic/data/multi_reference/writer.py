@@ -18,7 +18,7 @@ from mosaic.data.multi_reference.records import Picture, ReferenceRecord, Sample
 from mosaic.data.multi_reference.rows import MAX_GRID_SIDE, MAX_JSON, MAX_REFERENCES, MAX_TEXT
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
 from mosaic.files import save_tensors
-from mosaic.images import decode_image, to_rgb
+from mosaic.images import decode_image, read_picture, to_rgb
 from mosaic.locks import new_folder, refuse_existing
 
 ROWS_PER_GROUP = 1000
@@ -180,17 +180,13 @@ def decode_picture(picture: Picture) -> Image.Image:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It does not decode.
+        ValueError: It is no file, too large, or does not decode.
     """
     if isinstance(picture, Image.Image):
         return picture
     if isinstance(picture, bytes):
         return decode_image(picture, "picture given as bytes")
-    if not picture.exists():
-        raise FileNotFoundError(f"file not found: {picture}.")
-    if not picture.is_file():
-        raise ValueError(f"must be a picture file: {picture}.")
-    return decode_image(picture.read_bytes(), str(picture))
+    return decode_image(read_picture(picture), str(picture))
 
 
 def check_sample(sample: SampleRecord) -> None:

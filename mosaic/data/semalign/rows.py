@@ -54,7 +54,7 @@ class StoredRow:
         """Decode the composite and cut out target and reference, each of 512 x 512 px in the mode of the file.
 
         Raises:
-            ValueError: The picture is damaged or too small to hold both.
+            ValueError: The picture is damaged, too small to hold both, or so large that its panels are of another size.
         """
         try:
             composite = decode_image(self.image, f"its {len(self.image)} bytes")
@@ -64,6 +64,11 @@ class StoredRow:
             raise ValueError(
                 f"{self.place}.image: must be at least {' x '.join(map(str, COMPOSITE_SIZE))} px (width x height), two panels of 512 px "
                 f"with 8 px around them, got {composite.width} x {composite.height}."
+            )
+        if composite.width >= 2 * COMPOSITE_SIZE[0] and composite.height >= 2 * COMPOSITE_SIZE[1]:
+            raise ValueError(
+                f"{self.place}.image: must hold two panels of 512 px, got {composite.width} x {composite.height} px (width x height), of "
+                "which panels of that size would be a corner only."
             )
         return composite.crop(TARGET_BOX), composite.crop(REFERENCE_BOX)
 

@@ -6,6 +6,7 @@ them.
 
 import io
 import stat
+import zipfile
 from pathlib import Path
 from typing import Protocol
 
@@ -123,6 +124,15 @@ def open_store(root: Path, name: str, location: str | Path | None) -> Store | No
     return FolderStore(path) if path.is_dir() else ZipStore(path, name)
 
 
+def _require_small(data: bytes) -> None:
+    """Raise ValueError for a file of PyTorch's whose parts would take more than `MAX_BYTES` unpacked; PyTorch itself unpacks them all."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_BYTES:
+            raise ValueError(f"its parts have {size} bytes unpacked, {MAX_BYTES} are allowed")
+
+
 def read_mask(store: Store | None, sample_id: str) -> Image.Image | None:
     """Read the mask of a target, None if there is none.
 
@@ -157,6 +167,7 @@ def read_field(store: Store | None, matcher: str, sample_id: str) -> Tensor | No
         return None
     rule = f"{store.place(name)}: must hold one int64 tensor of shape [{FIELD_GRID.num_tokens}, 2]"
     try:
+        _require_small(data)
         field = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make PyTorch raise all kinds of errors; its message on pickles is a page of advice
         reason = f"{error}".strip().split("\n")[0] or type(error).__name__
