@@ -95,5 +95,5 @@ def test_buckets_in_a_config() -> None:
     assert from_dict({"data": {"buckets": []}}).data.buckets == ()
     assert from_dict({"data": {"buckets": [[512, 512], [384, 640]]}}).data.buckets == ((512, 512), (384, 640))
     for wrong in ([512, 512], [[512]], [[512, 0]], "512", {}):
-        with pytest.raises(ValueError, match=r"data\.buckets must be a list of values, each a list of 2 values, each an integer"):
+        with pytest.raises(ValueError, match=r"data\.buckets must be a list of 0 to 256 values, each a list of 2 values, each an integer"):
             from_dict({"data": {"buckets": wrong}})
