@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mosaic.config.loading import load_config
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
 from mosaic.files import in_one_line, parse_json
 from mosaic.images import decode_image
 from mosaic.method.grids import Grid
+from mosaic.pipeline.prompt_lengths import TextWindow, cut_captions
 from preprocess.composition import (
     Panel,
     cell_size,
@@ -169,13 +171,28 @@ def _sample(
     )
 
 
+def report_captions(dest: Path, split: str, window: TextWindow | None) -> None:
+    """Say which of the composed captions a model will cut; without a model, how long the longest is."""
+    manifest = Manifest(dest, split)
+    captions = list(zip(manifest.column("id"), manifest.column("prompt"), strict=True))
+    if window is not None:
+        found = cut_captions(window, captions)
+        print(f"warning: {found}" if found.cut else f"captions: {found}", file=sys.stderr if found.cut else sys.stdout)
+        return
+    longest = max(len(caption.split()) for _, caption in captions)
+    print(f"captions: the longest has {longest} words, each a token of T5 or several; --config FILE says which ones its model will cut")
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        model = load_config(args.config).model if args.config else None
+        window = TextWindow.of_model(model.pretrained, model.text_length) if model else None
         compose(args.src, args.dest, args.num_samples, args.references, args.seed, args.size, args.split)
     except (ValueError, OSError) as error:
         print(f"compose: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(f"wrote {args.num_samples} samples to {args.dest}")
+    report_captions(args.dest, args.split, window)
     return 0

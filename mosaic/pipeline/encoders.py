@@ -5,16 +5,22 @@ A pipeline has one object for it, `pipeline.encoders`. It encodes when asked (`L
 """
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mosaic.files import shown
 from mosaic.pipeline.flux import FluxPipeline
 from mosaic.pipeline.latents import encode_images, images_to_tensor
+from mosaic.pipeline.prompt_lengths import TextWindow
+
+logger = logging.getLogger(__name__)
 
 
 class PromptEmbeddings(NamedTuple):
@@ -70,14 +76,15 @@ class Encoders(ABC):
 class LiveEncoders(Encoders):
     """The VAE and the text encoders of a pipeline, on the device that its offload hooks say."""
 
-    def __init__(self, pipeline: FluxPipeline, vae_scale_factor: int | None = None) -> None:
+    def __init__(self, pipeline: FluxPipeline, vae_scale_factor: int | None = None, warns: bool = False) -> None:
         """Keep the pipeline; nothing is encoded.
 
         Args:
             pipeline: Whose models encode.
             vae_scale_factor: Pixels per latent cell of the model, for a pipeline whose VAE was left out. None: as its VAE says.
+            warns: Whether to warn of prompts that are cut. The commands say it before they begin, and not in their progress bars.
         """
-        self._pipeline, self._vae_scale_factor = pipeline, vae_scale_factor
+        self._pipeline, self._vae_scale_factor, self._warns = pipeline, vae_scale_factor, warns
 
     @property
     def vae_scale_factor(self) -> int:
@@ -87,8 +94,12 @@ class LiveEncoders(Encoders):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeddings:
         """Encode prompts, as `FluxPipeline.encode_prompt` does."""
+        if self._warns:
+            for prompt, lost in TextWindow.of_tokenizer(self._pipeline.tokenizer_2, max_sequence_length).all_lost(prompts):
+                logger.warning("prompt %s %s", shown(prompt), lost)
         device = self._pipeline._execution_device
-        embeds, pooled, _ = self._pipeline.encode_prompt(prompt=list(prompts), device=device, max_sequence_length=max_sequence_length)
+        with _silent_libraries():
+            embeds, pooled, _ = self._pipeline.encode_prompt(prompt=list(prompts), device=device, max_sequence_length=max_sequence_length)
         return PromptEmbeddings(embeds, pooled)
 
     @torch.no_grad()
@@ -196,6 +207,24 @@ class RememberedEncoders(Encoders):
     def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """Encode pictures; these are not remembered."""
         return self._encoders.encode_images(images, generator)
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Without the libraries' warnings of prompts that are cut: diffusers counts T5's tokens as if they were CLIP's."""
+    loggers = [logging.getLogger(name) for name in ("diffusers.pipelines.flux.pipeline_flux", "transformers.tokenization_utils_base")]
+    for one in loggers:
+        one.addFilter(_is_of_no_cut)
+    try:
+        yield
+    finally:
+        for one in loggers:
+            one.removeFilter(_is_of_no_cut)
+
+
+def _is_of_no_cut(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not text.startswith(("The following part of your input was truncated", "Token indices sequence length is longer"))
 
 
 def _pixels_digest(pictures: Sequence[Image.Image]) -> str:

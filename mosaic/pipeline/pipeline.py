@@ -64,7 +64,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
     @signature_of_stock
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.encoders: Encoders = LiveEncoders(self)
+        self.encoders: Encoders = LiveEncoders(self, warns=True)
         self.reference_config: dict[str, Any] = {}  # the resolved training config that a reference LoRA file carries
 
     def register_modules(self, **modules: Any) -> None:

@@ -18,6 +18,7 @@ from mosaic.data.semalign.ids import has_all_ids
 from mosaic.data.semalign.rows import SemAlignRows, find_parquet
 from mosaic.files import read_json
 from mosaic.method.grids import token_grid
+from mosaic.pipeline.prompt_lengths import TextWindow, cut_captions
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
 from mosaic.planning.model_shape import ModelShape
 from mosaic.training.checkpoints.run_state import describe_run, require_same_run
@@ -63,6 +64,7 @@ def look_at_data(config: Config, shape: ModelShape, processes: int, checkpoint: 
     if opened is None:
         return facts, findings
     facts = DataFacts(int(opened.num_references.max()), len(opened), len(set(opened.prompts())))
+    _look_at_captions(findings, config, shape, opened)
     samples = _supply(findings, config, shape, opened, checkpoint)
     if samples is None:
         return facts, findings
@@ -92,6 +94,19 @@ def _open(findings: Findings, config: Config, shape: ModelShape) -> TrainingData
         held_out = partial(opened, split) if dataset is None else partial(dataset.of_split, split)
         findings.step("validation.split", held_out, partial(_describe, split))
     return dataset
+
+
+def _look_at_captions(findings: Findings, config: Config, shape: ModelShape, dataset: TrainingDataset) -> None:
+    """Whether captions are longer than the model reads; where its tokenizer is not at hand, the start of training says it."""
+    if not shape.is_local:
+        return
+    try:
+        window = TextWindow.of_model(config.model.pretrained, config.model.text_length)
+    except (OSError, ValueError):  # the look at the model tells
+        return
+    found = cut_captions(window, list(zip(dataset.sample_ids(), dataset.prompts(), strict=True)))
+    if found.cut:
+        findings.append(Finding(NOTE, "captions", str(found)))
 
 
 def _supply(findings: Findings, config: Config, shape: ModelShape, dataset: TrainingDataset, checkpoint: Path | None) -> Samples | None:

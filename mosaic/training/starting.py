@@ -23,7 +23,7 @@ from mosaic.data import (
     open_dataset,
 )
 from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
-from mosaic.files import require_folder
+from mosaic.files import in_one_line, require_folder
 from mosaic.locks import FolderLock
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.lora.files import LoraFile
@@ -34,6 +34,7 @@ from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
+from mosaic.pipeline.prompt_lengths import TextWindow, cut_captions
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
 from mosaic.training.distributed.waiting import STEP_LIMIT, main_alone
 from mosaic.training.encoding import run_grids
@@ -217,7 +218,21 @@ def training_dataset(
         dataset = CachedSamples(dataset, *opened.caches)
     check_supervision(dataset, data.min_point_coverage)
     check_placement(dataset, data.max_points_outside)
+    if accelerator.is_main_process:
+        warn_of_cut_captions(config, dataset)
     return dataset
+
+
+def warn_of_cut_captions(config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples) -> None:
+    """Warn where captions are longer than the model reads, and of how many words it learns nothing."""
+    try:
+        window = TextWindow.of_model(config.model.pretrained, config.model.text_length)
+    except (OSError, ValueError) as error:  # with a text cache the tokenizer need not be there
+        logger.warning("whether captions are longer than model.text_length is not known: %s", in_one_line(error))
+        return
+    found = cut_captions(window, list(zip(dataset.sample_ids(), dataset.prompts(), strict=True)))
+    if found.cut:
+        logger.warning("%s", found)
 
 
 def training_sampler(

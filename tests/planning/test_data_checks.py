@@ -79,6 +79,22 @@ def test_a_split_that_is_not_there_says_so_and_the_other_is_looked_at(place: Pat
     assert 'has no sample of the split "none"' in findings[1].message
 
 
+def test_captions_that_are_cut_are_told_by_the_look_and_by_the_start(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ "a cat and a mug" has 6 tokens and its end, "two fish on the beach" one token a word and more."""
+    _, findings = look(place, model__text_length=5)
+    (found,) = [finding for finding in findings if finding.subject == "captions"]
+    assert found.level == NOTE
+    assert found.message.startswith("9 of 9 captions are longer than model.text_length 5 and are cut, the longest has ")
+    assert 'train-0 has 6 tokens of T5, of which 5 are read: its last word is lost: "mug"' in found.message
+    with caplog.at_level("WARNING"):
+        Trainer(runs.make_config(place, place / "run", model__text_length=5))
+    assert [record.getMessage() for record in caplog.records if "captions" in record.getMessage()] == [found.message]
+    caplog.clear()
+    Trainer(runs.make_config(place, place / "run"))
+    assert "captions" not in caplog.text
+    assert all(finding.subject != "captions" for finding in look(place)[1])
+
+
 def remove_points(place: Path) -> None:
     shutil.rmtree(place / "data/points")
 

@@ -31,6 +31,7 @@ from scripts.pocket import world
 from scripts.pocket.dataset import write_dataset
 from tests.runs import files_below
 
+ROOT = Path(__file__).resolve().parents[2]
 FAST = settings(max_examples=80, deadline=None)
 GRIDS = st.builds(Grid, st.integers(1, 30), st.integers(1, 30))
 KS = st.integers(2, 6)
@@ -99,6 +100,19 @@ def test_composed_samples_train(composed: Path) -> None:
         assert sample.missing == ()
         assert sum(len(points) > 0 for points in sample.points) >= 2
         assert len(torch.cat(sample.points)) > 0
+
+
+def test_captions_that_the_training_will_cut_are_named(pocket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    arguments = [str(pocket), "--num-samples", "4", "--references", "3"]
+    for length, cut in ((12, True), (512, False)):
+        config.write_text(json.dumps({"model": {"pretrained": str(ROOT / "assets/pocket/flux"), "text_length": length}}))
+        assert compose.main([*arguments[:1], str(tmp_path / str(length)), *arguments[1:], "--config", str(config)]) == 0
+        captured = capsys.readouterr()
+        assert ("warning: 4 of 4 captions are longer than model.text_length 12 and are cut" in captured.err) == cut
+        assert ("captions: all 4 captions that were looked at are read whole." in captured.out) != cut
+    assert compose.main([*arguments[:1], str(tmp_path / "none"), *arguments[1:]]) == 0
+    assert "captions: the longest has " in capsys.readouterr().out
 
 
 def test_order_is_a_function_of_the_seed_and_the_number(pocket: Path, composed: Path, tmp_path: Path) -> None:
