@@ -103,15 +103,21 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
     Yields:
         Where to write it: a hidden name beside `path` at which there is nothing yet.
+
+    Raises:
+        FileExistsError: What is at the hidden name cannot be removed; a link there would be written through.
     """
     aside = _beside(path, f"{os.getpid()}.partial" if shared else "partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete(aside)  # what a killed process has left
+    if os.path.lexists(aside):
+        raise FileExistsError(f"{aside}: is in the way of {path}, which is written there first, and cannot be removed. Move it away.")
     try:
         yield aside
         _flush_all(aside)
         replaced = _beside(path, "replaced")
         if aside.is_dir() and path.is_dir():  # a folder with files in it cannot be renamed over; `recover` puts the old one back
+            _delete(replaced)  # what a killed process has left when the new one was already in place
             os.replace(path, replaced)
         os.replace(aside, path)
         flush(path.parent)
@@ -157,7 +163,7 @@ def _beside(path: Path, ending: str) -> Path:
 def _delete(path: Path) -> None:
     """Delete a file or a folder if it is there and can be deleted; an error that led here is the one to be told."""
     with suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _flush_all(path: Path) -> None:
@@ -186,8 +192,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as `replacing` does."""
-    with replacing(path) as aside:
-        aside.write_bytes(content)
+    with replacing(path) as aside, open(aside, "xb") as file:  # which follows no link that somebody puts there meanwhile
+        file.write(content)
 
 
 def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None) -> None:

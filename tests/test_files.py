@@ -130,6 +130,39 @@ def test_a_move_is_flushed_in_both_folders(tmp_path: Path, monkeypatch: pytest.M
     assert flushed == [(tmp_path / "b", True)]
 
 
+@pytest.mark.parametrize("target", ["file", "folder", "nowhere"])
+def test_a_link_at_a_hidden_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    (mine / "folder").mkdir()
+    for name in ("a.txt", "set"):
+        (tmp_path / f".{name}.partial").symlink_to(mine / target)
+        (tmp_path / f".{name}.replaced").symlink_to(mine / target)
+    (tmp_path / "set").mkdir()
+    write_text(tmp_path / "a.txt", "new")
+    with replacing(tmp_path / "set") as aside:
+        aside.mkdir(exist_ok=True)
+        (aside / "file").write_text("new")
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "set/file").read_text() == "new"
+    assert not (tmp_path / "a.txt").is_symlink()
+    assert not (tmp_path / "set").is_symlink()
+    assert sorted(path.name for path in mine.rglob("*")) == ["file", "folder"]
+    assert (mine / "file").read_text() == "mine"
+    # One that cannot be removed, or that comes between the look and the writing, is refused.
+    link = tmp_path / ".b.txt.partial"
+    link.symlink_to(mine / target)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_delete", lambda _: None)
+        with pytest.raises(FileExistsError, match=r"\.b\.txt\.partial: is in the way of .*b\.txt, .* Move it away"):
+            write_text(tmp_path / "b.txt", "new")
+        patched.setattr(os.path, "lexists", lambda _: False)
+        with pytest.raises(FileExistsError):
+            write_text(tmp_path / "b.txt", "new")
+    assert not (mine / "nowhere").exists()
+    assert (mine / "file").read_text() == "mine"
+
+
 def test_two_processes_at_once_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index"
     with replacing(path, shared=True) as mine:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mosaic.pipeline.attention_report import PictureAttention
+from mosaic.rendering.folder import OVERVIEW
 from mosaic.rendering.recipe import Recipe
 from mosaic.reports.case_figures import SIDE, entropy_chart, heat_figure, lines_figure
 from mosaic.reports.html import page
 
-OVERVIEW = "report.html"
 NOTABLE = 0.05  # of a reference's attention; a leak is spoken of if it is more than even attention would give by this
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, T5EncoderModel
 
 from mosaic.config.loading import Config
 from mosaic.files import in_one_line
-from mosaic.pipeline.encoders import GivenPrompts, PromptEmbeddings, RememberedEncoders, encode_each
+from mosaic.pipeline.encoders import GivenPrompts, LiveEncoders, PromptEmbeddings, RememberedEncoders, encode_each
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.rendering.memory_presets import MemoryPreset, gguf_file, place_pipeline, resolve_preset
 from mosaic.weights.components import TEXT_COMPONENTS, component_folder
@@ -37,6 +37,7 @@ class _Loader:
     def pipeline(self, **parts: Any) -> MosaicFluxPipeline:
         """The pipeline with these parts given, or left out (None)."""
         pipeline = MosaicFluxPipeline.from_pretrained(self.config.model.pretrained, dtype=self.dtype, **parts)
+        pipeline.encoders = LiveEncoders(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -3,6 +3,7 @@
 In all of them the reference LoRA is exact and acts on reference tokens only, whatever the format of the layer below it.
 """
 
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,11 @@ PRESETS = {
     )
 }
 PLAIN = MemoryPreset("none")
+
+
+def missing_packages(preset: MemoryPreset) -> list[str]:
+    """The optional packages that a preset needs and that are not installed."""
+    return [package for package in preset.packages if importlib.util.find_spec(package) is None]
 
 
 def resolve_preset(config: Config) -> MemoryPreset:

@@ -7,19 +7,24 @@ from typing import Any
 
 from mosaic.files import relative_path, write_text
 from mosaic.images import load_image
-from mosaic.rendering.case_page import OVERVIEW, case_title, strongest_leak
-from mosaic.rendering.outputs import read_manifest
+from mosaic.rendering.case_page import case_title, strongest_leak
+from mosaic.rendering.folder import OVERVIEW, PAGE, PANEL
+from mosaic.rendering.notes import read_manifest
 from mosaic.rendering.recipe import has_digest
-from mosaic.rendering.recipes import PAGE, PANEL
 from mosaic.reports.figures import MARGIN, TILE
-from mosaic.reports.html import page
+from mosaic.reports.html import is_page, page
 
 
 def write_overview(folder: Path) -> None:
-    """Write the page that links the pages of all pictures that the manifest of a folder names; remove it where there are none."""
+    """Write the page that links the pages of all pictures that the manifest of a folder names; remove ours where there are none.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     rows = [row for row in read_manifest(folder) if _is_reported(row, folder)]
     if not rows:
-        (folder / OVERVIEW).unlink(missing_ok=True)
+        if is_page(folder / OVERVIEW):
+            (folder / OVERVIEW).unlink()
         return
     entries = [_entry(row, folder) for row in rows]
     write_text(folder / OVERVIEW, page("overview.html.jinja", title="MOSAIC: where the references look", entries=entries))

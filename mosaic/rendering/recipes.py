@@ -15,13 +15,13 @@ from mosaic.lora.scales import peft_config
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.checks import check_size
+from mosaic.rendering.folder import PictureFiles, picture_files, picture_names
 from mosaic.rendering.memory_presets import MemoryPreset, gguf_file, resolve_preset
 from mosaic.rendering.recipe import Recipe, ReferenceEntry, RunRecipe, StyleWeights, Weights, has_digest
 from mosaic.reports.html import page_digest_at
 from mosaic.weights.digests import file_digest, weights_digest
 from mosaic.weights.hub import resolve_style_lora_file
 
-PANEL, PAGE = "_panel.png", "_report.html"  # endings of the names of files
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow")
 
 
@@ -39,17 +39,8 @@ class PictureJob(NamedTuple):
     recipe: Recipe
 
 
-def picture_seeds(case: Case, seed: int) -> tuple[int, ...]:
-    """Seeds of a case's pictures where `inference.seed` is `seed`."""
-    options = case.options
-    if options.seeds is not None:
-        return options.seeds
-    first = options.seed if options.seed is not None else seed + case.index
-    return tuple(range(first, first + (options.num_images_per_prompt or 1)))
-
-
 def case_jobs(case: Case, config: Config, shared: RunRecipe, vae_scale_factor: int, digests: dict[Path, str]) -> list[PictureJob]:
-    """The pictures of a case. A single one is named by the case's index alone, several also by their seeds.
+    """The pictures of a case.
 
     Args:
         case: The case.
@@ -69,10 +60,8 @@ def case_jobs(case: Case, config: Config, shared: RunRecipe, vae_scale_factor: i
         if reference.path not in digests:
             digests[reference.path] = file_digest(reference.path)
         references.append(ReferenceEntry(reference.path.name, reference.name, reference.strength, digests[reference.path]))
-    seeds = picture_seeds(case, config.inference.seed)
     jobs = []
-    for seed in seeds:
-        name = f"case_{case.index:03d}" + (f"_seed_{seed}" if len(seeds) > 1 else "")
+    for name, seed in picture_names(case, config.inference.seed).items():
         recipe = Recipe(
             name=name, index=case.index, prompt=case.prompt, seed=seed, options=options, references=tuple(references), run=shared
         )
@@ -132,23 +121,9 @@ def _storage(config: Config, preset: MemoryPreset) -> dict[str, Any]:
     return storage
 
 
-class JobFiles(NamedTuple):
-    """Files of a job. The picture is written last, so that the files of one that is there are complete."""
-
-    picture: Path
-    panel: Path
-    attention: Path
-    page: Path
-
-
-def job_files(job: PictureJob, folder: Path) -> JobFiles:
-    """Where the files of a job go; attention maps and page are there with a report only."""
-    return JobFiles(*(folder / f"{job.name}{ending}" for ending in (".png", PANEL, "_attention.png", PAGE)))
-
-
 def unfinished(jobs: Iterable[PictureJob], folder: Path, with_report: bool) -> list[PictureJob]:
     """The jobs of which a file is missing in the folder, is damaged, or was made by another recipe or, the page, of other points."""
-    return [job for job in jobs if not _is_finished(job, job_files(job, folder), with_report)]
+    return [job for job in jobs if not _is_finished(job, picture_files(job.name, folder), with_report)]
 
 
 def page_digest(job: PictureJob) -> str:
@@ -162,7 +137,7 @@ def _public_name(source: str) -> str:
     return Path(source).resolve().name if Path(source).exists() else source
 
 
-def _is_finished(job: PictureJob, files: JobFiles, with_report: bool) -> bool:
+def _is_finished(job: PictureJob, files: PictureFiles, with_report: bool) -> bool:
     pictures = [files.picture, files.panel] + [files.attention] * with_report
     with_page = not with_report or page_digest_at(files.page) == page_digest(job)
     return with_page and all(has_digest(path, job.recipe.digest) for path in pictures)

@@ -1,5 +1,6 @@
 """Rendering of pictures in batches, and what is written of each."""
 
+import errno
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,13 +18,16 @@ from mosaic.model.acceleration import set_step_cache
 from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.pictures import ReferencePicture, ReferencePictures
+from mosaic.rendering.folder import is_marked, picture_files
 from mosaic.rendering.outputs import Journal
 from mosaic.rendering.recipe import Recipe, png_text
-from mosaic.rendering.recipes import PictureJob, job_files
+from mosaic.rendering.recipes import PictureJob
 from mosaic.rendering.report import make_report
 from mosaic.reports.figures import case_panel, save_picture
+from mosaic.reports.html import is_page
 
 CAPTION_LETTERS = 400
+FOLDER_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # it takes no other picture either
 CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # RuntimeError: also that a device's memory is full
 
 
@@ -36,7 +40,7 @@ def render_batches(
     journal: Journal,
     show_progress: bool = True,
 ) -> None:
-    """Render batches one after the other; what fails is written into the journal, and the next begins.
+    """Render batches one after the other; what fails is written into the journal, and the next begins, unless nothing more can be written.
 
     Args:
         batches: The batches, each whole.
@@ -50,6 +54,11 @@ def render_batches(
     steps = [len(batch) * batch[0].recipe.options.num_inference_steps for batch in batches]
     with tqdm(total=sum(steps), unit="step", disable=not show_progress) as progress:
         for number, batch in enumerate(batches):
+            if journal.closed:
+                failure = f"not begun, since {journal.path.parent} takes no more files. Start again when this is mended."
+                for job in batch:
+                    note_failure(journal, job, failure, wanted)
+                continue
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
             progress.set_description(f"{batch[0].name}{more} ({number + 1} of {len(batches)})")
             render_batch(batch, wanted, pipeline, config, pictures, journal, on_step=progress.update)
@@ -97,7 +106,11 @@ def render_batch(
                 picture = checked_picture(job, sampled[number])
                 write_picture(job, readable[job.name], picture, attention[number], journal, seconds)
             except CASE_ERRORS as error:
-                note_failure(journal, job, in_one_line(error, 500, with_kind=True), wanted)
+                failure = in_one_line(error, 500, with_kind=True)
+                if isinstance(error, OSError):
+                    failure = f"its files cannot be written to {journal.path.parent} ({failure}). Start again when this is mended."
+                    journal.closed = journal.closed or error.errno in FOLDER_ERRORS
+                note_failure(journal, job, failure, wanted)
 
 
 def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image:
@@ -116,7 +129,7 @@ def checked_picture(job: PictureJob, picture: Image.Image | None) -> Image.Image
 def note_failure(journal: Journal, job: PictureJob, failure: str, wanted: Collection[str]) -> None:
     """Write into the journal what went wrong with a picture, if it was to be made."""
     if job.name in wanted:
-        journal.add(job, error=failure)
+        journal.add_failure(job, failure)
 
 
 def sample(
@@ -184,13 +197,15 @@ def write_picture(
     report = make_report(job, [reference.prepared for reference in references], picture, attention) if attention else None
     numbers = {"attention": report.numbers} if report else {}
     journal.add(job, seconds=round(seconds + time.perf_counter() - start, 3), **numbers)
-    files = job_files(job, journal.path.parent)
+    files = picture_files(job.name, journal.path.parent)
     if report:
         save_picture(report.panel, files.attention, text)
         write_text(files.page, report.page)
     else:  # those of an earlier recipe are not of this picture
-        files.attention.unlink(missing_ok=True)
-        files.page.unlink(missing_ok=True)
+        if is_marked(files.attention):
+            files.attention.unlink()
+        if is_page(files.page):
+            files.page.unlink()
     panel = case_panel([reference.image for reference in references], picture, job.recipe.prompt[:CAPTION_LETTERS])
     save_picture(panel, files.panel, text)
     save_picture(picture, files.picture, text)

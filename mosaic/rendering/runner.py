@@ -3,19 +3,22 @@
 Whatever the number of processes, and however often they were interrupted: the names, pictures and manifest are the same.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from mosaic.config.loading import Config
 from mosaic.files import in_one_line
 from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.rendering.batches import plan_batches, unfinished_batches
 from mosaic.rendering.cases.reading import Case, CaseFile
-from mosaic.rendering.checks import check_output
-from mosaic.rendering.outputs import Journal, write_manifest, write_sheets
+from mosaic.rendering.checks import check_output, lost_words, prompt_notes
+from mosaic.rendering.outputs import Journal, manifest_rows, write_manifest, write_sheets
 from mosaic.rendering.overview import write_overview
 from mosaic.rendering.recipes import PictureJob, case_jobs, unfinished
 from mosaic.rendering.rendering import CASE_ERRORS, render_batches
@@ -52,30 +55,49 @@ def run_cases(file: CaseFile, config: Config, state: PartialState) -> RunResult:
             run is writing into the folder.
     """
     settings, folder = config.inference, Path(config.inference.output_dir)
-    check_output(folder)
+    check_output(folder, file.cases, settings.seed, settings.report and settings.lora is not None)
     with FolderLock(folder, "inference.output_dir") as lock:
         acquire_for_all(lock, state)
         start = Start.check(config, state.device)
+        lost = lost_words(file.cases, config)
+        for note in prompt_notes(file.cases, lost) if state.is_main_process else []:
+            tqdm.write(f"note: {note}", file=sys.stderr)
         jobs, problems = plan_jobs(file.cases, start, file.pictures.digests)
         todo = unfinished(jobs, folder, settings.report and start.lora_file is not None)
         state.wait_for_everyone()  # nobody writes before everybody has looked
         share = unfinished_batches(plan_batches(jobs, settings.batch_size), todo)[state.process_index :: state.num_processes]
+        mine: dict[tuple[str, str], str] = {}
         if share:
             pipeline = start.load([job.recipe.prompt for batch in share for job in batch])
             names, journal = {job.name for job in todo}, Journal(folder, state.process_index)
             render_batches(share, names, pipeline, config, file.pictures, journal, show_progress=state.is_main_process)
-        state.wait_for_everyone()
+            mine = journal.failures
+        failures, ended = failures_of_all(mine)
+        problems += ended
         if state.is_main_process and jobs:
-            failures = write_manifest(jobs, folder)
-            problems += failures + write_overviews(jobs, folder)
-            return RunResult(len(jobs) - len(failures), len(jobs) - len(todo), problems)
+            rows, missing = manifest_rows(jobs, folder, failures, lost)
+            problems += missing + write_summaries(jobs, rows, folder)
+            return RunResult(len(jobs) - len(missing), len(jobs) - len(todo), problems)
         return RunResult(len(jobs), len(jobs) - len(todo), problems)
 
 
-def write_overviews(jobs: Sequence[PictureJob], folder: Path) -> list[str]:
-    """Write the contact sheets and the page that links the reports; a message for each that could not be written."""
+def failures_of_all(mine: dict[tuple[str, str], str]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Wait for all processes; what they could not make, and a message where one of them has ended."""
+    try:
+        return dict(gather_object(list(mine.items()))), []
+    except RuntimeError as error:  # a connection has broken: what is there is still to be told
+        reason = in_one_line(error, 200, with_kind=True)
+        return mine, [f"another process has ended before its pictures were made ({reason}). The same command goes on with them."]
+
+
+def write_summaries(jobs: Sequence[PictureJob], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """Write manifest, contact sheets and the page that links the reports; a message for each that could not be written."""
     problems = []
-    for what, write in (("the contact sheets", lambda: write_sheets(jobs, folder)), ("the overview page", lambda: write_overview(folder))):
+    for what, write in (
+        ("the manifest", lambda: write_manifest(rows, folder)),
+        ("the contact sheets", lambda: write_sheets(jobs, folder)),
+        ("the overview page", lambda: write_overview(folder)),
+    ):
         try:
             write()
         except CASE_ERRORS as error:

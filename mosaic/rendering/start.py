@@ -13,10 +13,11 @@ from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.checks import check_sizes
 from mosaic.rendering.loading import load_pipeline
+from mosaic.rendering.memory_presets import resolve_preset
 from mosaic.rendering.recipe import RunRecipe
 from mosaic.rendering.recipes import shared_recipe
 from mosaic.weights.digests import model_digest, vae_scale_factor, weights_digest
-from mosaic.weights.hub import require_model_name, resolve_lora_file
+from mosaic.weights.hub import resolve_lora_file
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Start:
             FileNotFoundError, OSError, ValueError: They do not fit.
         """
         name, settings = config.model.pretrained, config.inference
-        require_model_name(name)
-        lora_file = resolve_lora_file(settings.lora, settings.lora_weight_name) if settings.lora else None
+        resolve_preset(config)
         factor, options = vae_scale_factor(name), ResolvedOptions.from_config(config)
         check_sizes(options, factor)
+        # Only once the settings and the model stand: the file may be a download of a gigabyte.
+        lora_file = resolve_lora_file(settings.lora, settings.lora_weight_name) if settings.lora else None
         refresh_interval(options.reference_cache, options.refresh_references, config.model.reference_attention)
         lora_digest = weights_digest(lora_file) if lora_file is not None else None
         shared = shared_recipe(config, model_digest(name), lora_digest, device.type)

@@ -39,8 +39,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike, text: Mapping[str,
     metadata = PngInfo()
     for key, value in text.items():
         metadata.add_itxt(key, value)
-    with replacing(path) as aside:
-        image.save(aside, format="PNG", pnginfo=metadata)
+    with replacing(path) as aside, open(aside, "xb") as file:  # which follows no link that somebody puts there meanwhile
+        image.save(file, format="PNG", pnginfo=metadata)
     return path
 
 

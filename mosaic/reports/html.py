@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-DIGEST = re.compile(
-    r'<!doctype html>\n<html lang="en"><head><meta name="mosaic-digest" content="([0-9a-f]+)">'
-)  # as page.html.jinja begins
+BEGINNING = '<!doctype html>\n<html lang="en"><head><meta name="mosaic-digest" content="'  # of page.html.jinja
+DIGEST = re.compile(re.escape(BEGINNING) + '([0-9a-f]+)">')
 
 
 @functools.cache
@@ -53,12 +52,24 @@ def page(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
 
 def page_digest_at(path: Path) -> str | None:
     """The digest that a page carries; None where there is no such page."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            found = DIGEST.match(file.read(400))
-    except OSError:
-        return None
+    found = DIGEST.match(_beginning(path))
     return found and found[1]
+
+
+def is_page(path: Path) -> bool:
+    """Whether there is a page of ours, whatever it shows."""
+    return _beginning(path).startswith(BEGINNING)
+
+
+def _beginning(path: Path) -> str:
+    """What an ordinary file begins with; nothing where there is none."""
+    try:
+        if not path.is_file():  # a pipe would keep its reader waiting
+            return ""
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(400)
+    except OSError:
+        return ""
 
 
 def png_uri(image: Image.Image) -> str:

@@ -11,7 +11,9 @@ from PIL import Image
 from mosaic.images import load_image
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.cases.references import Reference
-from mosaic.rendering.outputs import PANELS_PER_SHEET, Journal, read_notes, write_manifest, write_sheets
+from mosaic.rendering.folder import PANELS_PER_SHEET
+from mosaic.rendering.notes import read_notes
+from mosaic.rendering.outputs import Journal, manifest_rows, write_manifest, write_sheets
 from mosaic.rendering.recipe import png_text, read_recipe
 from mosaic.rendering.recipes import PictureJob
 from mosaic.reports.figures import save_picture
@@ -62,7 +64,9 @@ def test_lines_hold_null_for_what_json_does_not_know(tmp_path: Path) -> None:
     job, note = PictureJob("a", CASE, make_recipe("a")), {"owned": [math.nan, 1.0], "leakage": [(math.inf, -math.inf)]}
     save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png", png_text(job.recipe))
     Journal(tmp_path, 0).add(job, seconds=1.5, attention=note)
-    assert write_manifest([job], tmp_path) == []
+    found, missing = manifest_rows([job], tmp_path, {}, {})
+    assert missing == []
+    write_manifest(found, tmp_path)
     line = (tmp_path / "manifest.jsonl").read_text()
     expected = {"owned": [None, 1.0], "leakage": [[None, None]]}
     assert json.loads(line, parse_constant=pytest.fail) == {**job.recipe.to_json(), "file": "a.png", "seconds": 1.5, "attention": expected}

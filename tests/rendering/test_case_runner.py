@@ -315,14 +315,22 @@ def test_a_picture_that_is_not_finite_fails(
     assert (tmp_path / "case_007.png").read_bytes() == (alone / "case_007.png").read_bytes()
 
 
-def test_a_damaged_panel_of_another_case_hides_nothing(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_panel_of_another_case_hides_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = world / "damaged.json"
     path.write_text(json.dumps(ENTRIES[:1]))
     assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--report")) == 0
     with open(tmp_path / "case_007_panel.png", "r+b") as file:
         file.truncate(300)
-    (tmp_path / "overview.png").unlink()
-    (tmp_path / "overview.png").mkdir()  # no picture can be written here
+    load = start.load_pipeline
+
+    def take(*rest: Any) -> Any:
+        (tmp_path / "overview.png").unlink()
+        (tmp_path / "overview.png").mkdir()  # no picture can be written here
+        return load(*rest)
+
+    monkeypatch.setattr(start, "load_pipeline", take)
     path.write_text(json.dumps([ENTRIES[0] | {"index": 8}, {"prompt": "", "image_paths": PICTURES}]))
     assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--report")) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -345,7 +353,7 @@ def test_what_can_be_known_before_is_found_by_a_check_too(
     refused = {
         taken: f"must be a folder, but {taken} is a file. Name another, or move the file away.",
         taken / "a" / "b": f"must be a folder, but {taken / 'a' / 'b'} would lie below the file {taken}. Name another, or",
-        tmp_path / "out": f"{tmp_path / 'out' / 'manifest.jsonl'} must be a file, but it is a folder. Move it away, or",
+        tmp_path / "out": f"{tmp_path / 'out' / 'manifest.jsonl'} would be replaced, but it is a folder. Move it away, or name another",
     }
     for folder, message in refused.items():
         for more in ([], ["--check"]):
@@ -368,7 +376,7 @@ def test_a_check_knows_the_token_size(world: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "model" / "vae").mkdir(parents=True)
     (tmp_path / "model" / "vae" / "config.json").write_text("{")
     assert inference.main(arguments(world, tmp_path, "--cases", str(path), "--check", "--model", str(tmp_path / "model"))) == 0
-    assert "note: sizes are not checked against the model: " in capsys.readouterr().err
+    assert "note: sizes and prompts are not checked against the model: " in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mosaic.rendering.cases.reading import CaseOptions, load_cases, read_cases
-from mosaic.rendering.recipes import picture_seeds
+from mosaic.rendering.folder import picture_seeds
 from scripts.schemas import cases as make_cases_schema
 
 

@@ -19,9 +19,10 @@ from mosaic.pipeline.attention_report import PictureAttention
 from mosaic.rendering.case_page import case_title, strongest_leak
 from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.cases.references import Reference
+from mosaic.rendering.folder import picture_files
 from mosaic.rendering.overview import write_overview
 from mosaic.rendering.recipe import Weights, png_text
-from mosaic.rendering.recipes import PictureJob, job_files, page_digest
+from mosaic.rendering.recipes import PictureJob, page_digest
 from mosaic.rendering.report import Report, make_report
 from mosaic.reports.case_figures import EDGE, GAP, SIDE, entropy_chart
 from mosaic.reports.charts import LEGEND_ROW
@@ -178,7 +179,7 @@ def test_hostile_prompts_and_names_are_text() -> None:
 
 def reported(folder: Path, job: PictureJob) -> dict[str, Any]:
     """A job's files in a folder, and its line of the manifest."""
-    report, files = known_report(job), job_files(job, folder)
+    report, files = known_report(job), picture_files(job.name, folder)
     write_text(files.page, report.page)
     save_picture(report.panel, files.panel, png_text(job.recipe))
     return {**job.recipe.to_json(), "attention": report.numbers}
@@ -205,14 +206,14 @@ def test_overview(tmp_path: Path) -> None:
     assert " ".join(HOSTILE.split()) in page.texts
     assert "own place 62\u00a0% · others\u2019 places 38\u00a0%" in "".join(page.texts)
     assert "Strongest leak: reference 2 on the place of 1, 75\u00a0%" in "".join(page.texts)
-    with open(job_files(job, tmp_path).panel, "r+b") as file:
+    with open(picture_files(job.name, tmp_path).panel, "r+b") as file:
         file.truncate(300)
     write_overview(tmp_path)
     assert not (tmp_path / "report.html").exists()
     reported(tmp_path, job)
     write_overview(tmp_path)
     assert (tmp_path / "report.html").exists()
-    job_files(job, tmp_path).page.unlink()
+    picture_files(job.name, tmp_path).page.unlink()
     write_overview(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
