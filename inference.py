@@ -21,6 +21,7 @@ from mosaic.rendering.cases.reading import Case, CaseFile, read_cases
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from mosaic.rendering.checks import Checked
     from mosaic.rendering.runner import RunResult
 
 ROOT = Path(__file__).resolve().parent
@@ -90,6 +91,7 @@ def run(config: Config, file: CaseFile) -> "RunResult":
     import torch
     from accelerate import PartialState
 
+    from mosaic.rendering.checks import check_run
     from mosaic.rendering.runner import run_cases
 
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each. The first process to end waits
@@ -98,6 +100,7 @@ def run(config: Config, file: CaseFile) -> "RunResult":
     num_threads = torch.get_num_threads()
     torch.set_num_threads(config.inference.num_threads)
     try:
+        check_run(file.cases, config)  # all that can be known before a download
         if config.inference.memory == "auto":
             config = choose_memory(config, file.cases, state)
         return run_cases(file, config, state)
@@ -106,13 +109,13 @@ def run(config: Config, file: CaseFile) -> "RunResult":
         state.destroy_process_group()
 
 
-def check(config: Config, cases: list[Case]) -> list[str]:
-    """What `--check` finds beyond the cases file: a message for every case whose size does not fit the model.
+def check(config: Config, cases: list[Case]) -> "Checked":
+    """What `--check` finds beyond the cases file: cases whose size does not fit the model, and prompts that are not read whole.
 
     Raises:
         FileNotFoundError, ValueError: See `mosaic.rendering.checks.check_run` and `adapter_notes`.
     """
-    from mosaic.rendering.checks import adapter_notes, check_run
+    from mosaic.rendering.checks import Checked, adapter_notes, check_run
 
     for note in adapter_notes(config) if is_first_process() else []:
         print(f"note: {note}", file=sys.stderr)
@@ -121,9 +124,7 @@ def check(config: Config, cases: list[Case]) -> list[str]:
     except FileNotFoundError:
         raise
     except OSError as error:  # the cases may be prepared where the model is not at hand
-        if is_first_process():
-            print(f"note: sizes are not checked against the model: {in_one_line(error)}", file=sys.stderr)
-        return []
+        return Checked([], [f"sizes and prompts are not checked against the model: {in_one_line(error)}"])
 
 
 def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> Config:
@@ -132,6 +133,8 @@ def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> C
     from mosaic.weights.hub import resolve_lora_file
 
     settings = config.inference
+    if settings.lora is not None and not Path(settings.lora).exists():  # where the model alone does not fit, nothing is downloaded
+        auto_config(config, cases, None, state)
     lora_file = resolve_lora_file(settings.lora, settings.lora_weight_name) if settings.lora else None
     config, reason = auto_config(config, cases, lora_file, state)
     if state.is_main_process:
@@ -167,7 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         for note in notes if first else []:
             print(f"note: {note}", file=sys.stderr)
         if arguments.check or not file.cases:
-            unfit = check(config, file.cases) if arguments.check else []
+            unfit, more = check(config, file.cases) if arguments.check else ([], [])
+            for note in more if first else []:
+                print(f"note: {note}", file=sys.stderr)
             if first:
                 print(f"{len(file.cases) - len(unfit)} good cases in {config.inference.cases}")
                 show_problems([*bad, *unfit])

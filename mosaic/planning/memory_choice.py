@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,9 @@ from mosaic.planning.memory_model import GIB
 from mosaic.planning.model_shape import read_model_shape
 from mosaic.planning.preflight import FITS_BELOW
 from mosaic.rendering.cases.reading import Case
-from mosaic.rendering.memory_presets import PRESETS, with_format
+from mosaic.rendering.memory_presets import PRESETS, MemoryPreset, missing_packages, with_format
 from mosaic.weights.hub import resolve_style_lora_file
+from mosaic.weights.quantization import INSTALL
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -77,7 +77,9 @@ def lora_rank(file: Path | None) -> int:
         return 0
 
 
-def choose_preset(config: Config, demand: Demand, rank: int, device: torch.device, free: int) -> Choice:
+def choose_preset(
+    config: Config, demand: Demand, rank: int, device: torch.device, free: int, presets: Mapping[str, MemoryPreset] = PRESETS
+) -> Choice:
     """The fastest preset whose prediction fits the free memory and whose packages are there.
 
     Args:
@@ -86,13 +88,15 @@ def choose_preset(config: Config, demand: Demand, rank: int, device: torch.devic
         rank: Of the reference LoRA; 0: there is none.
         device: Where pictures are rendered.
         free: Bytes.
+        presets: Those that will do, from the fastest to the one that needs least.
 
     Raises:
         ValueError: If none fits.
     """
+    cure = "Render"
     shape, skipped = read_model_shape(config.model.pretrained), []
     given = f"{demand.width} x {demand.height} px and {demand.num_references} references"
-    for name, preset in PRESETS.items():
+    for name, preset in presets.items():
         try:
             preset = with_format(preset, config)
         except ValueError:
@@ -101,14 +105,14 @@ def choose_preset(config: Config, demand: Demand, rank: int, device: torch.devic
         if needed.peak > FITS_BELOW * free:
             skipped.append(f"{name} {_gib(needed.peak)}")
             continue
-        missing = [package for package in preset.packages if find_spec(package) is None]
-        if missing:
+        if missing := missing_packages(preset):
             skipped.append(f"{name} needs {' and '.join(missing)}")
+            cure = f"Install what is missing ({INSTALL}), render"
             continue
         why = f"{_gib(needed.peak)} predicted at {given}, {_gib(free)} free"
         return Choice(name, f"memory auto: {name} ({preset.describe()}): {why}" + (f"; not {', '.join(skipped)}" if skipped else ""))
     raise ValueError(
-        f'inference.memory "auto": none of the presets fits {_gib(free)} of free memory at {given} ({", ".join(skipped)}). Render smaller '
+        f'inference.memory "auto": none of the presets fits {_gib(free)} of free memory at {given} ({", ".join(skipped)}). {cure} smaller '
         "pictures or fewer references, free memory, or name a preset to try it all the same."
     )
 

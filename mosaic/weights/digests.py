@@ -4,11 +4,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from mosaic.files import read_json
-from mosaic.weights.hub import require_model_name, unreachable_message
+from mosaic.weights.hub import download, require_model_name, unreachable_message
 
 WHOLE = 64 * 2**20  # bytes up to which a file of weights is read completely
 NUM_BLOCKS, BLOCK = 256, 64 * 2**10  # of a larger one, evenly spread
@@ -61,7 +60,7 @@ def model_file(name: str, file: str) -> Path:
     try:
         if Path(name).is_dir():
             return (Path(name) / file).resolve(strict=True)
-        return Path(hf_hub_download(name, file))
+        return download(name, file)
     except (HfHubHTTPError, OSError) as error:
         raise OSError(unreachable_message(name, error)) from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+INSTALL = "pip install -r requirements-quantization.txt"
 # Small, and at the ends of the network, where rounding shows most.
 FULL_PRECISION = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 T5_EXIT = "wo"  # T5 casts what goes into this layer to the format of its weight, which packed integers have not
@@ -26,7 +27,8 @@ def require_package(package: str, setting: str) -> None:
         ValueError: If it is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
+        fitting = f" (in a version that goes with the rest: {INSTALL})" if package in {*PACKAGES.values(), "gguf"} else ""
+        raise ValueError(f"{setting} needs the package {package}, which is not installed: pip install {package}{fitting}")
 
 
 def check_quantization(quantization: str, setting: str = "model.quantization") -> None:

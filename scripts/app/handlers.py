@@ -59,12 +59,13 @@ class Handlers:
 
     def watch(self, page: str, session: Session, run: Run) -> Iterator[Watched]:
         """Looks at a run until it has ended; a picture is kept. One who stops looking cancels it."""
+        note = notice([run.note], "quiet") if run.note else ""
         try:
             while not run.ended:
-                yield Watched(progress(run, self.studio.num_before(run)), False)
+                yield Watched(progress(run, self.studio.num_before(run)) + note, False)
                 run.wait(POLL_SECONDS)
             if run.result is not None:
-                yield Watched("", True, session.keep(run.result))
+                yield Watched(note, True, session.keep(run.result))
             else:
                 yield Watched(progress(run, 0), True)
         finally:

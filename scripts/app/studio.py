@@ -12,16 +12,21 @@ from PIL import Image
 from mosaic.config.loading import Config
 from mosaic.files import in_one_line
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.rendering.memory_presets import resolve_preset
+from mosaic.pipeline.prompt_lengths import TextWindow
+from mosaic.planning.memory_choice import choose_preset, free_memory, largest_demand, lora_rank
+from mosaic.rendering.memory_presets import PRESETS, resolve_preset
 from mosaic.rendering.recipe import RunRecipe
 from mosaic.rendering.recipes import PictureJob
 from mosaic.rendering.rendering import call_arguments
 from mosaic.rendering.start import Start
 from mosaic.reports.figures import attention_panel
+from mosaic.weights.digests import vae_scale_factor
+from mosaic.weights.hub import resolve_lora_file
 from scripts.app.form import Form, plan_picture
 from scripts.app.uploads import Upload
 
 MAX_WAITING = 8
+TYPICAL_REFERENCES = 4  # of a picture, by which "auto" predicts the memory
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
 RUN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # RuntimeError: also that a device's memory is full
@@ -53,6 +58,7 @@ class Run:
         self.state, self.step, self.num_steps = WAITING, 0, job.recipe.options.num_inference_steps
         self.started: float | None = None
         self.error = ""
+        self.note = ""
         self.result: Rendered | None = None
         self._cancelled, self._changed = threading.Event(), threading.Condition()
 
@@ -106,11 +112,12 @@ class Studio:
         sees_references: Whether a reference LoRA is loaded.
     """
 
-    def __init__(self, pipeline: MosaicFluxPipeline, config: Config, shared: RunRecipe) -> None:
+    def __init__(self, pipeline: MosaicFluxPipeline, config: Config, shared: RunRecipe, window: TextWindow | None = None) -> None:
         self.config, self.vae_scale_factor = config, pipeline.encoders.vae_scale_factor
         self.sees_references = shared.lora is not None
         self.shared = shared
         self._pipeline = pipeline
+        self._window = window  # has a tokenizer of its own, since that of the pipeline belongs to the rendering thread
         # Threads have their own number of threads, and pictures are equal bit for bit only at equal numbers.
         self._thread = ThreadPoolExecutor(1, "studio", torch.set_num_threads, (config.inference.num_threads,))
         self._line: list[Run] = []
@@ -123,8 +130,9 @@ class Studio:
         Raises:
             FileNotFoundError, OSError, ValueError: They cannot be loaded, or do not fit each other or the sizes.
         """
+        config = with_memory(config, device)
         settings = config.inference
-        if settings.memory == "auto" or resolve_preset(config).encoders_leave:
+        if resolve_preset(config).encoders_leave:
             raise ValueError(
                 'inference.memory must be "none" or "80gb" for the page, whose prompts are not known beforehand, so that the text encoders '
                 f'stay; got "{settings.memory}". inference.quantization makes the transformer smaller; inference.py takes every preset.'
@@ -132,7 +140,8 @@ class Studio:
         if settings.step_cache != "none":
             raise ValueError(f'inference.step_cache must be "none" for the page, which shows attention, got "{settings.step_cache}".')
         start = Start.check(config, device)
-        return cls(start.load(), config, start.shared)
+        window = TextWindow.of_model(config.model.pretrained, config.model.text_length)
+        return cls(start.load(), config, start.shared, window)
 
     def submit(self, form: Form, uploads: Sequence[Upload], index: int, with_attention: bool = True) -> Run:
         """Check a form and put its picture into the line.
@@ -143,6 +152,8 @@ class Studio:
         if uploads and not self.sees_references:
             raise ValueError("References: the model is loaded without a reference LoRA and sees none. Start the page with --lora.")
         run = Run(plan_picture(form, uploads, index, self.config, self.shared, self.vae_scale_factor), uploads, with_attention)
+        lost = self._window and self._window.lost(run.job.recipe.prompt)
+        run.note = f"The prompt {lost}." if lost else ""
         with self._lock:
             self._line = [other for other in self._line if not other.ended]
             if len(self._line) > MAX_WAITING:
@@ -203,6 +214,29 @@ class Studio:
             return Rendered(picture, None, None, run.job, seconds)
         panel = attention_panel([reference.picture for reference in references], picture, attention)
         return Rendered(picture, panel, attention.leakage.tolist(), run.job, seconds)
+
+
+def with_memory(config: Config, device: torch.device) -> Config:
+    """The config with a preset in the place of `inference.memory` "auto": one under which the text encoders stay.
+
+    Raises:
+        FileNotFoundError, OSError: The model or the reference LoRA is not there.
+        ValueError: It does not fit into the free memory.
+    """
+    settings = config.inference
+    if settings.memory != "auto":
+        return config
+    vae_scale_factor(config.model.pretrained)  # a wrong name is told before the reference LoRA is fetched
+    rank = lora_rank(resolve_lora_file(settings.lora, settings.lora_weight_name)) if settings.lora else 0
+    references, guided = TYPICAL_REFERENCES if rank else 0, settings.image_guidance_scale != 1
+    demand = largest_demand((), config)._replace(num_references=references, guided=guided)
+    staying = {name: preset for name, preset in PRESETS.items() if not preset.encoders_leave}
+    try:
+        preset = choose_preset(config, demand, rank, device, free_memory(device), staying).preset
+    except ValueError as error:
+        cure = "The page keeps the text encoders: set inference.quantization=int8 or nf4, or render by inference.py."
+        raise ValueError(f"{error} {cure}") from error
+    return config.replace(inference=settings.replace(memory=preset))
 
 
 def _in_words(error: Exception) -> str:

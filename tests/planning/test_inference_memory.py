@@ -19,6 +19,7 @@ from mosaic.planning.memory_model import CONTEXT, GIB
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import FLUX_DEV_SHAPE, read_model_shape
 from mosaic.planning.storage_meter import StorageMeter, storage_bytes
+from mosaic.rendering import memory_presets
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.loading import load_pipeline
 from mosaic.rendering.memory_presets import PLAIN, PRESETS
@@ -178,7 +179,7 @@ def test_what_is_offloaded_still_lies_in_a_cpus_memory() -> None:
 def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The optional packages that are there."""
     present = {"torchao", "bitsandbytes", "gguf"}
-    monkeypatch.setattr(memory_choice, "find_spec", lambda name: name if name in present else None)
+    monkeypatch.setattr(memory_presets.importlib.util, "find_spec", lambda name: name if name in present else None)
     return present
 
 
@@ -202,7 +203,10 @@ def test_a_preset_without_its_package_is_passed_over(packages: set[str]) -> None
     assert choice.preset == "12gb"
     assert "16gb needs bitsandbytes" in choice.reason
     packages.clear()
-    with pytest.raises(ValueError, match="none of the presets fits 15.3 GiB .*12gb needs torchao"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of the presets fits 15.3 GiB .*12gb needs torchao\). Install what is missing \(pip install -r req.*, render",
+    ):
         choose_preset(FLUX_DEV, DEMAND, 512, torch.device("cuda"), int(15.3 * GIB))
 
 
@@ -222,6 +226,13 @@ def test_other_weights_are_counted(packages: set[str], tmp_path: Path) -> None:
     assert chosen(quantization="nf4") == "48gb"
     (tmp_path / "small.gguf").write_bytes(bytes(1000))
     assert chosen(gguf=str(tmp_path / "small.gguf")) == "80gb"
+
+
+def test_only_presets_that_will_do_are_looked_at(packages: set[str]) -> None:
+    only = {"80gb": PRESETS["80gb"]}
+    assert choose_preset(FLUX_DEV, DEMAND, 512, torch.device("cuda"), 78 * GIB, only).preset == "80gb"
+    with pytest.raises(ValueError, match=r"none of the presets fits 31.0 GiB .* references \(80gb [0-9.]+ GiB\)"):
+        choose_preset(FLUX_DEV, DEMAND, 512, torch.device("cuda"), 31 * GIB, only)
 
 
 def test_the_largest_case_counts(world: Path, config: Config) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import inference
+from mosaic.config.loading import load_config
 from mosaic.images import load_image
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.runner import RunResult
+from mosaic.weights import hub, quantization
 from tests import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -341,3 +344,76 @@ def test_a_damaged_model_folder(config_file: Path, tmp_path: Path, capsys: pytes
     if how == "damaged":
         (model / file).write_text("{")
     assert_error(["--config", str(config_file), "--model", str(model)], capsys, str(model))
+
+
+# ---- what is told before a download
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A Hub that cannot be reached; gives the questions that it was asked."""
+    asked: list[str] = []
+
+    def unreachable(url: str, **_: Any) -> None:
+        asked.append(url)
+        raise RuntimeError("Name or service not known")  # stands for an error of the client's transport, which is no OSError
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("the client would ask five more times"))
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
+    return asked
+
+
+@pytest.mark.parametrize("memory", ["none", "auto"])
+def test_a_wrong_model_is_told_before_the_adapter_is_fetched(
+    config_file: Path, capsys: pytest.CaptureFixture[str], no_download: list[str], memory: str
+) -> None:
+    arguments = ["--config", str(config_file), "--lora", "some/lora", "--memory", memory]
+    assert_error([*arguments, "--model", "./misspelt"], capsys, "model './misspelt': no such folder")
+    assert no_download == []
+    assert_error([*arguments, "--model", "some/FLUX"], capsys, "model 'some/FLUX' cannot be loaded", "the Hub cannot be reached")
+    assert [url.split("/resolve/")[0].removeprefix("https://huggingface.co/") for url in no_download] == ["some/FLUX"]
+
+
+def test_the_hub_is_asked_once(config_file: Path, capsys: pytest.CaptureFixture[str], no_download: list[str]) -> None:
+    assert_error(
+        ["--config", str(config_file), "--lora", "some/lora"], capsys, "reference LoRA 'some/lora' cannot be loaded", "cannot be reached"
+    )
+    assert len(no_download) == 1
+
+
+def test_a_repository_that_answers_is_left_to_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gated, private, missing: the client's own errors say which."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def answers(url: str, **_: Any) -> None:
+        raise HfHubHTTPError("401", response=SimpleNamespace(headers={}, status_code=401, request=None))
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", answers)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, revision: f"/cache/{name}/{file}/{revision}")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
+    assert hub.download("some/lora", "lora.safetensors", "main") == Path("/cache/some/lora/lora.safetensors/main")
+
+
+def test_packages_are_checked_before_a_download(
+    config_file: Path, capsys: pytest.CaptureFixture[str], no_download: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: None)
+    hub_ids = ["--config", str(config_file), "--lora", "some/lora", "--model", "some/FLUX"]
+    for more, package in ((["--memory", "24gb"], "torchao"), (["--set", "inference.quantization=nf4"], "bitsandbytes")):
+        for arguments in ([*hub_ids, *more], [*hub_ids, *more, "--check"]):
+            assert_error(arguments, capsys, f"needs the package {package}", "pip install -r requirements-quantization.txt")
+    assert no_download == []
+    assert inference.main(["--config", str(config_file), "--memory", "auto", "--check"]) == 0
+    note = (
+        'note: inference.memory "auto" cannot choose 24gb, 16gb, 12gb, for bitsandbytes and torchao are not installed: pip install -r req'
+    )
+    assert note in capsys.readouterr().err
+
+
+def test_the_install_file_has_what_the_presets_need() -> None:
+    lines = (ROOT / "requirements-quantization.txt").read_text().splitlines()
+    assert {*quantization.PACKAGES.values(), "gguf"} <= {line.split(">")[0] for line in lines}
+    assert load_config(ROOT / "configs/flux_dev.json").inference.memory == "auto"

@@ -20,6 +20,7 @@ from PIL import Image
 import inference
 from mosaic.config.loading import Config, load_config
 from mosaic.images import PreparedReference, decode_image
+from mosaic.pipeline.prompt_lengths import TextWindow
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.recipe import KEY, read_recipe
 from mosaic.rendering.recipes import case_jobs, shared_recipe
@@ -246,7 +247,6 @@ def test_strength_reaches_the_pipeline(studio: Studio) -> None:
     ("setting", "message"),
     [
         ("inference.memory=48gb", 'inference.memory must be "none" or "80gb" for the page'),
-        ("inference.memory=auto", 'inference.memory must be "none" or "80gb" for the page'),
         ("inference.step_cache=first_block", 'inference.step_cache must be "none" for the page, which shows attention, got "first_block".'),
     ],
 )
@@ -254,6 +254,30 @@ def test_settings_that_the_page_cannot_have(setting: str, message: str) -> None:
     config = load_config(ROOT / "configs/pocket.json", [setting, *inference.pocket_inputs()])
     with pytest.raises(ValueError, match=re.escape(message)):
         Studio.load(config, torch.device("cpu"))
+
+
+def test_auto_is_the_preset_that_keeps_the_text_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs/pocket.json", ["inference.memory=auto", *inference.pocket_inputs()])
+    monkeypatch.setattr(app_studio, "free_memory", lambda _: 2**33)
+    assert app_studio.with_memory(config, torch.device("cpu")).inference.memory == "80gb"
+    monkeypatch.setattr(app_studio, "free_memory", lambda _: 2**20)
+    with pytest.raises(ValueError, match=r"none of the presets fits 1 MiB .* and 4 references \(80gb .* set inference\.quantization=int8"):
+        Studio.load(config, torch.device("cpu"))
+
+
+def test_a_prompt_that_is_cut_is_told_with_the_picture(config: Config) -> None:
+    window = TextWindow.of_model(str(ROOT / "assets/pocket/flux"), 6)
+    shared = shared_recipe(config, "model", "lora", "cpu")
+    studio = Studio(tiny.build_pipeline(), config, shared, window)
+    handlers, session = Handlers(studio, SimpleNamespace()), SimpleNamespace(keep=lambda rendered: rendered)
+    looks = {}
+    for prompt in ("a cat", "a cat on the beach and a mug"):
+        run = studio.submit(form(prompt=prompt, names=(), strengths=()), [], 0, with_attention=False)
+        looks[prompt] = list(handlers.watch("page", session, run))
+    studio.close()
+    words = "The prompt has 9 tokens of T5, of which 6 are read: its last 3 words are lost"
+    assert all(words in look.status for look in looks["a cat on the beach and a mug"])
+    assert not any("tokens" in look.status for look in looks["a cat"])
 
 
 def test_references_need_a_reference_lora(config: Config) -> None:
