@@ -18,7 +18,7 @@ from torch import Tensor
 from mosaic.data.multi_reference.columns import Geometry, Table, summarise
 from mosaic.data.multi_reference.parquet_table import ParquetTable
 from mosaic.data.multi_reference.points_file import most_bytes, pictures_of, read_match_scores, read_stored_points
-from mosaic.data.multi_reference.repository import Repository, find_repository
+from mosaic.data.multi_reference.repository import Repository, absent, find_repository
 from mosaic.data.multi_reference.rows import Row, parse_row
 from mosaic.data.multi_reference.storage import DESCRIPTION, Folder
 from mosaic.files import parse_json, shown
@@ -238,7 +238,7 @@ def _opened(root: str | Path) -> tuple[Folder | Repository, Table]:
         return repository, repository
     folder = Folder(root)
     if not folder.exists():
-        raise FileNotFoundError(f"{folder.root}: there is no such folder; data.root must be a data set in the multi-reference format.")
+        raise FileNotFoundError(absent(folder.root))
     place = folder.path(DESCRIPTION)
     try:
         text = folder.read(DESCRIPTION).decode("utf-8-sig")

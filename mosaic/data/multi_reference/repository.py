@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # importing it takes a second and more; a data set in a folde
 
 logger = logging.getLogger(__name__)
 HUB = "hf://datasets/"
+POCKET_DATA = "data/pocket"  # as configs/pocket.json names it
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 COLUMNS = tuple(name for name in (*REQUIRED, *OPTIONAL) if name != "split")
 _LIGHT_FIELDS = ("phrase", "grid", "scores", "kind")
@@ -73,12 +74,20 @@ def find_repository(root: str | Path) -> "Repository | None":
     hub = hub_id(str(root)) if protocol in (None, "hf") and not Path(path).exists() else None
     if hub is None or (protocol == "hf" and _has_description(str(root))):
         return None
+    if str(root) == POCKET_DATA:
+        raise FileNotFoundError(absent(root))
     if looks_local(str(root)):
-        raise FileNotFoundError(
-            f"{root}: there is no such folder; data.root must be a data set in the multi-reference format. One on the Hugging Face hub is "
-            f"written {HUB}{root} here."
-        )
+        raise FileNotFoundError(f"{absent(root)} One on the Hugging Face hub is written {HUB}{root} here.")
     return Repository(str(root), hub)
+
+
+def absent(root: str | Path) -> str:
+    """What to say of a data set that is not there, and the command that makes it."""
+    if str(root) == POCKET_DATA:
+        cure = f"This one is drawn by: python scripts/make_pocket_world.py --output {root} --num-samples 20000 --num-heldout 400"
+    else:
+        cure = "preprocess/convert.py makes one of your pictures (docs/data.md)"
+    return f"{root}: there is no such folder; data.root must be a data set in the multi-reference format. {cure}."
 
 
 def parquet_columns(folder: Path) -> list[str]:
