@@ -1,6 +1,6 @@
 """Looks over a training run before anything heavy: counts, FLOPs, memory by part, time, disk, and whether everything it needs is there.
 
-    python scripts/preflight.py CONFIG [--set section.field=value ...] [--gpu-memory GIB] [--references K] [--json FILE]
+    python scripts/preflight.py CONFIG [--set section.field=value ...] [--gpu NAME | --gpu-memory GIB] [--references K] [--json FILE]
     python scripts/preflight.py --table [training|inference]
 
 Processes and sharding are those that train.sh would start in this environment (NUM_PROCESSES=8 before the command: eight processes). Loads
@@ -28,6 +28,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", nargs="?", help="JSON file, such as configs/pocket.json")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     parser.add_argument("--resume", metavar="auto|FOLDER", help="as for scripts/train.py")
+    parser.add_argument("--gpu", metavar="NAME", help='plan for this card, such as "RTX 4090", instead of the one that is here')
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="plan for a card of this size instead of the one that is here")
     parser.add_argument("--references", type=int, metavar="K", help="plan for K references instead of the most that the data have")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
@@ -64,6 +65,11 @@ def planned_environment(elsewhere: bool = False) -> Mapping[str, str]:
     return launch.process_environments(launch.make_plan(environ, 0 if elsewhere else gpus), environ)[0]
 
 
+def say(what: str) -> None:
+    """What is done next."""
+    print(f"preflight: {what} ...", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
@@ -75,10 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_file(arguments.json, "--json")
         config = load_config(arguments.config, arguments.set)
+        from mosaic.planning.cards import find_card
         from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
 
-        environ = planned_environment(elsewhere=arguments.gpu_memory is not None)
-        report = preflight(config, environ, arguments.resume, arguments.gpu_memory, arguments.references)
+        card = find_card(arguments.gpu) if arguments.gpu is not None else None
+        environ = planned_environment(elsewhere=card is not None or arguments.gpu_memory is not None)
+        report = preflight(config, environ, arguments.resume, arguments.gpu_memory, arguments.references, card, say)
         print(as_text(report))
         if arguments.json:
             write_text(arguments.json, json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n")

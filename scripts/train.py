@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.dry_run:
             from mosaic.planning.preflight import as_text, preflight
-            from scripts.preflight import planned_environment
+            from scripts.preflight import planned_environment, say
 
-            report = preflight(config, planned_environment(), arguments.resume)
+            report = preflight(config, planned_environment(), arguments.resume, say=say)
             print(as_text(report))
             return 0 if report.ready else 1
         import torch  # this and diffusers only once the config stands

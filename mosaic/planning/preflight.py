@@ -1,7 +1,7 @@
 """Everything that can be known of a training run before it begins: tokens, FLOPs, memory by part, time, disk, and what is missing."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from mosaic.config.loading import Config, config_to_json, resolved_dict
 from mosaic.model.costs import Workload, captured_row_flops, lora_parameter_count, training_step_flops
+from mosaic.planning.cards import Card, cards_of_size
 from mosaic.planning.data_checks import DataFacts
 from mosaic.planning.findings import NOTE, OK, STOP, Finding
 from mosaic.planning.memory_model import GIB, predict_memory, step_tokens
@@ -18,9 +19,10 @@ from mosaic.planning.preflight_checks import look_around
 from mosaic.training.distributed.environment import read_distribution
 from mosaic.training.watch.throughput import known_peak
 
-ASSUMED_PEAK_TFLOPS = 989.0  # of a card that is not here or not known: H100 and H200, dense bf16, data sheet
+ASSUMED_PEAK_TFLOPS = 989.0  # of a card of a size that no known one has: H100 and H200, dense bf16, data sheet
 CPU_CORE_TFLOPS = 0.05  # one core with 256-bit vectors, float32; an assumption
 EFFICIENCY = 0.40  # share of the peak at which a step runs, recomputation counted as work; an assumption
+LEAST_EFFICIENCY, MOST_EFFICIENCY = 0.25, 0.50  # between which it is expected to lie; assumptions
 FITS_BELOW = 0.95  # share of a card's memory that may be planned: allocators lose the rest to fragmentation
 
 
@@ -33,7 +35,9 @@ class Device:
         name: For messages.
         memory: Bytes; None: not known.
         count: Processes of the run.
-        peak_tflops: Of one process.
+        peak_tflops: Of one process; where several cards are meant that of the fastest.
+        slowest_tflops: Of the slowest of them; None: only one is meant.
+        cards: Names of the cards that are meant where only a size is known.
     """
 
     type: str
@@ -41,6 +45,8 @@ class Device:
     memory: int | None
     count: int
     peak_tflops: float
+    slowest_tflops: float | None = None
+    cards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,13 @@ class Preflight:
     findings: list[Finding]
 
     @property
+    def hours_range(self) -> tuple[float, float]:
+        """For 1,000 steps: of the fastest card at `MOST_EFFICIENCY`, of the slowest at `LEAST_EFFICIENCY`."""
+        slowest = self.device.slowest_tflops or self.device.peak_tflops
+        fast, slow = MOST_EFFICIENCY * self.device.peak_tflops, LEAST_EFFICIENCY * slowest
+        return 1000 * self.tflop_per_step / fast / 3600, 1000 * self.tflop_per_step / slow / 3600
+
+    @property
     def ready(self) -> bool:
         """Whether nothing was found that would stop training."""
         return all(finding.level != STOP for finding in self.findings)
@@ -79,6 +92,8 @@ def preflight(
     resume: str | None = None,
     gpu_memory: float | None = None,
     num_references: int | None = None,
+    card: Card | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Preflight:
     """Look over a run; loads no weights, downloads nothing, writes nothing.
 
@@ -88,14 +103,18 @@ def preflight(
         resume: A checkpoint folder, or "auto" for the newest sound one of the run; None: a fresh start.
         gpu_memory: GiB of the card to plan for; None: the card that is there.
         num_references: K to plan for; None: the largest in the data, or `data.max_references` where the data cannot be read.
+        card: The kind of card to plan for; `gpu_memory` goes before its memory.
+        say: Called with what is done next, some of which takes a minute.
 
     Raises:
         FileNotFoundError, ValueError: If the base model's folder is damaged, or sizes do not fit its tokens.
     """
     shape, distribution = read_model_shape(config.model.pretrained), read_distribution(environ)
+    say("looking at model, data, packages and disk")
     found = look_around(config, shape, environ, resume)
     references = num_references or found.facts.max_references
-    device = find_device(config, gpu_memory, distribution.processes)
+    device = find_device(config, gpu_memory, distribution.processes, card)
+    say("predicting the memory by a dry run of the model, without its weights")
     memory = predict_memory(config, shape, references, device.type, distribution)
     whole, useful = (step_tflop(config, shape, references, mode) for mode in (config.model.gradient_checkpointing, "none"))
     hours = 1000 * whole / (EFFICIENCY * device.peak_tflops) / 3600
@@ -134,17 +153,30 @@ def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_
     return config.training.gradient_accumulation_steps * (step + rows) / 1e12
 
 
-def find_device(config: Config, gpu_memory: float | None, processes: int = 1) -> Device:
+def find_device(config: Config, gpu_memory: float | None, processes: int = 1, card: Card | None = None) -> Device:
     """The device that each of so many processes would take, or the card that is planned for."""
     peak = config.training.peak_tflops
+    if card is not None:
+        return Device("cuda", card.name, int((gpu_memory or card.memory) * GIB), processes, peak or card.peak_tflops)
     if gpu_memory is not None:
-        return Device("cuda", f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak or ASSUMED_PEAK_TFLOPS)
+        return _of_size(f"a card of {gpu_memory:g} GiB", int(gpu_memory * GIB), processes, peak)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        peak = peak or known_peak(torch.device("cuda", 0)) or ASSUMED_PEAK_TFLOPS
-        return Device("cuda", properties.name, properties.total_memory, processes, peak)
+        peak = peak or known_peak(torch.device("cuda", 0))
+        return _of_size(properties.name, properties.total_memory, processes, peak)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     return Device("cpu", f"{os.cpu_count()} CPU cores", pages, processes, peak or CPU_CORE_TFLOPS * (os.cpu_count() or 1) / processes)
+
+
+def _of_size(name: str, memory: int, processes: int, peak: float | None) -> Device:
+    """A card of a size; where its speed is not known, that of the known ones of about this size."""
+    if peak is not None:
+        return Device("cuda", name, memory, processes, peak)
+    cards = cards_of_size(memory / GIB)
+    if not cards:
+        return Device("cuda", name, memory, processes, ASSUMED_PEAK_TFLOPS)
+    names = tuple(card.name for card in cards)
+    return Device("cuda", name, memory, processes, cards[-1].peak_tflops, cards[0].peak_tflops, names)
 
 
 def check_device(config: Config, device: Device, needed: int) -> list[Finding]:
@@ -160,7 +192,7 @@ def check_device(config: Config, device: Device, needed: int) -> list[Finding]:
     if fits:
         findings = [Finding(OK, subject, message)]
     elif device.type == "cpu":
-        findings = [Finding(NOTE, subject, f"{message} No GPU is here; plan for a card with --gpu-memory GIB.")]
+        findings = [Finding(NOTE, subject, f"{message} No GPU is here; plan for a card with --gpu NAME or --gpu-memory GIB.")]
     else:
         findings = [Finding(STOP, subject, f"{message} {CURES}")]
     if (
@@ -183,23 +215,37 @@ CURES = (
 
 
 def as_text(report: Preflight) -> str:
-    """The report to read, the resolved config first."""
-    device = report.device
-    lines = [config_to_json(report.config).rstrip(), ""]
-    lines += [f"{name:30s} {value:>18,}" for name, value in report.counts.items()]
-    lines += [
+    """The report to read: the verdict first, then what it rests on, then the numbers; the resolved config last."""
+    device, stops = report.device, [finding for finding in report.findings if finding.level == STOP]
+    rest = [finding for finding in report.findings if finding.level != STOP]
+    lines = [
+        "ready" if report.ready else f"NOT READY: {len(stops)} finding{'s' if len(stops) > 1 else ''} would stop training",
+        *(f"{finding.level:5s} {finding.subject}: {finding.message}" for finding in [*stops, *rest]),
+        "",
+        *(f"{name:30s} {value:>18,}" for name, value in report.counts.items()),
         f"{'TFLOP per step and process':30s} {report.tflop_per_step:>18,.4g}  ({report.model_tflop_per_step:,.4g} without recomputation)",
         "",
         f"predicted memory of one process on {device.name}, GiB",
         *(f"  {name:28s} {size / GIB:>18.3f}" for name, size in report.memory.items() if size),
         f"  {'total':28s} {sum(report.memory.values()) / GIB:>18.3f}",
         "",
-        f"time for 1,000 steps: {_duration(report.hours_per_1k_steps)} at {EFFICIENCY:.0%} of {device.peak_tflops:,.4g} TFLOP/s (assumed)",
+        _time(report),
         "",
-        *(f"{finding.level:5s} {finding.subject}: {finding.message}" for finding in report.findings),
-        "ready" if report.ready else "NOT READY",
+        "resolved config",
+        config_to_json(report.config).rstrip(),
     ]
     return "\n".join(lines)
+
+
+def _time(report: Preflight) -> str:
+    """The line on time; a range, since neither the share of the peak nor, often, the card is known."""
+    device, (fast, slow) = report.device, report.hours_range
+    peak, cure = f"{device.peak_tflops:,.4g} TFLOP/s", ""
+    if device.slowest_tflops not in (None, device.peak_tflops):
+        peak = f"{device.slowest_tflops:,.4g} to {peak} ({', '.join(device.cards)})"
+        cure = "; --gpu NAME says which"
+    share = f"{LEAST_EFFICIENCY:.0%} to {MOST_EFFICIENCY:.0%}"
+    return f"time for 1,000 steps: {_duration(fast)} to {_duration(slow)}, at {share} (assumed) of {peak}{cure}"
 
 
 def _duration(hours: float) -> str:
@@ -217,6 +263,7 @@ def as_dict(report: Preflight) -> dict[str, Any]:
         "device": asdict(report.device),
         "hours_per_1k_steps": report.hours_per_1k_steps,
         "efficiency": EFFICIENCY,
+        "hours_range_per_1k_steps": list(report.hours_range),
         "findings": [finding._asdict() for finding in report.findings],
         "ready": report.ready,
     }

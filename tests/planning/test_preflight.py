@@ -1,6 +1,7 @@
 """The look before a run: what it counts, what it finds, and what its exit code says."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from mosaic.config.loading import Config, from_dict, load_config
 from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
 from mosaic.lora.adapter import write_reference_lora
 from mosaic.planning import memory_model, preflight, preflight_checks
+from mosaic.planning.cards import CARDS, cards_of_size, find_card
 from mosaic.planning.data_checks import DataFacts
 from mosaic.planning.findings import NOTE, OK, STOP
 from mosaic.planning.memory_model import BASE, BUCKETS, CONTEXT, EMA, ENCODERS, GIB, GRADIENTS, OPTIMIZER, ROWS, SAVED, TRANSIENT
@@ -62,8 +64,10 @@ def test_a_run_that_is_ready(config_file: Path, tmp_path: Path, capsys: pytest.C
     assert main([str(config_file), "--json", str(tmp_path / "deep/report.json")]) == 0
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "deep/report.json").read_text())
     assert report["ready"]
-    assert printed.endswith("ready\n")
-    assert report["config"] == json.loads(printed[: printed.index("\n}\n") + 2])
+    assert printed.startswith("ready\n")
+    assert report["config"] == json.loads(printed[printed.index("\n{\n") :])
+    fast, slow = report["hours_range_per_1k_steps"]
+    assert fast < report["hours_per_1k_steps"] < slow
     assert report["counts"]["references"] == 2
     assert report["counts"]["samples"] == 9
     assert report["counts"]["target tokens"] == 24
@@ -97,9 +101,14 @@ def test_what_would_stop_training(
     monkeypatch.chdir(tmp_path)
     overrides, message = MISTAKES[kind]
     assert main([str(config_file), *(part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}"))]) == 1
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
     assert message in printed
-    assert printed.endswith("NOT READY\n")
+    assert printed.startswith("NOT READY: ")
+    verdict, first = printed.splitlines()[:2]
+    assert first.startswith("stop  ")
+    assert verdict.split()[2] == str(printed.count("\nstop  "))
+    assert captured.err.splitlines()[0] == "preflight: looking at model, data, packages and disk ..."
 
 
 @pytest.mark.usefixtures("quick", "fresh_accelerator")
@@ -461,4 +470,40 @@ def test_a_known_card_counts_with_its_own_rate(monkeypatch: pytest.MonkeyPatch) 
     for name, given, peak in (("NVIDIA A100-SXM4-80GB", None, 312), ("A card of tomorrow", None, 989), ("NVIDIA A100-SXM4-80GB", 50.0, 50)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
         assert preflight.find_device(from_dict({"training": {"peak_tflops": given}}), None).peak_tflops == peak
-    assert preflight.find_device(Config(), 24.0).peak_tflops == 989  # a card that is not here
+    other = preflight.find_device(Config(), 24.0)  # a card that is not here
+    assert (other.peak_tflops, other.slowest_tflops, other.cards) == (165, 71, ("RTX 3090", "L4", "RTX 4090"))
+    assert preflight.find_device(Config(), 80.0).peak_tflops == 989
+    assert preflight.find_device(Config(), 60.0).peak_tflops == 989  # of a size that no card has
+    assert preflight.find_device(from_dict({"training": {"peak_tflops": 50}}), 24.0).peak_tflops == 50
+    named = preflight.find_device(Config(), None, card=find_card("4090"))
+    assert (named.name, named.peak_tflops, named.slowest_tflops, named.memory) == ("RTX 4090", 165, None, int(23.6 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("A100", "--gpu: must name one card, but 'A100' may be A100 40GB, A100 80GB."),
+        ("RTX 4091", "--gpu: must be a known card, got 'RTX 4091'. Did you mean RTX 4090? Known: RTX 3090, RTX 4090, L4,"),
+        ("", "--gpu: must be a known card, got ''."),
+    ],
+)
+def test_cards_by_their_names(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_card(name)
+    assert find_card("h100").name == "H100"
+    assert find_card("L4").memory == 22.5
+    assert all(card.peak_tflops > 0 for card in CARDS)
+    assert [card.name for card in cards_of_size(79)] == ["A100 80GB", "H100 PCIe", "H100"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_time_is_a_range_over_the_cards_that_may_be_meant() -> None:
+    report = preflight.preflight(flux(), gpu_memory=24, num_references=2)
+    line = next(line for line in preflight.as_text(report).splitlines() if line.startswith("time for"))
+    assert line.endswith("at 25% to 50% (assumed) of 71 to 165 TFLOP/s (RTX 3090, L4, RTX 4090); --gpu NAME says which")
+    fast, slow = report.hours_range
+    assert fast == pytest.approx(180.0 / (0.5 * 165) / 3.6, rel=2e-3)
+    assert slow == pytest.approx(180.0 / (0.25 * 71) / 3.6, rel=2e-3)
+    named = preflight.preflight(flux(), card=find_card("RTX 4090"), num_references=2)
+    assert named.hours_range[1] == pytest.approx(180.0 / (0.25 * 165) / 3.6, rel=2e-3)
+    assert "of 165 TFLOP/s" in preflight.as_text(named)

@@ -37,7 +37,11 @@ def known_peak(device: torch.device) -> float | None:
     """TFLOP/s of a GPU's data sheet; None where it is not known, and on a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """TFLOP/s of a card's data sheet by its name; None where it is not known."""
     return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)), None)
 
 
