@@ -2,16 +2,19 @@
 
     python scripts/report.py --examples outputs/examples --run outputs/pocket --output report.html
 
-Pictures are embedded; the page needs no other file and no network.
+Pictures are embedded; the page needs no other file and no network. Of cases of the pocket world the identity judge says which subjects
+are missing, and which are recognised as their references; cases that were rendered with --report are linked to their pages.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,9 +22,29 @@ sys.path.insert(0, str(ROOT))
 from mosaic.files import in_one_line, require_file, write_text
 from mosaic.reports.html import page
 
-CURVES = (("loss/flow_matching", "flow matching"), ("loss/correspondence", "SCAL"), ("loss/disentanglement", "MDL"))
+if TYPE_CHECKING:
+    from scripts.pocket.verdicts import SubjectVerdict
+
+TITLES = {"loss/flow_matching": "flow matching", "loss/correspondence": "SCAL", "loss/disentanglement": "MDL"}
+LEARNT = 2.0  # times chance from which attention is said to find the points
 
 Figure = tuple[bytes, str]  # a PNG and its caption
+
+
+class ExampleCase(NamedTuple):
+    """A rendered case on the page.
+
+    Attributes:
+        heading: Its name.
+        panel: A PNG: references and picture.
+        link: Address of its own page from this one; "": it has none.
+        verdicts: What the judge says of its subjects; empty where nobody knows.
+    """
+
+    heading: str
+    panel: bytes
+    link: str
+    verdicts: "list[SubjectVerdict]"
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -51,13 +74,62 @@ def curve(points: Sequence[tuple[float, float]], title: str) -> str:
     return line_chart(series, f"{title}: {min(ys):.2f} to {max(ys):.2f}", "step", "", x_ticks=ends, alt=title)
 
 
-def example_figures(folder: Path) -> tuple[list[Figure], list[Figure]]:
-    """Panels and attention maps of rendered cases."""
+def example_cases(folder: Path, output: Path) -> tuple[list[ExampleCase], list[Figure]]:
+    """The rendered cases of a folder, and their attention maps.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
     panels = sorted(folder.glob("case_*_panel.png"))
     if not panels:
         raise FileNotFoundError(f"--examples {folder}: no case_*_panel.png there; run inference.py with --output-dir {folder} first.")
-    maps = sorted(folder.glob("case_*_attention.png"))
-    return [figure(path, path.stem.removesuffix("_panel")) for path in panels], [figure(path, path.stem) for path in maps]
+    verdicts, cases = verdicts_of(folder), []
+    for panel in panels:
+        name = panel.stem.removesuffix("_panel")
+        page_file = folder / f"{name}_report.html"
+        link = Path(os.path.relpath(page_file, output.parent)).as_posix() if page_file.is_file() else ""
+        cases.append(ExampleCase(name.replace("_", " "), panel.read_bytes(), urllib.parse.quote(link), verdicts.get(name, [])))
+    return cases, [figure(path, path.stem) for path in sorted(folder.glob("case_*_attention.png"))]
+
+
+def verdicts_of(folder: Path) -> "dict[str, list[SubjectVerdict]]":
+    """By name of the picture what the judge says of cases of the pocket world; empty where there are none, or no judge."""
+    from mosaic.rendering.notes import read_manifest
+    from scripts.pocket.judge import load_judge
+    from scripts.pocket.verdicts import identity_of, judge_rows
+
+    rows = [row for row in read_manifest(folder) if isinstance(row.get("references"), list)]
+    if not any(isinstance(entry, dict) and identity_of(str(entry.get("file"))) for row in rows for entry in row["references"]):
+        return {}
+    try:
+        return judge_rows(load_judge(), folder, rows)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"note: no verdicts on the examples: {in_one_line(error)}", file=sys.stderr)
+        return {}
+
+
+def examples_verdict(cases: "Sequence[ExampleCase]") -> str:
+    """One sentence on all subjects that were judged; "" where none was."""
+    found = [verdict.verdict for case in cases for verdict in case.verdicts]
+    if not found:
+        return ""
+    missing, right = found.count("missing"), found.count("as its reference")
+    return (
+        f"The judge looked for {len(found)} subjects: {missing} {'is' if missing == 1 else 'are'} missing, {right} "
+        f"{'is' if right == 1 else 'are'} recognised as their references, {len(found) - missing - right} are there with other looks."
+    )
+
+
+def training_verdict(accuracies: Sequence[Mapping[str, float]], steps: int) -> str:
+    """One sentence on what training has reached, by attention accuracy on held-out samples; "" without two validations."""
+    if len(accuracies) < 2:
+        return ""
+    first, last = accuracies[0]["attention/exact"], accuracies[-1]["attention/exact"]
+    chance = accuracies[-1].get("attention/exact_chance", math.nan)
+    words = f"{100 * first:.1f} % before and {100 * last:.1f} % after {steps} steps (chance {100 * chance:.1f} %)"
+    if last >= LEARNT * chance and last > first:
+        return f"Training works: attention peaks at the right token for {words}. The looks of the subjects come later than that."
+    return f"Too short to judge: attention peaks at the right token for {words}. Train longer: STEPS=1000 bash scripts/quickstart.sh."
 
 
 def figure(path: Path, caption: str) -> Figure:
@@ -68,13 +140,17 @@ def figure(path: Path, caption: str) -> Figure:
 def run_findings(run: Path) -> dict[str, Any]:
     """Loss curves, attention accuracy, and held-out panels before and after; those are None where validation came no more than once."""
     metrics, charts = read_metrics(run), []
-    for key, title in CURVES:
+    terms = dict.fromkeys(key for entry in metrics for key in entry if key.startswith("loss/") and key != "loss/total")
+    for key in terms:
+        title = TITLES.get(key, key.removeprefix("loss/").replace("_", " "))
         points = [(entry["step"], entry[key]) for entry in metrics if math.isfinite(entry.get(key, math.nan))]
         if points:
             charts.append(curve(points, title))
     accuracies = [entry for entry in metrics if math.isfinite(entry.get("attention/exact", math.nan))]
     steps = sorted((run / "validation").glob("step_*"))
-    return {"charts": charts, "accuracies": accuracies, "pairs": held_out_pairs(steps[0], steps[-1]) if len(steps) > 1 else None}
+    verdict = training_verdict(accuracies, metrics[-1].get("step", 0))
+    pairs = held_out_pairs(steps[0], steps[-1]) if len(steps) > 1 else None
+    return {"charts": charts, "accuracies": accuracies, "verdict": verdict, "pairs": pairs}
 
 
 def held_out_pairs(first: Path, last: Path) -> list[list[Figure]]:
@@ -94,9 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         require_file(arguments.output, "--output")
         if not (arguments.examples or arguments.run):
             raise ValueError("give --examples, --run, or both.")
-        panels, maps = example_figures(arguments.examples) if arguments.examples else ([], [])
+        cases, maps = example_cases(arguments.examples, arguments.output) if arguments.examples else ([], [])
         run = run_findings(arguments.run) if arguments.run else None
-        write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", panels=panels, maps=maps, run=run))
+        values = {"cases": cases, "verdict": examples_verdict(cases), "maps": maps, "run": run}
+        write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", **values))
     except (ValueError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2

@@ -62,6 +62,28 @@ def test_the_page_is_self_contained_and_complete(tmp_path: Path, examples: Path,
         assert f"<td>{value}</td>" in page
 
 
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (0.25, "Training works: attention peaks at the right token for 1.6 % before and 25.0 % after 4 steps (chance 1.6 %)."),
+        (
+            0.02,
+            "Too short to judge: attention peaks at the right token for 1.6 % before and 2.0 % after 4 steps (chance 1.6 %). Train longer",
+        ),
+    ],
+)
+def test_the_run_has_a_verdict(tmp_path: Path, run: Path, last: float, words: str) -> None:
+    text = (run / "metrics.jsonl").read_text().replace('"attention/exact": 0.25', f'"attention/exact": {last}')
+    (run / "metrics.jsonl").write_text(text)
+    assert words in page_of(tmp_path, "--run", str(run))
+
+
+def test_every_term_has_its_curve(tmp_path: Path, run: Path) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss/edge_sharpness": 2.0}\n')
+    assert 'aria-label="edge sharpness"' in page_of(tmp_path, "--run", str(run))
+
+
 def test_each_half_alone(tmp_path: Path, examples: Path, run: Path) -> None:
     assert "polyline" not in page_of(tmp_path, "--examples", str(examples))
     assert "case 002" not in page_of(tmp_path, "--run", str(run))

@@ -30,8 +30,13 @@ def test_words_are_escaped_wherever_a_page_shows_them() -> None:
     content = page("findings.html.jinja", ROOT / "scripts/doctor", **values)
     assert "<script" not in content
     assert content.count("&lt;script&gt;alert(1)&lt;/script&gt;&#34; onerror=&#39;x&#39; &amp;") == 9
-    content = page("report.html.jinja", title="x", panels=[(b"png", evil)], maps=[], run=None)
-    assert f'alt="{jinja2.utils.markupsafe.escape(evil)}"' in content
+    cases = [{"heading": evil, "panel": b"png", "link": evil, "verdicts": [evil]}]
+    content = page("report.html.jinja", title="x", cases=cases, verdict=evil, maps=[(b"png", evil)], run=None)
+    escaped = str(jinja2.utils.markupsafe.escape(evil))
+    assert "<script" not in content
+    assert content.count(f'alt="{escaped}"') == 2
+    assert f'<a href="{escaped}">' in content
+    assert content.count(escaped) == 7
 
 
 def test_a_value_that_is_missing_is_an_error() -> None:
