@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from mosaic.config.loading import resolved_dict
 from mosaic.data import Manifest, MosaicBatch, collate
 from mosaic.lora import adapter
 from mosaic.lora.adapter import reference_lora_parameters, write_reference_lora
+from mosaic.method import losses
 from mosaic.method.losses import MosaicLoss
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training import Trainer, train
+from mosaic.training import Trainer, objective, train
 from mosaic.training import trainer as training
 from mosaic.training.starting import open_run
 from tests import runs
@@ -94,6 +96,39 @@ def test_learning_rate_warm_up(world: Path, tmp_path: Path, monkeypatch: pytest.
     for _ in range(5):
         trainer.optimizer_step([runs.samples_of(trainer, num_references=1, count=1)])
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+
+
+def test_another_term_needs_no_change_of_the_trainer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CONTRIBUTING.md says: a field of the result, a short name, its value in `train_step` and its weight in `loss_weights`."""
+
+    class LossOfFour(NamedTuple):
+        total: torch.Tensor
+        flow_matching: torch.Tensor
+        correspondence: torch.Tensor
+        disentanglement: torch.Tensor
+        sharpness: torch.Tensor
+
+    def with_sharpness(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> Any:
+        return mosaic_loss({**terms, "sharpness": terms["correspondence"].square()}, weights)
+
+    mosaic_loss, weights = objective.mosaic_loss, objective.loss_weights
+    for place in (losses, training):
+        monkeypatch.setattr(place, "MosaicLoss", LossOfFour)
+    monkeypatch.setitem(losses.SHORT_NAMES, "sharpness", "sharp")
+    monkeypatch.setattr(objective, "mosaic_loss", with_sharpness)
+    monkeypatch.setattr(objective, "loss_weights", lambda loss, step: {**weights(loss, step), "sharpness": 0.25})
+    shown = []
+    monkeypatch.setattr(training.tqdm, "set_postfix", lambda _, values: shown.append(dict(values)))
+    config = runs.make_config(world, tmp_path / "run", training__max_steps=2)
+    train(config)
+    entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(entries) == 2
+    for entry in entries:
+        values = [entry[f"loss/{name}"] for name in ("flow_matching", "correspondence", "disentanglement", "sharpness")]
+        factors = [1, config.loss.correspondence_weight, config.loss.disentanglement_weight, 0.25]
+        assert values[3] > 0
+        assert entry["loss/total"] == pytest.approx(sum(f * value for f, value in zip(factors, values, strict=True)), rel=1e-5)
+    assert list(shown[0]) == ["flow", "scal", "mdl", "sharp"]
 
 
 # ---- a run
