@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from mosaic.rendering.cases.reading import Case
-from mosaic.rendering.notes import JOURNAL, MANIFEST, read_notes
+from mosaic.rendering.notes import JOURNAL, MANIFEST, read_manifest, read_notes
 from mosaic.rendering.recipe import KEY
 from mosaic.reports.html import is_page
 
@@ -106,7 +106,7 @@ class OwnFiles:
         overview, manifest = self._folder / OVERVIEW, self._folder / MANIFEST
         if (with_report or self._reported) and _is_there(overview) and not self.is_overview(overview):
             found.append(overview)
-        if _is_there(manifest) and not (_is_file(manifest) and (self._listed or not manifest.stat().st_size)):
+        if _is_there(manifest) and not (_is_file(manifest) and (read_manifest(self._folder) or not manifest.stat().st_size)):
             found.append(manifest)
         journals = sorted(path for path in self._folder.glob(".journal_*") if JOURNAL.fullmatch(path.name))
         return found + [path for path in journals if not _is_journal(path)]

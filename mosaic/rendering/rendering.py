@@ -1,6 +1,7 @@
 """Rendering of pictures in batches, and what is written of each."""
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +28,7 @@ from mosaic.reports.figures import case_panel, save_picture
 from mosaic.reports.html import is_page
 
 CAPTION_LETTERS = 400
-FOLDER_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # it takes no other picture either
+FOLDER_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # after which the folder takes no other picture either
 CASE_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # RuntimeError: also that a device's memory is full
 
 
@@ -108,8 +109,9 @@ def render_batch(
             except CASE_ERRORS as error:
                 failure = in_one_line(error, 500, with_kind=True)
                 if isinstance(error, OSError):
-                    failure = f"its files cannot be written to {journal.path.parent} ({failure}). Start again when this is mended."
-                    journal.closed = journal.closed or error.errno in FOLDER_ERRORS
+                    folder = journal.path.parent
+                    failure = f"its files cannot be written to {folder} ({failure}). Start again when this is mended."
+                    journal.closed |= error.errno in FOLDER_ERRORS or not os.access(folder, os.W_OK | os.X_OK)
                 note_failure(journal, job, failure, wanted)
 
 

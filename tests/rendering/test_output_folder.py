@@ -58,7 +58,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device", False),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded", False),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system", False),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied", False),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied", True),
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "File too large", True),
         (MemoryError(), "MemoryError", True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory. Tried to allocate 2 GiB", True),
