@@ -36,7 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, default=1024, help="largest side of the targets in px (default: 1024); panels are never enlarged"
     )
-    parser.add_argument("--config", metavar="FILE", help="of the training that is planned: says which captions its model will cut")
+    parser.add_argument(
+        "--config", metavar="FILE", help="of the planned training: its tokenizer tells which captions it cuts (default: words are counted)"
+    )
     parser.add_argument("--split", default="train", help="split of SRC to take, and of the result (default: train)")
     args = parser.parse_args(argv)
     for name, least in (("num_samples", 1), ("seed", 0), ("size", 1)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mosaic.config.loading import load_config
+from mosaic.config.loading import Config, load_config
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
 from mosaic.files import in_one_line, parse_json
 from mosaic.images import decode_image
@@ -171,16 +171,12 @@ def _sample(
     )
 
 
-def report_captions(dest: Path, split: str, window: TextWindow | None) -> None:
-    """Say which of the composed captions a model will cut; without a model, how long the longest is."""
+def report_captions(dest: Path, split: str, window: TextWindow) -> None:
+    """Say which of the composed captions will be cut."""
     manifest = Manifest(dest, split)
-    captions = list(zip(manifest.column("id"), manifest.column("prompt"), strict=True))
-    if window is not None:
-        found = cut_captions(window, captions)
-        print(f"warning: {found}" if found.cut else f"captions: {found}", file=sys.stderr if found.cut else sys.stdout)
-        return
-    longest = max(len(caption.split()) for _, caption in captions)
-    print(f"captions: the longest has {longest} words, each a token of T5 or several; --config FILE says which ones its model will cut")
+    found = cut_captions(window, list(zip(manifest.column("id"), manifest.column("prompt"), strict=True)))
+    if found.cut:
+        print(f"warning: {found}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         model = load_config(args.config).model if args.config else None
-        window = TextWindow.of_model(model.pretrained, model.text_length) if model else None
+        window = TextWindow.of_model(model.pretrained, model.text_length) if model else TextWindow.of_words(Config().model.text_length)
         compose(args.src, args.dest, args.num_samples, args.references, args.seed, args.size, args.split)
     except (ValueError, OSError) as error:
         print(f"compose: error: {in_one_line(error)}", file=sys.stderr)

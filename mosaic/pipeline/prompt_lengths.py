@@ -3,6 +3,7 @@
 CLIP reads the first 77 tokens at most, and gives one pooled vector of them: that is how FLUX is made, and no word of it is told here.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,27 +18,38 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer_2"  # of T5, in a FLUX pipeline
 MOST_CAPTIONS = 10_000  # of a data set, which are looked at in a second or two
 EXAMPLES = 3
-Encode = Callable[[str], "Encoding"]
+Encode = Callable[[str], "Encoding | Words"]
+
+
+class Words(NamedTuple):
+    """A prompt as if every word were one token, with the fields of an `Encoding` that are read here."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    special_tokens_mask: list[int]
 
 
 class LostWords(NamedTuple):
     """The end of a prompt that the model does not read.
 
     Attributes:
-        num_tokens: Of the whole prompt, its end token included.
+        num_tokens: Of the whole prompt, its end token included; where only its words were counted, the fewest that it can have.
         text_length: Tokens that are read, the end token included.
         words: What is lost, from the first word that is not read whole.
+        by_words: Whether only words were counted, so that more may be lost.
     """
 
     num_tokens: int
     text_length: int
     words: str
+    by_words: bool = False
 
     def __str__(self) -> str:
         """A clause: what there is, what is read and what is lost."""
         count = len(self.words.split())
         lost = f"its last {count} words are lost" if count > 1 else "its last word is lost"
-        return f"has {self.num_tokens} tokens of T5, of which {self.text_length} are read: {lost}: {shown(self.words)}"
+        least = "at least " if self.by_words else ""
+        return f"has {least}{self.num_tokens} tokens of T5, of which {self.text_length} are read: {lost}: {shown(self.words)}"
 
 
 class TextWindow:
@@ -72,6 +84,16 @@ class TextWindow:
 
         return cls(encode, text_length)
 
+    @classmethod
+    def of_words(cls, text_length: int) -> "TextWindow":
+        """A window where no tokenizer is at hand: a word is at least one token, so that what it finds is lost for certain."""
+
+        def encode(prompt: str) -> Words:
+            places = [found.span() for found in re.finditer(r"\S+", prompt)]
+            return Words([0] * (len(places) + 1), [*places, (0, 0)], [0] * len(places) + [1])
+
+        return cls(encode, text_length)
+
     def lost(self, prompt: str) -> LostWords | None:
         """What is lost of a prompt; None: nothing."""
         encoding = self._encode(prompt)
@@ -83,7 +105,7 @@ class TextWindow:
         start = places[max(self._text_length - (num_tokens - len(places)), 0)][0]
         while start and not prompt[start].isspace() and not prompt[start - 1].isspace():  # half a word is none
             start -= 1
-        return LostWords(num_tokens, self._text_length, prompt[start:].strip())
+        return LostWords(num_tokens, self._text_length, prompt[start:].strip(), isinstance(encoding, Words))
 
     def all_lost(self, prompts: Iterable[str]) -> Iterator[tuple[str, LostWords]]:
         """The prompts of which something is lost, each once, with what it is."""

@@ -48,6 +48,14 @@ def test_the_words_are_those_that_the_tokenizer_cuts_off(world: Path, length: in
             assert len(kept) - (len(words) - count) <= 1  # at most half a word more
 
 
+def test_words_alone_find_what_is_lost_for_certain() -> None:
+    window = TextWindow.of_words(4)
+    assert window.lost("one two three") is None
+    assert str(window.lost(" one two  three four five")) == (
+        'has at least 6 tokens of T5, of which 4 are read: its last 2 words are lost: "four five"'
+    )
+
+
 def test_one_token_more_is_said_and_none_is_not(world: Path) -> None:
     total = len(tiny.tokenizers()[1]("a cat on the beach").input_ids)
     assert TextWindow.of_model(str(world / "model"), total).lost("a cat on the beach") is None

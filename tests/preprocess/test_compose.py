@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
+from mosaic.config.loading import Config, ModelConfig
 from mosaic.data import DatasetWriter, Manifest, MultiReferenceDataset, ReferenceRecord, SampleRecord
 from mosaic.method.grids import Grid
-from preprocess import compose
+from preprocess import compose, composing
 from preprocess.composition import (
     LAYOUTS,
     MARGIN_COLOURS,
@@ -102,17 +103,19 @@ def test_composed_samples_train(composed: Path) -> None:
         assert len(torch.cat(sample.points)) > 0
 
 
-def test_captions_that_the_training_will_cut_are_named(pocket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captions_that_the_training_will_cut_are_named(
+    pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "config.json"
     arguments = [str(pocket), "--num-samples", "4", "--references", "3"]
     for length, cut in ((12, True), (512, False)):
         config.write_text(json.dumps({"model": {"pretrained": str(ROOT / "assets/pocket/flux"), "text_length": length}}))
         assert compose.main([*arguments[:1], str(tmp_path / str(length)), *arguments[1:], "--config", str(config)]) == 0
-        captured = capsys.readouterr()
-        assert ("warning: 4 of 4 captions are longer than model.text_length 12 and are cut" in captured.err) == cut
-        assert ("captions: all 4 captions that were looked at are read whole." in captured.out) != cut
-    assert compose.main([*arguments[:1], str(tmp_path / "none"), *arguments[1:]]) == 0
-    assert "captions: the longest has " in capsys.readouterr().out
+        assert ("warning: 4 of 4 captions are longer than model.text_length 12 and are cut" in capsys.readouterr().err) == cut
+    for length, cut in ((6, True), (512, False)):  # without a config
+        monkeypatch.setattr(composing, "Config", lambda length=length: Config(model=ModelConfig(text_length=length)))
+        assert compose.main([*arguments[:1], str(tmp_path / f"words_{length}"), *arguments[1:]]) == 0
+        assert ("has at least " in capsys.readouterr().err) == cut
 
 
 def test_order_is_a_function_of_the_seed_and_the_number(pocket: Path, composed: Path, tmp_path: Path) -> None:
