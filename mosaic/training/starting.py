@@ -219,11 +219,11 @@ def training_dataset(
     check_supervision(dataset, data.min_point_coverage)
     check_placement(dataset, data.max_points_outside)
     if accelerator.is_main_process:
-        warn_of_cut_captions(config, dataset)
+        warn_of_cut_captions(config, opened.samples)
     return dataset
 
 
-def warn_of_cut_captions(config: Config, dataset: TrainingDataset | ReadableSamples | CachedSamples) -> None:
+def warn_of_cut_captions(config: Config, dataset: TrainingDataset) -> None:
     """Warn where captions are longer than the model reads, and of how many words it learns nothing."""
     try:
         window = TextWindow.of_model(config.model.pretrained, config.model.text_length)

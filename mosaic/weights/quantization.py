@@ -27,7 +27,7 @@ def require_package(package: str, setting: str) -> None:
         ValueError: If it is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        fitting = f" (in a version that goes with the rest: {INSTALL})" if package in {*PACKAGES.values(), "gguf"} else ""
+        fitting = f" (in a version that goes with the rest: {INSTALL})" if package in PACKAGES.values() else ""
         raise ValueError(f"{setting} needs the package {package}, which is not installed: pip install {package}{fitting}")
 
 
