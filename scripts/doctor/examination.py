@@ -17,6 +17,7 @@ from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
 from mosaic.files import in_one_line, read_json, require_file, write_text
 from mosaic.method.grids import PATCH, token_grid
+from mosaic.pipeline.prompt_lengths import TextWindow
 from mosaic.weights.digests import vae_scale_factor
 from scripts.doctor.comparison import Compared
 from scripts.doctor.findings import Findings, Training, summarise
@@ -118,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         training = Training(
             token_size, data.image_size, data.reference_size, config.model.text_length, data.min_point_coverage, data.max_points_outside
         )
-        findings, sheet = Findings(training, args.looked, matches=Matches(extractors_of(args.data))), Sheet()
+        window = TextWindow.of_model(config.model.pretrained, config.model.text_length) if args.config else None
+        findings, sheet = Findings(training, args.looked, matches=Matches(extractors_of(args.data)), window=window), Sheet()
         for found in inspections(dataset, args):
             findings.add(found)
             if args.html and isinstance(found, Inspection):

@@ -11,6 +11,7 @@ from torch import Tensor
 from mosaic.data.inspection import Coverage, Inspection, fingerprint
 from mosaic.data.placement import Placement
 from mosaic.data.readable import Unreadable
+from mosaic.pipeline.prompt_lengths import LostWords, TextWindow
 from scripts.doctor.matches import FEW_POINTS, Matches
 
 NEAR_BITS = 3  # fingerprints that differ in at most so many of 64 bits are near-duplicates
@@ -47,6 +48,7 @@ class Findings:
     Attributes:
         training: What they are judged by.
         looked: Whether somebody has looked at the matches, so that doubts do not count.
+        window: Tells which captions the model will cut; None: by their words alone.
     """
 
     training: Training = field(default_factory=Training)
@@ -63,12 +65,15 @@ class Findings:
     reference_sizes: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
     empty_captions: list[str] = field(default_factory=list)
+    cut_captions: list[tuple[str, LostWords]] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     fingerprints: list[tuple[int, str]] = field(default_factory=list)
     matches: Matches = field(default_factory=Matches)
+    window: TextWindow | None = None
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
+        self.window = self.window or TextWindow.of_words(self.training.text_length)
         self.placement = Placement(self.training.max_outside)
 
     def add(self, found: Inspection | Unreadable) -> None:
@@ -92,6 +97,9 @@ class Findings:
         self.words.append(len(found.prompt.split()))
         if not found.prompt.strip():
             self.empty_captions.append(found.id)
+        assert self.window is not None
+        if (lost := self.window.lost(found.prompt)) is not None:
+            self.cut_captions.append((found.id, lost))
         self.fingerprints.append((fingerprint(found.target), found.id))
 
     def reasons(self) -> list[str]:
@@ -186,6 +194,8 @@ def summarise(findings: Findings) -> dict[str, Any]:
         "reference_sizes": _histogram(findings.reference_sizes),
         "captions": {
             "empty": findings.empty_captions[:EXAMPLES],
+            "cut": len(findings.cut_captions),
+            "cut_examples": [f"{name} {lost}" for name, lost in findings.cut_captions[:EXAMPLES]],
             "distinct": len(findings.captions),
             "most_repeated": [list(pair) for pair in repeated[:5]],
             "median_words": float(np.median(findings.words or [0])),

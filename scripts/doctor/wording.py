@@ -53,6 +53,7 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, sizes in (("target sizes", summary["target_sizes"]), ("reference sizes", summary["reference_sizes"])):
         yield f"{name} (px)", _numbers([(size, number) for size, _, number in sizes[:_SHOWN]], "pictures")
     yield "captions", f"{captions['distinct']} different, median {captions['median_words']:g} words, at most {captions['max_words']}"
+    yield "captions cut", _counted(captions["cut"], captions["cut_examples"])
     yield "repeated captions", "; ".join(f'"{caption}" {number} times' for caption, number in captions["most_repeated"]) or "none"
     yield "empty captions", _counted(len(captions["empty"]), captions["empty"])
     yield "tokens per sample", f"{summary['tokens_per_sample']:.0f}"

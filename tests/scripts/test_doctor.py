@@ -250,6 +250,15 @@ def test_findings_are_told_in_words() -> None:
     assert not re.search(r"None|nan", "\n".join(value for _, value in rows(summarise(collect()) | {"data_set": {}})))
 
 
+def test_captions_that_will_be_cut_are_told() -> None:
+    long = "a cat beside two mugs on the beach in the snow"  # 11 words; with the end token 12, of which 10 are read
+    summary = summarise(collect(inspection("a"), inspection("b", prompt=long)))
+    told = dict(rows(summary | {"data_set": {}}))
+    words = 'b has at least 12 tokens of T5, of which 10 are read: its last 2 words are lost: "the snow"'
+    assert told["captions cut"] == f"1; first: {words}"
+    assert (summary["captions"]["cut"], summary["captions"]["cut_examples"]) == (1, [words])
+
+
 # ---- the command
 
 
@@ -276,6 +285,16 @@ def test_the_command_on_a_healthy_set(data: Path, tmp_path: Path, capsys: pytest
     assert ": no reference has 16 points; " in text
     assert "data:image/png;base64," in text
     assert re.search(r'(src|href)="(?!data:)', text) is None  # nothing is loaded from elsewhere
+
+
+def test_the_command_counts_the_tokens_of_a_configs_model(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(runs.settings(world, tmp_path / "run")))
+    command = [str(world / "data"), "--config", str(config), "--workers", "0"]
+    assert doctor.main([*command, "--text-length", "5"]) == 0
+    assert 'of which 5 are read: its last word is lost: "mug"' in capsys.readouterr().out
+    assert doctor.main(command) == 0
+    assert re.search(r"captions cut +none", capsys.readouterr().out)
 
 
 def test_the_command_names_what_is_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
