@@ -115,7 +115,7 @@ def check(config: Config, cases: list[Case]) -> "Checked":
     Raises:
         FileNotFoundError, ValueError: See `mosaic.rendering.checks.check_run` and `adapter_notes`.
     """
-    from mosaic.rendering.checks import Checked, adapter_notes, check_run
+    from mosaic.rendering.checks import Checked, adapter_notes, check_memory, check_run
 
     for note in adapter_notes(config) if is_first_process() else []:
         print(f"note: {note}", file=sys.stderr)
@@ -124,7 +124,7 @@ def check(config: Config, cases: list[Case]) -> "Checked":
     except FileNotFoundError:
         raise
     except OSError as error:  # the cases may be prepared where the model is not at hand
-        return Checked([], [f"sizes and prompts are not checked against the model: {in_one_line(error)}"])
+        return Checked([], [*check_memory(config), f"sizes and prompts are not checked against the model: {in_one_line(error)}"])
 
 
 def choose_memory(config: Config, cases: list[Case], state: "PartialState") -> Config:
