@@ -170,12 +170,14 @@ def test_embeddings_and_reference_latents_equal_prompt_and_pictures(shared: Mosa
     assert not torch.allclose(bare, want, atol=1e-3)
 
 
-def test_reference_settings_matter(shared: MosaicFluxPipeline) -> None:
+def test_settings_matter(shared: MosaicFluxPipeline) -> None:
     common = {"prompt": "a cat", "reference_images": [tiny.picture(1)], "latents": noise(1)}
     want = run(shared, **common)
-    for change in ({"reference_scale": 0.5}, {"reference_size": 16}, {"reference_attention": "isolated"}, {"guidance_scale": 1.0}):
-        assert not torch.allclose(run(shared, **common, **change), want, atol=1e-4), change
-    assert torch.equal(run(shared, **common, reference_attention="target", reference_scale=0.9, guidance_scale=3.5), want)
+    changes = {"reference_scale": 0.5, "reference_size": 16, "reference_attention": "isolated", "guidance_scale": 1.0}
+    for name, value in (changes | {"max_sequence_length": 4}).items():
+        assert not torch.allclose(run(shared, **common, **{name: value}), want, atol=1e-4), name
+    defaults = {"reference_attention": "target", "reference_scale": 0.9, "guidance_scale": 3.5, "max_sequence_length": tiny.TEXT_LENGTH}
+    assert torch.equal(run(shared, **common, **defaults), want)
 
 
 # ---- outputs, callbacks
