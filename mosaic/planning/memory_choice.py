@@ -71,7 +71,7 @@ def lora_rank(file: Path | None) -> int:
         return 0
     try:
         with safe_open(file, framework="pt") as tensors:
-            key = next((key for key in tensors.keys() if key.endswith("lora_A.weight")), None)  # noqa: SIM118 (not a dict)
+            key = next((key for key in tensors.keys() if ".lora_A." in key or ".lora_down." in key), None)  # noqa: SIM118 (not a dict)
             return 0 if key is None else tensors.get_slice(key).get_shape()[0]
     except SafetensorError:
         return 0

@@ -251,6 +251,8 @@ def test_the_largest_case_counts(world: Path, config: Config) -> None:
 
 def test_the_rank_is_read_from_the_header(world: Path, tmp_path: Path) -> None:
     assert lora_rank(world / "lora.safetensors") == runs.RANK
+    save_file({"transformer.x_embedder.lora_A.default.weight": torch.zeros(4, 16)}, tmp_path / "named.safetensors")
+    assert lora_rank(tmp_path / "named.safetensors") == 4
     assert lora_rank(None) == 0
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     assert lora_rank(tmp_path / "no.safetensors") == 0
