@@ -38,6 +38,7 @@ def describe(file: LoraFile) -> dict[str, Any]:
     text_encoder = [key for key in file if is_text_encoder_key(key)]
     modules = find_modules([key for key in file if not is_text_encoder_key(key)], str(file.path))
     parts = [part for keys in modules.values() for part in keys.parts]
+    config = peft_config(file.metadata, str(file.path))
     ours = reference_metadata(file.metadata, str(file.path))
     others = {key: text for key, text in file.metadata.items() if key not in (METADATA_KEY, REPORT_KEY, "format")}
     return {
@@ -51,7 +52,7 @@ def describe(file: LoraFile) -> dict[str, Any]:
         "dtypes": dict(Counter(file.dtype(key) for key in file).most_common()),
         "parameters": sum(math.prod(file.shape(key)) for keys in modules.values() for key in (keys.down, keys.up)),
         "with_alpha": sum(keys.alpha is not None for keys in modules.values()),
-        "scales": dict(Counter(f"{_scale(file, keys):g}" for keys in modules.values()).most_common()),
+        "scales": dict(Counter(f"{_scale(file, keys, config):g}" for keys in modules.values()).most_common()),
         "all_zero": changes_nothing(file.path),
         "text_encoder_tensors": len(text_encoder),
         "config": ours.get("config", {}),
@@ -67,9 +68,9 @@ def _rank(file: LoraFile, down: str) -> int:
     return shape[0]
 
 
-def _scale(file: LoraFile, keys: LoraKeys) -> float:
+def _scale(file: LoraFile, keys: LoraKeys, config: dict[str, Any]) -> float:
     alpha = None if keys.alpha is None else Alpha(keys.alpha, file[keys.alpha])
-    return module_scale(peft_config(file.metadata, str(file.path)), keys.parts[0], _rank(file, keys.down), alpha, str(file.path))
+    return module_scale(config, keys.parts[0], _rank(file, keys.down), alpha, str(file.path))
 
 
 def _summary(text: str | None) -> dict[str, Any] | None:
