@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_TEXT = 2**30  # bytes of a text file that is read as a whole; the longest are lists of the pictures of a data set
 FLUSHED_ONE_BY_ONE = 100  # files of a folder; a data set of a million is flushed with all else that the system has to write
 _LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)|\\|^[^/]*:")  # absolute, "..", a Windows separator or drive, a URL
 
@@ -200,13 +202,17 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: Mapping[
     """Write tensors in place, with the permissions that any new file gets there; safetensors by itself leaves them to the owner alone.
 
     Raises:
-        OSError, SafetensorError: It cannot be written.
+        OSError: It cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # and torch, which most users of this file do without
 
     path.touch()
     mode = S_IMODE(path.stat().st_mode)
-    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{path}: cannot be written ({error}).") from error
     if S_IMODE(path.stat().st_mode) != mode:  # where a file system knows no permissions they do not differ
         os.chmod(path, mode)
 
@@ -216,18 +222,23 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is a folder, cannot be read, or is not UTF-8.
+        ValueError: It is no ordinary file, has more than `MAX_TEXT` bytes, cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_TEXT:
+            return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: file not found. Relative paths start at the current directory, {Path.cwd()}.") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{path}: must be a JSON file, but it is a folder.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be a UTF-8 text file, but byte {error.start} is not UTF-8.") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path}: must be a JSON file, but it is a folder.")
+    if not stat.S_ISREG(status.st_mode):  # it may have no end, and a pipe may wait for ever
+        raise ValueError(f"{path}: must be an ordinary file, but it is a pipe, a socket or a device. Save the text to a file first.")
+    raise ValueError(f"{path}: must be a text file of at most {MAX_TEXT >> 20} MiB, got {status.st_size >> 20} MiB.")
 
 
 def read_json(path: str | Path) -> Any:

@@ -71,6 +71,9 @@ SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in C
 EXTENDS = "extends"
 """Top-level key of a config file: another config file, whose settings hold where this one gives none."""
 
+MAX_EXTENDS = 32
+"""Files that may build on one another."""
+
 IGNORED_KEYS = ("$schema", "$comment")
 """Top-level keys without effect: editors use "$schema" for completion, people read "$comment"."""
 
@@ -157,6 +160,8 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, A
     here = path.resolve()
     if here in extending:
         raise ValueError(f'{path}: "{EXTENDS}" leads in a circle: {" -> ".join(file.name for file in (*extending, here))}.')
+    if len(extending) == MAX_EXTENDS:
+        raise ValueError(f'{extending[0]}: "{EXTENDS}" must lead through at most {MAX_EXTENDS} files, and leads on to {path}.')
     given = read_json(path)
     if not isinstance(given, dict):
         raise ValueError(f"{path}: must be a JSON object of sections, got {shown(given)}.")

@@ -22,6 +22,7 @@ from mosaic.pipeline.prompt_lengths import TextWindow, cut_captions
 from mosaic.planning.findings import NOTE, STOP, Finding, Findings
 from mosaic.planning.model_shape import ModelShape
 from mosaic.training.checkpoints.run_state import describe_run, require_same_run
+from mosaic.training.checkpoints.state_file import read_state
 from mosaic.training.starting import training_sampler
 
 Samples = TrainingDataset | ReadableSamples | CachedSamples
@@ -142,7 +143,7 @@ def _share_out(findings: Findings, config: Config, samples: Samples, processes: 
         run = describe_run(config, sampler.global_batch, processes, samples)
         findings.step(
             "--resume",
-            lambda: require_same_run(read_json(checkpoint / "state.json"), run, str(checkpoint)),
+            lambda: require_same_run(read_state(checkpoint), run, str(checkpoint)),
             lambda _: f"{checkpoint.name} is of this config.",
         )
     return sampler.steps_per_epoch

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.storage import Folder
+from mosaic.data.schemas import require_distinct
 from mosaic.files import relative_path, shown
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.pairs import unmatched_sample
@@ -34,7 +35,7 @@ def samples(root: Path, invalid: InvalidSamples, split: str = "train", grid: int
         folder = Folder(path.parent)
         start = 0
         with _opened(path) as file:
-            columns = _columns(file.schema_arrow.names, path)
+            columns = _columns(file.schema_arrow, path)
             for batch in _batches(file, columns, path):
                 for offset, values in enumerate(batch.to_pylist()):
                     place = f"{path}[{start + offset}]"
@@ -77,11 +78,10 @@ def _batches(file: pq.ParquetFile, columns: list[str], path: Path) -> Iterator[p
         raise ValueError(f"{path}: cannot be read as Parquet: {error}.") from error
 
 
-def _columns(names: list[str], path: Path) -> list[str]:
+def _columns(schema: pa.Schema, path: Path) -> list[str]:
     """Return the columns to read, those of the references in order."""
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path}: the column {twice[0]} must be there once, but is there {names.count(twice[0])} times.")
+    names = schema.names
+    require_distinct(schema, names, str(path))
     count = next(k for k in range(len(names) + 1) if f"cond_img_{k}" not in names)
     wanted = [f"cond_img_{k}" for k in range(count)]
     beyond = [name for name in names if name.lower().startswith("cond_img") and name not in wanted]

@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -352,6 +354,40 @@ def test_mistakes_are_reported_where_they_stand(tmp_path: Path, base: str, messa
     (tmp_path / "base.json").write_text(base)
     with pytest.raises(ValueError, match=message):
         load_config(write(tmp_path, {"extends": "base.json", "optimizer": {"eps": 1e-7}}), ["training.seed=1"])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "/dev/zero", "/dev/stdin"])
+def test_what_is_no_ordinary_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It might have no end, or wait for ever. Also at the end of a link, and where another config names it."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    path = Path(kind if kind.startswith("/") else "config.json")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(str(path))
+    elif kind == "/dev/stdin":  # a pipe whose writer does not write
+        path = Path(f"/proc/self/fd/{os.pipe()[0]}")
+    Path("link.json").symlink_to(path)
+    for name in (path, Path("link.json")):
+        with pytest.raises(ValueError, match=re.escape(f"{name}: must be an ordinary file, but it is a pipe, a socket or a device.")):
+            load_config(name)
+
+
+def test_a_text_file_has_a_bound(tmp_path: Path) -> None:
+    (tmp_path / "large.json").touch()
+    os.truncate(tmp_path / "large.json", 2**30 + 2**20)  # takes no room on the disk
+    with pytest.raises(ValueError, match=r"large.json: must be a text file of at most 1024 MiB, got 1025 MiB\."):
+        load_config(tmp_path / "large.json")
+
+
+def test_configs_that_build_on_one_another_without_end(tmp_path: Path) -> None:
+    for number in range(1200):
+        (tmp_path / f"{number}.json").write_text(f'{{"extends": "{number + 1}.json", "training": {{"seed": {number}}}}}')
+    (tmp_path / "1200.json").write_text("{}")
+    with pytest.raises(ValueError, match=r'0.json: "extends" must lead through at most 32 files, and leads on to .*32.json\.'):
+        load_config(tmp_path / "0.json")
+    assert load_config(tmp_path / "1169.json").training.seed == 1169  # 31 more
 
 
 def test_the_extended_file_must_exist(tmp_path: Path) -> None:

@@ -500,6 +500,14 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
     pq.write_table(table.append_column("prompt", table["prompt"]), root / "manifest.parquet")
     with pytest.raises(ValueError, match="the column prompt must be there once, but is there 2 times"):
         MultiReferenceDataset(root, **OPTIONS)
+    references = table["references"].combine_chunks()
+    fields = [references.values.field(number) for number in range(references.values.type.num_fields)]
+    names = [field.name for field in references.values.type]
+    twice = pa.StructArray.from_arrays([*fields, fields[names.index("image")]], [*names, "image"])
+    place = table.schema.get_field_index("references")
+    pq.write_table(table.set_column(place, "references", pa.ListArray.from_arrays(references.offsets, twice)), root / "manifest.parquet")
+    with pytest.raises(ValueError, match=r"the column references\[\]\.image must be there once, but is there 2 times"):
+        MultiReferenceDataset(root, **OPTIONS)
 
 
 def test_an_old_manifest_reads(tmp_path: Path) -> None:

@@ -182,6 +182,72 @@ def test_no_checkpoint_at_the_path(run: Path) -> None:
             find_checkpoint(path, run / "checkpoints")
 
 
+def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the state of a checkpoint, and the checksum of its file with it."""
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps({**sums, "state.json": file_digest(folder / "state.json")}))
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no step": (lambda state: state.pop("step"), "step is missing"),
+    "no optimizer": (lambda state: state.pop("optimizer"), "optimizer is missing"),
+    "no average": (lambda state: state.pop("ema_step"), "ema_step is missing"),
+    "a text": (lambda state: state.update(step="3"), 'step must be an integer of at least 0, got "3"'),
+    "a truth value": (lambda state: state.update(samples_seen=True), "samples_seen must be an integer of at least 0, got true"),
+    "a list": (lambda state: state.update(versions=[]), r"versions must be an object, got \[\]"),
+    "a negative number": (lambda state: state.update(processes=-1), "processes must be an integer of at least 0, got -1"),
+    "a section": (lambda state: state["config"].update(lora=3), "config.lora must be an object, got 3"),
+    "another step": (lambda state: state.update(step=2, samples_seen=4), "contradicts the name of its folder: step is 2"),
+    "other samples": (lambda state: state.update(samples_seen=7), "contradicts itself: samples_seen is 7 after 3 steps of 2 samples"),
+    "a later average": (lambda state: state.update(ema_step=4), "contradicts itself: ema_step is 4 after 3 steps"),
+    "an unknown average": (
+        lambda state: state.update(ema_step=None),
+        "contradicts the folder: ema_step is None, and ema.safetensors is there",
+    ),
+    "another config": (lambda state: state["config"]["lora"].update(rank=8), "contradicts lora.safetensors: lora.rank was 3 and is now 8"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_state_that_is_not_whole_or_contradicts_the_rest_is_refused(run: Path, kind: str) -> None:
+    """Its checksum is right. A path is refused by name, "auto" goes back to the checkpoint before."""
+    change, message = CHANGES[kind]
+    newest = run / "checkpoints/step_00000003"
+    change_state(newest, change)
+    with pytest.raises(ValueError, match=rf"--resume .*step_00000003: the checkpoint is damaged: .*state\.json: {message}"):
+        find_checkpoint(str(newest), run / "checkpoints")
+    assert find_checkpoint("auto", run / "checkpoints") == run / "checkpoints/step_00000002"
+
+
+LATE_CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "step": (
+        lambda state: state.update(step=2, samples_seen=4, ema_step=2),
+        r"contradicts optimizer\.safetensors: step is 2, and the .* took 3",
+    ),
+    "data": (
+        lambda state: state["data"].update(samples=5),
+        "contradicts itself: its digest is that of this run, but .* had 5 samples, has 9",
+    ),
+    "rate": (
+        lambda state: state["optimizer"].update({"param_groups/0/lr": "fast"}),
+        "the optimizer's lr must be of the kind of .*, got 'fast'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LATE_CHANGES)
+def test_a_state_that_contradicts_the_run_or_the_optimizer_is_refused(run: Path, world: Path, tmp_path: Path, kind: str) -> None:
+    """Under a name that says no step."""
+    change, message = LATE_CHANGES[kind]
+    copy = Path(shutil.copytree(run / "checkpoints/step_00000003", tmp_path / "copy"))
+    change_state(copy, change)
+    with pytest.raises(ValueError, match=message):
+        train(runs.make_config(world, tmp_path / "new", **OPTIONS), resume=str(copy))
+
+
 # ---- leftovers and rotation
 
 
@@ -418,12 +484,7 @@ def test_a_checkpoint_from_elsewhere_becomes_the_runs_own(run: Path, finished: P
 def test_a_checkpoint_that_knows_no_texts_is_compared_by_the_rest(run: Path, world: Path) -> None:
     """As they were written before texts were compared."""
     folder = run / "checkpoints/step_00000003"
-    state = json.loads((folder / "state.json").read_text())
-    del state["data"]["texts"]
-    state["digest"] = "other"
-    (folder / "state.json").write_text(json.dumps(state))
-    sums = json.loads((folder / "checksums.json").read_text())
-    (folder / "checksums.json").write_text(json.dumps({**sums, "state.json": file_digest(folder / "state.json")}))
+    change_state(folder, lambda state: (state["data"].pop("texts"), state.update(digest="other")))
     train(runs.make_config(world, run, **OPTIONS), resume="auto")
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mosaic.data.multi_reference.rows import MAX_GRID_SIDE, MAX_JSON, MAX_REFERENCES, MAX_SIDE, MAX_TEXT, parse_row
+from mosaic.data.schemas import require_distinct
 
 TEXT_COLUMNS = ("id", "split", "prompt", "target", "points")
 REQUIRED = (*TEXT_COLUMNS, "references", "reference_grid", "target_grid")
@@ -85,9 +86,7 @@ def check_columns(schema: pa.Schema, path: str) -> list[str]:
     missing = [name for name in REQUIRED if name not in schema.names]
     if missing:
         raise ValueError(f"{path}: the column {missing[0]} is missing. Found: {', '.join(schema.names)}.")
-    twice = [name for name in (*REQUIRED, *OPTIONAL) if schema.names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path}: the column {twice[0]} must be there once, but is there {schema.names.count(twice[0])} times.")
+    require_distinct(schema, (*REQUIRED, *OPTIONAL), path)
     present = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
     for name in present:
         if not _has_type(name, schema.field(name).type):

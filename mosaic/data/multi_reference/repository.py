@@ -24,6 +24,7 @@ from fsspec.core import split_protocol, url_to_fs
 
 from mosaic.data.multi_reference.columns import BATCH_ROWS, OPTIONAL, REQUIRED
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
+from mosaic.data.schemas import require_distinct
 from mosaic.images import MAX_FILE
 
 if TYPE_CHECKING:  # importing it takes a second and more; a data set in a folder does without
@@ -253,11 +254,12 @@ def check_file_columns(schema: pa.Schema, place: str) -> list[str]:
         place: The repository, for messages.
 
     Raises:
-        ValueError: A column is missing, or should hold files and does not.
+        ValueError: A column is missing or there twice, or should hold files and does not.
     """
     missing = [name for name in REQUIRED if name != "split" and name not in schema.names]
     if missing:
         raise ValueError(f"{place}: the column {missing[0]} is missing. Found: {', '.join(schema.names)}.")
+    require_distinct(schema, COLUMNS, place)
     references = schema.field("references").type
     is_list = pa.types.is_list(references) or pa.types.is_large_list(references)
     item = references.value_type if is_list and pa.types.is_struct(references.value_type) else None

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mosaic.data.handles import PerProcess
+from mosaic.data.schemas import require_distinct
 from mosaic.data.semalign.mapped import MappedRows, open_mapped
 from mosaic.images import decode_image
 
@@ -190,6 +191,7 @@ def _check_schema(schema: pa.Schema, path: Path) -> None:
     for name in COLUMNS:
         if schema.names.count(name) != 1:
             raise ValueError(f"{path}: must have one column {name}. Found: {', '.join(schema.names)}.")
+    require_distinct(schema, COLUMNS, str(path))
     image, collection, quality, description = (schema.field(name).type for name in COLUMNS)
     if pa.types.is_struct(image):
         image = image.field("bytes").type if image.get_field_index("bytes") >= 0 else image

@@ -7,7 +7,6 @@ written. Hidden folders beside are what a kill has left of writing or removing o
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,16 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mosaic.files import move, read_json, recover, remove_folder, replacing, save_tensors, shown
+from mosaic.files import move, read_json, recover, remove_folder, replacing, save_tensors
 from mosaic.lora.adapter import write_reference_lora
 from mosaic.lora.loading import read_reference_lora
+from mosaic.training.checkpoints.state_file import STATE, STEP_FOLDER, read_state
 from mosaic.weights.digests import file_digest
 
 logger = logging.getLogger(__name__)
-STEP_FOLDER = re.compile(r"step_(\d{8,})")
 CHECKSUMS = "checksums.json"
-REQUIRED = {"lora.safetensors", "optimizer.safetensors", "state.json"}
+REQUIRED = {"lora.safetensors", "optimizer.safetensors", STATE}
 OPTIONAL = {"ema.safetensors"}
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/step_<step>`; one that is there already is replaced only once the new one is complete.
 
     Raises:
-        OSError: It cannot be written; what was there is untouched.
+        CheckpointError: It cannot be written; what was there is untouched.
     """
     final, config = folder_of(folder, snapshot.step), snapshot.state["config"]
     try:
@@ -86,10 +89,10 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
             save_tensors(snapshot.optimizer, partial / "optimizer.safetensors")
             if snapshot.ema is not None:
                 write_reference_lora(snapshot.ema, partial / "ema.safetensors", config)
-            _write_json(partial / "state.json", {**snapshot.state, "step": snapshot.step})
+            _write_json(partial / STATE, {**snapshot.state, "step": snapshot.step})
             _write_json(partial / CHECKSUMS, {path.name: file_digest(path) for path in sorted(partial.iterdir())})
-    except (OSError, SafetensorError) as error:
-        raise OSError(
+    except OSError as error:
+        raise CheckpointError(
             f"{final}: the checkpoint cannot be written ({error}). Earlier checkpoints are as they were. "
             "Make room or mend the folder, then continue with --resume auto."
         ) from error
@@ -121,10 +124,16 @@ def find_damage(path: Path) -> str | None:
             return f"{name} is not of this checkpoint ({CHECKSUMS} does not name it)"
     for name, wanted in expected.items():
         try:
+            if (path / name).exists() and not (path / name).is_file():
+                return f"{name} is no file"
             if file_digest(path / name) != wanted:
                 return f"{name} is not what was written (its SHA-256 differs)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+    try:
+        read_state(path)
+    except (OSError, ValueError) as error:
+        return str(error).rstrip(".")
     return None
 
 
@@ -138,17 +147,17 @@ def load_snapshot(path: Path, transformer: FluxTransformer2DModel) -> Snapshot:
     Raises:
         FileNotFoundError, ValueError: A file is missing, or not what it must be.
     """
-    state = read_json(path / "state.json")
-    step = state.get("step") if isinstance(state, dict) else None
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError(f"{path / 'state.json'}: step must be an integer of at least 0, got {shown(step)}.")
+    state = read_state(path)
     adapter, _ = read_reference_lora(path / "lora.safetensors", transformer)
     ema = read_reference_lora(path / "ema.safetensors", transformer)[0] if (path / "ema.safetensors").is_file() else None
     try:
         optimizer = load_file(path / "optimizer.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{path / 'optimizer.safetensors'}: not a safetensors file ({error}).") from error
-    return Snapshot(step, adapter, optimizer, ema, state)
+    taken = max((float(value) for name, value in optimizer.items() if name.endswith("/step") and value.numel() == 1), default=0.0)
+    if taken > state["step"]:
+        raise ValueError(f"{path / STATE}: contradicts optimizer.safetensors: step is {state['step']}, and the optimizer took {taken:g}.")
+    return Snapshot(state["step"], adapter, optimizer, ema, state)
 
 
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
@@ -174,10 +183,8 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     if resume == "auto":
         return _newest_sound(found)
     path = Path(resume)
-    if not (path / "state.json").is_file():
-        raise FileNotFoundError(
-            f"--resume {resume}: no complete checkpoint there (state.json is missing). Give a step_... folder, or auto."
-        )
+    if not (path / STATE).is_file():
+        raise FileNotFoundError(f"--resume {resume}: no complete checkpoint there ({STATE} is missing). Give a step_... folder, or auto.")
     if damage := find_damage(path):
         raise ValueError(f"--resume {resume}: the checkpoint is damaged: {damage}. Give another one, or auto for the newest sound one.")
     return path

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "maximize")  # switches of the device at hand
 GROUP = "param_groups"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of the shape of their weights
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,7 +60,13 @@ def restore_optimizer(
     order = [numbers[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     packed["state"] = {index: state[key] for index, key in enumerate(order) if key in state}
     for group, saved in zip(packed["param_groups"], groups, strict=True):
+        for name, value in saved.items():
+            _require_like(name, value, group.get(name))
         group.update(saved)
+    for full_name, value in tensors.items():
+        key, _, name = full_name.rpartition("/")
+        if name in MOMENTS and value.shape != parameters[key].shape:
+            raise ValueError(f"the optimizer's {full_name} must have the shape {list(parameters[key].shape)}, got {list(value.shape)}")
     optimizer.load_state_dict(packed)
 
 
@@ -82,6 +89,18 @@ def unpack_state(
     if state and state.keys() != set(keys):
         raise ValueError(f"the optimizer's state is of {len(state)} tensors, the adapter has {len(keys)}, or their names differ")
     return state, groups
+
+
+def _require_like(name: str, value: Any, current: Any) -> None:
+    """Raise ValueError where a hyperparameter of a checkpoint is of another kind than the optimizer's own: a text for a number, or so."""
+
+    def kind(one: Any) -> Any:
+        if isinstance(one, tuple):
+            return tuple(map(kind, one))
+        return "a number" if isinstance(one, int | float) else type(one).__name__
+
+    if value is not None and current is not None and kind(value) != kind(current):
+        raise ValueError(f"the optimizer's {name} must be of the kind of {current!r}, got {value!r}")
 
 
 def _put(name: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -109,9 +109,12 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], place
     changed = [name for name, version in current["versions"].items() if saved.get("versions", {}).get(name) != version]
     if changed:
         logger.warning("%s was written with other versions of %s: continuing may differ in rounding", place, ", ".join(changed))
-    if saved.get("digest") == current["digest"]:
-        return
     differences = list_differences(saved, current)
+    if differences and saved.get("digest") == current["digest"]:
+        raise ValueError(
+            f"{place}: contradicts itself: its digest is that of this run, but not what it says of it: {'; '.join(differences)}. "
+            "The checkpoint has been changed since it was written."
+        )
     if differences:
         raise ValueError(
             f"{place}: is a checkpoint of another config; it differs in what matters: {'; '.join(differences)}. Set these back to continue "
