@@ -16,6 +16,7 @@ from mosaic.data.cache import latents as latent_cache
 from mosaic.data.cache import texts as text_cache
 from mosaic.data.cache.tensors import DESCRIPTION, INDEX, NAMES, VERSION, is_finished, shard_path, write_index, write_shard
 from mosaic.data.readable import Attempt, Unreadable
+from mosaic.data.workers import loaded
 from mosaic.files import first_difference, read_json, write_text
 from mosaic.locks import LOCK_FILE
 from mosaic.pipeline.encoders import Encoders
@@ -74,7 +75,8 @@ class PictureSource:
 
     def encode(self, numbers: Sequence[int]) -> Iterator[Encoded]:
         """Encode sample by sample, while other processes read the next ones."""
-        for sample in DataLoader(Attempt(self.dataset, "__getitem__"), batch_size=None, sampler=numbers, num_workers=self.num_workers):
+        loader = DataLoader(Attempt(self.dataset, "__getitem__"), batch_size=None, sampler=numbers, num_workers=self.num_workers)
+        for sample in loaded(loader):
             if not isinstance(sample, Unreadable):
                 yield Encoded(sample.id, latent_cache.encode_sample(self.pipeline.vae, sample))
             elif self.skip_invalid:

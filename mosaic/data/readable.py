@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mosaic.data.inspection import Inspection
 from mosaic.data.samples import Sample
+from mosaic.data.workers import loaded
 from mosaic.files import write_text
 
 
@@ -98,7 +99,8 @@ def find_unreadable(dataset: Any, file: Path, num_workers: int, show_progress: b
     """
     if not file.is_file():
         loader = DataLoader(Attempt(dataset, "__getitem__"), batch_size=None, num_workers=num_workers)
-        found = [one for one in tqdm(loader, "reading all samples", disable=not show_progress) if isinstance(one, Unreadable)]
+        tried = tqdm(loaded(loader), "reading all samples", total=len(loader), disable=not show_progress)
+        found = [one for one in tried if isinstance(one, Unreadable)]
         write_text(file, "".join(json.dumps(asdict(bad)) + "\n" for bad in found))
     try:
         return [Unreadable(**json.loads(line)) for line in file.read_text().splitlines()]

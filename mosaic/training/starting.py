@@ -41,7 +41,7 @@ from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
 from mosaic.training.validation import Panel, read_panels
 from mosaic.weights.digests import model_file, vae_scale_factor
-from mosaic.weights.hub import resolve_lora_file
+from mosaic.weights.hub import loading, resolve_lora_file
 from mosaic.weights.quantization import check_quantization, quantize_base
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,9 @@ def open_adapter(config: Config) -> LoraFile:
     lora, name = config.lora, config.model.pretrained
     assert lora.pretrained is not None
     file = LoraFile(resolve_lora_file(lora.pretrained, lora.weight_name), "reference LoRA")
-    settings = MosaicFluxTransformer2DModel.load_config(model_file(name, "transformer/config.json"))
-    with torch.device("meta"):  # its modules without their weights
+    config_file = model_file(name, "transformer/config.json")
+    with loading(name), torch.device("meta"):  # its modules without their weights
+        settings = MosaicFluxTransformer2DModel.load_config(config_file)
         base = MosaicFluxTransformer2DModel.from_config(settings)
     check_rank(check_reference_lora(file, base), lora, file.path)
     return file

@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from mosaic.config.loading import Config, config_to_json, resolved_dict
 from mosaic.data import MosaicBatch
 from mosaic.data.batches import batches_from
-from mosaic.files import write_text
+from mosaic.files import in_one_line, write_text
 from mosaic.locks import FolderLock
 from mosaic.lora.adapter import reference_lora_parameters, save_reference_lora
 from mosaic.method.losses import SHORT_NAMES, MosaicLoss
 from mosaic.model.attention_rows import resolve_capture_blocks
 from mosaic.training.averaging import averaged
-from mosaic.training.checkpoints.checkpoint import folder_of, load_snapshot, set_aside
+from mosaic.training.checkpoints.checkpoint import CheckpointError, folder_of, load_snapshot, set_aside
 from mosaic.training.checkpoints.run_state import describe_run, require_same_run
 from mosaic.training.checkpoints.snapshot import restore_snapshot, take_snapshot
 from mosaic.training.checkpoints.writer import CheckpointWriter
@@ -128,6 +128,7 @@ class Trainer:
         self.non_finite = NonFiniteSteps(self.accelerator, self.run_dir / "non_finite.json", training.non_finite)
         self.step = 0
         self._saved_step: int | None = None
+        self._is_updating = False  # the adapter, its average or the optimizer, some of which may be of the next step already
 
     # ---- checkpoints
 
@@ -147,10 +148,13 @@ class Trainer:
 
     def save(self) -> None:
         """Copy everything to the host and start writing a checkpoint, on the main process; does nothing if this step has one."""
-        if self._saved_step == self.step:
-            return
-        self._settle()
-        check_adapter(list(self.parameters.values()), self.step)
+        if self._saved_step != self.step:
+            self._settle()
+            check_adapter(list(self.parameters.values()), self.step)
+            self._submit()
+
+    def _submit(self) -> None:
+        """Copy everything to the host and start writing it."""
         optimizer = self.updates.optimizer_state()
         if optimizer is not None:  # on the main process
             self.log.flush()
@@ -158,6 +162,23 @@ class Trainer:
             state = {"samples_seen": self.step * self.global_batch, "schedule": schedule, **self.run}
             self.writer.submit(take_snapshot(self.step, self.parameters, optimizer, self.ema, state))
         self._saved_step = self.step
+
+    def _keep_steps(self) -> None:
+        """After an error: the steps before it into a checkpoint, where that needs no other process; says where they are."""
+        alone = self.accelerator.num_processes == 1 or not uses_deepspeed()
+        if not self.accelerator.is_main_process or not self.step:
+            return
+        try:
+            self.writer.wait()
+            if self._saved_step != self.step and alone and not self._is_updating:
+                self._submit()
+                self.writer.wait()
+        except Exception as error:
+            logger.error("the steps since the last checkpoint are lost: %s", in_one_line(error, with_kind=True))
+            self._saved_step = None
+        if self._saved_step is not None:
+            message = "the first %d of %d steps are in %s; --resume auto goes on from there"
+            logger.warning(message, self._saved_step, self.step, folder_of(self.writer.folder, self._saved_step))
 
     def _settle(self) -> None:
         """Wait for the checkpoint that is being written; where that has failed, raise on all processes."""
@@ -191,13 +212,16 @@ class Trainer:
         # All slices have one size, so the mean of their means is the mean over the samples.
         loss = MosaicLoss(*self.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
         self.gradient_norm = norm = self.updates.gradient_norm()
-        if self.non_finite.accept(loss, norm, self.step, self.step * self.global_batch, batches):
+        accepted = self.non_finite.accept(loss, norm, self.step, self.step * self.global_batch, batches)
+        self._is_updating = True
+        if accepted:
             self.updates.apply()
             if self.ema is not None:
                 self.ema.step(list(self.parameters.values()))
         else:
             self.updates.discard()
         self.step += 1
+        self._is_updating = False
         return loss
 
     def _learning_rate(self) -> float:
@@ -219,37 +243,47 @@ class Trainer:
         limits = (training.max_steps, training.max_epochs and training.max_epochs * self.sampler.steps_per_epoch)
         total = min(limit for limit in limits if limit is not None)
         loaded = batches_from(self.step, self.dataset, self.sampler, self.config.data.num_workers, ignore_in_worker)
-        batches_of_steps = read_together(islice(loaded, max(total - self.step, 0)), self._on_any_process)
         check_adapter(list(self.parameters.values()), self.step)
         self._start_log()
         if self.step:
             self.save()  # one that was continued from elsewhere, so that this run's folder has it
+        progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
+        with contextlib.closing(loaded), progress:  # in any case: no loading process stays, and an error message begins a line
+            try:
+                self._take_steps(read_together(islice(loaded, max(total - self.step, 0)), self._on_any_process), total, progress)
+            except (TrainingStopped, CheckpointError):
+                raise
+            except Exception:
+                self._keep_steps()
+                raise
+        return self._finish()
+
+    def _take_steps(self, batches_of_steps: Iterator[tuple[list[MosaicBatch], float]], total: int, progress: tqdm) -> None:
+        """Take all steps up to `total`, with what is due before the first and after each."""
+        training = self.config.training
         if self._validation_is_due(total) and not self._has_validated():
             self.validate()  # what the run starts from, or what a signal or a kill has cut short
             self._stop_if_asked()
         elif self.step < total:
             self._stop_if_asked()
-        progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
-        with progress:  # closed in any case, so that an error message starts on a line of its own
-            for batches, share in self.meter.wait_for(batches_of_steps):
-                try:
-                    loss = self.optimizer_step(batches, share)
-                except NonFiniteLoss:
-                    self.save()  # the steps before this one
-                    self._settle()
-                    raise
-                self.meter.end_step(batch_work(batch, self.pipeline, self.config) for batch in batches)
-                progress.update()
-                if self.step % training.log_every == 0 or self.step == total:
-                    self._log_step(loss, progress)
-                if self.step % training.checkpoint_every == 0 or self.step == total:
-                    self.save()
-                validates = self._validation_is_due(total)
-                if validates:
-                    self.validate()
-                if validates or self.step < total:  # the last step alone is finished in any case
-                    self._stop_if_asked()
-        return self._finish()
+        for batches, share in self.meter.wait_for(batches_of_steps):
+            try:
+                loss = self.optimizer_step(batches, share)
+            except NonFiniteLoss:
+                self.save()  # the steps before this one
+                self._settle()
+                raise
+            self.meter.end_step(batch_work(batch, self.pipeline, self.config) for batch in batches)
+            progress.update()
+            if self.step % training.log_every == 0 or self.step == total:
+                self._log_step(loss, progress)
+            if self.step % training.checkpoint_every == 0 or self.step == total:
+                self.save()
+            validates = self._validation_is_due(total)
+            if validates:
+                self.validate()
+            if validates or self.step < total:  # the last step alone is finished in any case
+                self._stop_if_asked()
 
     def _start_log(self) -> None:
         if self.accelerator.is_main_process:

@@ -12,21 +12,25 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys; sys.path.insert(0, {root!r})
 from scripts.launching.processes import end_on_signals
-end_on_signals()
+end_on_signals({code})
 print("ready", flush=True)
 import time
 for _ in range(300): time.sleep(0.1)  # a signal that comes just before one long sleep would wait for its end
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_ends_a_starting_script_with_the_requeue_code(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "given", "code"), [(signal.SIGTERM, "", 75), (signal.SIGUSR1, "", 75), (signal.SIGINT, "", 75), (signal.SIGTERM, "2", 2)]
+)
+def test_a_signal_ends_a_starting_script_with_the_requeue_code_and_a_failed_one_with_its_own(
+    number: signal.Signals, given: str, code: int
+) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(root=str(ROOT))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT.format(root=str(ROOT), code=given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        assert process.wait(timeout=30) == 75
+        assert process.wait(timeout=30) == code
         assert process.stderr.read() == f"stopped by {number.name}\n"
 
 

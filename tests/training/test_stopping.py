@@ -5,7 +5,10 @@ import logging
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,103 @@ def test_signals_to_a_whole_group_leave_the_loading_processes_alive(trainer: Tra
         os.kill(worker.pid, number)
     found += [next(stream)[0][0].ids for _ in range(4)]
     assert found == expected
+
+
+# ---- errors, with processes that load the data
+
+
+def break_data(world: Path) -> None:
+    for path in (world / "data/images").glob("train-*"):
+        path.write_bytes(b"")
+
+
+def kill_a_worker(_: Path) -> None:
+    os.kill(max(process.pid for process in multiprocessing.active_children()), signal.SIGKILL)
+
+
+def fail(_: Path) -> None:
+    raise RuntimeError("a kernel failed")
+
+
+def fill_memory(_: Path) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+ERRORS: dict[str, tuple[Callable[[Path], None], int, str]] = {
+    "data": (break_data, 2, r"error: .*the picture file is empty \(0 bytes\)"),
+    "killed": (
+        kill_a_worker,
+        2,
+        r"error: data loading process 2 of 2 \(pid \d+\) was killed by SIGKILL, most likely .* memory was full; fewer",
+    ),
+    "step": (fail, 70, "error: RuntimeError: a kernel failed"),
+    "memory": (fill_memory, 2, "error: the device's memory is full: CUDA out of memory. Less memory, in this order:"),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_ends_a_run_at_once_with_its_steps_in_a_checkpoint(
+    world: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """In the middle of step 3; no loading process is left, for which Python would wait for ever, and the resumed run is the other one."""
+    action, code, message = ERRORS[kind]
+    own = world if kind != "data" else Path(shutil.copytree(world, tmp_path / "world"))
+    values = runs.settings(own, tmp_path / "run")
+    values["optimizer"]["ema_decay"], values["training"]["max_steps"], values["data"]["num_workers"] = 0.9, 5, 2
+    if kind == "data":  # the two processes read four batches ahead, and one epoch has four
+        values["training"]["max_steps"] = 20
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    at_step(2, lambda loss: action(own) or loss, monkeypatch)
+    before, begin = set(multiprocessing.active_children()), time.monotonic()
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert main([str(tmp_path / "config.json")]) == code
+    assert time.monotonic() - begin < 20
+    assert set(multiprocessing.active_children()) == before
+    assert signal.getsignal(signal.SIGCHLD) is handler  # else PyTorch's would raise wherever the training is
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if re.match(message, line)]) == 1
+    (folder,) = (tmp_path / "run/checkpoints").iterdir()
+    done = int(folder.name[5:])
+    assert done >= 2 if kind == "data" else done == {"killed": 3}.get(kind, 2)
+    assert f"the first {done} of {done} steps are in {folder}; --resume auto goes on from there" in caplog.messages
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    if kind != "data":
+        assert main([str(tmp_path / "config.json"), "--resume", "auto"]) == 0
+        assert_same_run(tmp_path / "run", whole)
+
+
+def test_an_error_half_way_through_an_update_writes_no_checkpoint(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What there is then is of no step."""
+    trainer = Trainer(runs.make_config(world, tmp_path / "run", **OPTIONS, training__checkpoint_every=2))
+    step, calls = trainer.optimizer.step, []
+
+    def fail() -> None:
+        calls.append(step())
+        if len(calls) == 4:
+            raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(trainer.optimizer, "step", fail)
+    with trainer.writer, pytest.raises(RuntimeError, match="a kernel failed"):
+        trainer.fit()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
+    assert "the first 2 of 3 steps are in" in caplog.text
+
+
+def test_an_error_before_the_first_step_leaves_no_checkpoint(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the same command, once mended, starts anew."""
+    at_step(0, lambda _: fail(world), monkeypatch)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(runs.make_config(world, tmp_path / "run", **OPTIONS))
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 # ---- not finite

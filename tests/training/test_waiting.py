@@ -223,7 +223,7 @@ def lead_astray(config: str, what: str) -> int:
 
         def damaged_data(*arguments: Any) -> Any:
             yield next(load(*arguments))
-            raise ValueError("sample 3 is damaged")
+            raise OSError("sample 3 is damaged")
 
         if what == "base":
             training.load_base = other_base
@@ -236,7 +236,7 @@ def lead_astray(config: str, what: str) -> int:
     ("what", "first", "second"),
     [
         ("base", "the base model's weights must be the same in all processes", "the base model's weights must be the same"),
-        ("data", "process 1 has failed: sample 3 is damaged", "error: sample 3 is damaged"),
+        ("data", "process 1 has failed: sample 3 is damaged", "error: process 1: sample 3 is damaged"),
     ],
 )
 def test_a_run_ends_on_all_processes_with_the_reason(world: Path, tmp_path: Path, what: str, first: str, second: str) -> None:

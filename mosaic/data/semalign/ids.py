@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from mosaic.data.semalign.rows import SemAlignRows
+from mosaic.data.workers import loaded
 from mosaic.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _complete(path: Path, rows: SemAlignRows, num_workers: int | None) -> pa.Tab
     index = index.filter(pc.invert(pc.is_in(index["row"], pa.array(missing))))
     _ = rows.mapped  # made before the workers start, who share it
     loader = DataLoader(_Ids(rows, missing), batch_size=None, num_workers=workers)
-    for row, pixels, identifier, failure in tqdm(loader, desc="sample ids", unit="row"):
+    for row, pixels, identifier, failure in tqdm(loaded(loader), desc="sample ids", unit="row", total=len(missing)):
         found.append({"row": row, "pixels": pixels, "id": identifier})
         failures, first_failure = failures + bool(failure), first_failure or failure
         if len(found) == SAVE_EVERY:

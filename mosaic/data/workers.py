@@ -1,0 +1,57 @@
+"""Iterating a data loader: its processes end with the iteration, whatever ends it, and one that dies is named."""
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+FEWER = "fewer such processes (data.num_workers, --workers)"
+CAUSES = {
+    signal.SIGKILL: f", most likely by the system because the machine's memory was full; {FEWER} need less",
+    signal.SIGBUS: f", most likely because the shared memory, /dev/shm, was full; give it more (docker run --shm-size=8g), or have {FEWER}",
+}
+
+
+def loaded(loader: DataLoader) -> Iterator[Any]:
+    """What a loader gives, item by item.
+
+    Raises:
+        ChildProcessError: One of its processes was killed, or ended by itself.
+    """
+    others, before = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler raises wherever this thread happens to be, also half way through an update of the weights. Dead processes are
+        # looked for before each item instead, and by PyTorch while it waits for one.
+        signal.signal(signal.SIGCHLD, before)
+    workers = sorted(set(multiprocessing.active_children()) - others, key=lambda process: process.pid or 0)
+    try:
+        while True:
+            _require_alive(workers)
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError:
+                _require_alive(workers)
+                raise
+            yield item
+    finally:
+        del items  # where nothing else holds it, PyTorch asks its processes to end
+        for worker in workers:  # those that have not, or were not asked; Python would wait for them for ever at its own end
+            worker.kill()
+            worker.join()
+
+
+def _require_alive(workers: Sequence[BaseProcess]) -> None:
+    """Raise if one of them has ended."""
+    for number, worker in enumerate(workers):
+        code = worker.exitcode
+        if code is None:
+            continue
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended by itself with code {code}"
+        raise ChildProcessError(f"data loading process {number + 1} of {len(workers)} (pid {worker.pid}) {end}{CAUSES.get(-code, '')}.")
