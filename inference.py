@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mosaic.commands import USERS_ERROR, command, is_meant, printable
 from mosaic.config.loading import Config, load_config
 from mosaic.files import in_one_line
 from mosaic.rendering.cases.reading import Case, CaseFile, read_cases
@@ -152,9 +153,10 @@ def report(result: "RunResult", folder: str) -> None:
 def show_problems(problems: Iterable[Exception | str]) -> None:
     """One line for each, whatever line breaks a file name may hold."""
     for problem in problems:
-        print(f"error: {in_one_line(problem)}", file=sys.stderr)
+        print(f"error: {printable(in_one_line(problem))}", file=sys.stderr)
 
 
+@command("the same command goes on with the pictures that are missing")
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if some of the cases failed, 2 if nothing could begin."""
     arguments = parse_arguments(argv)
@@ -182,12 +184,10 @@ def main(argv: list[str] | None = None) -> int:
         result = run(config, file)
     except (ValueError, OSError) as error:
         if first:
-            show_problems([*bad, error])
-        return 2
-    except KeyboardInterrupt:
-        if first:
-            print("interrupted: the same command goes on with the pictures that are missing", file=sys.stderr)
-        return 130
+            show_problems(bad)
+        elif is_meant(error):  # the first process says it
+            return USERS_ERROR
+        raise
     if not first:  # the first process speaks, and decides, for all
         return 0
     result = result._replace(problems=[*map(str, bad), *result.problems])

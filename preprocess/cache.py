@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import GOES_ON, command
 from mosaic.config.loading import Config, load_config
-from mosaic.files import in_one_line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -44,17 +44,14 @@ def read_config(arguments: argparse.Namespace) -> Config:
     return config
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(GOES_ON)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse_arguments(argv)
-    try:
-        config = read_config(arguments)
-    except (ValueError, OSError) as error:
-        print(f"cache.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    config = read_config(arguments)
     from preprocess.encoding import run  # torch and the like only once the config stands
 
-    return run(config, arguments)
+    run(config, arguments)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import NOTHING, command
 from preprocess.composition import LAYOUTS
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse(argv)
     from preprocess.composing import run  # torch and the like only once the arguments stand
 
-    return run(arguments)
+    run(arguments)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

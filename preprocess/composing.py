@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mosaic.config.loading import Config, load_config
 from mosaic.data import DatasetWriter, Manifest, ReferenceRecord, Row, SampleRecord, sample_id
-from mosaic.files import in_one_line, parse_json
+from mosaic.files import parse_json
 from mosaic.images import decode_image
 from mosaic.method.grids import Grid
 from mosaic.pipeline.prompt_lengths import TextWindow, cut_captions
@@ -179,16 +179,11 @@ def report_captions(dest: Path, split: str, window: TextWindow) -> None:
         print(f"warning: {found}", file=sys.stderr)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line says. Raises as `compose`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        model = load_config(args.config).model if args.config else None
-        window = TextWindow.of_model(model.pretrained, model.text_length) if model else TextWindow.of_words(Config().model.text_length)
-        compose(args.src, args.dest, args.num_samples, args.references, args.seed, args.size, args.split)
-    except (ValueError, OSError) as error:
-        print(f"compose: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    model = load_config(args.config).model if args.config else None
+    window = TextWindow.of_model(model.pretrained, model.text_length) if model else TextWindow.of_words(Config().model.text_length)
+    compose(args.src, args.dest, args.num_samples, args.references, args.seed, args.size, args.split)
     print(f"wrote {args.num_samples} samples to {args.dest}")
     report_captions(args.dest, args.split, window)
-    return 0

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import NOTHING, command
 from mosaic.config.loading import load_config
 from mosaic.data import SampleRecord
-from mosaic.files import in_one_line
 from mosaic.locks import new_folder
 from preprocess.sources import flat
 from preprocess.sources.invalid import InvalidSamples
@@ -38,21 +38,17 @@ SOURCES = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        is_flat = args.source == "folder" and flat.is_flat(args.src)
-        written, problems = prepare(args) if is_flat else convert(args)
-    except (ValueError, OSError) as error:
-        print(f"convert: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    is_flat = args.source == "folder" and flat.is_flat(args.src)
+    written, problems = prepare(args) if is_flat else convert(args)
     left_out = f"; {problems} left out, listed in {invalid_list(args.dest)}" if problems else ""
     print(f"wrote {written} {'sample folders' if is_flat else 'samples'} to {args.dest}{left_out}")
     if is_flat:
         print(flat.what_is_missing(args.dest))
-    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

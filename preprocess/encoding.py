@@ -1,7 +1,6 @@
 """What preprocess/cache.py does: the caches that a config names, filled from its data by its encoders."""
 
 import argparse
-import sys
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +10,6 @@ from accelerate import PartialState
 from mosaic.config.loading import Config
 from mosaic.data import open_dataset
 from mosaic.data.cache.opening import latent_encoding, text_encoding
-from mosaic.files import in_one_line
 from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
@@ -64,17 +62,13 @@ def load_encoders(config: Config, vae_scale_factor: int) -> MosaicFluxPipeline:
     return pipeline
 
 
-def run(config: Config, arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
+def run(config: Config, arguments: argparse.Namespace) -> None:
+    """Do what the command line says. Raises as `fill_caches`."""
     # The first process to end waits for the last one, however long that takes.
     state = PartialState(cpu=(arguments.device or "").startswith("cpu"), timeout=timedelta(days=30))
     try:
         summaries = fill_caches(config, arguments, state)
-    except (ValueError, OSError) as error:
-        print(f"cache.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
     finally:
         state.destroy_process_group()
     for summary in summaries:
         print(f"process {state.process_index + 1} of {state.num_processes}: {summary}")
-    return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import NOTHING, command
 from preprocess.extractors.arguments import add_extractor_arguments
 
 
@@ -30,12 +31,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse_arguments(argv)
     from preprocess.matching.evaluation import run  # torch and the like only once the arguments stand
 
-    return run(arguments)
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import GOES_ON, command
 from preprocess.extractors.arguments import add_extractor_arguments
 
 
@@ -58,12 +59,13 @@ def parse_grid(text: str) -> list[int]:
     return [int(side) for side in sides]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(GOES_ON)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse_arguments(argv)
     from preprocess.matching.run import run  # torch and the like only once the arguments stand
 
-    return run(arguments)
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from huggingface_hub import HfApi
 
+from mosaic.commands import NOTHING, command
 from mosaic.data.multi_reference.repository import HUB, hub_id, looks_local
-from mosaic.files import in_one_line, require_folder
+from mosaic.files import require_folder
 
 FILE = "file://"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = parse_arguments(argv)
-    try:
-        print(publish(args))
-    except (ValueError, OSError) as error:
-        print(f"push: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+@command(f"{NOTHING}, or, to the hub, some files that a second try uses")
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    print(publish(parse_arguments(argv)))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import GOES_ON, command
 from scripts.ablation.arms import ARMS_FOLDER
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/ablation/results.json"
@@ -25,6 +26,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command(GOES_ON)
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import command
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -20,12 +22,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command("the report may be half written; start again")
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse_arguments(argv)
     from scripts.ablation.figures import run  # torch and the like only once the arguments stand
 
-    return run(arguments)
+    run(arguments)
 
 
 if __name__ == "__main__":

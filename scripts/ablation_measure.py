@@ -9,11 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mosaic.files import in_one_line
+from mosaic.commands import GOES_ON, command
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(GOES_ON)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", type=Path, help="JSON file of tasks")
     arguments = parser.parse_args(argv)
@@ -24,14 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     from scripts.pocket.provenance import commit
 
     commit()  # that of the code as loaded
-    try:
-        for task in tqdm(read_tasks(arguments.tasks), desc="measuring", unit="task"):
-            if task.result() is None:
-                task.write(measure(task))
-    except (ValueError, OSError) as error:
-        print(f"ablation_measure: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    for task in tqdm(read_tasks(arguments.tasks), desc="measuring", unit="task"):
+        if task.result() is None:
+            task.write(measure(task))
 
 
 if __name__ == "__main__":

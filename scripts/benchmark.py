@@ -12,4 +12,4 @@ from scripts.benchmarks.command import keep_memory, main
 
 if __name__ == "__main__":
     keep_memory()
-    main()
+    sys.exit(main())

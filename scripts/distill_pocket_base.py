@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import GOES_ON, command
 from scripts.train_pocket_base import run_arguments
 
 
@@ -24,6 +25,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command(GOES_ON)
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(argv)
@@ -33,4 +35,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import NOTHING, command
 from mosaic.config.loading import load_config
-from mosaic.files import in_one_line, require_file
+from mosaic.files import require_file
 from scripts.pocket import world
 
 
@@ -33,26 +34,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse_arguments(argv)
-    try:
-        if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
-            raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
-        if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
-            raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
-        lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
-        config = load_config(arguments.config, [*arguments.set, *lora])
-        if config.inference.lora is None:
-            raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
-        require_file(arguments.output, "--output")
-        from scripts.pocket.evaluate import run  # torch and the like only once the config stands
+    if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
+        raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
+    if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
+        raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
+    lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
+    config = load_config(arguments.config, [*arguments.set, *lora])
+    if config.inference.lora is None:
+        raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
+    require_file(arguments.output, "--output")
+    from scripts.pocket.evaluate import run  # torch and the like only once the config stands
 
-        run(config, arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    run(config, arguments)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import command
 from mosaic.config.loading import load_config
-from mosaic.files import in_one_line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -29,21 +29,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command("both runs stay where they are; start again with another --output")
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
-    try:
-        if arguments.output.exists() and any(arguments.output.iterdir()):
-            raise ValueError(f"--output {arguments.output}: must be empty or absent.")
-        config = load_config(arguments.config, arguments.set)
-        if config.training.max_steps is None:
-            raise ValueError("training.max_steps must be given: the kills are spread over it.")
-        from scripts.launching.kill_test import kill_test  # torch and the like only once the config stands
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        raise ValueError(f"--output {arguments.output}: must be empty or absent.")
+    config = load_config(arguments.config, arguments.set)
+    if config.training.max_steps is None:
+        raise ValueError("training.max_steps must be given: the kills are spread over it.")
+    from scripts.launching.kill_test import kill_test  # torch and the like only once the config stands
 
-        report = kill_test(config, arguments.output, arguments.kills, random.Random(arguments.seed))
-    except (ValueError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    report = kill_test(config, arguments.output, arguments.kills, random.Random(arguments.seed))
     print("\n".join(report.lines()))
     return 0 if report.passed else 1
 

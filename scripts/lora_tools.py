@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import NOTHING, command
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -29,18 +31,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     bring = commands.add_parser("import", help="write the keys that MOSAIC and diffusers use")
     bring.add_argument("file", type=Path)
     bring.add_argument("--transformer-only", action="store_true", help="leave out what the file has for text encoders")
-    for command in (reduce, bring):
-        command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-        command.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    for writing in (reduce, bring):
+        writing.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+        writing.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     arguments = parse_arguments(argv)
     from scripts.loras.command import run  # torch and the like only once the arguments stand
 
-    return run(arguments)
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mosaic.commands import command
 from mosaic.files import write_text
-from mosaic.reports.figures import save_picture
 from scripts.pocket import world
 
 NUM_REFERENCES = (1, 1, 2, 2, 3, 3, 3, 4, 5, 6)  # K of each case
@@ -27,9 +27,12 @@ def reference_name(identity: world.Identity) -> str:
     return "_".join(word.replace(" ", "-") for word in words) + ".png"
 
 
-def main() -> None:
+@command("some of the pictures are new; start again")
+def main(argv: list[str] | None = None) -> None:
     """Write assets/references/*.png and example_cases.json."""
-    argparse.ArgumentParser(description="Draw the example references and write example_cases.json.").parse_args()
+    argparse.ArgumentParser(description="Draw the example references and write example_cases.json.").parse_args(argv)
+    from mosaic.reports.figures import save_picture  # and with it torch
+
     cases: list[dict[str, Any]] = []
     for index, num_references in enumerate(NUM_REFERENCES):
         scene = world.sample_scene(FIRST_SEED + index, "heldout", num_references, True)
@@ -44,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import NOTHING, command
 from mosaic.config.loading import load_config
-from mosaic.files import in_one_line, require_file, write_text
+from mosaic.files import require_file, write_text
 from scripts.launching import launch
 
 
@@ -70,6 +71,7 @@ def say(what: str) -> None:
     print(f"preflight: {what} ...", file=sys.stderr, flush=True)
 
 
+@command(NOTHING)
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
@@ -78,21 +80,17 @@ def main(argv: list[str] | None = None) -> int:
 
         print_table() if arguments.table == "training" else print_inference_table()
         return 0
-    try:
-        require_file(arguments.json, "--json")
-        config = load_config(arguments.config, arguments.set)
-        from mosaic.planning.cards import find_card
-        from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
+    require_file(arguments.json, "--json")
+    config = load_config(arguments.config, arguments.set)
+    from mosaic.planning.cards import find_card
+    from mosaic.planning.preflight import as_dict, as_text, preflight  # torch is imported only once the config stands
 
-        card = find_card(arguments.gpu) if arguments.gpu is not None else None
-        environ = planned_environment(elsewhere=card is not None or arguments.gpu_memory is not None)
-        report = preflight(config, environ, arguments.resume, arguments.gpu_memory, arguments.references, card, say)
-        print(as_text(report))
-        if arguments.json:
-            write_text(arguments.json, json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n")
-    except (OSError, ValueError) as error:
-        print(f"preflight.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    card = find_card(arguments.gpu) if arguments.gpu is not None else None
+    environ = planned_environment(elsewhere=card is not None or arguments.gpu_memory is not None)
+    report = preflight(config, environ, arguments.resume, arguments.gpu_memory, arguments.references, card, say)
+    print(as_text(report))
+    if arguments.json:
+        write_text(arguments.json, json.dumps(as_dict(report), indent=2, ensure_ascii=False) + "\n")
     return 0 if report.ready else 1
 
 

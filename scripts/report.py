@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mosaic.commands import NOTHING, command
 from mosaic.files import in_one_line, require_file, write_text
 from mosaic.reports.html import page
 
@@ -159,26 +160,22 @@ def held_out_pairs(first: Path, last: Path) -> list[list[Figure]]:
     return [[((step / name).read_bytes(), f"{Path(name).stem}, step {int(step.name[5:])}") for step in (first, last)] for name in names]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=Path, help="output folder of inference.py")
     parser.add_argument("--run", type=Path, help="output folder of a training run")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    try:
-        require_file(arguments.output, "--output")
-        if not (arguments.examples or arguments.run):
-            raise ValueError("give --examples, --run, or both.")
-        cases, maps = example_cases(arguments.examples, arguments.output) if arguments.examples else ([], [])
-        run = run_findings(arguments.run) if arguments.run else None
-        values = {"cases": cases, "verdict": examples_verdict(cases), "maps": maps, "run": run}
-        write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", **values))
-    except (ValueError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    require_file(arguments.output, "--output")
+    if not (arguments.examples or arguments.run):
+        raise ValueError("give --examples, --run, or both.")
+    cases, maps = example_cases(arguments.examples, arguments.output) if arguments.examples else ([], [])
+    run = run_findings(arguments.run) if arguments.run else None
+    values = {"cases": cases, "verdict": examples_verdict(cases), "maps": maps, "run": run}
+    write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", **values))
     print(f"report: {arguments.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetensors import SafetensorError
-
 from scripts.launching.processes import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
 
+from mosaic.commands import command
 from mosaic.config.loading import config_to_json, load_config
 
 
+@command("the steps since the last checkpoint are lost, --resume auto goes on from that")
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 2 an error, 75 stopped by a signal and ready to be continued by --resume auto."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -31,39 +31,35 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMSNorm under autocast: only not fused
     # Nothing here changes a block's output in place, of which FSDP2 warns wherever an output is a view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    config = load_config(arguments.config, arguments.set)
+    if arguments.print_config:
+        print(config_to_json(config), end="")
+        return 0
+    if arguments.dry_run:
+        from mosaic.planning.preflight import as_text, preflight
+        from scripts.preflight import planned_environment, say
+
+        report = preflight(config, planned_environment(), arguments.resume, say=say)
+        print(as_text(report))
+        return 0 if report.ready else 1
+    import torch  # this and diffusers only once the config stands
+
+    from mosaic.planning.preflight import CURES
+    from mosaic.training import train
+    from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
+
     try:
-        config = load_config(arguments.config, arguments.set)
-        if arguments.print_config:
-            print(config_to_json(config), end="")
-            return 0
-        if arguments.dry_run:
-            from mosaic.planning.preflight import as_text, preflight
-            from scripts.preflight import planned_environment, say
-
-            report = preflight(config, planned_environment(), arguments.resume, say=say)
-            print(as_text(report))
-            return 0 if report.ready else 1
-        import torch  # this and diffusers only once the config stands
-
-        from mosaic.planning.preflight import CURES
-        from mosaic.training import train
-        from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
-
-        try:
-            path = train(config, arguments.resume)
-        except TrainingStopped as stopped:
-            print(stopped, file=sys.stderr)
-            return REQUEUE_EXIT_CODE
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"the device's memory is full: {str(error).partition('. ')[0]}. {CURES}") from error
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
-        # An error of a data loading process carries that process's traceback; its last line is the message.
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"error: {message[-1].removeprefix(f'{type(error).__name__}: ')}", file=sys.stderr)
-        return 2
+        path = train(config, arguments.resume)
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return REQUEUE_EXIT_CODE
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the device's memory is full: {str(error).partition('. ')[0]}. {CURES}") from error
     print(f"reference LoRA: {path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    end_on_signals(code)
+    sys.exit(code)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mosaic.commands import GOES_ON, command
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this script."""
@@ -27,6 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command(GOES_ON)
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(argv)
@@ -36,4 +39,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -107,7 +107,7 @@ def test_two_conversions_at_once(pictures: Path, tmp_path: Path) -> None:
         for number in range(2)
     ]
     assert sorted(forks.wait([process for (process,) in started])) == [0, 2]
-    refusal = "".join(path.read_text() for path in sorted(tmp_path.glob("log_*")) if "convert: error:" in path.read_text())
+    refusal = "".join(path.read_text() for path in sorted(tmp_path.glob("log_*")) if "error:" in path.read_text())
     assert "out is in use by another run" in refusal or "out: exists already" in refusal
     assert len(Manifest(tmp_path / "out", "train")) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"out", "log_0", "log_1"}

@@ -16,7 +16,6 @@ from diffusers import FluxTransformer2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mosaic.lora import adapter as lora
@@ -32,7 +31,7 @@ from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.lora_loading import ReferenceLoraLoaderMixin
 from mosaic.pipeline.options import ResolvedOptions, SamplingOptions
 from mosaic.pipeline.sampler import Group, denoise
-from mosaic.weights.hub import require_model_name, unreachable_message
+from mosaic.weights.hub import loading, require_model_name
 
 References = Sequence[Reference]  # of one prompt
 Callback = Callable[["MosaicFluxPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -101,10 +100,8 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             OSError: If the id is gated, missing or unreachable, or the folder damaged; the message says what to do.
         """
         require_model_name(pretrained_model_name_or_path)
-        try:
+        with loading(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, SafetensorError) as error:
-            raise OSError(unreachable_message(str(pretrained_model_name_or_path), error)) from error
 
     @torch.no_grad()
     def __call__(

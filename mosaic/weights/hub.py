@@ -2,11 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 
+from mosaic.commands import is_meant
 from mosaic.files import in_one_line
 
 DEFAULT_WEIGHT_NAME = "lora.safetensors"  # as training writes it
@@ -54,6 +58,23 @@ def unreachable_message(name: str, error: Exception, what: str = "model") -> str
         f"{what} {name!r} cannot be loaded: {cure}. To try everything without a download, use the pocket model: configs/pocket.json, "
         f"or model {POCKET_MODEL} with reference LoRA {POCKET_LORA}. ({in_one_line(error, 200, with_kind=True)})"
     )
+
+
+@contextmanager
+def loading(name: str | os.PathLike) -> Iterator[None]:
+    """Context in which a model is loaded: what its files cause, by whatever error of a library, is told with what to do.
+
+    Raises:
+        OSError: The id is gated, missing or unreachable, or the folder damaged.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(unreachable_message(str(name), error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if is_meant(error) or not Path(name).is_dir():  # our own words, a full memory; or nothing that the user can mend
+            raise
+        raise OSError(unreachable_message(str(name), error)) from error
 
 
 def resolve_lora_file(source: str | os.PathLike, weight_name: str | None = None, revision: str | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import resource
+import signal
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,7 @@ def benchmark(sides: list[int], channels: int, device: str, repeats: int) -> lis
     context = multiprocessing.get_context("spawn")
     entries = []
     for side in sides:
-        with ProcessPoolExecutor(1, mp_context=context) as executor:
+        with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as executor:  # Ctrl-C is this process's
             entries.append(executor.submit(_measure, side, channels, device, repeats).result())
     return entries
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
-from mosaic.files import in_one_line, write_text
+from mosaic.files import require_file, write_text
 from mosaic.method.grids import Grid
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import check_device, extractor_specs
@@ -181,26 +180,26 @@ def _count(pair: Pair, tested: Filter, matches: list[Match]) -> FilterCounts:
     return filter_counts(keep.cpu(), cell_positions(matches[0].index, pair.truth.grid).cpu(), pair.truth, CORRECT)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
-    try:
-        device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if arguments.benchmark:
-            if min(*arguments.sides, arguments.channels, arguments.repeats) < 1:
-                raise ValueError("--sides, --channels and --repeats must be at least 1.")
-            result: Any = benchmark(arguments.sides, arguments.channels, str(device), arguments.repeats)
-            text = benchmark_table(result)
-        else:
-            if arguments.data is None or (arguments.limit is not None and arguments.limit < 1):
-                raise ValueError("--data must name a data set, and --limit be at least 1.")
-            specs, manifest = extractor_specs(arguments), Manifest(arguments.data, arguments.split)
-            extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
-            result = evaluate(manifest, [spec.name for spec in specs], extractors, arguments.limit)
-            text = tables(result)
-    except (ValueError, OSError) as error:
-        print(f"evaluate_matching.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: A flag, the data or an extractor will not do.
+    """
+    require_file(arguments.output, "--output")
+    device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.benchmark:
+        if min(*arguments.sides, arguments.channels, arguments.repeats) < 1:
+            raise ValueError("--sides, --channels and --repeats must be at least 1.")
+        result: Any = benchmark(arguments.sides, arguments.channels, str(device), arguments.repeats)
+        text = benchmark_table(result)
+    else:
+        if arguments.data is None or (arguments.limit is not None and arguments.limit < 1):
+            raise ValueError("--data must name a data set, and --limit be at least 1.")
+        specs, manifest = extractor_specs(arguments), Manifest(arguments.data, arguments.split)
+        extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
+        result = evaluate(manifest, [spec.name for spec in specs], extractors, arguments.limit)
+        text = tables(result)
     print(text)
     if arguments.output:
         write_text(arguments.output, json.dumps(result, indent=2) + "\n")
-    return 0

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest, Row
 from mosaic.data.multi_reference.repository import Repository
-from mosaic.files import in_one_line
 from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.reports.figures import contact_sheet, save_picture
 from preprocess.extractors import build_extractor, weakness
@@ -151,18 +150,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says. Raises as `match`."""
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the first process to end waits for the last one
     try:
         with one_thread():
             summary = match(arguments, state)
-    except (ValueError, OSError) as error:
-        print(f"match.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
     finally:
         state.destroy_process_group()
     print(f"process {state.process_index + 1} of {state.num_processes}: {summary}")
-    return 0

@@ -1,14 +1,13 @@
 """The shipped adapters of the ablation measured again and compared with the rows of the results."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mosaic.config.loading import config_to_json, from_dict
-from mosaic.files import in_one_line, write_text
+from mosaic.files import write_text
 from mosaic.lora.files import LoraFile, reference_metadata
 from scripts.ablation.measures import measure
 from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
@@ -74,21 +73,21 @@ def compare(results: dict[str, Any], tasks: dict[str, list[Task]]) -> tuple[list
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
+    """Do what the command line says; returns the exit code.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The results or an adapter cannot be read, or are of another world.
+    """
     commit()  # that of the code as loaded
-    try:
-        results = read_results(arguments.results)
-        require_same_world(results)
-        unknown = sorted(set(arguments.ks) - {int(k) for k in results["real"]})
-        if unknown:
-            raise ValueError(f"--ks: {arguments.results} has K = {', '.join(results['real'])}, got {', '.join(map(str, unknown))}.")
-        tasks = check_tasks(results, arguments.arms, arguments.output, sorted(set(arguments.ks)))
-        for task in tqdm([task for part in tasks.values() for task in part], desc="measuring", unit="task"):
-            if task.result() is None:
-                task.write(measure(task))
-        rows, all_within = compare(results, tasks)
-    except (ValueError, OSError) as error:
-        print(f"ablation_check: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    results = read_results(arguments.results)
+    require_same_world(results)
+    unknown = sorted(set(arguments.ks) - {int(k) for k in results["real"]})
+    if unknown:
+        raise ValueError(f"--ks: {arguments.results} has K = {', '.join(results['real'])}, got {', '.join(map(str, unknown))}.")
+    tasks = check_tasks(results, arguments.arms, arguments.output, sorted(set(arguments.ks)))
+    for task in tqdm([task for part in tasks.values() for task in part], desc="measuring", unit="task"):
+        if task.result() is None:
+            task.write(measure(task))
+    rows, all_within = compare(results, tasks)
     print(markdown(["arm", "K", *(f"{name}, %" for name in SHARES)], rows))
     return 0 if all_within else 1

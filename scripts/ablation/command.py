@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from mosaic.commands import GOES_ON, command
 from scripts.ablation.arms import ARMS_FOLDER, PARTS
 
 
@@ -49,6 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command(GOES_ON)
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 1 something failed, 2 wrong command, 130 interrupted."""
     arguments = parse_arguments(argv)

@@ -2,11 +2,10 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from mosaic.files import in_one_line, write_text
+from mosaic.files import write_text
 from mosaic.reports.figures import save_picture
 from scripts.ablation.plots import CURVES, K_MEASURES, charts, factor_charts, lines_figure
 from scripts.ablation.readme import put_into
@@ -160,14 +159,13 @@ def attention_section(results: dict[str, Any]) -> str:
 SECTIONS = {"main": main_section, "factors": factor_section, "attention": attention_section}
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
-    try:
-        path = draw(arguments.results, arguments.output or arguments.results.parent / "report")
-        if arguments.readme:
-            put_into(arguments.readme, read_results(arguments.results), path)
-    except (ValueError, OSError) as error:
-        print(f"ablation_figures: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The results cannot be read, or a file cannot be written.
+    """
+    path = draw(arguments.results, arguments.output or arguments.results.parent / "report")
+    if arguments.readme:
+        put_into(arguments.readme, read_results(arguments.results), path)
     print(f"ablation_figures: {path}")
-    return 0

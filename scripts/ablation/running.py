@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mosaic.config.loading import load_config, resolved_dict
-from mosaic.files import in_one_line
 from mosaic.locks import FolderLock
 from mosaic.lora.adapter import write_reference_lora
 from scripts.ablation import figures
@@ -95,7 +94,11 @@ def _end_by_signal(number: int, _: object) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code: 0 done, 1 something failed, 2 wrong command, 130 interrupted."""
+    """Do what the command line says; returns the exit code: 0 done, 1 something failed. SIGTERM ends it as Ctrl-C does.
+
+    Raises:
+        OSError, ValueError: A flag will not do, or the folder is in use or of another ablation.
+    """
     before = signal.signal(signal.SIGTERM, _end_by_signal)
     lock = FolderLock(arguments.output, "--output")
     try:
@@ -113,12 +116,6 @@ def run(arguments: argparse.Namespace) -> int:
             if (plan.output / RESULTS).is_file():
                 figures.draw(plan.output / RESULTS, plan.output / "report")
                 print(f"ablation: {plan.output / RESULTS}, tables and figures in {plan.output / 'report'}")
-    except KeyboardInterrupt:
-        print("ablation: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"ablation: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
     finally:
         signal.signal(signal.SIGTERM, before)
     for failure in failures:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import inference
+from mosaic.commands import NOTHING, command
 from mosaic.config.loading import Config, load_config
-from mosaic.files import in_one_line
 
 if TYPE_CHECKING:
     import gradio
@@ -132,6 +132,7 @@ def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None) -
     return address
 
 
+@command(NOTHING)
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)
@@ -145,9 +146,6 @@ def main(argv: list[str] | None = None) -> int:
                     print("note: everybody who can reach this machine can use the page; there is no password.", file=sys.stderr)
                 print(f"MOSAIC is at {address} (Ctrl+C ends it)", flush=True)
                 threading.Event().wait()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("ended", file=sys.stderr)
     return 0

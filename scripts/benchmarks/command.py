@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+from mosaic.commands import NOTHING, command
 from mosaic.files import require_file, write_text
 from scripts.benchmarks import twin as twin_benchmark
 from scripts.benchmarks.twin import ARMS, REFERENCE_SIDE
@@ -210,26 +211,33 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     return result
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    """Run the benchmark; returns the result."""
+def measure(argv: list[str] | None = None) -> dict[str, Any] | None:
+    """Run the benchmark of a command line; returns the result.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: A file, the model or a flag will not do.
+    """
     args = parse(argv)
-    try:
-        require_file(args.output, "--output")
-        if args.command == "data":
-            from scripts.benchmarks import data as data_benchmark
+    require_file(args.output, "--output")
+    if args.command == "data":
+        from scripts.benchmarks import data as data_benchmark
 
-            return data_benchmark.run(args)
-        if args.command == "shared":
-            from scripts.benchmarks import shared_cpu
+        return data_benchmark.run(args)
+    if args.command == "shared":
+        from scripts.benchmarks import shared_cpu
 
-            return shared_cpu.run(args)
-        if args.command == "infer":
-            from scripts.benchmarks import infer as infer_benchmark
+        return shared_cpu.run(args)
+    if args.command == "infer":
+        from scripts.benchmarks import infer as infer_benchmark
 
-            return infer_benchmark.run(args)
-        return run_train(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"benchmark.py: error: {error}") from error
+        return infer_benchmark.run(args)
+    return run_train(args)
+
+
+@command(NOTHING)
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    measure(argv)
 
 
 def keep_memory() -> None:

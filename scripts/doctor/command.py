@@ -11,6 +11,8 @@ import argparse
 import os
 from pathlib import Path
 
+from mosaic.commands import NOTHING, command
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -48,6 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command(NOTHING)
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = parse_arguments(argv)

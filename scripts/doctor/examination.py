@@ -15,7 +15,8 @@ from mosaic.data import Inspection, MultiReferenceDataset, TrainingDataset, open
 from mosaic.data.inspection import spread_evenly
 from mosaic.data.multi_reference.repository import hub_id, parquet_columns
 from mosaic.data.readable import Attempt, Unreadable
-from mosaic.files import in_one_line, read_json, require_file, write_text
+from mosaic.data.workers import loaded
+from mosaic.files import read_json, require_file, write_text
 from mosaic.method.grids import PATCH, token_grid
 from mosaic.pipeline.prompt_lengths import TextWindow
 from mosaic.weights.digests import vae_scale_factor
@@ -79,7 +80,7 @@ def inspections(dataset: TrainingDataset, args: argparse.Namespace) -> Iterator[
     chosen = spread_evenly(len(dataset), args.limit or len(dataset))
     read = dataset if args.against is None else compared(dataset, args.against)
     loader = DataLoader(Subset(Attempt(read, "inspect"), chosen), batch_size=None, num_workers=args.workers)
-    yield from tqdm(loader, desc="looking at samples", unit="sample", disable=not sys.stderr.isatty())
+    yield from tqdm(loaded(loader), "looking at samples", len(chosen), unit="sample", disable=not sys.stderr.isatty())
 
 
 def extractors_of(data: str) -> list[str]:
@@ -109,29 +110,29 @@ def print_findings(summary: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, print and write; returns the exit code."""
-    try:
-        require_file(args.json, "--json")
-        require_file(args.html, "--html")
-        config, token_size = planned(args)
-        data = config.data
-        dataset = open_data(args, data, token_size)
-        training = Training(
-            token_size, data.image_size, data.reference_size, config.model.text_length, data.min_point_coverage, data.max_points_outside
-        )
-        window = TextWindow.of_model(config.model.pretrained, config.model.text_length) if args.config else None
-        findings, sheet = Findings(training, args.looked, matches=Matches(extractors_of(args.data)), window=window), Sheet()
-        for found in inspections(dataset, args):
-            findings.add(found)
-            if args.html and isinstance(found, Inspection):
-                sheet.add(found, findings.matches.lowest.get(found.id))
-        summary = summarise(findings) | {"data_set": dataset.report()}
-        print_findings(summary)
-        if args.json:
-            write_text(args.json, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        if args.html:
-            write_findings(summary, sheet, args.html, title=f"Data set {args.data}")
-    except (OSError, ValueError) as error:
-        print(f"doctor.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 2
+    """Look, print and write; returns the exit code.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: The data cannot be read as a whole, or a file cannot be written.
+    """
+    require_file(args.json, "--json")
+    require_file(args.html, "--html")
+    config, token_size = planned(args)
+    data = config.data
+    dataset = open_data(args, data, token_size)
+    training = Training(
+        token_size, data.image_size, data.reference_size, config.model.text_length, data.min_point_coverage, data.max_points_outside
+    )
+    window = TextWindow.of_model(config.model.pretrained, config.model.text_length) if args.config else None
+    findings, sheet = Findings(training, args.looked, matches=Matches(extractors_of(args.data)), window=window), Sheet()
+    for found in inspections(dataset, args):
+        findings.add(found)
+        if args.html and isinstance(found, Inspection):
+            sheet.add(found, findings.matches.lowest.get(found.id))
+    summary = summarise(findings) | {"data_set": dataset.report()}
+    print_findings(summary)
+    if args.json:
+        write_text(args.json, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if args.html:
+        write_findings(summary, sheet, args.html, title=f"Data set {args.data}")
     return 0 if summary["healthy"] else 1

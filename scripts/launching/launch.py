@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mosaic.commands import NOTHING, command
 from scripts.launching.processes import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,6 +249,7 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+@command(NOTHING)
 def main(argv: list[str] | None = None) -> int:
     """Command line; all arguments go to scripts/train.py. Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -258,12 +260,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{USAGE}\n{__doc__}")
         return 0
     prints_only = not {"--dry-run", "--print-config"}.isdisjoint(arguments)
-    try:
-        plan = make_plan({} if prints_only else os.environ, 0 if prints_only else count_gpus())
-        environments = process_environments(plan, os.environ)
-    except (ValueError, OSError) as error:
-        print(f"launch: error: {error}", file=sys.stderr)
-        return 2
+    plan = make_plan({} if prints_only else os.environ, 0 if prints_only else count_gpus())
+    environments = process_environments(plan, os.environ)
     print(f"launch: {plan.describe()}", file=sys.stderr, flush=True)
     command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
     if len(environments) == 1 and plan.world_size == 1:

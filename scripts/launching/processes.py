@@ -15,16 +15,20 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # what the others get after a failure; they may hang in a collective operation
 
 
-def end_on_signals() -> None:
-    """Have SIGTERM, SIGUSR1 and Ctrl-C end this process at once with `REQUEUE_EXIT_CODE`.
+def end_on_signals(code: int = REQUEUE_EXIT_CODE) -> None:
+    """Have SIGTERM, SIGUSR1 and Ctrl-C end this process at once with an exit code.
 
     For a script's first line and its last: while it imports, which takes seconds, and after it has stopped with a checkpoint, a signal
-    must not turn into a code that no scheduler starts again. In between the run takes the signals over.
+    must not turn into a code that no scheduler starts again, nor an error into one that it does start again. In between the run takes the
+    signals over.
+
+    Args:
+        code: `REQUEUE_EXIT_CODE`, or what a run has ended with.
     """
 
     def end(number: int, _: FrameType | None) -> None:
         os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-        os._exit(REQUEUE_EXIT_CODE)
+        os._exit(code)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, end)

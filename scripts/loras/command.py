@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from mosaic.files import in_one_line
 from mosaic.lora.adapter import shorten
 from mosaic.lora.files import METADATA_KEY, LoraFile, kept_metadata, reference_metadata, write_tensors
 from mosaic.lora.formats import to_diffusers
@@ -176,26 +175,17 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ValueError(f"{output} is there already. Give another --output, or --overwrite to replace it.")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
-    try:
-        if arguments.command != "info":
-            check_output(arguments.output, arguments.file, arguments.overwrite)
-        file = LoraFile(arguments.file)
-        if arguments.command == "info":
-            found = describe(file)
-            print(json.dumps(found)) if arguments.json else show_info(found)
-        else:
-            {"reduce": reduce, "import": bring}[arguments.command](arguments, file)
-    except (ValueError, OSError) as error:
-        print(f"lora_tools: error: {_printable(in_one_line(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lora_tools: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says.
 
-
-def _printable(text: str) -> str:
-    """Text without control letters, whatever a file's keys hold."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    Raises:
+        FileNotFoundError, OSError, ValueError: The file cannot be read or is no LoRA, or the output must not be written.
+    """
+    if arguments.command != "info":
+        check_output(arguments.output, arguments.file, arguments.overwrite)
+    file = LoraFile(arguments.file)
+    if arguments.command == "info":
+        found = describe(file)
+        print(json.dumps(found)) if arguments.json else show_info(found)
+    else:
+        {"reduce": reduce, "import": bring}[arguments.command](arguments, file)

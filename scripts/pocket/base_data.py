@@ -7,7 +7,9 @@ are exactly those that the same picture has as a reference. Tokens of a sample: 
 
 import json
 import multiprocessing
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +140,16 @@ def render_all(folder: Path, workers: int, scale: float = 1.0) -> Iterator[tuple
     ]
     # Sorted so that at any time each layout is rendered to the same share: a reader can start early.
     ordered = [job for _, job in sorted(jobs)]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_render_shard, ordered), start=1):
-            yield done, len(ordered)
+    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and this process ends the others
+    context = multiprocessing.get_context("spawn")
+    # A Pool would wait for ever for the shard of a process that the system has killed.
+    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=quiet) as pool:
+        try:
+            for done, shard in enumerate(as_completed([pool.submit(_render_shard, job) for job in ordered]), start=1):
+                shard.result()
+                yield done, len(ordered)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def read_shard(file: Path) -> tuple[np.ndarray, list[str]]:

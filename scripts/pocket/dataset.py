@@ -85,21 +85,22 @@ def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line says; ends the program with a line of error."""
-    try:
-        if args.folders:
-            write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size)
-            print(f"wrote {args.num_samples} folders to {args.output}")
-            return
-        write_dataset(
-            args.output,
-            args.num_samples,
-            args.num_heldout,
-            args.max_subjects,
-            args.seed,
-            args.scene_size,
-            args.reference_size,
-        )
-    except (ValueError, FileExistsError) as error:
-        raise SystemExit(f"error: {error}") from None
+    """Do what the command line says.
+
+    Raises:
+        FileExistsError, ValueError: The folder is there already, or a number is out of range.
+    """
+    if args.folders:
+        write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size)
+        print(f"wrote {args.num_samples} folders to {args.output}")
+        return
+    write_dataset(
+        args.output,
+        args.num_samples,
+        args.num_heldout,
+        args.max_subjects,
+        args.seed,
+        args.scene_size,
+        args.reference_size,
+    )
     print(f"wrote {args.num_samples} + {args.num_heldout} samples to {args.output}")

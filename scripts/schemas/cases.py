@@ -7,6 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+from mosaic.commands import NOTHING, command
 from mosaic.config.sections import MAX_STRENGTH
 from mosaic.rendering.cases.reading import MAX_INDEX, CaseOptions
 from mosaic.rendering.cases.references import KEYS, MAX_PATH, MAX_POINTS, MAX_REFERENCES, MAX_SIDE, MAX_TEXT
@@ -121,6 +122,7 @@ def schema_text() -> str:
     return json.dumps(cases_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+@command(NOTHING)
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)

@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+from mosaic.commands import NOTHING, command
 from mosaic.config.loading import EXTENDS, Config
 from mosaic.files import write_text
 
@@ -43,6 +44,7 @@ def write_schema(file: Path, text: str) -> None:
     print(f"{file.relative_to(ROOT)}: written")
 
 
+@command(NOTHING)
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)

@@ -127,7 +127,7 @@ def test_an_earlier_run_in_the_folder(config_file: Path, capsys: pytest.CaptureF
 @pytest.mark.usefixtures("quick")
 def test_wrong_commands(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(config_file), "--set", "data.image_size=[16, 26]"]) == 2
-    assert "preflight.py: error: data.image_size: height and width must be" in capsys.readouterr().err
+    assert "error: data.image_size: height and width must be" in capsys.readouterr().err
     assert main([str(tmp_path / "none.json")]) == 2
     for arguments, message in (
         ([], "give either CONFIG or --table"),

@@ -156,7 +156,7 @@ def test_mistakes_are_one_line(filled: Path, capsys: pytest.CaptureFixture, flag
     assert fill(filled / "config.json", *flags) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("cache.py: error: ")
+    assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert contents(filled) == before
 

@@ -165,7 +165,7 @@ def test_user_mistakes(
         write_dataset(tmp_path / "few", 2, 0, 2, seed=3)
     given = [str(pocket) if argument == "SET" else argument for argument in arguments]
     assert compose.main([*given, "--num-samples", "5"]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compose: error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "out").exists()

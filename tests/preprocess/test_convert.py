@@ -189,7 +189,7 @@ def test_a_bad_sample_ends_or_is_listed(tmp_path: Path, source: str, capsys: pyt
     message = SPOILERS[source](given)
     assert convert.main([source, str(given), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"convert: error: {message}")
+    assert error.startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert convert.main([source, str(given), str(tmp_path / "out"), "--skip-invalid"]) == 0
     assert "wrote 2 samples" in capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_user_mistakes(
     before = sorted(tmp_path.iterdir())
     assert convert.main(arguments) == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert errors[-1].startswith("convert: error: ")
+    assert errors[-1].startswith("error: ")
     assert message in errors[-1]
     assert sorted(tmp_path.iterdir()) == before
 

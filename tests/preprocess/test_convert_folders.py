@@ -46,7 +46,7 @@ def refused(sample: Path, capsys: pytest.CaptureFixture[str]) -> str:
     before = files_below(sample.parents[1])
     assert convert.main(["folder", str(sample.parent), str(sample.parents[1] / "out")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"convert: error: {sample}")
+    assert line.startswith(f"error: {sample}")
     assert files_below(sample.parents[1]) == before
     return line
 
@@ -223,7 +223,7 @@ def test_flat_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureF
     before = files_below(tmp_path)
     assert convert.main(["folder", str(root), str(tmp_path / "samples")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"convert: error: {root}")
+    assert line.startswith(f"error: {root}")
     assert message in line
     assert files_below(tmp_path) == before
 

@@ -65,7 +65,7 @@ def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
     """The one line of a command that must fail."""
     assert match.main(list(argv)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("match.py: error: ")
+    assert error.startswith("error: ")
     return error
 
 

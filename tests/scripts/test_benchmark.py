@@ -56,7 +56,7 @@ def test_points_are_ragged_and_have_the_stated_mean() -> None:
 
 def test_arms_take_turns_and_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(twin_benchmark, "memory_in_fresh_process", lambda name, args: {"ours": 2.0, "flow_only": 1.0, "twin": 6.0}[name])
-    result = benchmark.main([*SMALLEST, "--output", str(tmp_path / "deep" / "result.json")])
+    result = benchmark.measure([*SMALLEST, "--output", str(tmp_path / "deep" / "result.json")])
     assert json.loads((tmp_path / "deep" / "result.json").read_text()) == result
     assert set(result["arms"]) == {"ours", "flow_only", "twin"}
     assert result["arms"]["twin"]["memory_ratio"] == 3
@@ -112,7 +112,7 @@ def test_the_reader_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     monkeypatch.setattr(data_benchmark, "memory_in_fresh_process", data_benchmark.measure_opening)
     monkeypatch.setattr(data_benchmark, "NUM_STORED", 3)
     flags = ["--size", "32", "--batch-size", "2", "--workers", "0", "--seconds", "0.1", "--rows", "3", "1500"]
-    result = benchmark.main(["data", *flags, "--output", str(tmp_path / "result.json")])
+    result = benchmark.measure(["data", *flags, "--output", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert set(result["samples_per_second"]) == {"0"}
     assert min(result["samples_per_second"].values()) > 0
@@ -166,4 +166,4 @@ def test_a_model_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("mosaic.planning.preflight.os.sysconf", lambda name: 2**14)
     with pytest.raises(SystemExit, match="--model flux_dev needs 29.1 GiB .* Use --model pocket here, or a GPU of 80 GB"):
-        benchmark.main(["train", "--model", "flux_dev"])
+        benchmark.measure(["train", "--model", "flux_dev"])

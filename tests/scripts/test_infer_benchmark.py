@@ -34,7 +34,7 @@ def encoded(num_references: int, size: int, text_tokens: int) -> tuple[tuple[tor
 
 
 def test_a_table_of_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str], small: MosaicFluxPipeline) -> None:
-    result = benchmark.main([*SMALLEST, "--modes", *MODES, "--peak-tflops", "0.01", "--output", str(tmp_path / "deep" / "out.json")])
+    result = benchmark.measure([*SMALLEST, "--modes", *MODES, "--peak-tflops", "0.01", "--output", str(tmp_path / "deep" / "out.json")])
     assert json.loads((tmp_path / "deep" / "out.json").read_text()) == result
     rows = {(row["K"], row["mode"]): row for row in result["rows"]}
     assert list(rows) == [(k, mode) for k in (1, 2) for mode in ["target", *MODES]]
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch: pytest.Monk
         return sample(cell, mode, *rest)
 
     monkeypatch.setattr(infer_benchmark.Cell, "sample", fail)
-    result = benchmark.main([*SMALLEST, "--k", "1", "--modes", "batch:2", "isolated"])
+    result = benchmark.measure([*SMALLEST, "--k", "1", "--modes", "batch:2", "isolated"])
     assert [row["s"] is None for row in result["rows"]] == [False, True, False]
     printed = capsys.readouterr().out
     assert "does not fit" in printed
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(monkeypatch: pytest.Monk
 
 
 def test_kept_references_are_measured_against_none_kept() -> None:
-    result = benchmark.main([*SMALLEST, "--k", "1", "--modes", "isolated-cache", "refresh:2"])
+    result = benchmark.measure([*SMALLEST, "--k", "1", "--modes", "isolated-cache", "refresh:2"])
     rows = {row["mode"]: row for row in result["rows"]}
     assert list(rows) == ["target", "isolated", "isolated-cache", "refresh:2"]
     assert rows["isolated-cache"]["over plain"] == pytest.approx(rows["isolated"]["s"] / rows["isolated-cache"]["s"])
@@ -98,14 +98,14 @@ def test_kept_references_are_measured_against_none_kept() -> None:
 @pytest.mark.parametrize("mode", ["fast", "refresh", "refresh:0", "batch:x", "first-block:-1"])
 def test_unknown_modes_are_named(mode: str) -> None:
     with pytest.raises(SystemExit, match=f"--modes must be of target, isolated, .*, got {mode}$"):
-        benchmark.main([*SMALLEST, "--modes", "target", mode])
+        benchmark.measure([*SMALLEST, "--modes", "target", mode])
 
 
 def test_modes_that_cannot_run_here_are_refused_first() -> None:
     with pytest.raises(SystemExit, match='step_cache "mag" goes by FLUX.1-dev'):
-        benchmark.main([*SMALLEST, "--modes", "mag:0.1"])
+        benchmark.measure([*SMALLEST, "--modes", "mag:0.1"])
     with pytest.raises(SystemExit, match="inference.attention_backend=xformers does not run here"):
-        benchmark.main([*SMALLEST, "--modes", "attention:xformers"])
+        benchmark.measure([*SMALLEST, "--modes", "attention:xformers"])
 
 
 def test_flux_dev_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_flux_dev_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with pytest.raises(SystemExit, match="--model flux_dev needs a CUDA GPU with 30 GiB, but there is none here. Use --model pocket."):
-        benchmark.main(["infer", "--model", "flux_dev"])
+        benchmark.measure(["infer", "--model", "flux_dev"])
 
 
 def test_the_random_model_and_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_what_is_started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_mistakes_end_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert started(monkeypatch, {"NNODES": "2"}, 1) == [2]
-    assert capsys.readouterr().err.startswith("launch: error: NNODES=2, but not set: NODE_RANK")
+    assert capsys.readouterr().err.startswith("error: NNODES=2, but not set: NODE_RANK")
 
 
 # ---- the processes of a machine

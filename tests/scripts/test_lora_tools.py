@@ -293,7 +293,7 @@ def test_hostile_files_end_in_one_line(damage: str, command: list[str], tmp_path
     captured = capsys.readouterr()
     assert code == 2
     (line,) = [line for line in captured.err.splitlines() if "module" not in line or "error" in line]
-    assert line.startswith("lora_tools: error: ")
+    assert line.startswith("error: ")
     assert "in.safetensors" in line
     assert "\x1b" not in line
     assert len(line) < 2000
