@@ -24,7 +24,7 @@ from mosaic.rendering.outputs import Journal
 from mosaic.rendering.recipe import Recipe, png_text
 from mosaic.rendering.recipes import PictureJob
 from mosaic.rendering.report import make_report
-from mosaic.reports.figures import case_panel, save_picture
+from mosaic.reports.figures import case_panel, reference_side, save_picture
 from mosaic.reports.html import is_page
 
 CAPTION_LETTERS = 400
@@ -208,7 +208,8 @@ def write_picture(
             files.attention.unlink()
         if is_page(files.page):
             files.page.unlink()
-    panel = case_panel([reference.image for reference in references], picture, job.recipe.prompt[:CAPTION_LETTERS])
+    side = reference_side(len(references))
+    panel = case_panel([reference.tiles[side] for reference in references], picture, job.recipe.prompt[:CAPTION_LETTERS])
     save_picture(panel, files.panel, text)
     save_picture(picture, files.picture, text)
 

@@ -16,6 +16,7 @@ from mosaic.method.grids import Grid
 from mosaic.pipeline.attention_report import Line, PictureAttention
 
 TILE = 256  # px, side of a picture in a panel
+TILE_SIDES = (TILE, TILE // 2)  # of a case's only reference, and of one of several
 MARGIN = 12
 CAPTION = 26
 INK = (40, 40, 48)
@@ -63,7 +64,7 @@ def tile(image: Image.Image, side: int = TILE) -> Image.Image:
 
 def case_panel(references: Sequence[Image.Image], result: Image.Image, caption: str = "") -> Image.Image:
     """References in a row, the result at the right, the caption below."""
-    tiles = [tile(reference, TILE // 2 if len(references) > 1 else TILE) for reference in references]
+    tiles = [tile(reference, reference_side(len(references))) for reference in references]
     rows = 2 if len(references) > 1 else 1
     columns = -(-len(tiles) // rows)
     side = TILE // rows
@@ -75,6 +76,11 @@ def case_panel(references: Sequence[Image.Image], result: Image.Image, caption: 
     if caption:
         _caption(canvas, caption, MARGIN, TILE + MARGIN + 4)
     return canvas
+
+
+def reference_side(count: int) -> int:
+    """Side in px of a reference in `case_panel`, one of `TILE_SIDES`, where there are `count` of them."""
+    return TILE_SIDES[count > 1]
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:

@@ -22,7 +22,7 @@ from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import read_cases
 from mosaic.rendering.checks import check_size
-from mosaic.reports.figures import case_panel, save_picture, tensor_to_image
+from mosaic.reports.figures import case_panel, reference_side, save_picture, tensor_to_image
 from mosaic.training.encoding import encode_batch
 from mosaic.training.objective import call_settings, predict
 
@@ -142,7 +142,8 @@ def read_panels(config: Config, vae_scale_factor: int) -> list[Panel] | None:
     panels = []
     for case in file.cases[: validation.num_cases]:
         loaded = [file.pictures.load(path) for path in case.image_paths]
-        pictures, references = [picture.image for picture in loaded], [picture.prepared for picture in loaded]
+        pictures = [picture.tiles[reference_side(len(loaded))] for picture in loaded]
+        references = [picture.prepared for picture in loaded]
         strengths = [reference.strength for reference in case.references]
         panels.append(Panel(case.prompt, pictures, references, strengths, options.given(case.options)))
     return panels

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from mosaic.config.loading import Config
 from mosaic.rendering.cases.pictures import ReferencePictures
 from mosaic.rendering.cases.reading import Case, read_cases
+from mosaic.reports.figures import TILE
 from scripts.app.uploads import MAX_REFERENCES, Upload, file_name, thumbnail
 
 MAX_EXAMPLES = 24
@@ -38,4 +39,4 @@ def load_examples(config: Config) -> tuple[list[Example], list[str]]:
 def _upload(path: Path, pictures: ReferencePictures) -> Upload:
     """A picture of the cases file as if it had come from the browser; the check of the cases has prepared it."""
     picture = pictures.load(path)
-    return Upload(file_name(path), pictures.digests[path], picture.prepared, thumbnail(picture.image))
+    return Upload(file_name(path), pictures.digests[path], picture.prepared, thumbnail(picture.tiles[TILE]))

@@ -11,10 +11,12 @@ from PIL import Image
 
 import inference
 from mosaic import images
-from mosaic.images import PreparedReference
+from mosaic.images import PreparedReference, load_image
 from mosaic.rendering.cases import pictures as case_pictures
 from mosaic.rendering.cases.pictures import ReferencePictures
-from mosaic.rendering.cases.reading import load_cases
+from mosaic.rendering.cases.reading import load_cases, read_cases
+from mosaic.reports.figures import case_panel, reference_side
+from tests.icc import rgb_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, SCALE = 16, 0.9
@@ -57,7 +59,7 @@ def picture(path: Path, colour: int) -> Path:
     return path
 
 
-BYTES = 8 * 8 * 3 + SIZE * SIZE * 3  # of one that is kept
+BYTES = 3 * (SIZE**2 + 256**2 + 128**2)  # of one that is kept
 
 
 @pytest.mark.parametrize(("room", "decodings"), [(4, 4), (3, 5), (1, 7), (0, 12)])
@@ -68,8 +70,31 @@ def test_memory_is_bounded(room: int, decodings: int, counted: Counter, tmp_path
         pictures.load(path)
     for path in paths:
         for _ in range(2):
-            assert np.asarray(pictures.use(path, pictures.digests[path]).image)[0, 0, 0] == int(path.stem)
+            assert pictures.use(path, pictures.digests[path]).tiles[256].getpixel((0, 0)) == (int(path.stem),) * 3
     assert sum(count for key, count in counted.items() if key[0] == "decoded") == decodings
+
+
+def test_only_small_copies_of_large_pictures_are_kept(tmp_path: Path) -> None:
+    """And the panels drawn from them are those of the whole pictures."""
+    paths = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (700 + 90 * number, 500, 3), np.uint8)).save(path)
+    pictures = ReferencePictures(SIZE, SCALE)
+    kept = [pictures.load(path) for path in paths]
+    assert max(max(one.size) for picture in kept for one in (picture.prepared.picture, *picture.tiles.values())) == 256
+    for count in (1, 2):
+        small, whole = [picture.tiles[reference_side(count)] for picture in kept[:count]], [load_image(path) for path in paths[:count]]
+        assert case_panel(small, whole[0], "a").tobytes() == case_panel(whole, whole[0], "a").tobytes()
+
+
+def test_what_was_done_to_read_a_picture_is_noted(tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((8, 8, 3), 90, np.uint8))
+    image.save(tmp_path / "wide.png", icc_profile=rgb_profile("Wide"))
+    image.save(tmp_path / "plain.png")
+    references = [{"path": "wide.png", "points": [[1, 1]]}, "plain.png", "wide.png"]
+    (tmp_path / "cases.json").write_text(json.dumps(2 * [{"prompt": "a", "references": references}]))
+    notes = read_cases(tmp_path / "cases.json", SIZE, SCALE).notes
+    assert notes == [f"{tmp_path / 'wide.png'}: its colours are converted to sRGB from Wide."]
 
 
 def test_points_need_no_second_decoding(counted: Counter, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The reference pictures of a run: each is read, decoded and prepared once, by the check of the cases, and kept until it is rendered."""
+"""The reference pictures of a run: each is decoded and prepared once, alone, by the check of the cases, and kept until it is rendered."""
 
 import hashlib
 from collections import OrderedDict
@@ -7,25 +7,28 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mosaic.images import PreparedReference, decode_image, read_picture
+from mosaic.images import PreparedReference, decode_image, read_picture, reading_notes
+from mosaic.reports.figures import TILE_SIDES, tile
 
 MOST_BYTES = 512 * 2**20
 
 
 class ReferencePicture(NamedTuple):
-    """A reference picture.
+    """What is kept of a reference picture; its file's pixels are not, of which there may be a hundred million.
 
     Attributes:
-        image: As its file holds it.
         prepared: As the model sees it.
+        tiles: The whole picture as panels show it, by the side of the tile in px.
+        notes: What was done to read it, where its user may not expect that.
     """
 
-    image: Image.Image
     prepared: PreparedReference
+    tiles: dict[int, Image.Image]
+    notes: tuple[str, ...]
 
 
 class ReferencePictures:
-    """Decoded and prepared pictures by the SHA-256 of their files.
+    """Prepared pictures by the SHA-256 of their files.
 
     A cases file may name more pictures than fit into memory. When `MOST_BYTES` of pixels are kept, one that was rendered from makes room
     for the next, and while there is none, what comes is not kept: it is decoded again when it is rendered. Cases are checked and rendered
@@ -33,6 +36,7 @@ class ReferencePictures:
 
     Attributes:
         digests: SHA-256 of the files that were loaded, in hex.
+        notes: What was done to read them, of those where it needs to be said.
     """
 
     def __init__(self, size: int, scale: float, most_bytes: int = MOST_BYTES) -> None:
@@ -45,6 +49,7 @@ class ReferencePictures:
         """
         self._size, self._scale, self._most_bytes = size, scale, most_bytes
         self.digests: dict[Path, str] = {}
+        self.notes: dict[Path, tuple[str, ...]] = {}
         self._waiting: dict[str, ReferencePicture] = {}
         self._used: OrderedDict[str, ReferencePicture] = OrderedDict()  # the one whose last use is longest ago comes first
         self._num_bytes = 0
@@ -58,7 +63,10 @@ class ReferencePictures:
         """
         data = read_picture(path)
         digest = self.digests[path] = hashlib.sha256(data).hexdigest()
-        return self._find(digest) or self._decode(data, digest, path)
+        picture = self._find(digest) or self._decode(data, digest, path)
+        if picture.notes:
+            self.notes[path] = picture.notes
+        return picture
 
     def use(self, path: Path, digest: str) -> ReferencePicture:
         """The picture of a file, to render from it.
@@ -87,7 +95,8 @@ class ReferencePictures:
         """Decode and prepare a picture, and keep it if there is room."""
         image = decode_image(data, str(path))
         try:
-            picture = ReferencePicture(image, PreparedReference.make(image, self._size, self._scale))
+            prepared = PreparedReference.make(image, self._size, self._scale)
+            picture = ReferencePicture(prepared, {side: tile(image, side) for side in TILE_SIDES}, reading_notes(image))
         except (ValueError, MemoryError) as error:
             raise ValueError(f"{path}: {error}") from error
         needed = _num_bytes(picture)
@@ -100,6 +109,5 @@ class ReferencePictures:
 
 
 def _num_bytes(picture: ReferencePicture) -> int:
-    """Bytes of pixels, those of 8 bits per channel taken as such."""
-    image, prepared = picture.image, picture.prepared.picture
-    return image.width * image.height * len(image.getbands()) + 3 * prepared.width * prepared.height
+    """Bytes of pixels."""
+    return 3 * (picture.prepared.size**2 + sum(side**2 for side in picture.tiles))

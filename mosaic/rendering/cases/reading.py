@@ -17,6 +17,7 @@ from mosaic.rendering.cases.shapes import IMAGE_PATHS, PROMPT, REFERENCES, Entry
 
 MAX_INDEX = 999_999_999  # the index names files
 MAX_FILE = 64 * 2**20  # bytes
+MAX_NOTES = 20  # on pictures that are shown
 LINES = (".jsonl", ".ndjson")
 
 
@@ -161,6 +162,8 @@ def read_cases(path: str | Path, reference_size: int = 512, reference_scale: flo
     notes = [f"{path}: {', '.join(sorted(unused))} of its cases: of no use here, since pictures are named by index."] if unused else []
     if unnamed:
         notes.append(f'{path}: cases after a grid have no "index": their names and seeds change when the grid grows. Give them one.')
+    told = [f"{picture}: {note}." for picture, found in pictures.notes.items() for note in found]
+    notes += told[:MAX_NOTES] + ([f"{path}: {len(told) - MAX_NOTES} more notes on pictures."] if len(told) > MAX_NOTES else [])
     return CaseFile(list(cases.values()), list(problems.values()), notes, pictures)
 
 
