@@ -123,8 +123,7 @@ def read_panel(manifest: Manifest, row: Row) -> tuple[Panel, bytes]:
     target = manifest.read_target(row)
     if not has_square_cells((target.height, target.width), row.target_grid):
         raise ValueError(f"{row.place}.target_grid: its cells must be about square to be composed, got a target of {target.size} px.")
-    drawn = manifest.read_mask(row, 0, target)
-    mask = None if drawn is None else np.asarray(drawn.convert("L")) > 127
+    mask = manifest.read_mask(row, 0, target)
     points = manifest.read_points(row)
     reference = manifest.folder.read(entry.image, f"{row.place}.references[0].image")
     return Panel(row.prompt, target, row.target_grid, None if points is None else points[0].numpy(), mask), reference

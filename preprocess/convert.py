@@ -109,6 +109,8 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
                 break
         if not written:
             raise ValueError(f"{args.src}: no sample could be converted ({len(invalid.problems)} are invalid).")
+        for line in writer.remarks():
+            print(f"note: {line}", file=sys.stderr)
         if invalid.problems:
             invalid.write(invalid_list(args.dest))
     return written, len(invalid.problems)

@@ -32,6 +32,7 @@ class Inspection:
         masks: Per reference bool [N] over the cells of `target_grid`, where the reference is seen; None where no mask is known.
         missing: Parts that the data set lacks for this sample ("mask", "points").
         scores: Per reference what matching recorded, by name ("cyclic", "agreement"); () where it recorded nothing.
+        mask_problems: Per reference "empty" or "full" where its mask is that, else "".
     """
 
     id: str
@@ -44,6 +45,7 @@ class Inspection:
     masks: tuple[Tensor | None, ...]
     missing: tuple[str, ...] = ()
     scores: tuple[dict[str, float], ...] = ()
+    mask_problems: tuple[str, ...] = ()
 
 
 @dataclass
@@ -123,7 +125,7 @@ def fingerprint(image: Image.Image) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def touched_cells(mask: Image.Image, grid: Grid) -> Tensor:
-    """bool [N]: the cells of a grid of which a mask (white where the subject is) covers any part."""
-    covered = torch.from_numpy((np.asarray(mask.convert("L")) > 127).astype(np.float32))[None, None]
+def touched_cells(mask: np.ndarray, grid: Grid) -> Tensor:
+    """bool [N]: the cells of a grid of which a mask, bool [H, W], covers any part."""
+    covered = torch.from_numpy(mask.astype(np.float32))[None, None]
     return torch.nn.functional.adaptive_max_pool2d(covered, tuple(grid)).flatten() > 0

@@ -4,16 +4,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from mosaic.files import replacing
 from mosaic.images import to_rgb
 from mosaic.method.grids import Grid
-from mosaic.pipeline.attention_report import Line, PictureAttention
+
+if TYPE_CHECKING:  # pictures are drawn without torch, and the check of the cases draws some
+    from torch import Tensor
+
+    from mosaic.pipeline.attention_report import Line, PictureAttention
 
 TILE = 256  # px, side of a picture in a panel
 TILE_SIDES = (TILE, TILE // 2)  # of a case's only reference, and of one of several
@@ -29,7 +33,7 @@ def colour_name(k: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*LINE_COLOURS[k % len(LINE_COLOURS)])
 
 
-def tensor_to_image(image: Tensor) -> Image.Image:
+def tensor_to_image(image: "Tensor") -> Image.Image:
     """float [3, H, W] in [-1, 1] -> RGB picture."""
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
@@ -96,7 +100,7 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Im
 
 
 def attention_panel(
-    references: Sequence[Image.Image], result: Image.Image, attention: PictureAttention, lines: Sequence[Line] | None = None
+    references: Sequence[Image.Image], result: Image.Image, attention: "PictureAttention", lines: "Sequence[Line] | None" = None
 ) -> Image.Image:
     """One row per reference: its picture with points, lines to the rows' peaks in the result, and a heat map of its subject's mean row.
 
@@ -137,7 +141,7 @@ def token_position(index: int, grid: Grid, size: tuple[int, int], corner: tuple[
     return corner[0] + left + x * width, corner[1] + top + y * height
 
 
-def heat_map(image: Image.Image, row: Tensor, grid: Grid, side: int = TILE) -> Image.Image:
+def heat_map(image: Image.Image, row: "Tensor", grid: Grid, side: int = TILE) -> Image.Image:
     """A tile of the picture, in light grey, with a row of attention over it in red, the darker the more; the row's maximum is fully red."""
     weights = row.reshape(grid.rows, grid.columns).float().cpu().numpy()
     weights = weights / max(float(weights.max()), 1e-8)

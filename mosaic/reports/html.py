@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mosaic.reports.figures import colour_name
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -24,8 +26,6 @@ DIGEST = re.compile(re.escape(BEGINNING) + '([0-9a-f]+)">')
 def environment(folder: Path = TEMPLATES) -> "Environment":
     """The templates of a folder, which may build on those of this one."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # most commands write no page
-
-    from mosaic.reports.figures import colour_name  # and torch
 
     loader = FileSystemLoader([folder, TEMPLATES])
     found = Environment(

@@ -1,12 +1,8 @@
 """The pictures of a sample, as matching needs them."""
 
-import numpy as np
-
 from mosaic.data import Manifest, Row
 from preprocess.matching.samples import ReferencePicture, SamplePictures
 from preprocess.matching.settings import MAX_GRID
-
-MASK_THRESHOLD = 127  # a mask's pixel counts above the middle (data fact A6)
 
 
 def read_pictures(manifest: Manifest, row: Row) -> SamplePictures:
@@ -23,7 +19,5 @@ def read_pictures(manifest: Manifest, row: Row) -> SamplePictures:
     for k, entry in enumerate(row.references):
         place = f"{row.place}.references[{k}]"
         image = manifest.read_picture(entry.image, f"{place}.image")
-        drawn = manifest.read_mask(row, k, target)
-        mask = None if drawn is None else np.asarray(drawn.convert("L")) > MASK_THRESHOLD
-        references.append(ReferencePicture(image, entry.grid, mask))
+        references.append(ReferencePicture(image, entry.grid, manifest.read_mask(row, k, target)))
     return SamplePictures(target, row.target_grid, references)

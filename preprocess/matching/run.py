@@ -98,16 +98,19 @@ def match_share(manifest: Manifest, share: range, layout: Layout, extractors: Se
     progress = tqdm(
         todo, desc="matching", unit="sample", initial=len(share) - len(todo), total=len(share), disable=not state.is_main_process
     )
-    num_references = num_empty = 0
+    num_references = num_empty = num_hidden = 0
     for row in (manifest.row(index) for index in progress):
         digest = manifest.digest(row)  # before the pictures are read, so that a change until then shows the next time
-        counts = layout.match(row, read_pictures(manifest, row), digest, extractors, sample_seed(seed, row.id))
+        pictures = read_pictures(manifest, row)
+        num_hidden += sum(one.target_mask is not None and not one.target_mask.any() for one in pictures.references)
+        counts = layout.match(row, pictures, digest, extractors, sample_seed(seed, row.id))
         num_references, num_empty = num_references + len(counts), num_empty + counts.count(0)
     changed = f", {len(again)} of them again, for their pictures or grids have changed ({shown_ids(again)})" if again else ""
+    hidden = f", {num_hidden} of them since their masks are empty" if num_hidden else ""
     kept = f", {unknown} of these by an earlier version, which did not note their pictures" if unknown else ""
     return (
         f"{len(todo)} samples matched{changed}, {len(share) - len(todo)} were finished before{kept}; "
-        f"{num_empty} of {num_references} references have no points"
+        f"{num_empty} of {num_references} references have no points{hidden}"
     )
 
 

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from mosaic.data.masks import decode_mask
 from mosaic.data.multi_reference.records import ReferenceRecord, SampleRecord
 from mosaic.files import read_text
-from mosaic.images import load_image
+from mosaic.images import read_picture
 from preprocess.sources.invalid import InvalidSamples
 from preprocess.sources.listing import Listing, formats_in_words, is_picture
 from preprocess.sources.pairs import unmatched_sample
@@ -145,7 +144,7 @@ def _sample(folder: Path, listing: Listing, split: str, grid: int) -> SampleReco
     references = []
     for label, picture in files.references.items():
         mask = files.masks.get(label)
-        shown = None if mask is None else np.asarray(load_image(mask).convert("L")) > 127
+        shown = None if mask is None else decode_mask(read_picture(mask), str(mask))
         references.append(ReferenceRecord(picture, mask=shown))
     metadata = {"source": "folder", "folder": folder.name}
     return unmatched_sample(files.target, references, read_text(files.prompt), metadata, split, grid)

@@ -4,11 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mosaic.data import Manifest, ReferenceRecord, SampleRecord
 from mosaic.files import parse_json, shown
-from preprocess.matching.rows import MASK_THRESHOLD
 from preprocess.sources.invalid import InvalidSamples
 
 
@@ -34,8 +31,7 @@ def _sample(manifest: Manifest, index: int) -> SampleRecord:
     target, references = manifest.read_target(row), []
     for k, (entry, stored) in enumerate(zip(row.references, values["references"], strict=True)):
         place = f"{row.place}.references[{k}]"
-        drawn = manifest.read_mask(row, k, target)
-        mask = None if drawn is None else np.asarray(drawn.convert("L")) > MASK_THRESHOLD
+        mask = manifest.read_mask(row, k, target)
         references.append(
             ReferenceRecord(
                 manifest.folder.read(entry.image, f"{place}.image"),

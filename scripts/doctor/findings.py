@@ -57,6 +57,9 @@ class Findings:
     unreadable: list[Unreadable] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
     masks: Coverage = field(default_factory=Coverage)
+    empty_masks: list[str] = field(default_factory=list)
+    full_masks: list[str] = field(default_factory=list)
+    without_chance: int = 0
     missing: Counter = field(default_factory=Counter)
     references: Counter = field(default_factory=Counter)
     counts: list[int] = field(default_factory=list)
@@ -84,6 +87,9 @@ class Findings:
             return
         self.coverage.add(found.id, found.points)
         self.masks.add(found.id, [mask if mask is not None else () for mask in found.masks])
+        self.empty_masks += [found.id for problem in found.mask_problems if problem == "empty"]
+        self.full_masks += [found.id for problem in found.mask_problems if problem == "full"]
+        self.without_chance += sum(p == "empty" and not len(pairs) for p, pairs in zip(found.mask_problems, found.points, strict=False))
         self.missing.update(found.missing)
         self.references[len(found.references)] += 1
         self.counts += [len(pairs) for pairs in found.points]
@@ -106,9 +112,15 @@ class Findings:
         """Why training should not start on this data; empty where it may."""
         reasons = []
         if self.coverage.share < self.training.min_coverage:
+            cure = "find them with preprocess/match.py, or put the missing files in place"
+            if self.without_chance:
+                cure = (
+                    f"{self.without_chance} of those without have an empty mask (samples {', '.join(self.empty_masks[:3])}), where "
+                    "matching can find none: mend these masks or leave them out first, then match"
+                )
             reasons.append(
                 f"{self.coverage.with_points} of {self.coverage.references} references ({self.coverage.share:.1%}) have points, "
-                f"{self.training.min_coverage:.0%} are wanted: find them with preprocess/match.py, or put the missing files in place"
+                f"{self.training.min_coverage:.0%} are wanted: {cure}"
             )
         if self.unreadable:
             reasons.append(f"{len(self.unreadable)} of {self.samples} samples cannot be read")
@@ -174,6 +186,8 @@ def summarise(findings: Findings) -> dict[str, Any]:
             "missing": dict(findings.missing),
             "examples_without_points": findings.coverage.examples[:EXAMPLES],
         },
+        "empty_masks": {"count": len(findings.empty_masks), "examples": findings.empty_masks[:EXAMPLES]},
+        "full_masks": {"count": len(findings.full_masks), "examples": findings.full_masks[:EXAMPLES]},
         "references_per_sample": {str(k): number for k, number in references.items()},
         "points_per_reference": {
             "min": int(counts.min()),

@@ -26,6 +26,8 @@ def rows(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "references per sample", _numbers([(f"{k}", number) for k, number in summary["references_per_sample"].items()], "samples")
     yield "references with points", _with_examples(f"{coverage['points']:.1%}", coverage["examples_without_points"], "none in")
     yield "references with masks", f"{coverage['masks']:.1%}"
+    for kind in ("empty", "full"):
+        yield f"{kind} masks", _counted(summary[f"{kind}_masks"]["count"], summary[f"{kind}_masks"]["examples"])
     yield "missing parts", _numbers([*coverage["missing"].items()], "samples") or "none"
     yield "points per reference", f"median {points['median']:g}, mean {points['mean']:.1f}, {points['min']} to {points['max']}"
     yield f"fewer than {FEW_POINTS} points", f"{points[f'below_{FEW_POINTS}']} references"

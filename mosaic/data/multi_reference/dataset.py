@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mosaic.data.inspection import Inspection, touched_cells
+from mosaic.data.masks import mask_problem
 from mosaic.data.multi_reference.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
 from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.multi_reference.rows import Row
@@ -152,8 +153,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         references = [
             self.manifest.read_picture(entry.image, f"{row.place}.references[{k}].image") for k, entry in enumerate(row.references)
         ]
-        drawn = [self.manifest.read_mask(row, k, target) for k in range(len(row.references))]
-        masks = [None if mask is None else touched_cells(mask, row.target_grid) for mask in drawn]
+        masks = [self.manifest.read_mask(row, k, target) for k in range(len(row.references))]
         points = self.manifest.read_points(row)
         self.manifest.check_digest(row)
         return Inspection(
@@ -164,7 +164,8 @@ class MultiReferenceDataset(Dataset[Sample]):
             points=tuple(torch.zeros(0, 2, dtype=torch.long) for _ in references) if points is None else tuple(points),
             reference_grids=tuple(entry.grid for entry in row.references),
             target_grid=row.target_grid,
-            masks=tuple(masks),
+            masks=tuple(None if mask is None else touched_cells(mask, row.target_grid) for mask in masks),
+            mask_problems=tuple("" if mask is None else mask_problem(mask) for mask in masks),
             missing=() if points is not None else ("points",),
             scores=self.manifest.read_match_scores(row),
         )

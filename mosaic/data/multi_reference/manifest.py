@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 from torch import Tensor
 
+from mosaic.data.masks import decode_mask
 from mosaic.data.multi_reference.columns import Geometry, Table, summarise
 from mosaic.data.multi_reference.parquet_table import ParquetTable
 from mosaic.data.multi_reference.points_file import most_bytes, pictures_of, read_match_scores, read_stored_points
@@ -151,8 +152,8 @@ class Manifest:
             )
         return picture
 
-    def read_mask(self, row: Row, k: int, target: Image.Image) -> Image.Image | None:
-        """Read the mask of reference k of a row, None if there is none.
+    def read_mask(self, row: Row, k: int, target: Image.Image) -> np.ndarray | None:
+        """Read the mask of reference k of a row: bool [height, width], True where it is seen; None if there is none.
 
         Args:
             row: The row.
@@ -161,16 +162,20 @@ class Manifest:
 
         Raises:
             FileNotFoundError: It is missing.
-            ValueError: As `read_picture`; or it has another size than the target.
+            ValueError: As `read_picture`; or its meaning is not known (`mosaic.data.masks`), or it has another size than the target.
         """
         name, place = row.references[k].mask, f"{row.place}.references[{k}].mask"
         if name is None:
             return None
-        mask = self.read_picture(name, place)
-        if mask.size != target.size:
+        data = self.folder.read(name, place)
+        try:
+            mask = decode_mask(data, name)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if mask.shape != (target.height, target.width):
             raise ValueError(
                 f"{place}: a mask must have its target's size, {target.height} x {target.width} px (height x width), but {name} has "
-                f"{mask.height} x {mask.width}. Make it anew from {row.target}, upright."
+                f"{mask.shape[0]} x {mask.shape[1]}. Make it anew from {row.target}, upright."
             )
         return mask
 

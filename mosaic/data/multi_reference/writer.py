@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from mosaic.data.masks import mask_picture, mask_problem
 from mosaic.data.multi_reference.manifest import FORMAT, VERSION
 from mosaic.data.multi_reference.records import Picture, ReferenceRecord, SampleRecord
 from mosaic.data.multi_reference.rows import MAX_GRID_SIDE, MAX_JSON, MAX_REFERENCES, MAX_TEXT
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
 from mosaic.files import save_tensors
-from mosaic.images import decode_image, read_picture, to_rgb
+from mosaic.images import decode_image, read_picture, reading_notes, to_rgb
 from mosaic.locks import new_folder, refuse_existing
 
 ROWS_PER_GROUP = 1000
@@ -73,6 +75,8 @@ class DatasetWriter:
         self._pictures = pictures
         self._rows: list[dict[str, object]] = []
         self._ids: set[str] = set()
+        self._notes: Counter[str] = Counter()
+        self._masks: dict[str, list[str]] = {"empty": [], "full": []}
         self._table: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "DatasetWriter":
@@ -94,6 +98,19 @@ class DatasetWriter:
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._ids
+
+    def remarks(self) -> list[str]:
+        """What the user should know of the pictures and masks that were written, a line each."""
+        lines = [f"{count} pictures: {note}" for note, count in self._notes.most_common()]
+        meanings = {
+            "empty": "their references are seen nowhere, so that matching finds no points",
+            "full": "right where a subject fills it",
+        }
+        for problem, samples in self._masks.items():
+            if samples:
+                more = ", ..." if len(samples) > 5 else ""
+                lines.append(f"{len(samples)} masks are {problem} ({meanings[problem]}), of the samples {', '.join(samples[:5])}{more}")
+        return lines
 
     def add(self, sample: SampleRecord) -> None:
         """Write the files of one sample and keep its row for the manifest.
@@ -118,6 +135,10 @@ class DatasetWriter:
         if len(metadata) > MAX_JSON:
             raise ValueError(f"sample {sample.id!r}: metadata must have at most {MAX_JSON} characters as JSON, got {len(metadata)}")
         self._ids.add(sample.id)
+        self._notes.update(note for picture in decoded for note in reading_notes(picture))
+        for reference in sample.references:
+            if reference.mask is not None and (problem := mask_problem(np.asarray(reference.mask) > 0)):
+                self._masks[problem].append(sample.id)
         row: dict[str, object] = {
             "id": sample.id,
             "split": sample.split,
@@ -151,7 +172,7 @@ class DatasetWriter:
     def _write_reference(self, sample_id: str, k: int, reference: ReferenceRecord, picture: Image.Image) -> dict[str, object]:
         mask = None
         if reference.mask is not None:
-            drawn = Image.fromarray((np.asarray(reference.mask) > 0).astype(np.uint8) * 255)
+            drawn = mask_picture(reference.mask)
             mask = self._write_picture(drawn, drawn, f"{sample_id}_mask{k}")
         return {
             "image": self._write_picture(reference.image, picture, f"{sample_id}_ref{k}"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mosaic.data.inspection import Inspection
+from mosaic.data.masks import mask_problem
 from mosaic.data.samples import Sample
 from mosaic.data.semalign.ids import deflate_library, open_ids, pixel_digest
 from mosaic.data.semalign.points import FIELD_GRID, FIELD_TOKEN, consensus_points, corner_cells, release_points, vote_points
@@ -207,6 +208,7 @@ class SemAlignDataset(Dataset[Sample]):
             target_grid=FIELD_GRID,
             masks=(mask,),
             missing=found.missing,
+            mask_problems=("" if found.mask is None else mask_problem(np.asarray(found.mask) > 0),),
         )
 
     def row_number(self, index: int) -> int:

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mosaic.data.masks import decode_mask, mask_picture
 from mosaic.data.semalign.points import FIELD_GRID
 from mosaic.data.semalign.zip_members import ZipMembers
-from mosaic.images import decode_image
 
 MAX_BYTES = 16 * 2**20  # of one mask or coordinate file, unpacked; the released ones have less than 100 KiB
 
@@ -134,16 +134,16 @@ def _require_small(data: bytes) -> None:
 
 
 def read_mask(store: Store | None, sample_id: str) -> Image.Image | None:
-    """Read the mask of a target, None if there is none.
+    """Read the mask of a target as a picture of 0 and 255, None if there is none.
 
     Raises:
-        ValueError: The file is damaged, or the mask is not square.
+        ValueError: The file is damaged or of unknown meaning (`mosaic.data.masks`), or the mask is not square.
     """
     name = f"{sample_id}.png"
     if store is None or (data := store.read(name)) is None:
         return None
     try:
-        mask = decode_image(data, name)
+        mask = mask_picture(decode_mask(data, name))
     except ValueError as error:
         raise ValueError(f"{store.place(name)}: {error}") from error
     if mask.width != mask.height:
