@@ -144,7 +144,7 @@ def _grey_mask(values: np.ndarray, top: float, place: str) -> np.ndarray:
         return np.ones(values.shape, bool)
     if top > 255 and distinct[0] >= 0 and 127 < distinct[-1] <= 255:  # 8 bits in more
         top = 255
-    seen, faint = values > top / 2, (values != 0) & (values <= top / 2)
+    seen, faint = values > top / 2, (values != distinct[0]) & (values <= top / 2)
     flat = faint[1:, 1:] & (values[1:, 1:] == values[:-1, 1:]) & (values[1:, 1:] == values[1:, :-1])
     labels = len(distinct) <= FEW and faint.sum() > seen.sum() and 2 * flat.sum() > faint.sum()
     if distinct[0] < 0 or not seen.any() or labels:
