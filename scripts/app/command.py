@@ -24,8 +24,21 @@ from mosaic.config.loading import Config, load_config
 if TYPE_CHECKING:
     import gradio
 
+    from scripts.app.guard import Listeners
+
 # Gradio rewrites the selectors of CSS files, and then these no longer reach its own containers.
 NARROW = "@media (max-width: 640px) { .gradio-container { padding: 12px !important } .gradio-container .main { padding: 0 !important } }"
+# Over Gradio's theme, whose grey and whose buttons are too faint to read (4.5 to 1 is asked for).
+COLOURS = {
+    "body_text_color_subdued": "#475569",
+    "body_text_color_subdued_dark": "#cbd5e1",
+    "input_placeholder_color": "#5b677a",
+    "input_placeholder_color_dark": "#cbd5e1",
+    "block_label_text_color": "#475569",
+    "block_title_text_color": "#475569",
+    "button_primary_background_fill": "#4f46e5",
+    "button_primary_background_fill_hover": "#4338ca",
+}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -82,6 +95,7 @@ def served(config: Config, folder: Path, host: str, port: int | None) -> Iterato
     import torch
 
     from scripts.app.examples import load_examples
+    from scripts.app.guard import Listeners
     from scripts.app.handlers import Handlers
     from scripts.app.layout import Page
     from scripts.app.sessions import Sessions
@@ -92,16 +106,17 @@ def served(config: Config, folder: Path, host: str, port: int | None) -> Iterato
     for problem in problems:
         print(f"note: no example: {' '.join(problem.splitlines())}", file=sys.stderr)
     studio, sessions = Studio.load(config, device), Sessions(folder / "pictures")
-    page = Page(Handlers(studio, sessions), examples, device.type)
+    listeners = Listeners()
+    page = Page(Handlers(studio, sessions, listeners.__contains__), examples, device.type)
     try:
-        yield launch(page.blocks, folder, host, port)
+        yield launch(page.blocks, folder, host, port, listeners)
     finally:
         page.blocks.close(verbose=False)
         sessions.close()
         studio.close()
 
 
-def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None) -> str:
+def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None, listeners: "Listeners") -> str:
     """Start the server in a thread; returns the page's address."""
     import gradio
 
@@ -123,10 +138,10 @@ def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None) -
         max_file_size=MAX_BYTES,
         enable_monitoring=False,
         favicon_path=FOLDER / "icon.svg",
-        theme=gradio.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **FONTS),
+        theme=gradio.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **FONTS).set(**COLOURS),
         css_paths=[FOLDER / "style.css"],
         head=f"<style>{NARROW}</style><script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",
-        app_kwargs={"middleware": middleware(host if host not in LOOPBACK else None)},
+        app_kwargs={"middleware": middleware(host if host not in LOOPBACK else None, listeners)},
         **options,
     )
     return address

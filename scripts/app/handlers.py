@@ -1,7 +1,8 @@
 """What happens on the page, without the page: pictures come in, runs begin, are watched and cancelled."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from scripts.app.sessions import FinishedPicture, Session, Sessions
@@ -10,6 +11,7 @@ from scripts.app.studio import Run, Studio
 from scripts.app.views import notice, progress
 
 POLL_SECONDS = 0.5
+PATIENCE = 5.0  # s that a run goes on while nobody listens
 
 
 class Watched(NamedTuple):
@@ -33,37 +35,59 @@ class Handlers:
         runs: Runs by the id that the server gives to a loaded page; closing or reloading that page cancels its run.
     """
 
-    def __init__(self, studio: Studio, sessions: Sessions) -> None:
-        self.studio, self.sessions, self.config = studio, sessions, studio.config
+    def __init__(self, studio: Studio, sessions: Sessions, listens: Callable[[str], bool] = lambda page: True) -> None:
+        """Bind them.
+
+        Args:
+            studio: Renders.
+            sessions: Of all tabs.
+            listens: Whether somebody reads what the server tells a loaded page; runs that nobody waits for are cancelled.
+        """
+        self.studio, self.sessions, self.config, self._listens = studio, sessions, studio.config, listens
         self.runs: dict[str, Run] = {}
+        self._starting = threading.Lock()  # two tabs of one session never get one number
 
     def add(self, session: Session, paths: Sequence[str]) -> str:
-        """Take uploaded files as references; returns what to say about those that cannot be taken."""
-        return notice(session.take(paths, self.config.data.reference_size, self.config.inference.reference_scale).problems)
+        """Take uploaded files as references; returns what to say about those that cannot be taken, or were read in an unexpected way."""
+        taken = session.take(paths, self.config.data.reference_size, self.config.inference.reference_scale)
+        notes = [f"{upload.name}: {note}." for upload in taken.uploads for note in upload.notes]
+        return notice(taken.problems) + notice(notes, "quiet")
 
-    def start(self, page: str, session: Session, state: PageState, num_shown: int) -> Run:
+    def start(self, page: str, session: Session, state: PageState, shown: Sequence[str]) -> Run:
         """Begin a picture.
 
+        Args:
+            page: Id of the loaded page.
+            session: Its tab's.
+            state: Its fields.
+            shown: SHA-256 of the references that it shows, in order.
+
         Raises:
-            ValueError: A field does not fit.
+            ValueError: A field does not fit, the session has other references, or a picture of it is on its way.
         """
-        if page in self.runs and not self.runs[page].ended:
-            raise ValueError("This page has a picture on its way already. Wait for it or cancel it.")
-        if num_shown != len(session.references):
-            raise ValueError("References: this page was left alone for too long and its pictures are gone. Drop them again.")
-        form = make_form(state, num_shown)
-        run = self.studio.submit(form, session.references, session.num_pictures, bool(state.settings["attention"]))
-        session.num_pictures += 1
-        session.run = self.runs[page] = run
+        with self._starting:
+            references = session.references
+            mine, last = self.runs.get(page), session.run
+            if (mine is not None and not mine.ended) or (last is not None and not last.ended and not last.cancel_asked):
+                raise ValueError("This page has a picture on its way already. Wait for it or cancel it.")
+            if tuple(shown) != tuple(upload.sha256 for upload in references):
+                if not references:
+                    raise ValueError("References: this page was left alone for too long and its pictures are gone. Drop them again.")
+                raise ValueError("References: they were changed in another tab of this page. Reload this one to see them.")
+            run = self.studio.submit(make_form(state, len(references)), references, session.num_pictures, bool(state.settings["attention"]))
+            session.num_pictures += 1
+            session.run = self.runs[page] = run
         return run
 
     def watch(self, page: str, session: Session, run: Run) -> Iterator[Watched]:
         """Looks at a run until it has ended; a picture is kept. One who stops looking cancels it."""
         note = notice([run.note], "quiet") if run.note else ""
         try:
-            while not run.ended:
+            alone = 0.0
+            while not run.ended and alone < PATIENCE:
                 yield Watched(progress(run, self.studio.num_before(run)) + note, False)
                 run.wait(POLL_SECONDS)
+                alone = 0.0 if self._listens(page) else alone + POLL_SECONDS
             if run.result is not None:
                 yield Watched(note, True, session.keep(run.result))
             else:

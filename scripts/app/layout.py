@@ -17,6 +17,7 @@ from scripts.app.views import attention_note, card, drop_help, header, notice, p
 FOLDER = Path(__file__).resolve().parent
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 FONTS = {"font": ("system-ui", "-apple-system", "Segoe UI", "sans-serif"), "font_mono": ("ui-monospace", "Menlo", "Consolas", "monospace")}
+PLACEHOLDER = "Describe the picture, for example: a bird in a meadow"
 SMALL_PICTURE = 256  # px; smaller ones are shown with hard pixels
 
 
@@ -28,7 +29,7 @@ class Page:
         self.blocks = gr.Blocks(title="MOSAIC", analytics_enabled=False, delete_cache=(60, 600), fill_width=True)
         with self.blocks:
             self.token, self.saved = gr.Textbox(visible=False), gr.Textbox(visible=False)
-            self.num_shown, self.selected = gr.State(0), gr.State(0)
+            self.shown = gr.State(())
             model, lora = self.config.model.pretrained, self.config.inference.lora
             is_pocket = Path(model).resolve().match("assets/pocket/flux")
             gr.HTML(header("pocket" if is_pocket else public_name(model), lora and public_name(lora), device, is_pocket))
@@ -61,7 +62,7 @@ class Page:
         usual = default_state(self.config).settings
         limits = size_limits(self.config, self.handlers.studio.vae_scale_factor)
         gr.HTML(title("Prompt", "write <bag> for the reference named bag"))
-        self.prompt = gr.Textbox("", show_label=False, lines=3, max_length=10_000, placeholder="a bird in a meadow", elem_id="m-prompt")
+        self.prompt = gr.Textbox("", show_label=False, lines=3, max_length=10_000, placeholder=PLACEHOLDER, elem_id="m-prompt")
         with gr.Row(elem_id="m-actions"):
             self.generate = gr.Button("Generate", variant="primary", elem_id="m-generate", scale=3)
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="m-cancel", scale=1, min_width=90)
@@ -130,7 +131,7 @@ class Page:
 
     @property
     def _slots(self) -> list[gr.components.Component]:
-        return [self.num_shown, *self.cards, *self.pictures]
+        return [self.shown, *self.cards, *self.pictures]
 
     @property
     def _shown_picture(self) -> list[gr.components.Component]:
@@ -155,7 +156,10 @@ class Page:
             outputs = [self.upload_notice, self.status, *self._slots, *self.settings]
             self.dataset.click(self.show_example, [self.token, self.dataset], outputs, **HIDDEN)
         outputs = [self.status, *buttons, self.seed, self.gallery, *self._shown_picture]
-        gr.on([self.generate.click, self.prompt.submit], self.draw, [*tab, self.num_shown], outputs, concurrency_limit=None, **HIDDEN)
+        gr.on([self.generate.click, self.prompt.submit], self.draw, [*tab, self.shown], outputs, concurrency_limit=None, **HIDDEN)
+        # What was said of the fields is told no longer once one of them changes.
+        changed = [*(part.input for part in self.settings), self.drop.upload, *(button.click for button in self.removes)]
+        gr.on(changed, None, None, [self.status], js="() => ''", **HIDDEN)
         self.cancel.click(self.stop, None, [self.cancel], **HIDDEN)
         self.gallery.select(self.select, [self.token], self._shown_picture, **HIDDEN)
 
@@ -196,13 +200,13 @@ class Page:
     def draw(self, token: str, request: gr.Request, *fields: Any) -> Iterator[dict[Any, Any]]:
         """Generate was clicked."""
         page, handlers = request.session_hash, self.handlers
-        *values, num_shown = fields
+        *values, shown = fields
         ready = {self.generate: gr.update(interactive=True), self.cancel: gr.update(interactive=False)}
         try:
             session, state = handlers.sessions.get(token), _state(values)
             if state.settings["new_seed"]:
                 state.settings["seed"] = random_seed()
-            run = handlers.start(page, session, state, num_shown)
+            run = handlers.start(page, session, state, shown)
         except ValueError as error:
             yield {self.status: notice([str(error)]), **ready}
             return
@@ -222,9 +226,9 @@ class Page:
         return gr.update(interactive=False)
 
     def select(self, token: str, event: gr.SelectData) -> list[Any]:
-        """A picture of the gallery was chosen."""
-        pictures = self.handlers.sessions.get(token).pictures
-        return _picture(pictures[event.index] if 0 <= event.index < len(pictures) else None)
+        """A picture of the gallery was chosen, which may not show all that the session has by now."""
+        image = event.value.get("image") if isinstance(event.value, dict) else None
+        return _picture(self.handlers.sessions.get(token).picture(str(image.get("path")) if isinstance(image, dict) else ""))
 
 
 def _state(values: Sequence[Any]) -> PageState:
@@ -240,7 +244,7 @@ def _slots(session: Session) -> list[Any]:
     uploads = session.references
     slots = [*uploads, *[None] * (MAX_REFERENCES - len(uploads))]
     shown = [gr.update(visible=upload is not None) for upload in slots]
-    return [len(uploads), *shown, *[card(position, upload) for position, upload in enumerate(slots)]]
+    return [tuple(upload.sha256 for upload in uploads), *shown, *[card(position, upload) for position, upload in enumerate(slots)]]
 
 
 def _gallery(session: Session) -> list[Any]:

@@ -1,13 +1,28 @@
 // What the browser does by itself: the tab's secret token, its settings over a reload, pictures dropped or pasted anywhere on the page.
+const tabs = new BroadcastChannel("mosaic");
+const tab = crypto.getRandomValues(new Uint32Array(4)).join();
+let own = null; // the token, once it is known that no other tab has it
+let taken = false;
+tabs.onmessage = ({ data }) => {
+  if (data.asks && data.token === own) tabs.postMessage({ to: data.asks });
+  if (data.to === tab) taken = true;
+};
 window.mosaic = {
-  // The token and the settings of this tab, for the server's first answer.
-  restore() {
+  // The token and the settings of this tab, for the server's first answer. A duplicated tab has the token of the first one: it asks for it,
+  // and makes its own if that one answers.
+  async restore() {
     let token = sessionStorage.getItem("mosaic.token");
+    if (token && token !== own) {
+      tabs.postMessage({ asks: tab, token });
+      await new Promise((done) => setTimeout(done, 250));
+      if (taken) token = null;
+    }
     if (!token) {
       const bytes = crypto.getRandomValues(new Uint8Array(24));
       token = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
       sessionStorage.setItem("mosaic.token", token);
     }
+    own = token;
     return [token, sessionStorage.getItem("mosaic.settings") || ""];
   },
   remember(...values) {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mosaic.rendering.recipe import Recipe, png_text
 from mosaic.reports.figures import save_picture
 from scripts.app.studio import Rendered, Run
-from scripts.app.uploads import MAX_REFERENCES, Taken, Upload, take_uploads
+from scripts.app.uploads import MAX_REFERENCES, RecentUploads, Taken, Upload, take_uploads
 
 MAX_SESSIONS = 32
 MAX_PICTURES = 24  # per session
@@ -42,8 +42,8 @@ class FinishedPicture(NamedTuple):
 class Session:
     """One tab: its references in memory, its finished pictures in a folder, newest first, and the run it waits for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recent: RecentUploads) -> None:
+        self.folder, self._recent = folder, recent
         self.references: tuple[Upload, ...] = ()
         self.pictures: tuple[FinishedPicture, ...] = ()
         self.num_pictures = 0  # ever made; numbers them
@@ -59,7 +59,7 @@ class Session:
     def take(self, paths: Sequence[str], size: int, scale: float) -> Taken:
         """Add uploaded files to the references as far as there is room; see `take_uploads`."""
         with self._lock:
-            taken = take_uploads(paths, MAX_REFERENCES - len(self.references), size, scale)
+            taken = take_uploads(paths, MAX_REFERENCES - len(self.references), size, scale, self._recent)
             self.references += tuple(taken.uploads)
         return taken
 
@@ -89,6 +89,10 @@ class Session:
                 file.unlink(missing_ok=True)
         return picture
 
+    def picture(self, path: str) -> FinishedPicture | None:
+        """The finished picture of a file, None where it is not kept any more."""
+        return next((picture for picture in self.pictures if picture.path.name == Path(path).name), None)
+
     def close(self) -> None:
         """Cancel the run and remove everything."""
         if self.run is not None:
@@ -103,6 +107,7 @@ class Sessions:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._sessions: dict[str, Session] = {}
+        self._recent = RecentUploads()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._sweep_regularly, name="idle sessions", daemon=True).start()
@@ -117,7 +122,7 @@ class Sessions:
             raise ValueError("This page was opened without JavaScript or is damaged. Reload it.")
         with self._lock:
             closed = self._sweep(MAX_SESSIONS - (token not in self._sessions))
-            session = self._sessions.setdefault(token, Session(self.folder / hashlib.sha256(token.encode()).hexdigest()[:32]))
+            session = self._sessions.setdefault(token, Session(self.folder / hashlib.sha256(token.encode()).hexdigest()[:32], self._recent))
             session.last_used = time.monotonic()
         for old in closed:
             old.close()

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +13,14 @@ from typing import NamedTuple
 from PIL import Image
 
 from mosaic.files import in_one_line
-from mosaic.images import PreparedReference, decode_image
+from mosaic.images import PreparedReference, decode_image, reading_notes
 from mosaic.reports.figures import tile
 
 MAX_REFERENCES = 6
 MAX_BYTES = 20 * 2**20  # per file
 MAX_PIXELS = 50_000_000
 MAX_NAME = 60  # letters of a file name that are kept
+MAX_RECENT = 32  # uploads that are remembered
 THUMBNAIL = 192  # px
 
 
@@ -29,12 +32,14 @@ class Upload(NamedTuple):
         sha256: Of the file's content, in hex.
         prepared: As the model sees it.
         thumbnail: A small white square with the picture, as a data URI.
+        notes: What was done to read it, where its user may not expect that.
     """
 
     name: str
     sha256: str
     prepared: PreparedReference
     thumbnail: str
+    notes: tuple[str, ...] = ()
 
 
 class Taken(NamedTuple):
@@ -44,7 +49,38 @@ class Taken(NamedTuple):
     problems: list[str]
 
 
-def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale: float) -> Taken:
+class RecentUploads:
+    """What was read of the last uploads. Gradio names a file after its content, so that equal uploads of two users are one file, which is
+    removed once it is read for one of them; the other gets what was read then.
+    """
+
+    def __init__(self) -> None:
+        self._read: OrderedDict[Path, Upload | str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, size: int, scale: float) -> Upload:
+        """Read a file, or remember what was read of it; arguments and errors are those of `read_upload`."""
+        found: Upload | str
+        with self._lock:
+            known = self._read.get(path)
+        if known is not None and not path.exists():
+            found = known
+        else:
+            try:
+                found = read_upload(path, size, scale)
+            except (ValueError, MemoryError) as error:
+                found = in_one_line(error)
+        with self._lock:
+            self._read[path] = found
+            self._read.move_to_end(path)
+            while len(self._read) > MAX_RECENT:
+                self._read.popitem(last=False)
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+
+def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale: float, recent: RecentUploads) -> Taken:
     """Read uploaded files and remove all of them, whatever they hold.
 
     Args:
@@ -52,6 +88,7 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
         room: How many more references there may be.
         size: Side in pixels for which references will be prepared.
         scale: Share of that side that the subject's long side will fill.
+        recent: Uploads of all users, which grow.
     """
     taken = Taken([], [])
     try:
@@ -59,7 +96,7 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
             try:
                 if len(taken.uploads) == room:
                     raise ValueError(f"{file_name(path)}: there are at most {MAX_REFERENCES} references. Remove one first.")
-                taken.uploads.append(read_upload(path, size, scale))
+                taken.uploads.append(recent.read(path, size, scale))
             except (ValueError, OSError, MemoryError) as error:
                 taken.problems.append(in_one_line(error))
     finally:  # not earlier: Gradio stores equal files once
@@ -87,7 +124,7 @@ def read_upload(path: Path, size: int, scale: float) -> Upload:
         prepared = PreparedReference.make(image, size, scale)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Upload(name, hashlib.sha256(data).hexdigest(), prepared, thumbnail(image))
+    return Upload(name, hashlib.sha256(data).hexdigest(), prepared, thumbnail(image), reading_notes(image))
 
 
 def thumbnail(image: Image.Image) -> str:

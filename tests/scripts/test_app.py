@@ -1,5 +1,6 @@
 """The page without a browser: uploads, the form, runs, sessions, the state over a reload, the HTML, the guard; Gradio only where said."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,7 +25,9 @@ from mosaic.pipeline.prompt_lengths import TextWindow
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.recipe import KEY, read_recipe
 from mosaic.rendering.recipes import case_jobs, shared_recipe
+from mosaic.reports.figures import LINE_COLOURS, colour_name, ink_name, luminance
 from scripts.app import command as app
+from scripts.app import handlers as app_handlers
 from scripts.app import sessions as app_sessions
 from scripts.app import state as app_state
 from scripts.app import studio as app_studio
@@ -33,10 +36,11 @@ from scripts.app import views as app_views
 from scripts.app.examples import Example, load_examples
 from scripts.app.form import Form, plan_picture, size_limits
 from scripts.app.handlers import Handlers
-from scripts.app.sessions import MAX_PICTURES, MAX_SESSIONS, Sessions
+from scripts.app.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from scripts.app.studio import CANCELLED, DONE, FAILED, WAITING, Run, Studio
-from scripts.app.uploads import MAX_REFERENCES, Upload, read_upload, take_uploads
+from scripts.app.uploads import MAX_REFERENCES, RecentUploads, Upload, read_upload, take_uploads
 from tests import tiny
+from tests.icc import rgb_profile
 from tests.recipes import entry, make_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +87,7 @@ def test_files_are_read_checked_and_removed(tmp_path: Path) -> None:
     good.write_bytes(png())
     text.write_text("hello")
     empty.touch()
-    taken = take_uploads([text, good, empty, tmp_path / "gone.png"], 6, SIZE, SCALE)
+    taken = take_uploads([text, good, empty, tmp_path / "gone.png"], 6, SIZE, SCALE, RecentUploads())
     assert [item.name for item in taken.uploads] == ["good.png"]
     assert taken.uploads[0].sha256 == hashlib.sha256(png()).hexdigest()
     expected = PreparedReference.make(decode_image(png(), "good.png"), SIZE, SCALE)
@@ -104,7 +108,7 @@ def test_files_are_limited_in_number_bytes_pixels_and_shape(tmp_path: Path, monk
     for name, data in pictures.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "over.png").write_bytes(png())
-    taken = take_uploads([tmp_path / name for name in (*pictures, "over.png")], 1, SIZE, SCALE)
+    taken = take_uploads([tmp_path / name for name in (*pictures, "over.png")], 1, SIZE, SCALE, RecentUploads())
     assert [item.name for item in taken.uploads] == ["fits.png"]
     big, wide, line, over = taken.problems
     assert big == "big.png: must have at most 1 MiB. Make it smaller."
@@ -121,13 +125,13 @@ def test_files_are_removed_after_an_error_of_ours_too(tmp_path: Path, monkeypatc
     (tmp_path / "a.png").write_bytes(png())
     monkeypatch.setattr(app_uploads, "read_upload", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        take_uploads([tmp_path / "a.png"], 6, SIZE, SCALE)
+        take_uploads([tmp_path / "a.png"], 6, SIZE, SCALE, RecentUploads())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_file_may_come_twice(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    taken = take_uploads([tmp_path / "a.png"] * 3, 2, SIZE, SCALE)
+    taken = take_uploads([tmp_path / "a.png"] * 3, 2, SIZE, SCALE, RecentUploads())
     assert len(taken.uploads) == 2
     assert taken.problems == ["a.png: there are at most 6 references. Remove one first."]
     assert list(tmp_path.iterdir()) == []
@@ -380,7 +384,7 @@ def test_a_picture_is_kept_with_its_recipe_until_the_session_ends(studio: Studio
     assert handlers.add(session, [str(tmp_path / "in.png")]) == ""
     state = app_state.default_state(studio.config)
     state.settings.update(prompt="a cat", num_inference_steps=2, image_guidance_scale=1.0, width=32)
-    looks = list(handlers.watch("page", session, handlers.start("page", session, state, 1)))
+    looks = list(handlers.watch("page", session, handlers.start("page", session, state, shown(session))))
     assert [look.ended for look in looks] == [False] * (len(looks) - 1) + [True]
     kept = looks[-1].picture
     assert read_recipe(kept.path) == kept.recipe.to_json()
@@ -399,9 +403,9 @@ def test_one_who_stops_looking_cancels(stuck: tuple[Studio, Stuck], tmp_path: Pa
     handlers, session = Handlers(studio, sessions), sessions.get(TOKEN)
     state = app_state.default_state(studio.config)
     state.settings.update(prompt="a cat")
-    run = handlers.start("page", session, state, 0)
+    run = handlers.start("page", session, state, ())
     with pytest.raises(ValueError, match="has a picture on its way already"):
-        handlers.start("page", session, state, 0)
+        handlers.start("page", session, state, ())
     looks = handlers.watch("page", session, run)
     next(looks)
     looks.close()
@@ -416,16 +420,98 @@ def test_closing_a_page_cancels_its_run_only(stuck: tuple[Studio, Stuck], tmp_pa
     handlers = Handlers(studio, sessions)
     state = app_state.default_state(studio.config)
     state.settings.update(prompt="a cat")
-    mine, other = handlers.start("page", sessions.get(TOKEN), state, 0), handlers.start("other", sessions.get("b" * 48), state, 0)
+    mine, other = handlers.start("page", sessions.get(TOKEN), state, ()), handlers.start("other", sessions.get("b" * 48), state, ())
     handlers.cancel("page")
     handlers.cancel("unknown")
     assert (mine.cancel_asked, other.cancel_asked) == (True, False)
 
 
+def shown(session: Session) -> tuple[str, ...]:
+    """What a page knows of the references that it shows."""
+    return tuple(one.sha256 for one in session.references)
+
+
+def test_a_tab_never_draws_what_another_one_put_in(stuck: tuple[Studio, Stuck], tmp_path: Path) -> None:
+    """Two tabs of one session, with as many pictures each."""
+    studio = stuck[0]
+    handlers = Handlers(studio, Sessions(tmp_path))
+    session, state = handlers.sessions.get(TOKEN), app_state.default_state(studio.config)
+    state.settings.update(prompt="a cat", num_inference_steps=1)
+    session.replace([upload("mine.png")])
+    mine = shown(session)
+    session.replace([upload("theirs.png", (0, 0, 200))])
+    with pytest.raises(ValueError, match="References: they were changed in another tab of this page. Reload this one to see them."):
+        handlers.start("page", session, state, mine)
+    assert handlers.runs == {}
+    run = handlers.start("other", session, state, shown(session))
+    with pytest.raises(ValueError, match="has a picture on its way already"):
+        handlers.start("page", session, state, shown(session))
+    run.cancel()
+    after = handlers.start("page", session, state, shown(session))
+    assert [one.job.name for one in (run, after)] == ["case_000", "case_001"]
+
+
+def test_a_picture_is_found_by_its_file_whatever_another_tab_has_made_since(tmp_path: Path) -> None:
+    session = Sessions(tmp_path).get(TOKEN)
+    older, newer = (app_views.FinishedPicture(tmp_path / f"{name}.png", None, None, make_recipe(), 1.0) for name in ("older", "newer"))
+    session.pictures = (newer, older)
+    assert session.picture("/gradio_api/file=/tmp/x/older.png") is older
+    assert session.picture("") is session.picture("gone.png") is None
+
+
+def test_runs_that_nobody_listens_to_make_room(stuck: tuple[Studio, Stuck], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_handlers, "PATIENCE", 0.02)
+    monkeypatch.setattr(app_handlers, "POLL_SECONDS", 0.01)
+    studio = stuck[0]
+    handlers = Handlers(studio, Sessions(tmp_path), {"here"}.__contains__)
+    state = app_state.default_state(studio.config)
+    state.settings.update(prompt="a cat", num_inference_steps=1)
+    runs = {name: handlers.start(name, handlers.sessions.get(letter * 48), state, ()) for name, letter in (("gone", "b"), ("here", "c"))}
+    for name in runs:
+        looks = handlers.watch(name, handlers.sessions.get(TOKEN), runs[name])
+        for _ in range(5):
+            next(looks, None)
+    assert {name: run.cancel_asked for name, run in runs.items()} == {"gone": True, "here": False}
+    looks.close()
+
+
+def test_equal_uploads_of_two_users(tmp_path: Path) -> None:
+    """Gradio keeps both in one file, named after its content, which the first one who takes it removes."""
+    sessions = Sessions(tmp_path / "sessions")
+    good, bad = tmp_path / "a.png", tmp_path / "b.png"
+    good.write_bytes(png())
+    bad.write_text("hello")
+    first, second = (sessions.get(letter * 48).take([str(good), str(bad)], SIZE, SCALE) for letter in "ab")
+    assert not good.exists()
+    assert [one.sha256 for one in second.uploads] == [one.sha256 for one in first.uploads] == [hashlib.sha256(png()).hexdigest()]
+    assert second.problems == first.problems
+    assert "no known picture format" in second.problems[0]
+    good.write_bytes(png((1, 2, 3)))  # what is there is read anew
+    assert sessions.get("c" * 48).take([str(good)], SIZE, SCALE).uploads[0].sha256 == hashlib.sha256(png((1, 2, 3))).hexdigest()
+
+
+def test_remembered_uploads_are_few(tmp_path: Path) -> None:
+    recent = RecentUploads()
+    for number in range(app_uploads.MAX_RECENT + 1):
+        (tmp_path / f"{number}.png").write_bytes(png())
+        take_uploads([tmp_path / f"{number}.png"], 1, SIZE, SCALE, recent)
+    with pytest.raises(ValueError, match=r"0\.png: the upload was lost"):
+        recent.read(tmp_path / "0.png", SIZE, SCALE)
+    assert recent.read(tmp_path / "1.png", SIZE, SCALE).name == "1.png"
+
+
+def test_what_was_done_to_read_an_upload_is_said(studio: Studio, tmp_path: Path) -> None:
+    handlers = Handlers(studio, Sessions(tmp_path / "sessions"))
+    Image.new("RGB", (8, 8), "navy").save(tmp_path / "a.png", icc_profile=rgb_profile("Wide"))
+    said = handlers.add(handlers.sessions.get(TOKEN), [str(tmp_path / "a.png")])
+    assert "m-quiet" in said
+    assert "a.png: its colours are converted to sRGB from Wide." in said
+
+
 def test_lost_references_are_noticed(studio: Studio, tmp_path: Path) -> None:
     handlers = Handlers(studio, Sessions(tmp_path))
     with pytest.raises(ValueError, match="left alone for too long and its pictures are gone. Drop them again."):
-        handlers.start("page", handlers.sessions.get(TOKEN), app_state.default_state(studio.config), 2)
+        handlers.start("page", handlers.sessions.get(TOKEN), app_state.default_state(studio.config), ("a", "b"))
 
 
 def test_sessions_are_limited_and_end_when_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,7 +619,55 @@ def test_views_of_nothing() -> None:
     assert "once there is one" in app_views.attention_note(None)
 
 
-def test_leakage_table_says_what_lies_elsewhere() -> None:
+def contrast(first: tuple[float, ...], second: tuple[float, ...]) -> float:
+    """Of two colours, from 1 to 21 (WCAG 2)."""
+    low, high = sorted(luminance(colour) for colour in (first, second))
+    return (high + 0.05) / (low + 0.05)
+
+
+def rgb(text: str) -> tuple[int, ...]:
+    digits = text.removeprefix("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    return tuple(bytes.fromhex(digits))
+
+
+def test_everything_can_be_read() -> None:
+    """At least 4.5 to 1 for every text, on all that it may stand on."""
+    assert contrast(rgb("#94a3b8"), rgb("#fff")) == pytest.approx(2.56, abs=0.01)  # Gradio's own grey
+    light, dark = ("#fff", "#f8fafc", "#f1f5f9"), ("#0a0f1e", "#0f172a", "#1e293b", "#334155")  # slate, as the theme has it
+    for name, colour in app.COLOURS.items():
+        if "button" in name:
+            assert contrast(rgb(colour), rgb("#fff")) >= 4.5, name
+        for ground in dark if name.endswith("_dark") else light if "text" in name or "placeholder" in name else ():
+            assert contrast(rgb(colour), rgb(ground)) >= 4.5, (name, ground)
+    for k in range(len(LINE_COLOURS)):
+        assert contrast(rgb(colour_name(k)), rgb(ink_name(k))) >= 4.5
+    style = (ROOT / "scripts/app/style.css").read_text(encoding="utf-8")
+    rules = re.findall(r"background: (#\w+); color: (#\w+)", style)
+    assert len(rules) == 2  # errors, light and dark
+    for ground, text in rules:
+        assert contrast(rgb(ground), rgb(text)) >= 4.5
+    blue = rgb(re.search(r"color-mix\(in srgb, (#\w+) var\(--share\), #fff\)", style)[1])
+    for percent in range(101):
+        cell = app_views.view("leakage_table", [[percent / 100]]).split("<td class=")[1]
+        share = int(re.search(r"--share:(\d+)%", cell)[1]) / 100
+        ground = tuple(share * channel + 255 * (1 - share) for channel in blue)
+        assert contrast(ground, rgb("#fff" if "m-strong" in cell else "#000")) >= 4.5, percent
+
+
+def test_the_page_speaks_as_the_report_does() -> None:
+    report = (ROOT / "mosaic/reports/templates/figures.html.jinja").read_text(encoding="utf-8")
+    table = app_views.view("leakage_table", [[0.5, 0.25], [0.0, 1.0]])
+    caption = re.search("<caption>(.*?)</caption>", table)[1]
+    assert caption in report
+    assert "nobody&rsquo;s" in table
+    assert "nobody&rsquo;s" in report
+    assert "rgba(29,78,137," in report
+    assert "#1d4e89" in (ROOT / "scripts/app/style.css").read_text(encoding="utf-8")
+    assert rgb("#1d4e89") == (29, 78, 137)
+
+
+def test_leakage_table_says_what_lies_on_nobodys_tokens() -> None:
     table = app_views.view("leakage_table", [[0.5, 0.25], [0.0, 1.0]])
     assert [cell.split("</td>")[0].rsplit(">", 1)[-1] for cell in table.split("<td")[2:]] == ["50 %", "25 %", "25 %", "0 %", "100 %", "0 %"]
 
@@ -597,13 +731,13 @@ def test_the_guard_refuses_large_uploads_foreign_addresses_and_hosts() -> None:
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
-    from scripts.app.guard import MAX_BODY, middleware
+    from scripts.app.guard import MAX_BODY, MAX_JSON, Listeners, middleware
 
     async def answer(request: Any) -> PlainTextResponse:
         return PlainTextResponse("in")
 
     routes = [Route("/{path:path}", answer, methods=["GET", "POST"])]
-    local, public = (starlette.Starlette(routes=routes, middleware=middleware(host)) for host in (None, "0.0.0.0"))
+    local, public = (starlette.Starlette(routes=routes, middleware=middleware(host, Listeners())) for host in (None, "0.0.0.0"))
 
     def status(server: Any, path: str, method: str = "GET", host: str = "127.0.0.1:7860", **headers: str) -> tuple[int, dict]:
         sent: list[dict] = []
@@ -627,7 +761,39 @@ def test_the_guard_refuses_large_uploads_foreign_addresses_and_hosts() -> None:
     assert status(local, upload_path, "POST", content_length="1000")[0] == 200
     assert status(local, upload_path, "POST", content_length=str(MAX_BODY + 1))[0] == 413
     assert status(local, upload_path, "POST")[0] == 411
+    join = "/gradio_api/queue/join"
+    assert status(local, join, "POST", content_length="1000")[0] == 200
+    assert status(local, join, "POST", content_length=str(MAX_JSON + 1))[0] == 413
+    assert status(local, join, "POST", content_length=str(300 * 2**20))[0] == 413
+    assert status(local, join, "POST", content_length="9" * 5000)[0] == 413
+    assert status(local, join, "POST", transfer_encoding="chunked")[0] == 411
+    assert status(local, "/gradio_api/run/x", "PUT", content_length=str(MAX_JSON + 1))[0] == 413
     assert status(local, "/gradio_api/file=https://evil.example/x")[0] == 403
+
+
+def test_the_guard_knows_which_pages_listen() -> None:
+    pytest.importorskip("starlette", reason="comes with Gradio")
+    import asyncio
+
+    from scripts.app.guard import Guard, Listeners
+
+    listeners, seen = Listeners(), []
+
+    async def server(scope: Any, *_: Any) -> None:
+        seen.append({page for page in ("one", "two") if page in listeners})
+        if scope["path"].endswith("data"):
+            raise ConnectionResetError
+
+    guard = Guard(server, listeners)
+    for path, query in (
+        ("/gradio_api/heartbeat/one", b""),
+        ("/gradio_api/queue/data", b"session_hash=two"),
+        ("/gradio_api/queue/join", b""),
+    ):
+        with contextlib.suppress(ConnectionResetError):
+            asyncio.run(guard({"type": "http", "method": "GET", "path": path, "query_string": query, "headers": []}, None, None))
+    assert seen == [{"one"}, {"two"}, set()]
+    assert {page for page in ("one", "two") if page in listeners} == set()
 
 
 def test_read_upload_is_bounded_by_the_number_of_references() -> None:

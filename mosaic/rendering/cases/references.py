@@ -115,7 +115,7 @@ def check_text(value: Any, place: str, max_letters: int = MAX_TEXT) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{place}: must be a string, got {shown(value)}.")
     if not value.strip():
-        raise ValueError(f"{place}: must not be empty, got {shown(value)}.")
+        raise ValueError(f"{place}: must not be empty{f', got {shown(value)}' if value else ''}.")
     if len(value) > max_letters:
         raise ValueError(f"{place}: must have at most {max_letters} letters, got {len(value)}.")
     if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
