@@ -94,7 +94,7 @@ def embedded_profile(picture: Image.Image, data: bytes) -> bytes | None:
         ValueError: Instead of a profile the file has codes of colours that are not like those of sRGB.
     """
     profile = picture.info.get("icc_profile") or _unread_profile(picture, data)
-    if profile:
+    if profile and isinstance(profile, bytes):  # a PNG's text may have that name
         return profile
     at = data.find(b"cICP", 0, max(0, data.find(b"IDAT"))) + 4 if picture.format == "PNG" else data.find(b"colrnclx") + 8
     step = 1 if picture.format == "PNG" else 2

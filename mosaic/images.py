@@ -30,7 +30,9 @@ DARKEST = 4095
 
 AGAIN = "Save or download it again."
 
-_DEEP, _WHITE, _SEVERAL = "deep", "white", "several"  # what `decode_image` keeps in a picture's `info`, for `to_rgb` and `reading_notes`
+# What `decode_image` keeps in a picture's `info`, for `to_rgb` and `reading_notes`; a PNG can put texts there, by any name without a NUL.
+_NUMBERS = ("transparency", "icc_profile", "gamma", "srgb")
+_DEEP, _WHITE, _SEVERAL = "\0deep", "\0white", "\0several"
 
 
 class _Unfit(ValueError):
@@ -103,7 +105,8 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
             image = ImageOps.exif_transpose(picture)
             image.load()
             image.format = picture.format
-            image.info |= facts
+            # A PNG's texts stand in `info` too, by names that they choose.
+            image.info = {key: value for key, value in image.info.items() if not (key in _NUMBERS and isinstance(value, str))} | facts
     except Exception as error:  # decoders of damaged files raise all kinds of errors, and each of them means the same here
         raise ValueError(f"the file cannot be decoded as a picture: {name} ({_reason(error, data)}).{_cure(error)}") from error
     return image

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from mosaic import images
 from mosaic.images import decode_image, load_image, prepare_reference, reading_notes, to_rgb
@@ -119,6 +120,14 @@ def test_every_mode_follows_a_profile(mode: str) -> None:
             assert np.abs(np.asarray(to_rgb(image)) - (colours * alpha + 255 * (1 - np.asarray(alpha)))).max() < 1.6
 
 
+def test_the_white_around_a_subject_stays_white() -> None:
+    image = Image.new("RGB", (20, 20), "white")
+    image.paste((200, 60, 40), (5, 5, 10, 10))
+    plain = np.asarray(prepare_reference(image, 40))
+    image.info["icc_profile"] = P3
+    assert np.array_equal((np.asarray(prepare_reference(image, 40)) == 255).all(axis=-1), (plain == 255).all(axis=-1))
+
+
 def test_cmyk_follows_its_profile() -> None:
     image = Image.merge("CMYK", [Image.new("L", (2, 1)) for _ in range(4)])
     image.putpixel((1, 0), (0, 0, 0, 128))
@@ -179,6 +188,18 @@ def test_codes_of_other_colours_are_refused() -> None:
     wide = decode_image(png_with(b"gAMA", struct.pack(">I", 100_000), plain), "c.png")
     assert reading_notes(wide) == ("its gamma of 1 is not followed: its values are taken as sRGB",)
     assert reading_notes(decode_image(png_with(b"gAMA", struct.pack(">I", 45_455), plain), "d.png")) == ()
+
+
+@pytest.mark.parametrize("key", ["transparency", "icc_profile", "gamma", "srgb", "white", "\\0white", "several", "deep"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
+def test_texts_of_a_png_are_no_facts(key: str, mode: str) -> None:
+    """Pillow keeps them beside what it knows of a file, by the names that the file gives them."""
+    image = Image.fromarray(np.full((5, 6), 40_000, np.uint16)) if mode == "I;16" else Image.new("RGB", (6, 5), "teal").convert(mode)
+    texts = PngInfo()
+    texts.add_text(key, "1000")
+    found = decode_image(saved(image, "PNG", pnginfo=texts), "a.png")
+    assert reading_notes(found) == ()
+    assert to_rgb(found).tobytes() == to_rgb(image).tobytes()
 
 
 GREY = np.array([[0, 1000, 40_000, 65_535]])
