@@ -60,16 +60,15 @@ class RecentUploads:
 
     def read(self, path: Path, size: int, scale: float) -> Upload:
         """Read a file, or remember what was read of it; arguments and errors are those of `read_upload`."""
-        found: Upload | str
         with self._lock:
-            known = self._read.get(path)
-        if known is not None and not path.exists():
-            found = known
-        else:
+            found = self._read.get(path)
+        if found is None or path.exists():
             try:
                 found = read_upload(path, size, scale)
             except (ValueError, MemoryError) as error:
                 found = in_one_line(error)
+                if not path.exists():
+                    raise
         with self._lock:
             self._read[path] = found
             self._read.move_to_end(path)
