@@ -139,6 +139,7 @@ def test_two_references_give_a_picture_with_attention_and_recipe(page: Any, serv
     assert page.inner_text(".m-error") == "Prompt: <slug> names no reference of this case. The names here: taxi."
 
     page.fill("#m-prompt textarea", "a <taxi> and a snail in a meadow")
+    page.wait_for_selector(".m-error", state="detached")  # what is mended is told no longer
     page.click("#m-generate")
     page.wait_for_selector("#m-panel img")
     assert page.locator(".m-error").count() == 0
@@ -226,8 +227,28 @@ def test_pictures_are_pasted(page: Any) -> None:
     shown(page, 1)
 
 
+def test_a_duplicated_tab_is_a_session_of_its_own(page: Any, server: tuple[str, Path]) -> None:
+    drop(page, picture("mug_mint*"))
+    shown(page, 1)
+    token = page.evaluate("sessionStorage.getItem('mosaic.token')")
+    other = page.context.new_page()
+    other.add_init_script(f"sessionStorage.getItem('mosaic.token') || sessionStorage.setItem('mosaic.token', '{token}')")
+    other.goto(server[0])
+    other.wait_for_function(f"sessionStorage.getItem('mosaic.token') !== '{token}'")
+    drop(other, picture("fish_plum*"))
+    shown(other, 1)
+    assert page.locator(".m-card figcaption").all_inner_texts() == ["mug_mint_dots_none.png"]
+    page.reload()
+    shown(page, 1)
+    assert page.evaluate("sessionStorage.getItem('mosaic.token')") == token
+    assert page.locator(".m-card figcaption").all_inner_texts() == ["mug_mint_dots_none.png"]
+
+
 def test_a_narrow_screen_needs_no_sideways_scrolling(page: Any) -> None:
+    cards = "[...document.querySelectorAll('#m-examples tr')]"
+    assert page.evaluate(f"{cards}.every((card) => card.scrollWidth <= card.clientWidth)"), "six references stay in their card"
     page.set_viewport_size({"width": 400, "height": 800})
+    assert page.locator("#m-examples").bounding_box()["y"] < page.locator("#m-prompt").bounding_box()["y"], "examples come first"
     page.locator("#m-examples tbody tr").nth(9).click()
     shown(page, 6)
     assert page.evaluate("document.documentElement.scrollWidth") == 400
