@@ -494,6 +494,16 @@ def test_a_schema_that_contradicts_its_columns(tmp_path: Path) -> None:
         MultiReferenceDataset(manifest.parent, **OPTIONS)
 
 
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    root = write(tmp_path / "d", record(0, 1), record(1, 1))
+    (root / "images/loop.png").symlink_to(root / "images/loop.png")
+    rewritten(root, lambda number, row: row.update(target=["x" * 300, "images/loop.png"][number]))
+    dataset = MultiReferenceDataset(root, **OPTIONS)
+    for index, reason in enumerate(("File name too long", "links lead in a circle|Too many levels of symbolic links|file not found")):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"manifest\.parquet\[{index}\] .*\.target: .*({reason})"):
+            dataset[index]
+
+
 def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
     root = write(tmp_path / "d", record(0, 1))
     table = pq.read_table(root / "manifest.parquet")

@@ -9,7 +9,7 @@ import fsspec
 from fsspec.core import split_protocol, url_to_fs
 
 from mosaic.data.handles import PerProcess
-from mosaic.files import path_below
+from mosaic.files import path_below, shown
 from mosaic.images import MAX_FILE
 
 DESCRIPTION, MANIFEST = "dataset.json", "manifest.parquet"
@@ -93,8 +93,13 @@ class Folder:
         """Return the address of a file; a local one must be a regular file within the root, since a pipe would block for ever."""
         if not self.is_local:
             return self.path(relative)
-        path = self.local_path(relative, place)
-        if path.exists() and not path.is_file():
+        try:
+            path = self.local_path(relative, place)
+            is_other = path.exists() and not path.is_file()
+        except (OSError, RuntimeError) as error:  # a name that no file can have, or links in a circle
+            reason = getattr(error, "strerror", None) or "links lead in a circle"
+            raise ValueError(f"{place}: the file cannot be read ({reason}): {shown(relative)}.") from error
+        if is_other:
             raise ValueError(f"{place}: must be a file, but it is a folder or a device: {self.path(relative)}.")
         return str(path)
 
