@@ -24,7 +24,7 @@ from mosaic.training.checkpoints.checkpoint import CheckpointError, folder_of, l
 from mosaic.training.checkpoints.run_state import describe_run, require_same_run
 from mosaic.training.checkpoints.snapshot import restore_snapshot, take_snapshot
 from mosaic.training.checkpoints.writer import CheckpointWriter
-from mosaic.training.distributed.comparison import check_adapter, check_base
+from mosaic.training.distributed.comparison import ProcessesDiffer, check_adapter, check_base
 from mosaic.training.distributed.environment import check_distribution, uses_deepspeed
 from mosaic.training.distributed.sharding import is_sharded, place_models
 from mosaic.training.distributed.waiting import ProcessFailed, failing_together, in_step, main_alone, read_together
@@ -251,7 +251,7 @@ class Trainer:
         with contextlib.closing(loaded), progress:  # in any case: no loading process stays, and an error message begins a line
             try:
                 self._take_steps(read_together(islice(loaded, max(total - self.step, 0)), self._on_any_process), total, progress)
-            except (TrainingStopped, CheckpointError):
+            except (TrainingStopped, CheckpointError, ProcessesDiffer):
                 raise
             except Exception:
                 self._keep_steps()

@@ -19,6 +19,7 @@ from mosaic.training import trainer as training
 from mosaic.training.distributed import comparison, sharding, waiting
 from mosaic.training.distributed.comparison import check_adapter, fingerprint
 from mosaic.training.distributed.waiting import failing_together, gather_words, in_step, main_alone, read_together
+from mosaic.training.updates import Updates
 from scripts.train import main as train_main
 from tests import forks
 from tests.training.test_processes import write_config
@@ -214,7 +215,7 @@ def test_a_fingerprint_sees_values_places_order_and_sizes() -> None:
 def lead_astray(config: str, what: str) -> int:
     """A run of two processes in which the second one is not as the first."""
     if os.environ["RANK"] == "1":
-        load_base, load = training.load_base, training.batches_from
+        load_base, load, apply = training.load_base, training.batches_from, Updates.apply
 
         def other_base(*arguments: Any) -> Any:
             pipeline = load_base(*arguments)
@@ -225,8 +226,15 @@ def lead_astray(config: str, what: str) -> int:
             yield next(load(*arguments))
             raise OSError("sample 3 is damaged")
 
+        def drifting(self: Updates) -> None:
+            apply(self)
+            with torch.no_grad():
+                next(iter(self.parameters.values())).add_(1e-6)
+
         if what == "base":
             training.load_base = other_base
+        elif what == "adapter":
+            Updates.apply = drifting
         else:
             training.batches_from = damaged_data
     return train_main([config])
@@ -236,14 +244,21 @@ def lead_astray(config: str, what: str) -> int:
     ("what", "first", "second"),
     [
         ("base", "the base model's weights must be the same in all processes", "the base model's weights must be the same"),
+        (
+            "adapter",
+            "the adapter's weights at step 2 must be the same in all processes",
+            "the adapter's weights at step 2 must be the same",
+        ),
         ("data", "process 1 has failed: sample 3 is damaged", "error: process 1: sample 3 is damaged"),
     ],
 )
 def test_a_run_ends_on_all_processes_with_the_reason(world: Path, tmp_path: Path, what: str, first: str, second: str) -> None:
-    config, printed = write_config(world, tmp_path / "config.json", "run"), tmp_path / "printed"
+    config, printed = write_config(world, tmp_path / "config.json", "run", checkpoint_every=2), tmp_path / "printed"
     codes = forks.wait(forks.start_ranks(lead_astray, config, what, output=printed, processes=2), 60)
     assert codes == [2, 2], printed.read_text()[-3000:]
     errors = [line for line in printed.read_text().splitlines() if "error: " in line]
     assert len(errors) == 2
     assert any(first in line for line in errors)
     assert any(second in line for line in errors)
+    kept = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
+    assert kept == (["step_00000001"] if what == "data" else [])  # the steps before; none of processes that differ
