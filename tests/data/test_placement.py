@@ -102,6 +102,12 @@ def test_the_subject_is_what_is_not_joined_to_the_border_by_white() -> None:
     grid = Grid(4, 5)
     ring = torch.tensor([6, 7, 8, 11, 13, 16, 17, 18])  # around cell 12, which is white within the subject
     assert subject_cells(drawing(grid, ring), grid).nonzero().flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+    square = Grid(5, 5)
+    open_ring = drawing(square, torch.tensor([6, 7, 8, 11, 16, 17, 18]))  # around cell 12, which is joined to the border by cell 13
+    for turns in range(4):  # whichever way the white comes in
+        turned = open_ring.rotate(90 * turns)
+        assert not subject_cells(turned, square)[12]
+        assert subject_cells(turned, square).sum() == 7
     nearly = Image.new("RGB", (10, 8), (250, 251, 255))
     assert not subject_cells(nearly, grid).any()
     nearly.putpixel((9, 7), (249, 255, 255))  # one pixel that is no white makes its cell a part of the subject
@@ -132,6 +138,10 @@ MISTAKES = {
         ["reference_grid is written wrong: [4, 16] stands there, and the points fit when they are read on [8, 8]"],
     ),
     "transposed": ([inspection(points=moved(inspection(), v=transposed(GRID)))], ["rows and columns are exchanged"]),
+    "transposed on a wide grid": (
+        [inspection(**WIDE, points=moved(inspection(), v=lambda v: transposed(Grid(8, 32))(v // 16 // 2 * 32 + v % 16 * 2)))],
+        ["rows and columns are exchanged"],
+    ),
     "transposed references": ([inspection(points=moved(inspection(), u=transposed(REFERENCE_GRID)))], ["rows and columns are exchanged"]),
     "sides": (
         [inspection(target_grid=Grid(8, 8), points=[pairs.flip(1) for pairs in HALVED], masks=[
@@ -146,6 +156,14 @@ MISTAKES = {
     ),
     "inverted masks": ([inspection(masks=[~mask for mask in inspection().masks])], ["nearly all points of such references lie outside masks that are mostly white"]),
     "black masks": ([inspection(masks=[mask & False for mask in inspection().masks])], ["the masks of 2 of 2 such references are black all over"]),
+    "one of four": (
+        [inspection("good"), inspection("better"), inspection("best"), inspection(points=moved(inspection(), v=transposed(GRID)))],
+        ["rows and columns are exchanged"],
+    ),
+    "nothing but a mask that holds everything": (
+        [inspection(points=moved(inspection(), v=lambda v: v * 37 % 256)), inspection("b", masks=(cells(GRID, torch.arange(256)),) * 2)],
+        ["no other grid or order of the points fits either"],
+    ),
     "nothing of it": (
         [inspection(points=moved(inspection(), v=lambda v: v * 37 % 256))],
         ["no other grid or order of the points fits either: the masks are of other pictures, or the points are wrong"],
@@ -157,6 +175,14 @@ MISTAKES = {
 def test_the_likely_cause_is_named(found: list[Inspection], causes: list[str]) -> None:
     told = [re.search(r"may: (.*)\. Worst: a", reason)[1] for reason in reasons(*found)]
     assert [cause[: len(start)] for cause, start in zip(told, causes, strict=True)] == causes
+
+
+def test_the_worst_come_first() -> None:
+    wide, high = inspection().masks
+    wide[TARGETS[0][:12]] = False
+    assert reasons(inspection("b", masks=(wide, high)), inspection(points=moved(inspection(), v=transposed(GRID))))[0].endswith(
+        "Worst: a, b"
+    )
 
 
 def test_grids_of_samples_may_differ() -> None:

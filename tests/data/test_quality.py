@@ -21,6 +21,8 @@ def test_rank_correlation_by_hand() -> None:
     assert rank_correlation(np.array([1, 2, 3, 4]), np.array([9, 7, 5, 3])) == pytest.approx(-1)
     # Ties share a rank: 1.5, 1.5, 3 against 1, 2, 3 gives 1.5 / sqrt(1.5 * 2).
     assert rank_correlation(np.array([4, 4, 9]), np.array([1, 2, 3])) == pytest.approx(1.5 / np.sqrt(3))
+    # Ranks 1.5, 1.5, 3, 4: 4.5 / sqrt(4.5 * 5).
+    assert rank_correlation(np.array([4, 4, 9, 11]), np.array([1, 2, 3, 4])) == pytest.approx(4.5 / np.sqrt(22.5))
     assert rank_correlation(np.array([5, 5, 5]), np.array([1, 2, 3])) == 0
 
 
@@ -34,6 +36,8 @@ def test_order_that_is_kept_is_coherent(v: torch.Tensor) -> None:
 def test_wrong_points_are_not_coherent() -> None:
     rng = torch.Generator().manual_seed(1)
     shuffled = U[torch.randperm(64, generator=rng)]
+    by_chance = [coherence(points(U[torch.randperm(64, generator=rng)], V), REFERENCE, TARGET) for _ in range(10)]
+    assert min(by_chance) == 0  # a negative correlation is no order
     half = torch.where(torch.rand(64, generator=rng) < 0.5, shuffled, U)
     assert coherence(points(shuffled, V), REFERENCE, TARGET) < 0.1
     assert 0.1 < coherence(points(half, V), REFERENCE, TARGET) < 0.5

@@ -198,6 +198,9 @@ def test_matches_without_order_are_not_fit() -> None:
     assert (summary["verdict"], summary["healthy"]) == ("not fit for training", False)
     assert summary["reasons"][0].startswith("the matches have no spatial order: their coherence is 0.0")
     assert summary["matches"]["incoherent_references"] == 2
+    one, other = matched("c", shuffled(1)), matched("c", ALL)
+    two = replace(one, **{name: getattr(one, name) + getattr(other, name) for name in ("references", "points", "reference_grids", "masks")})
+    assert summarise(collect(two))["matches"]["least_coherent"] == [["c", pytest.approx(0, abs=0.1)]]
     good = summarise(collect(matched("a", ALL), matched("b", ALL.reshape(8, 8).flip(1).flatten())))
     assert (good["verdict"], good["healthy"], good["doubts"]) == ("fit for training", True, [])
     assert (good["matches"]["coherence"], good["matches"]["coverage"], good["matches"]["cyclic"]) == (pytest.approx(1), 1, None)
