@@ -295,7 +295,11 @@ def without_nan(value: Any) -> Any:
 def shown(value: object) -> str:
     """Return a value as JSON on one line, shortened, for messages."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = (
+            json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
+        )  # halves of surrogate pairs cannot be printed
+    except RecursionError:
+        return "a value nested too deeply to be shown"
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -26,6 +26,8 @@ from mosaic.config.sections import (
 )
 from mosaic.files import read_json, shown
 
+LONG_OVERRIDE = 120  # letters, of which messages show no more
+
 __all__ = [
     "LOSS_PRESETS",
     "Config",
@@ -141,7 +143,7 @@ def _parse_override(text: str) -> _Override:
     Raises:
         ValueError: It does not have that form, or names no known section.
     """
-    source = f"--set {text}"
+    source = f"--set {text if len(text) < LONG_OVERRIDE else text[:LONG_OVERRIDE] + '...'}"
     key, equals, raw = text.partition("=")
     section, dot, field = key.strip().partition(".")
     if not (equals and dot and section and field):

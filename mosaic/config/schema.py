@@ -1,11 +1,15 @@
 """The base of all settings: frozen pydantic models, and their errors in one sentence that names setting, condition, value and cure."""
 
+import json
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mosaic.files import nearest, shown
+
+MAX_DEPTH = 4  # of lists in lists, in any setting
+HALF_PAIR = "must be plain text, but it holds half of a surrogate pair: "
 
 
 class FieldError(ValueError):
@@ -64,15 +68,23 @@ class Section(BaseModel):
             super().__init__(**{name: _as_tuples(value) for name, value in values.items()})
         except ValidationError as error:
             raise _first_error(type(self), error, values) from error
+        except UnicodeEncodeError as error:
+            name = next((name for name, value in values.items() if _has_half_pair(value)), "")
+            raise FieldError(f"{self.path}.{name}".strip("."), f"{HALF_PAIR}{shown(values.get(name))}") from error
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with other values of some fields, validated, which pydantic's `model_copy` does not do."""
         return type(self)(**(dict(self) | changes))
 
 
-def _as_tuples(value: Any) -> Any:
-    """JSON's lists as tuples, all the way down."""
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def _as_tuples(value: Any, depth: int = 0) -> Any:
+    """JSON's lists as tuples, as far down as those of any setting go; deeper ones are refused as what they are."""
+    return tuple(_as_tuples(item, depth + 1) for item in value) if isinstance(value, list | tuple) and depth < MAX_DEPTH else value
+
+
+def _has_half_pair(value: Any) -> bool:
+    """Whether there is half of a surrogate pair in it, which JSON can write and UTF-8 cannot."""
+    return any("\ud800" <= letter <= "\udfff" for letter in json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _first_error(section: type[Section], error: ValidationError, given: dict[str, Any]) -> FieldError:
@@ -86,6 +98,8 @@ def _first_error(section: type[Section], error: ValidationError, given: dict[str
     path = f"{section.path}.{name}".lstrip(".")
     if first["type"] == "extra_forbidden":
         return unknown_setting(path, name, section.model_fields)
+    if first["type"] == "string_unicode":
+        return FieldError(path, f"{HALF_PAIR}{shown(given.get(name))}")
     schema, value = section.model_json_schema()["properties"][name], given.get(name)
     cure = nearest(value, _choices(schema)) if isinstance(value, str) else ""
     return FieldError(path, f"must be {_in_words(schema)}, got {shown(value)}{'.' if cure else ''}{cure}")

@@ -456,3 +456,27 @@ def test_every_number_that_takes_memory_or_time_is_bounded() -> None:
         if any("maximum" not in number and "exclusiveMaximum" not in number for number in numbers(schema))
     }
     assert unbounded == free
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("data.root", "a\ud800", r'data\.root must be plain text, but it holds half of a surrogate pair: "a\\ud800"'),
+        ("model.quantization", {"\udfff": 1}, r"model\.quantization must be "),
+        ("data.image_size", json.loads("[" * 900 + "]" * 900), r"data\.image_size must be "),
+        ("loss.capture_blocks", json.loads("[" * 200 + "]" * 200), r"loss\.capture_blocks must be "),
+        ("data.root", 10**30, r"data\.root must be "),
+    ],
+)
+def test_values_that_cannot_be_written_down(field: str, value: object, problem: str) -> None:
+    section, name = field.split(".")
+    with pytest.raises(FieldError, match=problem):
+        from_dict({section: {name: value}})
+
+
+def test_a_long_override_is_not_repeated_in_full(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FieldError) as caught:
+        load_config(tmp_path / "config.json", ["lora.rank=" + "a" * 20_000])
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).startswith("lora.rank must be ")
