@@ -66,9 +66,10 @@ class FolderLock:
             if os.fstat(file).st_nlink:
                 break
             os.close(file)  # the one that held it has removed the file since it was opened
-        os.ftruncate(file, 0)
-        os.write(file, f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
         self._file = file
+        with suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(file, 0)
+            os.write(file, f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
 
     def _lock(self, file: int) -> bool:
         """Lock an open file; false where the file system has no locks. Raises ValueError where another process holds it."""

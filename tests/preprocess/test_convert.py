@@ -265,3 +265,34 @@ def test_a_grid_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--config and --grid must not be given both" in capsys.readouterr().err
     assert convert.main(["uno", str(write_uno(tmp_path / "in")), str(tmp_path / "out"), "--config", str(tmp_path / "none.json")]) == 2
     assert "none.json: file not found" in capsys.readouterr().err
+
+
+def test_references_of_columns_with_a_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those behind the gap would be left out; so would one of two columns of one name."""
+    root = write_musar(tmp_path / "in")
+    path = root / "data/train-00001.parquet"
+    table = pq.read_table(path)
+    for changed, message in (
+        (table.append_column("cond_img_3", table["cond_img_1"]), "the column cond_img_3 would be left out: references are cond_img_0, "),
+        (table.append_column("Cond_Img_2", table["cond_img_1"]), "the column Cond_Img_2 would be left out"),
+        (table.append_column("prompt", table["prompt"]), "the column prompt must be there once, but is there 2 times."),
+    ):
+        pq.write_table(changed, path)
+        assert convert.main(["musar", str(root), str(tmp_path / "out")]) == 2
+        assert f"{path}: {message}" in capsys.readouterr().err
+    path.rename(path.with_suffix(".PARQUET"))
+    pq.write_table(table, path.with_suffix(".PARQUET"))
+    assert convert.main(["musar", str(root), str(tmp_path / "out")]) == 0
+    assert len(Manifest(tmp_path / "out", "train")) == 3
+
+
+def test_a_text_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert.main(["uno", str(write_uno(tmp_path / "in")), str(tmp_path / "set")]) == 0
+    table = pq.read_table(tmp_path / "set/manifest.parquet")
+    for text, message in (("[" * 100_000, "not valid JSON"), ("[]", "must be a JSON object, got [].")):
+        rows = [row | {"metadata": text} for row in table.to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "set/manifest.parquet")
+        assert convert.main(["repository", str(tmp_path / "set"), str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert ".metadata: " in line
+        assert message in line
