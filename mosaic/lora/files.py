@@ -49,10 +49,13 @@ class LoraFile(Mapping[str, Tensor]):
         self.metadata: dict[str, str] = dict(self._file.metadata() or {})
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor of a key, read from the file."""
+        """The tensor of a key, read from the file; ValueError if it is of a number format that PyTorch does not have."""
         if key not in self._keys:
             raise KeyError(key)
-        return self._file.get_tensor(key)
+        try:
+            return self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: {key} of the number format {self.dtype(key)} cannot be read ({error}).") from error
 
     def __contains__(self, key: object) -> bool:
         """Whether the file has a key; nothing is read."""

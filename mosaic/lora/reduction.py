@@ -56,9 +56,9 @@ def reduce_file(
     """
     where = str(file.path)
     modules = find_modules(file, where)
-    ranks = {file.shape(keys.down)[:1] for keys in modules.values()}
-    if rank < 1 or all(rank >= most for given in ranks for most in given):
-        raise ValueError(f"{where}: the rank must be at least 1 and less than the file's, {max(ranks)[0]}, got {rank}. Nothing to reduce.")
+    highest = max(max(file.shape(keys.down)[:1], default=0) for keys in modules.values())
+    if not 1 <= rank < highest:
+        raise ValueError(f"{where}: the rank must be at least 1 and less than the file's, {highest}, got {rank}. Nothing to reduce.")
     tensors: dict[str, Tensor] = {}
     reduced: dict[str, ReducedModule] = {}
     config = peft_config(file.metadata, where)

@@ -57,11 +57,11 @@ def peft_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     config = config or {key: value for key, value in declared.items() if "." not in key}
     asked = [f"{name} ({what})" for name, what in MORE_THAN_LORA.items() if config.get(name)]
     if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
-        asked.append(f"peft_type {config['peft_type']!r}")
+        asked.append(f"peft_type {config['peft_type']!r:.100}")
     if config.get("bias", "none") != "none":
-        asked.append(f"bias {config['bias']!r} (trained biases of the base)")
+        asked.append(f"bias {config['bias']!r:.100} (trained biases of the base)")
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASES):
-        asked.append(f"init_lora_weights {config['init_lora_weights']!r} (a base whose weights were changed)")
+        asked.append(f"init_lora_weights {config['init_lora_weights']!r:.100} (a base whose weights were changed)")
     if asked:
         raise ValueError(f"{where}: by its metadata it asks for {', '.join(asked)[:500]}. Only plain LoRA can be read.")
     return config
@@ -83,7 +83,8 @@ def module_scale(config: Mapping[str, Any], module: str, rank: int, alpha: Alpha
     declared = _declared_scale(config, module, rank, where) if config else None
     if alpha is None:
         return 1.0 if declared is None else declared
-    value = float(alpha.tensor) if alpha.tensor.numel() == 1 else math.nan
+    is_number = alpha.tensor.numel() == 1 and alpha.tensor.itemsize > 1 and not alpha.tensor.is_complex()
+    value = float(alpha.tensor) if is_number else math.nan
     scale = _checked(value, rank, "the rank", rank, alpha.key, where)
     if declared is not None and not math.isclose(scale, declared, rel_tol=0.01):  # alphas may be rounded to bfloat16
         raise ValueError(f"{where}: contradicts itself about {module}: scale {declared:g} by its metadata, {scale:g} by {alpha.key}.")
@@ -95,8 +96,10 @@ def _declared_scale(config: Mapping[str, Any], module: str, rank: int, where: st
     try:
         alpha = float(_of_module(config, "alpha_pattern", "lora_alpha", module))
         given = _of_module(config, "rank_pattern", "r", module) if "r" in config else rank
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where}: alphas of modules cannot be read from {DIFFUSERS_METADATA!r} of its metadata: {error}.") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{where}: alphas of modules cannot be read from {DIFFUSERS_METADATA!r} of its metadata: {error!s:.200}."
+        ) from error
     if given != rank:
         raise ValueError(f"{where}: contradicts itself about {module}: rank {given!r:.100} in its metadata, {rank} in its matrices.")
     source = "lora_alpha in its metadata"
@@ -122,5 +125,5 @@ def _names(pattern: str, module: str) -> bool:
     """Whether a key of PEFT's patterns, a module's name or its end, is of this module."""
     name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(f"the pattern {pattern!r} is more than a name")
+        raise ValueError(f"the pattern {pattern[:100]!r} is more than a name")
     return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
