@@ -1,11 +1,13 @@
-"""Bad calls of the pipeline: each is named before anything is computed."""
+"""Bad calls of the pipeline: each is named before anything is computed. Where its options come from."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mosaic.config.loading import from_dict
 from mosaic.images import PreparedReference
+from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from tests import tiny
 from tests.tiny import run
@@ -109,3 +111,13 @@ def test_references_need_a_reference_lora() -> None:
     run(pipeline, prompt="a cat", reference_images=[])  # none: fine
     with pytest.raises(ValueError, match="no reference LoRA is attached"):
         pipeline.save_reference_lora("/no/such/file.safetensors")
+
+
+def test_every_option_comes_from_its_setting() -> None:
+    inference = {"height": 320, "width": 640, "num_inference_steps": 7, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    inference |= {"reference_scale": 0.7, "reference_cache": True}
+    model = {"reference_attention": "isolated", "text_length": 64}
+    found = ResolvedOptions.from_config(from_dict({"model": model, "data": {"reference_size": 256}, "inference": inference}))
+    rest = {"reference_size": 256, "reference_attention": "isolated", "max_sequence_length": 64, "refresh_references": None}
+    assert found.arguments == inference | rest
+    assert ResolvedOptions.from_config(from_dict({"inference": {"refresh_references": 3}})).refresh_references == 3
