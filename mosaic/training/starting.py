@@ -23,7 +23,7 @@ from mosaic.data import (
     open_dataset,
 )
 from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
-from mosaic.files import in_one_line, require_folder
+from mosaic.files import in_one_line, require_folder, shown
 from mosaic.locks import FolderLock
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.lora.files import LoraFile
@@ -220,20 +220,23 @@ def training_dataset(
     check_supervision(dataset, data.min_point_coverage)
     check_placement(dataset, data.max_points_outside)
     if accelerator.is_main_process:
-        warn_of_cut_captions(config, opened.samples)
+        warn_of_cut_captions(config, opened)
     return dataset
 
 
-def warn_of_cut_captions(config: Config, dataset: TrainingDataset) -> None:
-    """Warn where captions are longer than the model reads, and of how many words it learns nothing."""
+def warn_of_cut_captions(config: Config, opened: Opened) -> None:
+    """Warn where captions, or the prompts of `validation.cases`, are longer than the model reads: of some words it learns nothing."""
     try:
         window = TextWindow.of_model(config.model.pretrained, config.model.text_length)
     except (OSError, ValueError) as error:  # with a text cache the tokenizer need not be there
         logger.warning("whether captions are longer than model.text_length is not known: %s", in_one_line(error))
         return
-    found = cut_captions(window, list(zip(dataset.sample_ids(), dataset.prompts(), strict=True)))
+    samples = opened.samples
+    found = cut_captions(window, list(zip(samples.sample_ids(), samples.prompts(), strict=True)))
     if found.cut:
         logger.warning("%s", found)
+    for prompt, lost in window.all_lost(panel.prompt for panel in opened.panels or ()):
+        logger.warning("validation.cases: the prompt %s %s", shown(prompt), lost)
 
 
 def training_sampler(

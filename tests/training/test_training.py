@@ -20,7 +20,7 @@ from mosaic.method.losses import MosaicLoss
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.training import Trainer, objective, train
 from mosaic.training import trainer as training
-from mosaic.training.starting import open_run
+from mosaic.training.starting import open_run, warn_of_cut_captions
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -187,6 +187,18 @@ def test_validation_takes_a_cases_file(world: Path, tmp_path: Path) -> None:
     )
     train(config)
     assert len(list((tmp_path / "run/validation/step_00000001").iterdir())) == 2
+
+
+def test_prompts_of_the_panels_that_are_cut_are_told_at_the_start(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cases = tmp_path / "cases.json"
+    long = {"prompt": "a cat and a mug and a fish on the beach", "image_paths": [str(world / "reference_0.png")]}
+    cases.write_text(json.dumps([long]))
+    config = runs.make_config(world, tmp_path / "run", validation__every=1, validation__cases=str(cases))
+    with caplog.at_level("WARNING"):
+        warn_of_cut_captions(config, open_run(config, continues=False))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith('validation.cases: the prompt "a cat and a mug and a fish on the beach" has ')
+    assert message.endswith('beach"')
 
 
 def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
