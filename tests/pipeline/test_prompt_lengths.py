@@ -84,6 +84,7 @@ def test_the_check_the_run_and_the_manifest_say_it(world: Path, tmp_path: Path, 
         err = capfd.readouterr().err
         assert f"note: {path}[1]: its prompt {lost} (model.text_length).\n" in err
         assert f"{path}[0]" not in err
+        assert err.count(lost.words[-20:]) == 1
         assert "truncated" not in err
         assert "sequence length" not in err
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]

@@ -14,10 +14,12 @@ from PIL import Image
 
 import inference
 from mosaic.rendering import outputs, rendering
+from mosaic.rendering.cases.reading import Case
 from mosaic.rendering.folder import check_own
 from mosaic.rendering.recipes import PictureJob
 from mosaic.rendering.start import Start
 from tests import forks, runs
+from tests.recipes import make_recipe
 
 NAMES = [f"case_{index:03d}" for index in range(3)]
 
@@ -221,6 +223,18 @@ def test_it_is_refused_before_the_model_loads(
         assert error.startswith(f"inference.output_dir: {tmp_path / name} would be replaced, but it is ")
         assert error.endswith("Move it away, or name another folder.")
     assert {path: path.lstat()[:2] for path in tmp_path.rglob("*")} == {path: status[:2] for path, status in before.items()}
+
+
+def test_a_journal_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """One that comes after the look."""
+    journal, job = outputs.Journal(tmp_path / "out", 0), PictureJob("a", Case(0, "a cat", ()), make_recipe("a"))
+    of_the_user(tmp_path / "target")
+    journal.path.symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic links"):
+        journal.add(job, seconds=1)
+    journal.add_failure(job, "no picture")
+    assert journal.failures == {("a", job.recipe.digest): "no picture"}
+    assert (tmp_path / "target").read_bytes() == b"mine"
 
 
 def test_what_a_run_does_not_write_stays(world: Path, tmp_path: Path) -> None:
