@@ -19,7 +19,7 @@ from preprocess.matching.settings import MatchingSettings
 WRONG = {"exact": 0.0, "a fifth at random": 0.2, "half at random": 0.5, "all at random": 1.0}
 """Points made of the exact ones, by the share of them whose u is exchanged for that of another point."""
 QUANTILE = 0.05
-_FILTERS = {"": {}, ", cycle within 2": {"cycle": 2}}
+_FILTERS = {"": MatchingSettings(), ", cycle within 2": MatchingSettings(cycle=2)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def figures(
     for who, chosen in [*((name, [match]) for name, match in zip(names, matches, strict=True)), *together]:
         scores = match_scores(chosen, target_grid, truth.grid, MatchingSettings().consensus)
         for words, settings in _FILTERS.items():
-            keep = accepted(chosen, target_grid, truth.grid, MatchingSettings(**settings)) & (chosen[0].index != NO_MATCH)
+            keep = accepted(chosen, target_grid, truth.grid, settings) & (chosen[0].index != NO_MATCH)
             pairs = points_from_index(chosen[0].index, keep)
             hits = keep[truth.v] & (truth.errors(cell_positions(chosen[0].index, truth.grid)) <= correct)
             if len(pairs):
