@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("give --examples, --run, or both.")
     cases, maps = example_cases(arguments.examples, arguments.output) if arguments.examples else ([], [])
     run = run_findings(arguments.run) if arguments.run else None
-    values = {"cases": cases, "verdict": examples_verdict(cases), "maps": maps, "run": run}
+    values: dict[str, Any] = {"cases": cases, "verdict": examples_verdict(cases), "maps": maps, "run": run}
     write_text(arguments.output, page("report.html.jinja", title="MOSAIC report", **values))
     print(f"report: {arguments.output}")
 

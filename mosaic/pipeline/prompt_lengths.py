@@ -138,16 +138,17 @@ class CutCaptions(NamedTuple):
         )
 
 
-def cut_captions(window: TextWindow, captions: Sequence[tuple[str, str]]) -> CutCaptions:
+def cut_captions(window: TextWindow, captions: Sequence[tuple[str | None, str]]) -> CutCaptions:
     """Look at captions, spread evenly over all where there are many.
 
     Args:
         window: Of the model.
-        captions: Ids and captions.
+        captions: Ids, None where they are not known yet, and captions.
     """
-    looked_at = captions[:: -(-len(captions) // MOST_CAPTIONS) or 1]
-    lost = dict(window.all_lost(caption for _, caption in looked_at))
-    return CutCaptions(len(looked_at), [(name, lost[caption]) for name, caption in looked_at if caption in lost])
+    looked_at = list(enumerate(captions))[:: -(-len(captions) // MOST_CAPTIONS) or 1]
+    lost = dict(window.all_lost(caption for _, (_, caption) in looked_at))
+    cut = [(name or f"sample {number}", lost[caption]) for number, (name, caption) in looked_at if caption in lost]
+    return CutCaptions(len(looked_at), cut)
 
 
 def _encoder(folder: Path) -> Encode:
