@@ -103,7 +103,12 @@ def test_points_are_reduced_to_the_token_grids_and_disjoint(writer: Writer) -> N
 def test_points_follow_the_frame_of_their_own_picture(writer: Writer) -> None:
     """A wide target loses columns 0, 1, 6 and 7 of its 8 to a square; a reference half as wide as high stands in the middle of its own."""
     Image.fromarray(np.zeros((32, 16, 3), np.uint8)).save(writer.root / "images/0_0.png")
-    points = [[4, 2], [7, 5], [8, 0], [11, 7]]  # u in rows 1, 1, 2, 2 and columns 0, 3, 0, 3 of 4 x 4; v in row 0; the last two are cut off
+    points = [
+        [4, 2],
+        [7, 5],
+        [11, 7],
+        [15, 0],
+    ]  # u in rows 1, 1, 2, 3 and columns 0, 3, 3, 3 of 4 x 4; v in row 0; the last two are cut off
     save_file({"0": torch.tensor(points, dtype=torch.int32)}, writer.root / "points/0.safetensors")
     dataset = MultiReferenceDataset(writer.write(), **OPTIONS | {"image_size": (16, 16), "target_token_grid": (2, 2)})
     assert dataset[0].points[0].tolist() == [[0, 0], [1, 1]]
