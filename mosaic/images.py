@@ -336,8 +336,8 @@ def _check_values(image: Image.Image) -> None:
             )
         darkest = 0 if _WHITE in image.info else DARKEST
     elif image.info.get(_DEEP) and image.mode != "CMYK":
-        bands = [image.getchannel(band).getextrema() for band in image.getbands() if band != "A"]
-        high, darkest = max(int(band[1]) for band in bands) * 257, DARKEST  # of 16 bits per channel Pillow keeps the upper 8
+        bands = [np.asarray(image.getchannel(band)) for band in image.getbands() if band != "A"]
+        high, darkest = max(int(band.max(initial=0)) for band in bands) * 257, DARKEST  # of 16 bits per channel Pillow keeps the upper 8
     else:
         return
     if 0 < high <= darkest:
