@@ -113,13 +113,18 @@ def test_two_conversions_at_once(pictures: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out", "log_0", "log_1"}
 
 
-def test_a_folder_made_while_the_lock_was_awaited(tmp_path: Path) -> None:
-    writer = DatasetWriter(tmp_path / "out")
-    write_dataset(tmp_path / "out", 1, 0, 1, 0)
-    before = files_below(tmp_path)
-    with pytest.raises(FileExistsError, match="exists already"), writer:
+def test_a_folder_made_while_the_lock_was_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire = FolderLock.acquire
+
+    def late(lock: FolderLock) -> None:  # another process has begun and ended after this one found no folder
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").write_text("x")
+        acquire(lock)
+
+    monkeypatch.setattr(FolderLock, "acquire", late)
+    with pytest.raises(FileExistsError, match="exists already"), DatasetWriter(tmp_path / "out"):
         pytest.fail("the folder is another one's")
-    assert files_below(tmp_path) == before
+    assert files_below(tmp_path) == {"out/theirs": b"x"}
 
 
 def test_what_becomes_of_the_lock(tmp_path: Path) -> None:
