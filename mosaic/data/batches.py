@@ -1,6 +1,6 @@
 """The micro-batches of a training run, from any step on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from mosaic.data.workers import loaded
 
 def batches_from(
     step: int, dataset: Any, sampler: BucketBatchSampler, num_workers: int, start_worker: Callable[[int], None] | None = None
-) -> Iterator[tuple[list[MosaicBatch], float]]:
+) -> Generator[tuple[list[MosaicBatch], float]]:
     """The micro-batches of each optimizer step, and what the step counts (`BucketBatchSampler.shares`), without end.
 
     Args:
@@ -31,8 +31,10 @@ def batches_from(
     epoch, done = divmod(step, sampler.steps_per_epoch)
     while True:
         sampler.set_epoch(epoch, done)
-        options = {"collate_fn": _as_it_is, "num_workers": num_workers, "worker_init_fn": start_worker}
-        with closing(loaded(DataLoader(Batches(dataset), batch_sampler=sampler, **options))) as batches:
+        loader = DataLoader(
+            Batches(dataset), batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers, worker_init_fn=start_worker
+        )
+        with closing(loaded(loader)) as batches:
             for share in sampler.shares():
                 yield [_checked(batch) for batch in islice(batches, sampler.accumulation)], share
         epoch, done = epoch + 1, 0
@@ -71,7 +73,7 @@ class Batches(Dataset[MosaicBatch | BadBatch]):
             return BadBatch(str(error), isinstance(error, OSError))
 
 
-def _as_it_is(batch: MosaicBatch | BadBatch) -> MosaicBatch | BadBatch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -3,20 +3,20 @@
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 FEWER = "fewer such processes (data.num_workers, --workers)"
-CAUSES = {
+CAUSES: dict[int, str] = {
     signal.SIGKILL: f", most likely by the system because the machine's memory was full; {FEWER} need less",
     signal.SIGBUS: f", most likely because the shared memory, /dev/shm, was full; give it more (docker run --shm-size=8g), or have {FEWER}",
 }
 
 
-def loaded(loader: DataLoader) -> Iterator[Any]:
+def loaded(loader: DataLoader) -> Generator[Any]:
     """What a loader gives, item by item.
 
     Raises:
