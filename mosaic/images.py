@@ -4,7 +4,7 @@ import io
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
@@ -354,13 +354,13 @@ def _extrema(image: Image.Image) -> tuple[int, int]:
     return min(ends, default=0), max(ends, default=0)
 
 
-def _facts(picture: Image.Image, data: bytes) -> dict[str, object]:
+def _facts(picture: Image.Image, data: bytes) -> dict[str | tuple[int, int], Any]:
     """What a picture's file says and Pillow does not keep: for its `info`.
 
     Raises:
         _Unfit: The file means other values than Pillow would give.
     """
-    facts: dict[str, object] = {}
+    facts: dict[str | tuple[int, int], Any] = {}
     if picture.format != "MPO" and getattr(picture, "is_animated", False):  # an MPO's other pictures are previews and the like
         facts[_SEVERAL] = True
     raw = [tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in getattr(picture, "tile", []) if tile[3]]
