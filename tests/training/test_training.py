@@ -316,7 +316,7 @@ def test_a_start_opens_the_data_and_the_adapter_once(world: Path, tmp_path: Path
         AcceleratorState._reset_state(reset_partial_state=True)
     splits, adapters, open_manifest, read = [], [], Manifest.__init__, LoraFile.__init__
     monkeypatch.setattr(Manifest, "__init__", lambda self, root, split: splits.append(split) or open_manifest(self, root, split))
-    monkeypatch.setattr(LoraFile, "__init__", lambda self, path, what: adapters.append(Path(path)) or read(self, path, what))
+    monkeypatch.setattr(LoraFile, "__init__", lambda self, path, *what: adapters.append(Path(path)) or read(self, path, *what))
     train(config.replace(training=config.training.replace(max_steps=2)), resume="auto")
     assert splits == ["train"]  # of which the held-out samples are another split
     assert adapters == [tmp_path / "run/checkpoints/step_00000001/lora.safetensors" if resume else world / "lora.safetensors"]
