@@ -248,7 +248,7 @@ def test_a_missing_column_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"extends": str(ROOT / "configs/pocket.json")}, 16),  # tokens of 8 px: 8 x 8, and two cells per token
         ({"model": POCKET, "data": {"image_size": [320, 320], "reference_size": 8}}, 64),  # 40 x 40 tokens
         ({"model": POCKET, "data": {"image_size": [64, 64], "reference_size": 1024}}, 128),  # the references need more
-        ({"model": POCKET, "data": {"reference_size": 8, "buckets": [[16, 144], [64, 64]]}}, 16),  # 2 x 18: as many tokens as 6 x 6
+        ({"model": POCKET, "data": {"reference_size": 8, "buckets": [[16, 144], [32, 32]]}}, 12),  # 2 x 18 tokens, about as many as 6 x 6
     ],
 )
 def test_a_config_decides_how_fine_the_grids_are(tmp_path: Path, overrides: dict[str, Any], grid: int) -> None:
