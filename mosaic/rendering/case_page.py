@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -39,11 +38,6 @@ class CasePage(NamedTuple):
     numbers: dict[str, Any]
     chosen: Collection[int] = ()
 
-    @property
-    def labels(self) -> list[str]:
-        """Name, or name of the file, of every reference."""
-        return [entry.name or Path(entry.file).stem for entry in self.recipe.references]
-
 
 def case_page(case: CasePage) -> str:
     """The page of one picture, as HTML."""
@@ -57,7 +51,7 @@ def case_page(case: CasePage) -> str:
         heading=heading,
         recipe=case.recipe,
         whole_recipe=json.dumps(case.recipe.to_json(), ensure_ascii=False, indent=2),
-        labels=case.labels,
+        labels=case.recipe.labels,
         chosen=case.chosen,
         pictures={**references, "result": case.result},
         side=SIDE,
@@ -67,7 +61,7 @@ def case_page(case: CasePage) -> str:
         spread=[math.exp(entropy) for entropy in case.numbers["entropy"][-1]],
         lines=[lines_figure(k, case.numbers, case.result.size) for k in range(len(case.references))],
         heats=[heat_figure(case.result, distribution, attention.target_grid) for distribution in attention.distributions],
-        entropy_chart=entropy_chart(case.labels, case.numbers),
+        entropy_chart=entropy_chart(case.recipe.labels, case.numbers),
     )
 
 

@@ -102,6 +102,11 @@ class Recipe:
         """One per reference."""
         return [reference.strength for reference in self.references]
 
+    @property
+    def labels(self) -> list[str]:
+        """Name, or name of the file, of every reference."""
+        return [reference.name or Path(reference.file).stem for reference in self.references]
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what decides the picture: names of files, models and references, and versions of packages do not."""

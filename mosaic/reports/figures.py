@@ -33,17 +33,6 @@ def colour_name(k: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*LINE_COLOURS[k % len(LINE_COLOURS)])
 
 
-def ink_name(k: int) -> str:
-    """Black or white, what is easier to read on the colour of reference k, as HTML writes it."""
-    return "#000" if luminance(LINE_COLOURS[k % len(LINE_COLOURS)]) > 0.179 else "#fff"  # where both have the same contrast
-
-
-def luminance(colour: tuple[int, int, int]) -> float:
-    """Relative luminance of an sRGB colour, in [0, 1] (WCAG 2)."""
-    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (channel / 255 for channel in colour))
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
 def tensor_to_image(image: "Tensor") -> Image.Image:
     """float [3, H, W] in [-1, 1] -> RGB picture."""
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mosaic.reports.figures import colour_name, ink_name
+from mosaic.reports.contrast import shade
+from mosaic.reports.figures import colour_name
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -31,7 +32,7 @@ def environment(folder: Path = TEMPLATES) -> "Environment":
     found = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    found.filters.update(png=png_uri, jpeg=jpeg_uri, data_uri=data_uri, percent=percent, colour=colour_name, ink=ink_name)
+    found.filters.update(png=png_uri, jpeg=jpeg_uri, data_uri=data_uri, percent=percent, colour=colour_name, shade=shade)
     return found
 
 

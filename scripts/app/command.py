@@ -22,23 +22,11 @@ from mosaic.commands import NOTHING, command
 from mosaic.config.loading import Config, load_config
 
 if TYPE_CHECKING:
-    import gradio
-
-    from scripts.app.guard import Listeners
+    from scripts.app.layout import Page
+    from scripts.app.listeners import Listeners
 
 # Gradio rewrites the selectors of CSS files, and then these no longer reach its own containers.
 NARROW = "@media (max-width: 640px) { .gradio-container { padding: 12px !important } .gradio-container .main { padding: 0 !important } }"
-# Over Gradio's theme, whose grey and whose buttons are too faint to read (4.5 to 1 is asked for).
-COLOURS = {
-    "body_text_color_subdued": "#475569",
-    "body_text_color_subdued_dark": "#cbd5e1",
-    "input_placeholder_color": "#5b677a",
-    "input_placeholder_color_dark": "#cbd5e1",
-    "block_label_text_color": "#475569",
-    "block_title_text_color": "#475569",
-    "button_primary_background_fill": "#4f46e5",
-    "button_primary_background_fill_hover": "#4338ca",
-}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -95,9 +83,9 @@ def served(config: Config, folder: Path, host: str, port: int | None) -> Iterato
     import torch
 
     from scripts.app.examples import load_examples
-    from scripts.app.guard import Listeners
     from scripts.app.handlers import Handlers
     from scripts.app.layout import Page
+    from scripts.app.listeners import Listeners
     from scripts.app.sessions import Sessions
     from scripts.app.studio import Studio
 
@@ -109,26 +97,31 @@ def served(config: Config, folder: Path, host: str, port: int | None) -> Iterato
     listeners = Listeners()
     page = Page(Handlers(studio, sessions, listeners.__contains__), examples, device.type)
     try:
-        yield launch(page.blocks, folder, host, port, listeners)
+        yield launch(page, folder, host, port, listeners)
     finally:
         page.blocks.close(verbose=False)
         sessions.close()
         studio.close()
 
 
-def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None, listeners: "Listeners") -> str:
+def launch(page: "Page", folder: Path, host: str, port: int | None, listeners: "Listeners") -> str:
     """Start the server in a thread; returns the page's address."""
     import gradio
 
+    from mosaic.reports.html import TEMPLATES
+    from scripts.app.calls import Calls
     from scripts.app.guard import middleware
     from scripts.app.layout import FOLDER, FONTS
+    from scripts.app.receiving import Receiver
+    from scripts.app.theme import FAMILIES, theme_values
     from scripts.app.uploads import MAX_BYTES
 
-    pictures = folder / "pictures"
+    pictures, uploads = folder / "pictures", folder / "uploads"
     pictures.mkdir()
+    guards = middleware(host if host not in LOOPBACK else None, listeners, Calls(page.inputs, uploads))
     gradio.set_static_paths([pictures])  # served from there, not copied into a cache
     options: dict[str, Any] = {"ssr_mode": False, "pwa": False, "mcp_server": False, "run_history": False, "share": False}
-    _, address, _ = blocks.queue(default_concurrency_limit=8, max_size=64, api_open=False).launch(
+    _, address, _ = page.blocks.queue(default_concurrency_limit=8, max_size=128, api_open=False).launch(
         server_name=host,
         server_port=port,
         prevent_thread_lock=True,
@@ -138,10 +131,10 @@ def launch(blocks: "gradio.Blocks", folder: Path, host: str, port: int | None, l
         max_file_size=MAX_BYTES,
         enable_monitoring=False,
         favicon_path=FOLDER / "icon.svg",
-        theme=gradio.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **FONTS).set(**COLOURS),
-        css_paths=[FOLDER / "style.css"],
+        theme=gradio.themes.Base(**FAMILIES, **FONTS).set(**theme_values()),
+        css_paths=[FOLDER / "style.css", TEMPLATES / "attention.css"],
         head=f"<style>{NARROW}</style><script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",
-        app_kwargs={"middleware": middleware(host if host not in LOOPBACK else None, listeners)},
+        app_kwargs={"middleware": guards, "routes": [Receiver(uploads).route]},
         **options,
     )
     return address

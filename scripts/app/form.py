@@ -82,6 +82,8 @@ def plan_picture(form: Form, uploads: Sequence[Upload], index: int, config: Conf
     Raises:
         ValueError: A field does not fit; the message names it.
     """
+    if not form.prompt.strip():
+        raise ValueError("Prompt: is empty. Write what the picture shall show.")
     check_text(form.prompt, "Prompt")
     references = _references(form, uploads)
     if not any(form.names) and (found := PLACEHOLDER.search(form.prompt)):
@@ -113,7 +115,7 @@ def _options(form: Form, config: Config, vae_scale_factor: int) -> CaseOptions:
     values = {name: getattr(form, name) for name in LABELS}
     empty = next((name for name, value in values.items() if value is None), None)
     if empty is not None:
-        raise ValueError(f"{LABELS[empty]}: must not be empty.")
+        raise ValueError(f"{LABELS[empty]}: is empty. Enter a number.")
     limits = size_limits(config, vae_scale_factor)
     highest: dict[str, float] = {"height": limits.maximum, "width": limits.maximum, "num_inference_steps": MAX_STEPS}
     highest |= {"guidance_scale": MAX_GUIDANCE, "image_guidance_scale": MAX_GUIDANCE}

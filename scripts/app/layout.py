@@ -9,7 +9,7 @@ import gradio as gr
 from scripts.app.examples import Example
 from scripts.app.form import MAX_GUIDANCE, MAX_STEPS, size_limits
 from scripts.app.handlers import Handlers, random_seed
-from scripts.app.sessions import FinishedPicture, Session
+from scripts.app.sessions import FinishedPicture, Session, Shown
 from scripts.app.state import SETTINGS, STRENGTH_SLIDER, PageState, default_state, example_state, saved_state
 from scripts.app.uploads import MAX_BYTES, MAX_REFERENCES
 from scripts.app.views import attention_note, card, drop_help, header, notice, public_name, recipe_json, sample, summary, title
@@ -28,7 +28,7 @@ class Page:
         self.handlers, self.examples, self.config = handlers, examples, handlers.config
         self.blocks = gr.Blocks(title="MOSAIC", analytics_enabled=False, delete_cache=(60, 600), fill_width=True)
         with self.blocks:
-            self.token, self.saved = gr.Textbox(visible=False), gr.Textbox(visible=False)
+            self.token, self.saved, self.origin = (gr.Textbox(visible=False) for _ in range(3))
             self.shown = gr.State(())
             model, lora = self.config.model.pretrained, self.config.inference.lora
             is_pocket = Path(model).resolve().match("assets/pocket/flux")
@@ -141,31 +141,39 @@ class Page:
         tab, buttons = [self.token, *self.settings], [self.generate, self.cancel]
         self.blocks.load(
             self.restore,
-            [self.token, self.saved],
+            [self.token, self.saved, self.origin],
             [self.token, *self._slots, *self.settings, self.gallery, *self._shown_picture],
             js="() => window.mosaic.restore()",
             **HIDDEN,
         )
         self.blocks.unload(self.leave)
-        gr.on([part.change for part in self.settings], None, self.settings, js="(...values) => window.mosaic.remember(...values)", **HIDDEN)
-        self.drop.upload(self.add, [self.token, self.drop], [self.drop, self.upload_notice, *self._slots], concurrency_limit=1, **HIDDEN)
+        js = "(status, ...values) => window.mosaic.remember(status, values)"
+        gr.on([part.change for part in self.settings], None, [self.status, *self.settings], [self.status], js=js, **HIDDEN)
+        outputs = [self.drop, self.upload_notice, *self._slots]
+        self.drop.upload(self.add, [self.token, self.drop, self.shown], outputs, concurrency_limit=4, **HIDDEN)
         for position, button in enumerate(self.removes):
             fields = [*self.names, *self.strengths]
-            button.click(self.remover(position), [self.token, *fields], [self.upload_notice, *self._slots, *fields], **HIDDEN)
+            outputs = [self.upload_notice, *self._slots, *fields]
+            button.click(self.remover(position), [self.token, self.shown, *fields], outputs, **HIDDEN)
         if self.dataset is not None:
             outputs = [self.upload_notice, self.status, *self._slots, *self.settings]
             self.dataset.click(self.show_example, [self.token, self.dataset], outputs, **HIDDEN)
         outputs = [self.status, *buttons, self.seed, self.gallery, *self._shown_picture]
-        gr.on([self.generate.click, self.prompt.submit], self.draw, [*tab, self.shown], outputs, concurrency_limit=None, **HIDDEN)
-        # What was said of the fields is told no longer once one of them changes.
-        changed = [*(part.input for part in self.settings), self.drop.upload, *(button.click for button in self.removes)]
-        gr.on(changed, None, None, [self.status], js="() => ''", **HIDDEN)
+        gr.on([self.generate.click, self.prompt.submit], self.draw, [*tab, self.shown], outputs, concurrency_limit=24, **HIDDEN)
+        # What was said of the references is told no longer once they change.
+        changed = [self.drop.upload, *(button.click for button in self.removes)]
+        gr.on(changed, None, [self.status], [self.status], js="(status) => window.mosaic.mended(status)", **HIDDEN)
         self.cancel.click(self.stop, None, [self.cancel], **HIDDEN)
         self.gallery.select(self.select, [self.token], self._shown_picture, **HIDDEN)
 
-    def restore(self, token: str, saved: str, request: gr.Request) -> list[Any]:
+    @property
+    def inputs(self) -> dict[int, list[str]]:
+        """Per action, by its number, the kinds of its inputs."""
+        return {number: [part.get_block_name() for part in action.inputs] for number, action in self.blocks.fns.items()}
+
+    def restore(self, token: str, saved: str, origin: str) -> list[Any]:
         """Fill a page that was just loaded."""
-        session = self.handlers.sessions.get(token)
+        session = self.handlers.open(token, origin)
         state = saved_state(saved, self.config)
         return [token, *_slots(session), *_values(state), *_gallery(session), *_picture(session.pictures[0] if session.pictures else None)]
 
@@ -173,18 +181,21 @@ class Page:
         """The page was closed or reloaded."""
         self.handlers.cancel(request.session_hash)
 
-    def add(self, token: str, paths: list[str] | None) -> list[Any]:
+    def add(self, token: str, paths: list[str] | None, shown: Shown) -> list[Any]:
         """Files were dropped, pasted or chosen."""
         session = self.handlers.sessions.get(token)
-        said = self.handlers.add(session, paths or [])
+        said = self.handlers.add(session, paths or [], shown)
         return [None, said, *_slots(session)]
 
     def remover(self, position: int) -> Any:
         """The action of a reference's button."""
 
-        def remove(token: str, *fields: Any) -> list[Any]:
+        def remove(token: str, shown: Shown, *fields: Any) -> list[Any]:
             session = self.handlers.sessions.get(token)
-            session.remove(position)
+            try:
+                session.remove(position, shown)
+            except ValueError as error:
+                return [notice([str(error)]), *[gr.skip()] * (len(self._slots) + len(fields))]
             names, strengths = list(fields[:MAX_REFERENCES]), list(fields[MAX_REFERENCES:])
             del names[position], strengths[position]
             return ["", *_slots(session), *names, "", *strengths, 1.0]
@@ -244,7 +255,7 @@ def _slots(session: Session) -> list[Any]:
     uploads = session.references
     slots = [*uploads, *[None] * (MAX_REFERENCES - len(uploads))]
     shown = [gr.update(visible=upload is not None) for upload in slots]
-    return [tuple(upload.sha256 for upload in uploads), *shown, *[card(position, upload) for position, upload in enumerate(slots)]]
+    return [tuple(upload.identity for upload in uploads), *shown, *[card(position, upload) for position, upload in enumerate(slots)]]
 
 
 def _gallery(session: Session) -> list[Any]:

@@ -2,20 +2,25 @@
 const tabs = new BroadcastChannel("mosaic");
 const tab = crypto.getRandomValues(new Uint32Array(4)).join();
 let own = null; // the token, once it is known that no other tab has it
+let wanted = null; // until then
 let taken = false;
 tabs.onmessage = ({ data }) => {
-  if (data.asks && data.token === own) tabs.postMessage({ to: data.asks });
+  // of two that ask together, as when a browser opens its last tabs again, one gives way
+  if (data.asks && (data.token === own || (data.token === wanted && tab < data.asks))) tabs.postMessage({ to: data.asks });
   if (data.to === tab) taken = true;
 };
 window.mosaic = {
   // The token and the settings of this tab, for the server's first answer. A duplicated tab has the token of the first one: it asks for it,
-  // and makes its own if that one answers.
+  // and if that one answers, it makes its own, and says whose references it begins with.
   async restore() {
     let token = sessionStorage.getItem("mosaic.token");
+    let origin = "";
     if (token && token !== own) {
+      wanted = token;
       tabs.postMessage({ asks: tab, token });
       await new Promise((done) => setTimeout(done, 250));
-      if (taken) token = null;
+      wanted = null;
+      if (taken) [origin, token] = [token, null];
     }
     if (!token) {
       const bytes = crypto.getRandomValues(new Uint8Array(24));
@@ -23,11 +28,15 @@ window.mosaic = {
       sessionStorage.setItem("mosaic.token", token);
     }
     own = token;
-    return [token, sessionStorage.getItem("mosaic.settings") || ""];
+    return [token, sessionStorage.getItem("mosaic.settings") || "", origin];
   },
-  remember(...values) {
+  // Keeps the fields over a reload; what is said changes as by `mended`.
+  remember(status, values) {
     sessionStorage.setItem("mosaic.settings", JSON.stringify(values));
+    return this.mended(status);
   },
+  // What is said under the buttons once something was changed: no error, for that may be mended.
+  mended: (status) => ((status || "").includes("m-error") ? "" : status),
   // Hands picture files to the upload field, as if they had been chosen there.
   give(files) {
     const input = document.querySelector("#m-drop input[type=file]");

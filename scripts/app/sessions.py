@@ -7,18 +7,21 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mosaic.rendering.recipe import Recipe, png_text
 from mosaic.reports.figures import save_picture
 from scripts.app.studio import Rendered, Run
-from scripts.app.uploads import MAX_REFERENCES, RecentUploads, Taken, Upload, take_uploads
+from scripts.app.uploads import MAX_REFERENCES, Taken, Upload, take_uploads
 
 MAX_SESSIONS = 32
 MAX_PICTURES = 24  # per session
 IDLE_SECONDS = 3600
 SWEEP_SECONDS = 60  # between two looks for idle sessions
 TOKEN = re.compile(r"[0-9a-f]{32,64}")
+GONE = "References: this page was left alone for too long and its pictures are gone. Drop them again."
+CHANGED = "References: they were changed in another tab of this page. Reload this one to see them."
+Shown = tuple[tuple[str, str], ...]  # the references that a page shows, each as `Upload.identity`
 
 
 class FinishedPicture(NamedTuple):
@@ -27,14 +30,14 @@ class FinishedPicture(NamedTuple):
     Attributes:
         path: The PNG, with the recipe in its metadata.
         panel_path: The attention maps; None: there are none.
-        leakage: Entry (i, j) is the share of reference i's attention on what reference j owns; None: there are no attention maps.
+        numbers: Of the attention, by `attention_numbers`; None: there are no attention maps.
         recipe: What made it.
         seconds: What it took.
     """
 
     path: Path
     panel_path: Path | None
-    leakage: list[list[float]] | None
+    numbers: dict[str, Any] | None
     recipe: Recipe
     seconds: float
 
@@ -42,8 +45,8 @@ class FinishedPicture(NamedTuple):
 class Session:
     """One tab: its references in memory, its finished pictures in a folder, newest first, and the run it waits for."""
 
-    def __init__(self, folder: Path, recent: RecentUploads) -> None:
-        self.folder, self._recent = folder, recent
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.references: tuple[Upload, ...] = ()
         self.pictures: tuple[FinishedPicture, ...] = ()
         self.num_pictures = 0  # ever made; numbers them
@@ -53,20 +56,37 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """Whether a run has not ended yet."""
-        return self.run is not None and not self.run.ended
+        """Whether a run goes on that nobody has cancelled."""
+        return self.run is not None and not self.run.ended and not self.run.cancel_asked
 
-    def take(self, paths: Sequence[str], size: int, scale: float) -> Taken:
-        """Add uploaded files to the references as far as there is room; see `take_uploads`."""
+    def shown_references(self, shown: Shown) -> tuple[Upload, ...]:
+        """The references, if they are those that a page shows.
+
+        Raises:
+            ValueError: They are others, or gone.
+        """
+        references = self.references
+        if tuple(upload.identity for upload in references) != tuple(shown):
+            raise ValueError(CHANGED if references else GONE)
+        return references
+
+    def take(self, paths: Sequence[str], size: int, scale: float, shown: Shown) -> Taken:
+        """Add uploaded files to the references that a page shows, as far as there is room; see `take_uploads`."""
         with self._lock:
-            taken = take_uploads(paths, MAX_REFERENCES - len(self.references), size, scale, self._recent)
+            mine = not self.references or tuple(upload.identity for upload in self.references) == tuple(shown)
+            taken = take_uploads(paths, MAX_REFERENCES - len(self.references) if mine else 0, size, scale)
             self.references += tuple(taken.uploads)
-        return taken
+        return taken if mine else Taken([], [CHANGED])
 
-    def remove(self, position: int) -> None:
-        """Forget a reference."""
+    def remove(self, position: int, shown: Shown) -> None:
+        """Forget one of the references that a page shows.
+
+        Raises:
+            ValueError: They are others, or gone.
+        """
         with self._lock:
-            self.references = self.references[:position] + self.references[position + 1 :]
+            references = self.shown_references(shown)
+            self.references = references[:position] + references[position + 1 :]
 
     def replace(self, references: Sequence[Upload]) -> None:
         """Forget all references and have others."""
@@ -80,7 +100,7 @@ class Session:
         panel_path = None
         if rendered.panel is not None:
             panel_path = save_picture(rendered.panel, self.folder / f"{rendered.job.name}_attention.png", text)
-        picture = FinishedPicture(path, panel_path, rendered.leakage, recipe, rendered.seconds)
+        picture = FinishedPicture(path, panel_path, rendered.numbers, recipe, rendered.seconds)
         with self._lock:
             self.pictures = (picture, *self.pictures)
             gone, self.pictures = self.pictures[MAX_PICTURES:], self.pictures[:MAX_PICTURES]
@@ -107,13 +127,12 @@ class Sessions:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._sessions: dict[str, Session] = {}
-        self._recent = RecentUploads()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._sweep_regularly, name="idle sessions", daemon=True).start()
 
     def get(self, token: str) -> Session:
-        """The session of a tab, made if it is new. Sessions idle for an hour, and the longest idle beyond `MAX_SESSIONS`, are removed.
+        """The session of a tab, made if it is new. Sessions idle for an hour, and some beyond `MAX_SESSIONS`, are removed.
 
         Raises:
             ValueError: The token is not one that the page makes.
@@ -122,7 +141,7 @@ class Sessions:
             raise ValueError("This page was opened without JavaScript or is damaged. Reload it.")
         with self._lock:
             closed = self._sweep(MAX_SESSIONS - (token not in self._sessions))
-            session = self._sessions.setdefault(token, Session(self.folder / hashlib.sha256(token.encode()).hexdigest()[:32], self._recent))
+            session = self._sessions.setdefault(token, Session(self.folder / hashlib.sha256(token.encode()).hexdigest()[:32]))
             session.last_used = time.monotonic()
         for old in closed:
             old.close()
@@ -144,10 +163,10 @@ class Sessions:
                 old.close()
 
     def _sweep(self, room: int) -> list[Session]:
-        """Take out sessions that are idle for too long, and the longest idle while there are more than `room`."""
+        """Take out sessions that are idle for too long, and while there are more than `room` the empty ones, then the longest idle."""
         now, closed = time.monotonic(), []
-        by_age = sorted((token for token in self._sessions if not self._sessions[token].busy), key=lambda t: self._sessions[t].last_used)
-        for token in by_age:
+        idle = {token: session for token, session in self._sessions.items() if session.run is None or session.run.ended}
+        for token in sorted(idle, key=lambda t: (bool(idle[t].references or idle[t].pictures), idle[t].last_used)):
             if now - self._sessions[token].last_used > IDLE_SECONDS or len(self._sessions) > room:
                 closed.append(self._sessions.pop(token))
         return closed

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mosaic.config.loading import Config
 from mosaic.files import in_one_line
+from mosaic.pipeline.attention_report import attention_numbers
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.pipeline.prompt_lengths import TextWindow
 from mosaic.planning.memory_choice import choose_preset, free_memory, largest_demand, lora_rank
@@ -38,14 +39,14 @@ class Rendered(NamedTuple):
     Attributes:
         picture: RGB.
         panel: The attention maps of its references; None where they were not asked for or there are no references.
-        leakage: Entry (i, j) is the share of reference i's attention on what reference j owns; None where `panel` is.
+        numbers: Of its attention, by `attention_numbers`; None where `panel` is.
         job: Its job, with the recipe.
         seconds: What it took.
     """
 
     picture: Image.Image
     panel: Image.Image | None
-    leakage: list[list[float]] | None
+    numbers: dict[str, Any] | None
     job: PictureJob
     seconds: float
 
@@ -213,7 +214,7 @@ class Studio:
         if attention is None or run.cancel_asked:
             return Rendered(picture, None, None, run.job, seconds)
         panel = attention_panel([reference.picture for reference in references], picture, attention)
-        return Rendered(picture, panel, attention.leakage.tolist(), run.job, seconds)
+        return Rendered(picture, panel, attention_numbers(attention, ()), run.job, seconds)
 
 
 def with_memory(config: Config, device: torch.device) -> Config:

@@ -4,8 +4,6 @@ import base64
 import hashlib
 import io
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,6 @@ MAX_REFERENCES = 6
 MAX_BYTES = 20 * 2**20  # per file
 MAX_PIXELS = 50_000_000
 MAX_NAME = 60  # letters of a file name that are kept
-MAX_RECENT = 32  # uploads that are remembered
 THUMBNAIL = 192  # px
 
 
@@ -41,6 +38,11 @@ class Upload(NamedTuple):
     thumbnail: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What a page remembers of a reference that it shows: name and content."""
+        return self.name, self.sha256
+
 
 class Taken(NamedTuple):
     """What `take_uploads` made of some files: the good pictures, and a message for every other file."""
@@ -49,37 +51,7 @@ class Taken(NamedTuple):
     problems: list[str]
 
 
-class RecentUploads:
-    """What was read of the last uploads. Gradio names a file after its content, so that equal uploads of two users are one file, which is
-    removed once it is read for one of them; the other gets what was read then.
-    """
-
-    def __init__(self) -> None:
-        self._read: OrderedDict[Path, Upload | str] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, path: Path, size: int, scale: float) -> Upload:
-        """Read a file, or remember what was read of it; arguments and errors are those of `read_upload`."""
-        with self._lock:
-            found = self._read.get(path)
-        if found is None or path.exists():
-            try:
-                found = read_upload(path, size, scale)
-            except (ValueError, MemoryError) as error:
-                found = in_one_line(error)
-                if not path.exists():
-                    raise
-        with self._lock:
-            self._read[path] = found
-            self._read.move_to_end(path)
-            while len(self._read) > MAX_RECENT:
-                self._read.popitem(last=False)
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
-
-
-def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale: float, recent: RecentUploads) -> Taken:
+def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale: float) -> Taken:
     """Read uploaded files and remove all of them, whatever they hold.
 
     Args:
@@ -87,7 +59,6 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
         room: How many more references there may be.
         size: Side in pixels for which references will be prepared.
         scale: Share of that side that the subject's long side will fill.
-        recent: Uploads of all users, which grow.
     """
     taken = Taken([], [])
     try:
@@ -95,10 +66,10 @@ def take_uploads(paths: Sequence[str | os.PathLike], room: int, size: int, scale
             try:
                 if len(taken.uploads) == room:
                     raise ValueError(f"{file_name(path)}: there are at most {MAX_REFERENCES} references. Remove one first.")
-                taken.uploads.append(recent.read(path, size, scale))
+                taken.uploads.append(read_upload(path, size, scale))
             except (ValueError, OSError, MemoryError) as error:
                 taken.problems.append(in_one_line(error))
-    finally:  # not earlier: Gradio stores equal files once
+    finally:  # not earlier: equal files of one upload are one file
         for path in map(Path, paths):
             path.unlink(missing_ok=True)
     return taken

@@ -91,7 +91,7 @@ def attention_note(picture: FinishedPicture | None) -> str:
     if picture.panel_path is None:
         reason = "it has no references" if not picture.recipe.references else "the attention view was switched off for it"
         return view("empty", f"No attention view for this picture: {reason}.")
-    return view("attention", picture.leakage)
+    return view("attention", picture.recipe.labels, picture.numbers)
 
 
 def recipe_json(picture: FinishedPicture | None) -> str:

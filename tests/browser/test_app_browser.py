@@ -16,12 +16,16 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from mosaic.reports.contrast import contrast
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "assets/references"
@@ -143,7 +147,7 @@ def test_two_references_give_a_picture_with_attention_and_recipe(page: Any, serv
     page.click("#m-generate")
     page.wait_for_selector("#m-panel img")
     assert page.locator(".m-error").count() == 0
-    assert page.locator(".m-leakage td.m-own").count() == 2
+    assert page.locator(".leakage td.own").count() == 2
     width = page.evaluate("document.querySelector('#m-panel img').naturalWidth")
     assert width > 500, "the attention view is a loaded picture"
     link = page.locator("#m-gallery img").first.get_attribute("src")
@@ -235,6 +239,9 @@ def test_a_duplicated_tab_is_a_session_of_its_own(page: Any, server: tuple[str, 
     other.add_init_script(f"sessionStorage.getItem('mosaic.token') || sessionStorage.setItem('mosaic.token', '{token}')")
     other.goto(server[0])
     other.wait_for_function(f"sessionStorage.getItem('mosaic.token') !== '{token}'")
+    shown(other, 1)  # those of the first tab; from here on its own
+    other.locator("#m-slot-1 .m-remove").click()
+    shown(other, 0)
     drop(other, picture("fish_plum*"))
     shown(other, 1)
     assert page.locator(".m-card figcaption").all_inner_texts() == ["mug_mint_dots_none.png"]
@@ -255,10 +262,134 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page: Any) -> None:
     assert page.locator("#m-generate").bounding_box()["width"] > 150
 
 
+READ = """() => {
+    const parse = (colour) => {
+        const canvas = document.createElement("canvas").getContext("2d");
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const over = ([r, g, b, a], back) => [r, g, b].map((value, i) => (value * a + back[i] * (255 - a)) / 255);
+    const found = [];
+    const add = (element, text, colour) => {
+        let back = [255, 255, 255];
+        const around = [];
+        for (let one = element; one; one = one.parentElement) around.unshift(one);
+        for (const one of around) back = over(parse(getComputedStyle(one).backgroundColor), back);
+        found.push([text, over(parse(colour), back).map(Math.round), back.map(Math.round)]);
+    };
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode.textContent.trim(), element = texts.currentNode.parentElement, style = getComputedStyle(element);
+        const seen = element.checkVisibility({ opacityProperty: true, visibilityProperty: true }) && style.fontSize !== "0px";
+        if (text && seen && !element.closest(":disabled, script, style, noscript")) add(element, text, style.color);
+    }
+    for (const field of document.querySelectorAll("[placeholder]")) add(field, field.placeholder, getComputedStyle(field, "::placeholder").color);
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_can_be_read(page: Any, server: tuple[str, Path], theme: str) -> None:
+    """Contrasts of what the browser shows: Gradio's parts too, with an error, two references, a picture and the table of its attention."""
+    page.goto(f"{server[0]}?__theme={theme}")
+    page.wait_for_selector("#m-examples tbody tr")
+    page.locator("#m-examples tbody tr").nth(2).click()
+    shown(page, 2)
+    generate(page, steps=2)
+    page.wait_for_selector("#m-panel img")
+    page.fill("#m-prompt textarea", "")
+    page.click("#m-generate")
+    page.wait_for_selector(".m-error")
+    assert page.inner_text(".m-error") == "Prompt: is empty. Write what the picture shall show."
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    texts = page.evaluate(READ)
+    assert len(texts) > 60
+    assert [text for text, ink, back in texts if contrast(ink, back) < 4.5] == []
+
+
+class Caller:
+    """A program that calls the page's actions as its script does."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self.address, self.token, self.hash = address.rstrip("/"), token, token[:12]
+        self.actions = {
+            action["api_name"]: action["id"] for action in json.load(urllib.request.urlopen(f"{self.address}/config"))["dependencies"]
+        }
+
+    def ask(self, path: str, body: bytes, kind: str = "application/json") -> tuple[int, Any]:
+        request = urllib.request.Request(f"{self.address}/gradio_api/{path}", body, {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=START) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def join(self, action: str, *data: Any) -> int:
+        body = {"data": [self.token, *data], "fn_index": self.actions[action], "session_hash": self.hash, "trigger_id": None}
+        return self.ask("queue/join", json.dumps(body).encode())[0]
+
+    def draw(self, steps: int) -> int:
+        return self.join("draw", "a cat", 64, 64, steps, 3, False, 1.0, 1.0, False, *[""] * 6, *[1.0] * 6, None)
+
+    def result(self) -> list[Any]:
+        with urllib.request.urlopen(f"{self.address}/gradio_api/queue/data?session_hash={self.hash}", timeout=START) as stream:
+            for line in stream:
+                if line.startswith(b"data:") and (message := json.loads(line[5:]))["msg"] == "process_completed":
+                    return message["output"]["data"]
+        raise AssertionError
+
+    def upload(self, name: str, content: bytes, field: str = "files") -> tuple[int, Any]:
+        head = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+        return self.ask("upload", head.encode() + content + b"\r\n--x--\r\n", "multipart/form-data; boundary=x")
+
+    def add(self, *paths: str) -> list[Any]:
+        assert self.join("add", [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths], None) == 200
+        return self.result()
+
+
+def test_pictures_that_nobody_waits_for_leave_room_in_the_line(server: tuple[str, Path]) -> None:
+    """Twelve calls whose answers are not read: of one page, of one session, and of twelve."""
+    one, session = Caller(server[0], "1" * 48), [Caller(server[0], "2" * 48) for _ in range(12)]
+    for number, caller in enumerate(session):
+        caller.hash = f"second{number}"
+    assert [one.draw(100) for _ in range(12)] == [200] * 4 + [429] * 8
+    for caller in session + [Caller(server[0], f"{number:02d}" * 24) for number in range(30, 42)]:
+        assert caller.draw(100) == 200
+    other = Caller(server[0], "f" * 48)
+    assert other.draw(2) == 200
+    assert "case_000.png" in json.dumps(other.result())
+
+
+def test_equal_uploads_of_two_users_are_two_files(server: tuple[str, Path]) -> None:
+    callers = [Caller(server[0], letter * 48) for letter in "abc"]
+    content = picture("mug_mint*")[1]
+    paths = [caller.upload(name, content)[1][0] for caller, name in zip(callers, ("mug.png", "mug.png", "other.png"), strict=True)]
+    assert len({Path(path).parents[1] for path in paths}) == 3
+    for caller, path in zip(callers, paths, strict=True):
+        _, said, *rest = caller.add(path)
+        assert said == ""
+        assert f'title="{Path(path).name}"' in json.dumps(rest).replace('\\"', '"')
+    assert not any(Path(path).exists() for path in paths)
+    assert callers[0].join("add", [{"path": str(Path(paths[0]).parents[2].parent / "pictures/x.png"), "meta": {}}], None) == 422
+    for name in ("../../../../escape.png", "/escape.png", ".."):
+        status, found = callers[0].upload(name, content)
+        assert status == 400 or (len(found) == 1 and Path(found[0]).parents[2] == Path(paths[0]).parents[2])
+    assert callers[0].upload("a.png", content, field="other")[0] == 400
+    assert callers[0].upload("a.png", bytes(20 * MIB + 1))[0] == 413
+    for _ in range(40):
+        callers[0].upload("late.png", content)
+    folders = [place for place in Path(paths[0]).parents[2].iterdir() if any(file.is_file() for file in place.rglob("*"))]
+    assert len(folders) <= 33, "uploads that nobody takes make room"
+
+
 def test_large_files_and_other_hosts_are_refused(server: tuple[str, Path]) -> None:
     host, port = server[0].removeprefix("http://").rstrip("/").split(":")
     for headers, path, status in (
         ({"Content-Length": str(500 * MIB)}, "/gradio_api/upload", 413),
+        ({"Content-Length": str(300 * MIB)}, "/gradio_api/queue/join", 413),
+        ({"Transfer-Encoding": "chunked"}, "/gradio_api/queue/join", 411),
+        ({"Content-Length": "2"}, "/gradio_api/call/draw", 404),
         ({"Host": "evil.example", "Content-Length": "0"}, "/gradio_api/upload", 400),
     ):
         with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as connection:

@@ -1,6 +1,6 @@
 """The page without a browser: uploads, the form, runs, sessions, the state over a reload, the HTML, the guard; Gradio only where said."""
 
-import contextlib
+import asyncio
 import hashlib
 import io
 import json
@@ -25,7 +25,7 @@ from mosaic.pipeline.prompt_lengths import TextWindow
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.rendering.recipe import KEY, read_recipe
 from mosaic.rendering.recipes import case_jobs, shared_recipe
-from mosaic.reports.figures import LINE_COLOURS, colour_name, ink_name, luminance
+from mosaic.reports.html import environment
 from scripts.app import command as app
 from scripts.app import handlers as app_handlers
 from scripts.app import sessions as app_sessions
@@ -33,12 +33,14 @@ from scripts.app import state as app_state
 from scripts.app import studio as app_studio
 from scripts.app import uploads as app_uploads
 from scripts.app import views as app_views
+from scripts.app.calls import Calls
 from scripts.app.examples import Example, load_examples
 from scripts.app.form import Form, plan_picture, size_limits
 from scripts.app.handlers import Handlers
-from scripts.app.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
+from scripts.app.listeners import Listeners
+from scripts.app.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions, Shown
 from scripts.app.studio import CANCELLED, DONE, FAILED, WAITING, Run, Studio
-from scripts.app.uploads import MAX_REFERENCES, RecentUploads, Upload, read_upload, take_uploads
+from scripts.app.uploads import MAX_REFERENCES, Upload, read_upload, take_uploads
 from tests import tiny
 from tests.icc import rgb_profile
 from tests.recipes import entry, make_recipe
@@ -65,6 +67,11 @@ def form(**changes: Any) -> Form:
     return Form(**(usual | {"prompt": "a cat", "names": ("",), "strengths": (1.0,)} | changes))
 
 
+def shown(session: Session) -> Shown:
+    """What a page remembers of the references that it was given."""
+    return tuple(reference.identity for reference in session.references)
+
+
 @pytest.fixture(scope="module")
 def config() -> Config:
     return load_config(ROOT / "configs/pocket.json", [f'inference.cases="{ROOT / "example_cases.json"}"', "inference.height=32"])
@@ -87,7 +94,7 @@ def test_files_are_read_checked_and_removed(tmp_path: Path) -> None:
     good.write_bytes(png())
     text.write_text("hello")
     empty.touch()
-    taken = take_uploads([text, good, empty, tmp_path / "gone.png"], 6, SIZE, SCALE, RecentUploads())
+    taken = take_uploads([text, good, empty, tmp_path / "gone.png"], 6, SIZE, SCALE)
     assert [item.name for item in taken.uploads] == ["good.png"]
     assert taken.uploads[0].sha256 == hashlib.sha256(png()).hexdigest()
     expected = PreparedReference.make(decode_image(png(), "good.png"), SIZE, SCALE)
@@ -108,7 +115,7 @@ def test_files_are_limited_in_number_bytes_pixels_and_shape(tmp_path: Path, monk
     for name, data in pictures.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "over.png").write_bytes(png())
-    taken = take_uploads([tmp_path / name for name in (*pictures, "over.png")], 1, SIZE, SCALE, RecentUploads())
+    taken = take_uploads([tmp_path / name for name in (*pictures, "over.png")], 1, SIZE, SCALE)
     assert [item.name for item in taken.uploads] == ["fits.png"]
     big, wide, line, over = taken.problems
     assert big == "big.png: must have at most 1 MiB. Make it smaller."
@@ -125,13 +132,13 @@ def test_files_are_removed_after_an_error_of_ours_too(tmp_path: Path, monkeypatc
     (tmp_path / "a.png").write_bytes(png())
     monkeypatch.setattr(app_uploads, "read_upload", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        take_uploads([tmp_path / "a.png"], 6, SIZE, SCALE, RecentUploads())
+        take_uploads([tmp_path / "a.png"], 6, SIZE, SCALE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_file_may_come_twice(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    taken = take_uploads([tmp_path / "a.png"] * 3, 2, SIZE, SCALE, RecentUploads())
+    taken = take_uploads([tmp_path / "a.png"] * 3, 2, SIZE, SCALE)
     assert len(taken.uploads) == 2
     assert taken.problems == ["a.png: there are at most 6 references. Remove one first."]
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +182,8 @@ def test_named_references_and_strengths(config: Config) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "  "}, 'Prompt: must not be empty, got "  ".'),
+        ({"prompt": "  "}, "Prompt: is empty. Write what the picture shall show."),
+        ({"prompt": ""}, "Prompt: is empty. Write what the picture shall show."),
         ({"prompt": "x" * 10_001}, "Prompt: must have at most 10000 letters, got 10001."),
         ({"prompt": "a <bag>"}, 'Prompt: <bag> names no reference. Write "bag" into the name field of its picture.'),
         ({"prompt": "a <bag>", "names": ("mug",)}, "Prompt: <bag> names no reference of this case. The names here: mug."),
@@ -185,7 +193,7 @@ def test_named_references_and_strengths(config: Config) -> None:
         ),
         ({"names": ("<b>",)}, 'Reference 1, name: must be made of letters, digits, spaces and hyphens, got "<b>".'),
         ({"strengths": (-1.0,)}, "Reference 1, strength: must be a number"),
-        ({"seed": None}, "Seed: must not be empty."),
+        ({"seed": None}, "Seed: is empty. Enter a number."),
         ({"seed": -1}, "Seed: must be an integer of at least 0 and less than 9.22337e+18, got -1."),
         ({"height": 30}, "Size: height and width must be positive multiples of the token size 8 px, got 30 x 32. Nearest: 32 x 32."),
         ({"width": 4096}, "Width: must be at most 128 on this page, got 4096. Larger ones: inference.py."),
@@ -231,7 +239,7 @@ def test_a_run_renders_what_the_pipeline_renders(studio: Studio) -> None:
     )
     assert run.result.picture.tobytes() == expected.images[0].tobytes()
     assert run.result.panel is not None
-    assert len(run.result.leakage) == 2
+    assert len(run.result.numbers["leakage"]) == len(run.result.numbers["owned"]) == 2
 
 
 def test_runs_without_references_or_attention(studio: Studio) -> None:
@@ -381,7 +389,7 @@ def test_a_picture_is_kept_with_its_recipe_until_the_session_ends(studio: Studio
     sessions = Sessions(tmp_path)
     handlers, session = Handlers(studio, sessions), sessions.get(TOKEN)
     (tmp_path / "in.png").write_bytes(png())
-    assert handlers.add(session, [str(tmp_path / "in.png")]) == ""
+    assert handlers.add(session, [str(tmp_path / "in.png")], ()) == ""
     state = app_state.default_state(studio.config)
     state.settings.update(prompt="a cat", num_inference_steps=2, image_guidance_scale=1.0, width=32)
     looks = list(handlers.watch("page", session, handlers.start("page", session, state, shown(session))))
@@ -426,11 +434,6 @@ def test_closing_a_page_cancels_its_run_only(stuck: tuple[Studio, Stuck], tmp_pa
     assert (mine.cancel_asked, other.cancel_asked) == (True, False)
 
 
-def shown(session: Session) -> tuple[str, ...]:
-    """What a page knows of the references that it shows."""
-    return tuple(one.sha256 for one in session.references)
-
-
 def test_a_tab_never_draws_what_another_one_put_in(stuck: tuple[Studio, Stuck], tmp_path: Path) -> None:
     """Two tabs of one session, with as many pictures each."""
     studio = stuck[0]
@@ -459,51 +462,77 @@ def test_a_picture_is_found_by_its_file_whatever_another_tab_has_made_since(tmp_
     assert session.picture("") is session.picture("gone.png") is None
 
 
-def test_runs_that_nobody_listens_to_make_room(stuck: tuple[Studio, Stuck], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_handlers, "PATIENCE", 0.02)
-    monkeypatch.setattr(app_handlers, "POLL_SECONDS", 0.01)
-    studio = stuck[0]
-    handlers = Handlers(studio, Sessions(tmp_path), {"here"}.__contains__)
+@pytest.mark.parametrize(("name", "colour"), [("other.png", (200, 0, 0)), ("bag.png", (0, 0, 200))])
+def test_a_page_draws_the_references_that_it_shows_or_nothing(
+    studio: Studio, tmp_path: Path, name: str, colour: tuple[int, int, int]
+) -> None:
+    """Two tabs with one token: as many references, but others, or in another order."""
+    handlers = Handlers(studio, Sessions(tmp_path / "pictures"))
+    session, state = handlers.sessions.get(TOKEN), app_state.default_state(studio.config)
+    state.settings.update(prompt="a cat")
+    session.replace([upload(), upload("mug.png", (9, 9, 9))])
+    before, references = shown(session), session.references
+    (tmp_path / "in.png").write_bytes(png())
+    for now in ([upload(name, colour), references[1]], references[::-1], references[:1]):
+        session.replace(now)
+        for action in (lambda: handlers.start("page", session, state, before), lambda: session.remove(0, before)):
+            with pytest.raises(ValueError, match="they were changed in another tab of this page"):
+                action()
+        assert "changed in another tab" in handlers.add(session, [str(tmp_path / "in.png")], before)
+        assert session.references == tuple(now)
+    assert not (tmp_path / "in.png").exists()
+    session.replace(references)
+    run = handlers.start("page", session, state, before)
+    assert [entry.file for entry in run.job.recipe.references] == ["bag.png", "mug.png"]
+    with pytest.raises(ValueError, match="on its way already"):
+        handlers.start("second page", session, state, before)
+    handlers.open(TOKEN)
+    assert run.cancel_asked, "the page was reloaded"
+
+
+def test_a_duplicated_tab_has_its_own_references(studio: Studio, tmp_path: Path) -> None:
+    handlers = Handlers(studio, Sessions(tmp_path))
+    first = handlers.open(TOKEN)
+    first.replace([upload(), upload("mug.png", (9, 9, 9))])
+    copy = handlers.open("b" * 48, TOKEN)
+    assert (copy.references, copy.pictures) == (first.references, ())
+    copy.remove(0, shown(copy))
+    assert [[reference.name for reference in session.references] for session in (first, copy)] == [["bag.png", "mug.png"], ["mug.png"]]
+
+
+def test_a_page_that_does_not_listen_gets_no_picture(stuck: tuple[Studio, Stuck], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds no place in the line, and its run ends when it stops listening."""
+    monkeypatch.setattr(app_handlers, "PATIENCE", 0.05)
+    monkeypatch.setattr(app_handlers, "POLL_SECONDS", 0.02)
+    studio, listeners = stuck[0], Listeners()
+    handlers = Handlers(studio, Sessions(tmp_path), listeners.__contains__)
     state = app_state.default_state(studio.config)
-    state.settings.update(prompt="a cat", num_inference_steps=1)
-    runs = {name: handlers.start(name, handlers.sessions.get(letter * 48), state, ()) for name, letter in (("gone", "b"), ("here", "c"))}
-    for name in runs:
-        looks = handlers.watch(name, handlers.sessions.get(TOKEN), runs[name])
-        for _ in range(5):
-            next(looks, None)
-    assert {name: run.cancel_asked for name, run in runs.items()} == {"gone": True, "here": False}
-    looks.close()
+    state.settings.update(prompt="a cat")
+    for number in range(app_studio.MAX_WAITING + 4):
+        with pytest.raises(ValueError, match="does not read its answers"):
+            handlers.start(f"silent {number}", handlers.sessions.get(f"{number:032x}"), state, ())
+    listeners.began("page")
+    session = handlers.sessions.get(TOKEN)
+    run = handlers.start("page", session, state, ())
+    looks = handlers.watch("page", session, run)
+    next(looks)
+    listeners.ended("page")
+    list(zip(range(5), looks, strict=False))
+    assert run.cancel_asked
 
 
-def test_equal_uploads_of_two_users(tmp_path: Path) -> None:
-    """Gradio keeps both in one file, named after its content, which the first one who takes it removes."""
-    sessions = Sessions(tmp_path / "sessions")
-    good, bad = tmp_path / "a.png", tmp_path / "b.png"
-    good.write_bytes(png())
-    bad.write_text("hello")
-    first, second = (sessions.get(letter * 48).take([str(good), str(bad)], SIZE, SCALE) for letter in "ab")
-    assert not good.exists()
-    assert [one.sha256 for one in second.uploads] == [one.sha256 for one in first.uploads] == [hashlib.sha256(png()).hexdigest()]
-    assert second.problems == first.problems
-    assert "no known picture format" in second.problems[0]
-    good.write_bytes(png((1, 2, 3)))  # what is there is read anew
-    assert sessions.get("c" * 48).take([str(good)], SIZE, SCALE).uploads[0].sha256 == hashlib.sha256(png((1, 2, 3))).hexdigest()
-
-
-def test_remembered_uploads_are_few(tmp_path: Path) -> None:
-    recent = RecentUploads()
-    for number in range(app_uploads.MAX_RECENT + 1):
-        (tmp_path / f"{number}.png").write_bytes(png())
-        take_uploads([tmp_path / f"{number}.png"], 1, SIZE, SCALE, recent)
-    with pytest.raises(ValueError, match=r"0\.png: the upload was lost"):
-        recent.read(tmp_path / "0.png", SIZE, SCALE)
-    assert recent.read(tmp_path / "1.png", SIZE, SCALE).name == "1.png"
+def test_empty_sessions_make_room_before_those_with_references(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    sessions.get(TOKEN).replace([upload()])
+    for number in range(2 * MAX_SESSIONS):
+        sessions.get(f"{number:032x}")
+    assert len(sessions.get(TOKEN).references) == 1
 
 
 def test_what_was_done_to_read_an_upload_is_said(studio: Studio, tmp_path: Path) -> None:
     handlers = Handlers(studio, Sessions(tmp_path / "sessions"))
     Image.new("RGB", (8, 8), "navy").save(tmp_path / "a.png", icc_profile=rgb_profile("Wide"))
-    said = handlers.add(handlers.sessions.get(TOKEN), [str(tmp_path / "a.png")])
+    said = handlers.add(handlers.sessions.get(TOKEN), [str(tmp_path / "a.png")], ())
     assert "m-quiet" in said
     assert "a.png: its colours are converted to sRGB from Wide." in said
 
@@ -511,7 +540,7 @@ def test_what_was_done_to_read_an_upload_is_said(studio: Studio, tmp_path: Path)
 def test_lost_references_are_noticed(studio: Studio, tmp_path: Path) -> None:
     handlers = Handlers(studio, Sessions(tmp_path))
     with pytest.raises(ValueError, match="left alone for too long and its pictures are gone. Drop them again."):
-        handlers.start("page", handlers.sessions.get(TOKEN), app_state.default_state(studio.config), ("a", "b"))
+        handlers.start("page", handlers.sessions.get(TOKEN), app_state.default_state(studio.config), (("a.png", "0" * 64),) * 2)
 
 
 def test_sessions_are_limited_and_end_when_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,57 +648,16 @@ def test_views_of_nothing() -> None:
     assert "once there is one" in app_views.attention_note(None)
 
 
-def contrast(first: tuple[float, ...], second: tuple[float, ...]) -> float:
-    """Of two colours, from 1 to 21 (WCAG 2)."""
-    low, high = sorted(luminance(colour) for colour in (first, second))
-    return (high + 0.05) / (low + 0.05)
-
-
-def rgb(text: str) -> tuple[int, ...]:
-    digits = text.removeprefix("#")
-    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
-    return tuple(bytes.fromhex(digits))
-
-
-def test_everything_can_be_read() -> None:
-    """At least 4.5 to 1 for every text, on all that it may stand on."""
-    assert contrast(rgb("#94a3b8"), rgb("#fff")) == pytest.approx(2.56, abs=0.01)  # Gradio's own grey
-    light, dark = ("#fff", "#f8fafc", "#f1f5f9"), ("#0a0f1e", "#0f172a", "#1e293b", "#334155")  # slate, as the theme has it
-    for name, colour in app.COLOURS.items():
-        if "button" in name:
-            assert contrast(rgb(colour), rgb("#fff")) >= 4.5, name
-        for ground in dark if name.endswith("_dark") else light if "text" in name or "placeholder" in name else ():
-            assert contrast(rgb(colour), rgb(ground)) >= 4.5, (name, ground)
-    for k in range(len(LINE_COLOURS)):
-        assert contrast(rgb(colour_name(k)), rgb(ink_name(k))) >= 4.5
-    style = (ROOT / "scripts/app/style.css").read_text(encoding="utf-8")
-    rules = re.findall(r"background: (#\w+); color: (#\w+)", style)
-    assert len(rules) == 2  # errors, light and dark
-    for ground, text in rules:
-        assert contrast(rgb(ground), rgb(text)) >= 4.5
-    blue = rgb(re.search(r"color-mix\(in srgb, (#\w+) var\(--share\), #fff\)", style)[1])
-    for percent in range(101):
-        cell = app_views.view("leakage_table", [[percent / 100]]).split("<td class=")[1]
-        share = int(re.search(r"--share:(\d+)%", cell)[1]) / 100
-        ground = tuple(share * channel + 255 * (1 - share) for channel in blue)
-        assert contrast(ground, rgb("#fff" if "m-strong" in cell else "#000")) >= 4.5, percent
-
-
-def test_the_page_speaks_as_the_report_does() -> None:
-    report = (ROOT / "mosaic/reports/templates/figures.html.jinja").read_text(encoding="utf-8")
-    table = app_views.view("leakage_table", [[0.5, 0.25], [0.0, 1.0]])
-    caption = re.search("<caption>(.*?)</caption>", table)[1]
-    assert caption in report
-    assert "nobody&rsquo;s" in table
-    assert "nobody&rsquo;s" in report
-    assert "rgba(29,78,137," in report
-    assert "#1d4e89" in (ROOT / "scripts/app/style.css").read_text(encoding="utf-8")
-    assert rgb("#1d4e89") == (29, 78, 137)
-
-
-def test_leakage_table_says_what_lies_on_nobodys_tokens() -> None:
-    table = app_views.view("leakage_table", [[0.5, 0.25], [0.0, 1.0]])
-    assert [cell.split("</td>")[0].rsplit(">", 1)[-1] for cell in table.split("<td")[2:]] == ["50 %", "25 %", "25 %", "0 %", "100 %", "0 %"]
+def test_the_page_shows_attention_in_the_words_and_colours_of_the_reports() -> None:
+    numbers = {"leakage": [[0.5, 0.25], [0.0, 1.0]], "owned": [0.5, 0.125]}
+    recipe = make_recipe(references=(entry("bag.png", "bag"), entry("a_mug.png")))
+    note = app_views.attention_note(app_views.FinishedPicture(Path("a.png"), Path("b.png"), numbers, recipe, 1.0))
+    assert str(environment().get_template("figures.html.jinja").module.leakage_table(["bag", "a_mug"], numbers)) in note
+    assert "nobody&rsquo;s" in note
+    assert "elsewhere" not in note
+    assert re.findall(r">(\d+)\u00a0%<", note) == ["50", "25", "25", "0", "100", "0", "50", "12", "38"]
+    single = app_views.FinishedPicture(Path("a.png"), Path("b.png"), {"leakage": [[1.0]], "owned": [1.0]}, make_recipe(), 1.0)
+    assert "<table" not in app_views.view("attention", ["bag"], single.numbers)
 
 
 def test_durations() -> None:
@@ -724,76 +712,178 @@ def test_unreadable_cases_give_no_examples(config: Config, tmp_path: Path) -> No
     assert "none.json" in problems[0]
 
 
-def test_the_guard_refuses_large_uploads_foreign_addresses_and_hosts() -> None:
-    starlette = pytest.importorskip("starlette.applications", reason="comes with Gradio")
-    import asyncio
+class Server:
+    """Sends requests to an app behind the guard, in the way of a web server."""
 
-    from starlette.responses import PlainTextResponse
-    from starlette.routing import Route
+    def __init__(self, app: Any) -> None:
+        self.app = app
 
-    from scripts.app.guard import MAX_BODY, MAX_JSON, Listeners, middleware
-
-    async def answer(request: Any) -> PlainTextResponse:
-        return PlainTextResponse("in")
-
-    routes = [Route("/{path:path}", answer, methods=["GET", "POST"])]
-    local, public = (starlette.Starlette(routes=routes, middleware=middleware(host, Listeners())) for host in (None, "0.0.0.0"))
-
-    def status(server: Any, path: str, method: str = "GET", host: str = "127.0.0.1:7860", **headers: str) -> tuple[int, dict]:
+    def ask(
+        self, path: str, method: str = "GET", body: bytes = b"", host: str = "127.0.0.1:7860", **headers: str | None
+    ) -> tuple[int, dict[bytes, bytes], bytes]:
         sent: list[dict] = []
-        given = [(b"host", host.encode()), *((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items())]
-        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": given}
+        path, _, query = path.partition("?")
+        given = {"host": host, "content-length": str(len(body)) if method == "POST" else None}
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        raw = [(name.encode(), value.encode()) for name, value in given.items() if value is not None]
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query.encode(), "headers": raw}
+        parts = [body[: len(body) // 2], body[len(body) // 2 :]]
 
         async def receive() -> dict:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)} if parts else {"type": "http.disconnect"}
 
         async def send(message: dict) -> None:
             sent.append(message)
 
-        asyncio.run(server({**scope, "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 7860)}, receive, send))
-        return sent[0]["status"], dict(sent[0]["headers"])
-
-    assert status(local, "/")[0] == 200
-    assert b"default-src 'self'" in status(local, "/")[1][b"content-security-policy"]
-    assert status(local, "/", host="evil.example")[0] == 400
-    assert status(public, "/", host="workstation.example")[0] == 200
-    upload_path = "/gradio_api/upload"
-    assert status(local, upload_path, "POST", content_length="1000")[0] == 200
-    assert status(local, upload_path, "POST", content_length=str(MAX_BODY + 1))[0] == 413
-    assert status(local, upload_path, "POST")[0] == 411
-    join = "/gradio_api/queue/join"
-    assert status(local, join, "POST", content_length="1000")[0] == 200
-    assert status(local, join, "POST", content_length=str(MAX_JSON + 1))[0] == 413
-    assert status(local, join, "POST", content_length=str(300 * 2**20))[0] == 413
-    assert status(local, join, "POST", content_length="9" * 5000)[0] == 413
-    assert status(local, join, "POST", transfer_encoding="chunked")[0] == 411
-    assert status(local, "/gradio_api/run/x", "PUT", content_length=str(MAX_JSON + 1))[0] == 413
-    assert status(local, "/gradio_api/file=https://evil.example/x")[0] == 403
+        asyncio.run(self.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 7860)}, receive, send))
+        return sent[0]["status"], dict(sent[0]["headers"]), b"".join(message.get("body", b"") for message in sent)
 
 
-def test_the_guard_knows_which_pages_listen() -> None:
-    pytest.importorskip("starlette", reason="comes with Gradio")
-    import asyncio
+ACTIONS = {0: ("textbox", "textbox"), 1: ("state", "slider", "number", "checkbox"), 2: ("file",), 3: ("dataset",)}
+CALL = {"data": ["a", "b"], "fn_index": 0, "session_hash": "abc", "trigger_id": None, "event_data": None}
 
-    from scripts.app.guard import Guard, Listeners
 
-    listeners, seen = Listeners(), []
+@pytest.fixture
+def guarded(tmp_path: Path) -> Any:
+    """Makes a server that tells which page listens and what it received, behind the guard."""
+    applications = pytest.importorskip("starlette.applications", reason="comes with Gradio")
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
 
-    async def server(scope: Any, *_: Any) -> None:
-        seen.append({page for page in ("one", "two") if page in listeners})
-        if scope["path"].endswith("data"):
-            raise ConnectionResetError
+    from scripts.app.guard import middleware
 
-    guard = Guard(server, listeners)
-    for path, query in (
-        ("/gradio_api/heartbeat/one", b""),
-        ("/gradio_api/queue/data", b"session_hash=two"),
-        ("/gradio_api/queue/join", b""),
+    listeners = Listeners()
+
+    async def answer(request: Any) -> PlainTextResponse:
+        return PlainTextResponse(await request.body() if request.method == "POST" else str("abc" in listeners))
+
+    routes = [Route("/{path:path}", answer, methods=["GET", "POST"])]
+    return lambda host=None: Server(applications.Starlette(routes=routes, middleware=middleware(host, listeners, Calls(ACTIONS, tmp_path))))
+
+
+def test_the_guard_refuses_large_bodies_foreign_addresses_and_hosts(guarded: Any) -> None:
+    local, public = guarded(), guarded("0.0.0.0")
+    assert local.ask("/")[0] == 200
+    assert b"default-src 'self'" in local.ask("/")[1][b"content-security-policy"]
+    assert local.ask("/", host="evil.example")[0] == 400
+    assert public.ask("/", host="workstation.example")[0] == 200
+    upload_path, join = "/gradio_api/upload", "/gradio_api/queue/join"
+    assert local.ask(upload_path, "POST", content_length="1000")[0] == 200
+    assert local.ask(upload_path, "POST", content_length=str(7 * 20 * 2**20 + 1))[0] == 413
+    for path in (join, f"{join}/", "/gradio_api/cancel", upload_path):
+        assert local.ask(path, "POST", content_length=None)[0] == 411
+        assert local.ask(path, "POST", content_length=str(300 * 2**20))[0] == 413
+    assert local.ask(join, "POST", json.dumps(CALL).encode() + b" " * 2**20)[0] == 413
+    for path in ("/gradio_api/run/draw", "/gradio_api/call/draw", "/gradio_api/call/v2/draw", "/gradio_api/component_server", "/login"):
+        assert local.ask(path, "POST", b"{}")[0] == 404
+    for head in (
+        {"content_length": str(2**21)},
+        {"content_length": "9" * 5000},
+        {"content_length": "ten"},
+        {"transfer_encoding": "chunked"},
     ):
-        with contextlib.suppress(ConnectionResetError):
-            asyncio.run(guard({"type": "http", "method": "GET", "path": path, "query_string": query, "headers": []}, None, None))
-    assert seen == [{"one"}, {"two"}, set()]
-    assert {page for page in ("one", "two") if page in listeners} == set()
+        status = local.ask("/config", "GET", **head)[0]
+        assert status == (413 if head.get("content_length", "x")[0].isdigit() else 411)
+    assert local.ask(join, "POST", content_length="9" * 5000)[0] == 413
+    assert local.ask("/config", "PUT", content_length=str(2**21))[0] == 413
+    assert local.ask("/gradio_api/file=https://evil.example/x")[0] == 403
+
+
+def test_calls_reach_the_server_as_they_were_sent(guarded: Any, tmp_path: Path) -> None:
+    file = {"path": str(tmp_path / "a/b/x.png"), "size": 3, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+    for number, changes in enumerate(
+        (
+            {},
+            {"data": ["x" * 100_000, None]},
+            {"fn_index": 1, "data": [None, 0.5, 2**40, True]},
+            {"fn_index": 2, "data": [[file, file]]},
+            {"fn_index": 2, "data": [None]},
+            {"fn_index": 3, "data": [4], "event_data": {"index": [0, 1], "value": [{"a": "b"}]}},
+        )
+    ):
+        body = json.dumps({**CALL, "session_hash": f"page-{number}", **changes}).encode()
+        assert guarded().ask("/gradio_api/queue/join", "POST", body)[::2] == (200, body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ["x" * 100_001, ""]}, "A text must have at most 100000 letters"),
+        ({"data": ["\ud800", ""]}, "without halves of surrogate pairs"),
+        ({"event_data": [0] * 2001}, "at most 2000 values"),
+        ({"event_data": [[[[[[[[]]]]]]]]}, "at most 8 deep"),
+        ({"event_data": {"a": {"x" * 100_001: 1}}}, "A text must have at most"),
+        ({"data": [1, ""]}, "data[0] is not a value of a textbox."),
+        ({"data": ["a", "b", "c"]}, "data must be a list of 2 values."),
+        ({"data": {"0": "a"}}, "data must be a list of 2 values."),
+        ({"fn_index": 4}, "fn_index must be the number of one of the page's actions."),
+        ({"fn_index": True}, "fn_index must be"),
+        ({"fn_index": "x" * 90_000}, "fn_index must be"),
+        ({"trigger_id": "x"}, "trigger_id must be"),
+        ({"session_hash": None}, "session_hash must have"),
+        ({"session_hash": "../x"}, "session_hash must have"),
+        ({"session_hash": "x" * 65}, "session_hash must have"),
+        ({"batched": True}, "A call must be an object with the keys"),
+        ({"fn_index": 1, "data": [None, "7", 1, True]}, "data[1] is not a value of a slider."),
+        ({"fn_index": 1, "data": [None, 1, 10**30, True]}, "data[2] is not a value of a number."),
+        ({"fn_index": 1, "data": [None, 1, True, True]}, "data[2] is not a value of a number."),
+        ({"fn_index": 1, "data": [None, float("nan"), 1, True]}, "A call must be JSON."),
+        ({"fn_index": 1, "data": [None, 1, 1, "on"]}, "data[3] is not a value of a checkbox."),
+        ({"fn_index": 1, "data": [{"a": 1}, 1, 1, True]}, "data[0] is not a value of a state."),
+        ({"fn_index": 3, "data": [0.5]}, "data[0] is not a value of a dataset."),
+        *(
+            ({"fn_index": 2, "data": [value]}, "data[0] is not a value of a file.")
+            for value in (
+                ["x.png"],
+                {"path": "UPLOADS/x.png", "meta": {"_type": "gradio.FileData"}},
+                [{"path": "UPLOADS/x.png"}],
+                [{"path": "UPLOADS/../y.png", "meta": {"_type": "gradio.FileData"}}],
+                [{"path": "UPLOADS/x.png", "is_stream": True, "meta": {"_type": "gradio.FileData"}}],
+                [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}],
+                [{"path": "http://169.254.169.254/x.png", "meta": {"_type": "gradio.FileData"}}],
+                [{"path": "UPLOADS/x.png", "meta": {"_type": "gradio.FileData"}}] * 101,
+            )
+        ),
+    ],
+)
+def test_calls_that_the_page_does_not_make_are_refused_in_a_short_line(
+    guarded: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    body = json.dumps({**CALL, **changes}).replace("UPLOADS", str(tmp_path)).encode()
+    status, _, said = guarded().ask("/gradio_api/queue/join", "POST", body)
+    assert (status, message in said.decode()) == (422, True)
+    assert len(said) < 120
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 200_000, b"[]", b"\xff", b"9" * 10_000, b'"x"', b"null"])
+def test_calls_that_are_no_objects_are_refused(guarded: Any, body: bytes) -> None:
+    assert guarded().ask("/gradio_api/queue/join", "POST", body)[0] == 422
+
+
+def test_a_page_that_reads_no_answers_may_call_a_few_times(guarded: Any) -> None:
+    server = guarded()
+
+    def join(page: str) -> int:
+        return server.ask("/gradio_api/queue/join", "POST", json.dumps({**CALL, "session_hash": page}).encode())[0]
+
+    assert [join("silent") for _ in range(12)] == [200] * 4 + [429] * 8
+    assert join("abc") == 200
+    for stream in ("/gradio_api/queue/data?session_hash=abc", "/gradio_api/heartbeat/abc"):
+        assert server.ask(stream)[2] == b"True"
+    assert server.ask("/gradio_api/queue/data?session_hash=other")[2] == b"False"
+    assert server.ask("/gradio_api/queue/data?session_hash=silent")[0] == 200
+    assert join("silent") == 200, "it has read since"
+
+
+def test_listeners_count_their_streams() -> None:
+    listeners = Listeners()
+    listeners.began("page")
+    listeners.began("page")
+    listeners.ended("page")
+    assert "page" in listeners
+    assert all(listeners.may_call("page") for _ in range(100))
+    listeners.ended("page")
+    assert "page" not in listeners
 
 
 def test_read_upload_is_bounded_by_the_number_of_references() -> None:
