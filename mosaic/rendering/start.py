@@ -13,7 +13,6 @@ from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.checks import check_sizes
 from mosaic.rendering.loading import load_pipeline
-from mosaic.rendering.memory_presets import resolve_preset
 from mosaic.rendering.recipe import RunRecipe
 from mosaic.rendering.recipes import shared_recipe
 from mosaic.weights.digests import model_digest, vae_scale_factor, weights_digest
@@ -46,7 +45,6 @@ class Start:
             FileNotFoundError, OSError, ValueError: They do not fit.
         """
         name, settings = config.model.pretrained, config.inference
-        resolve_preset(config)
         factor, options = vae_scale_factor(name), ResolvedOptions.from_config(config)
         check_sizes(options, factor)
         # Only once the settings and the model stand: the file may be a download of a gigabyte.

@@ -72,7 +72,9 @@ def test_a_tokenizer_without_its_usual_file_is_read_by_its_class(world: Path, tm
         TextWindow.of_model(str(world), 24)
 
 
-def test_the_check_the_run_and_the_manifest_say_it(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_check_the_run_and_the_manifest_say_it(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     path = world / "long.json"
     entries = [{"prompt": "a cat", "image_paths": ["reference_0.png"]}, {"prompt": LONG, "image_paths": ["reference_0.png"]}]
     path.write_text(json.dumps(entries))
@@ -88,6 +90,7 @@ def test_the_check_the_run_and_the_manifest_say_it(world: Path, tmp_path: Path, 
         assert "truncated" not in err
         assert "sequence length" not in err
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()] == []  # in the progress bar
     assert [row.get("lost_words") for row in rows] == [None, lost.words]
     assert "lost_words" not in rows[0]
 
