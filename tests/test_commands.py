@@ -104,7 +104,8 @@ def test_ctrl_c_in_a_process(tmp_path: Path, moment: str) -> None:
         else (f"import sys, time\nfrom mosaic.commands import *\n@command(NOTHING)\ndef main(argv=None):\n    {waits}\nsys.exit(main())")
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        # a process started in the background ignores Ctrl-C, and so would its children
+        [sys.executable, "-c", f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{program}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

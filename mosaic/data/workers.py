@@ -26,8 +26,8 @@ def loaded(loader: DataLoader) -> Generator[Any]:
     items = iter(loader)
     if before is not None and threading.current_thread() is threading.main_thread():
         # PyTorch's handler raises wherever this thread happens to be, also half way through an update of the weights. Dead processes are
-        # looked for before each item instead, and by PyTorch while it waits for one.
-        signal.signal(signal.SIGCHLD, before)
+        # looked for before each item instead, and by PyTorch while it waits for one. An earlier loader may have left the handler here.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if getattr(before, "__module__", "").startswith("torch.") else before)
     workers = sorted(set(multiprocessing.active_children()) - others, key=lambda process: process.pid or 0)
     try:
         while True:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -298,8 +299,8 @@ def test_save_picture(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_old_picture_and_no_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_picture(solid("red"), tmp_path / "picture.png")
 
-    def fail(self: Image.Image, file: Path, **_: object) -> None:
-        file.write_bytes(b"half")
+    def fail(self: Image.Image, file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)

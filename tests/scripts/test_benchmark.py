@@ -165,5 +165,5 @@ def test_a_cell_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_model_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("mosaic.planning.preflight.os.sysconf", lambda name: 2**14)
-    with pytest.raises(SystemExit, match="--model flux_dev needs 29.1 GiB .* Use --model pocket here, or a GPU of 80 GB"):
+    with pytest.raises(ValueError, match="--model flux_dev needs 29.1 GiB .* Use --model pocket here, or a GPU of 80 GB"):
         benchmark.measure(["train", "--model", "flux_dev"])

@@ -76,7 +76,7 @@ def test_the_benchmark_takes_turns_and_tells_what_a_wait_costs(
     cores = os.sched_getaffinity(0)
     options = ["shared", "--spin-counts", "300000", "7", "--rounds", "1", "--seconds", "0.05", "--threads", "1"]
     try:
-        result = benchmark.main([*options, "--output", str(tmp_path / "result.json")])
+        result = benchmark.measure([*options, "--output", str(tmp_path / "result.json")])
     finally:
         os.sched_setaffinity(0, cores)
     assert started == ["300000", "7", "passive", "busy", "300000", "busy", "7", "busy", "passive"]

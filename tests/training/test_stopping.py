@@ -180,11 +180,11 @@ def test_an_error_ends_a_run_at_once_with_its_steps_in_a_checkpoint(
     (tmp_path / "config.json").write_text(json.dumps(values))
     at_step(2, lambda loss: action(own) or loss, monkeypatch)
     before, begin = set(multiprocessing.active_children()), time.monotonic()
-    handler = signal.getsignal(signal.SIGCHLD)
     assert main([str(tmp_path / "config.json")]) == code
     assert time.monotonic() - begin < 20
     assert set(multiprocessing.active_children()) == before
-    assert signal.getsignal(signal.SIGCHLD) is handler  # else PyTorch's would raise wherever the training is
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert not getattr(handler, "__module__", "").startswith("torch.")  # it would raise wherever the training is
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if re.match(message, line)]) == 1
     (folder,) = (tmp_path / "run/checkpoints").iterdir()
