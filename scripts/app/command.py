@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from scripts.app.layout import Page
     from scripts.app.listeners import Listeners
 
-# Gradio rewrites the selectors of CSS files, and then these no longer reach its own containers.
+# Gradio rewrites the selectors of CSS files, and then these no longer reach what is around the page.
 NARROW = "@media (max-width: 640px) { .gradio-container { padding: 12px !important } .gradio-container .main { padding: 0 !important } }"
+MENDED = "[data-mended] #m-status .m-error { display: none }"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -133,7 +134,7 @@ def launch(page: "Page", folder: Path, host: str, port: int | None, listeners: "
         favicon_path=FOLDER / "icon.svg",
         theme=gradio.themes.Base(**FAMILIES, **FONTS).set(**theme_values()),
         css_paths=[FOLDER / "style.css", TEMPLATES / "attention.css"],
-        head=f"<style>{NARROW}</style><script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",
+        head=f"<style>{NARROW} {MENDED}</style><script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",
         app_kwargs={"middleware": guards, "routes": [Receiver(uploads).route]},
         **options,
     )

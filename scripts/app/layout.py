@@ -145,10 +145,9 @@ class Page:
             [self.token, *self._slots, *self.settings, self.gallery, *self._shown_picture],
             js="() => window.mosaic.restore()",
             **HIDDEN,
-        )
+        ).then(None, js="() => window.mosaic.opened()", **HIDDEN)
         self.blocks.unload(self.leave)
-        js = "(status, ...values) => window.mosaic.remember(status, values)"
-        gr.on([part.change for part in self.settings], None, [self.status, *self.settings], [self.status], js=js, **HIDDEN)
+        gr.on([part.change for part in self.settings], None, self.settings, js="(...values) => window.mosaic.remember(...values)", **HIDDEN)
         outputs = [self.drop, self.upload_notice, *self._slots]
         self.drop.upload(self.add, [self.token, self.drop, self.shown], outputs, concurrency_limit=4, **HIDDEN)
         for position, button in enumerate(self.removes):
@@ -160,9 +159,9 @@ class Page:
             self.dataset.click(self.show_example, [self.token, self.dataset], outputs, **HIDDEN)
         outputs = [self.status, *buttons, self.seed, self.gallery, *self._shown_picture]
         gr.on([self.generate.click, self.prompt.submit], self.draw, [*tab, self.shown], outputs, concurrency_limit=24, **HIDDEN)
-        # What was said of the references is told no longer once they change.
         changed = [self.drop.upload, *(button.click for button in self.removes)]
-        gr.on(changed, None, [self.status], [self.status], js="(status) => window.mosaic.mended(status)", **HIDDEN)
+        gr.on(changed, None, js="() => window.mosaic.mended(true)", **HIDDEN)
+        gr.on([self.generate.click, self.prompt.submit], None, js="() => window.mosaic.mended(false)", **HIDDEN)
         self.cancel.click(self.stop, None, [self.cancel], **HIDDEN)
         self.gallery.select(self.select, [self.token], self._shown_picture, **HIDDEN)
 
@@ -183,7 +182,10 @@ class Page:
 
     def add(self, token: str, paths: list[str] | None, shown: Shown) -> list[Any]:
         """Files were dropped, pasted or chosen."""
-        session = self.handlers.sessions.get(token)
+        try:
+            session = self.handlers.sessions.get(token)
+        except ValueError as error:
+            return [None, notice([str(error)]), *[gr.skip()] * len(self._slots)]
         said = self.handlers.add(session, paths or [], shown)
         return [None, said, *_slots(session)]
 
@@ -191,8 +193,8 @@ class Page:
         """The action of a reference's button."""
 
         def remove(token: str, shown: Shown, *fields: Any) -> list[Any]:
-            session = self.handlers.sessions.get(token)
             try:
+                session = self.handlers.sessions.get(token)
                 session.remove(position, shown)
             except ValueError as error:
                 return [notice([str(error)]), *[gr.skip()] * (len(self._slots) + len(fields))]
@@ -204,7 +206,10 @@ class Page:
 
     def show_example(self, token: str, position: int) -> list[Any]:
         """An example was chosen."""
-        session, example = self.handlers.sessions.get(token), self.examples[position]
+        try:
+            session, example = self.handlers.sessions.get(token), self.examples[position]
+        except ValueError as error:
+            return [notice([str(error)]), *[gr.skip()] * (1 + len(self._slots) + len(self.settings))]
         session.replace(example.uploads)
         return ["", "", *_slots(session), *_values(example_state(example, self.config))]
 

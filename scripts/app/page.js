@@ -30,13 +30,15 @@ window.mosaic = {
     own = token;
     return [token, sessionStorage.getItem("mosaic.settings") || "", origin];
   },
-  // Keeps the fields over a reload; what is said changes as by `mended`.
-  remember(status, values) {
+  remember(...values) {
     sessionStorage.setItem("mosaic.settings", JSON.stringify(values));
-    return this.mended(status);
+    this.mended(true);
   },
-  // What is said under the buttons once something was changed: no error, for that may be mended.
-  mended: (status) => ((status || "").includes("m-error") ? "" : status),
+  // Until then a click may come before the token.
+  opened: () => document.documentElement.toggleAttribute("data-opened", true),
+  // Once something was changed, what was said against it is hidden until the next answer: it may be mended. Gradio's own way, an empty
+  // status, sets fields back that have just been shown.
+  mended: (yes) => document.documentElement.toggleAttribute("data-mended", yes),
   // Hands picture files to the upload field, as if they had been chosen there.
   give(files) {
     const input = document.querySelector("#m-drop input[type=file]");

@@ -138,7 +138,7 @@ class Sessions:
             ValueError: The token is not one that the page makes.
         """
         if not isinstance(token, str) or not TOKEN.fullmatch(token):
-            raise ValueError("This page was opened without JavaScript or is damaged. Reload it.")
+            raise ValueError("This page is still loading, or was opened without JavaScript. Try again, or reload it.")
         with self._lock:
             closed = self._sweep(MAX_SESSIONS - (token not in self._sessions))
             session = self._sessions.setdefault(token, Session(self.folder / hashlib.sha256(token.encode()).hexdigest()[:32]))
