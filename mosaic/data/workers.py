@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Generator, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -36,7 +37,8 @@ def loaded(loader: DataLoader) -> Generator[Any]:
                 item = next(items)
             except StopIteration:
                 return
-            except RuntimeError:
+            except (RuntimeError, OSError, EOFError):  # OSError: a killed process no longer hands over what it had announced
+                wait([worker.sentinel for worker in workers], timeout=1.0)
                 _require_alive(workers)
                 raise
             yield item

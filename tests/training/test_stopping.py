@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def break_data(world: Path) -> None:
 
 
 def kill_a_worker(_: Path) -> None:
-    os.kill(max(process.pid for process in multiprocessing.active_children()), signal.SIGKILL)
+    worker = max(multiprocessing.active_children(), key=lambda process: process.pid)
+    os.kill(worker.pid, signal.SIGKILL)
+    wait([worker.sentinel])
 
 
 def fail(_: Path) -> None:
