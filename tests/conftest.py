@@ -85,8 +85,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state per process, whose precision cannot change."""
+    """Accelerate keeps one state per process, whose precision cannot change: neither an earlier test's is found nor one left behind."""
+    _forget_accelerator()
     yield
+    _forget_accelerator()
+
+
+def _forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
