@@ -6,7 +6,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 # OpenMP's threads spin while they wait for one another, by default for milliseconds. Where another process has the core of one of them, a
-# step that takes a second alone takes a minute so. What fewer spins cost a machine of one's own is still to be measured (docs/speed.md).
+# step that takes a second alone can take a minute so. Fewer spins cost a machine of one's own about 13 % (docs/speed.md).
 # libgomp reads this when torch is loaded; every command imports this package before.
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SPIN_COUNT = "1000"

@@ -5,6 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/environment.sh
 # The tests' tensors are tiny: one thread each is fastest, and does not suffer when other programs run.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# The tests' many processes share what one of them has compiled.
+export PYTHONDONTWRITEBYTECODE=
 # A file's tests share what they set up, so files are dealt out, not tests. Three processes keep two cores busy, for tests of several
 # processes also wait. TEST_PROCESSES=0: all in this process.
 processes="${TEST_PROCESSES:-3}"

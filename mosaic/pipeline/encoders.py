@@ -74,17 +74,20 @@ class Encoders(ABC):
 
 
 class LiveEncoders(Encoders):
-    """The VAE and the text encoders of a pipeline, on the device that its offload hooks say."""
+    """The VAE and the text encoders of a pipeline."""
 
-    def __init__(self, pipeline: FluxPipeline, vae_scale_factor: int | None = None, warns: bool = False) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, vae_scale_factor: int | None = None, warns: bool = False, device: torch.device | None = None
+    ) -> None:
         """Keep the pipeline; nothing is encoded.
 
         Args:
             pipeline: Whose models encode.
             vae_scale_factor: Pixels per latent cell of the model, for a pipeline whose VAE was left out. None: as its VAE says.
             warns: Whether to warn of prompts that are cut. The commands say it before they begin, and not in their progress bars.
+            device: Where the models stay. None: what the pipeline's offload hooks say, for which each call goes over all its modules.
         """
-        self._pipeline, self._vae_scale_factor, self._warns = pipeline, vae_scale_factor, warns
+        self._pipeline, self._vae_scale_factor, self._warns, self._device = pipeline, vae_scale_factor, warns, device
 
     @property
     def vae_scale_factor(self) -> int:
@@ -97,7 +100,7 @@ class LiveEncoders(Encoders):
         if self._warns:
             for prompt, lost in TextWindow.of_tokenizer(self._pipeline.tokenizer_2, max_sequence_length).all_lost(prompts):
                 logger.warning("prompt %s %s", shown(prompt), lost)
-        device = self._pipeline._execution_device
+        device = self._device or self._pipeline._execution_device
         with _silent_libraries():
             embeds, pooled, _ = self._pipeline.encode_prompt(prompt=list(prompts), device=device, max_sequence_length=max_sequence_length)
         return PromptEmbeddings(embeds, pooled)
@@ -106,7 +109,7 @@ class LiveEncoders(Encoders):
     def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """Encode pictures in the VAE's dtype (Eq. 3)."""
         vae = self._pipeline.vae
-        return encode_images(vae, images.to(self._pipeline._execution_device, vae.dtype), generator)
+        return encode_images(vae, images.to(self._device or self._pipeline._execution_device, vae.dtype), generator)
 
 
 class GivenPrompts(Encoders):

@@ -183,7 +183,7 @@ def load_base(config: Config, opened: Opened, device: torch.device) -> MosaicFlu
     """
     absent = dict.fromkeys(unneeded_components(config, opened.caches))
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=DTYPES[config.model.dtype], **absent)
-    pipeline.encoders = LiveEncoders(pipeline, opened.vae_scale_factor)  # the VAE, which would say it, may be absent
+    pipeline.encoders = LiveEncoders(pipeline, opened.vae_scale_factor, device=device)  # no VAE may be there to say it
     quantize_base(pipeline.transformer, config.model.quantization, device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

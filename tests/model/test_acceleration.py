@@ -24,8 +24,13 @@ STEPS = 6
 @pytest.fixture
 def pipeline() -> MosaicFluxPipeline:
     """With two blocks of each kind."""
+    return with_blocks(2)
+
+
+def with_blocks(count: int) -> MosaicFluxPipeline:
+    """With so many blocks of each kind."""
     pipeline = tiny.build_pipeline()
-    transformer = tiny.build_transformer(pipeline.transformer.config.guidance_embeds)
+    transformer = tiny.build_transformer(pipeline.transformer.config.guidance_embeds, num_layers=count, num_single_layers=count)
     tiny.attach_random_lora(transformer)
     pipeline.register_modules(transformer=transformer.requires_grad_(False))
     return pipeline
@@ -237,13 +242,14 @@ def test_a_kernel_for_some_head_sizes_only_is_refused(pipeline: MosaicFluxPipeli
 # ---- compiled blocks
 
 
-def test_compiled_blocks_change_pictures_by_rounding_only(pipeline: MosaicFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_change_pictures_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a step cache, whose hooks are around the blocks."""
+    pipeline = with_blocks(1)
     compile_repeated_blocks = pipeline.transformer.compile_repeated_blocks
     monkeypatch.setattr(pipeline.transformer, "compile_repeated_blocks", lambda: compile_repeated_blocks(backend="eager"))
-    set_step_cache(pipeline.transformer, "first_block", 1e9, STEPS)
-    plain = sample(pipeline)
+    set_step_cache(pipeline.transformer, "first_block", 1e9, 2)
+    plain = sample(pipeline, num_inference_steps=2)
     accelerate(pipeline.transformer, InferenceConfig(compile=True), CPU)
-    torch.testing.assert_close(sample(pipeline), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample(pipeline, num_inference_steps=2), plain, atol=1e-5, rtol=1e-5)
     assert all(block._compiled_call_impl is not None for block in pipeline.transformer.transformer_blocks)
     torch._dynamo.reset()

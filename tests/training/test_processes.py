@@ -15,7 +15,7 @@ from mosaic.training.checkpoints.checkpoint import find_damage
 from scripts.train import main as train_main
 from tests import forks, runs
 
-STEPS = 26
+STEPS = 16
 
 
 def write_config(world: Path, file: Path, output: str, **training: Any) -> str:
@@ -58,11 +58,11 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         # output, processes, batch, micro-batches, steps, signal, exit code
         ("one", 1, 4, 1, STEPS, None, 0),
         ("two", 2, 2, 1, STEPS, None, 0),
-        ("mixed", 2, 2, 1, 11, None, 0),
-        ("mixed", 1, 2, 2, 18, None, 0),
+        ("mixed", 2, 2, 1, 7, None, 0),
+        ("mixed", 1, 2, 2, 11, None, 0),
         ("mixed", 2, 1, 2, STEPS, None, 0),
-        ("stopped", 2, 2, 1, STEPS, (1, 6, "SIGUSR1"), 75),
-        ("stopped", 2, 2, 1, STEPS, (0, 14, "SIGTERM"), 75),
+        ("stopped", 2, 2, 1, STEPS, (1, 4, "SIGUSR1"), 75),
+        ("stopped", 2, 2, 1, STEPS, (0, 9, "SIGTERM"), 75),
         ("stopped", 2, 2, 1, STEPS, None, 0),
     ]
     for number, (output, processes, batch_size, micro_batches, steps, stop, code) in enumerate(jobs):
@@ -108,8 +108,8 @@ def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: 
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
-    """SIGUSR1 in step 6 of the second process, then SIGTERM in step 14 of the first."""
-    for job, first, stop in ((5, 0, 7), (6, 7, 15), (7, 15, STEPS)):
+    """SIGUSR1 in step 4 of the second process, then SIGTERM in step 9 of the first."""
+    for job, first, stop in ((5, 0, 5), (6, 5, 10), (7, 10, STEPS)):
         assert find_damage(folder / f"stopped/checkpoints/step_{stop:08d}") is None
         assert samples(folder, job).keys() == set(range(first, stop))
     for name in ("lora", "optimizer", "ema"):  # two processes throughout: bit for bit
@@ -120,12 +120,12 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
 
 def test_kills_change_nothing(world: Path, tmp_path: Path) -> None:
     """A short form of the script's 50 kills."""
-    config = write_config(world, tmp_path / "config.json", "unused", max_steps=16, checkpoint_every=2, keep_checkpoints=2)
-    arguments = (config, "--output", str(tmp_path / "kills"), "--kills", "3", "--seed", "1")
+    config = write_config(world, tmp_path / "config.json", "unused", max_steps=12, checkpoint_every=2, keep_checkpoints=2)
+    arguments = (config, "--output", str(tmp_path / "kills"), "--kills", "2", "--seed", "1")
     codes = forks.wait(forks.start("scripts/kill_test.py", *arguments, output=tmp_path / "log"))
     printed = (tmp_path / "log").read_text()
     assert codes == [0], printed[-3000:]
-    assert "3 of 3 kills (" in printed
+    assert "2 of 2 kills (" in printed
     assert "equal bit for bit: weights, optimizer, average, log" in printed
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mosaic.training import trainer as training
 from mosaic.training.distributed import comparison, sharding, waiting
 from mosaic.training.distributed.comparison import check_adapter, fingerprint
-from mosaic.training.distributed.waiting import failing_together, gather_words, in_step, main_alone, read_together
+from mosaic.training.distributed.waiting import FAILED, failing_together, gather_words, in_step, main_alone, read_together
 from mosaic.training.updates import Updates
 from scripts.train import main as train_main
 from tests import forks
@@ -161,6 +161,24 @@ def test_what_leaves_all_in_step(tmp_path: Path) -> None:
     assert [found["result"] for found in averaged] == [[18, 28, 40, 1]] * 2
     for found in [*broken, *failed[0], *failed[1], *read, *compared]:
         assert found["seconds"] < LONG / 3  # nobody has waited for a limit
+
+
+def test_a_process_that_says_its_word_and_then_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it does both between two looks of this one."""
+
+    class Store:
+        said = False
+
+        def check(self, keys: list[str]) -> bool:
+            self.said, said = self.said or keys != [FAILED], self.said
+            return said
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            return [key.encode() for key in keys]
+
+    store = Store()
+    monkeypatch.setattr(waiting, "_store", lambda: store)
+    assert waiting._read({0: "a", 1: "b"}, timedelta(seconds=LONG)) == ["a", "b"]
 
 
 def is_silent(rank: int) -> None:

@@ -147,8 +147,11 @@ def _read(keys: dict[int, str], limit: timedelta) -> list[str]:
     """The words of some processes, by process and key, once all are there."""
     store, pause, end = _store(), POLL_SECONDS[0], time.monotonic() + limit.total_seconds()
     with _translated():
-        while not store.check(list(keys.values())):
-            if store.check([FAILED]):
+        while True:
+            failed = store.check([FAILED])  # before the words: who says its word and then fails is heard
+            if store.check(list(keys.values())):
+                break
+            if failed:
                 raise ProcessFailed(store.get(FAILED).decode())
             if time.monotonic() > end:
                 silent = ", ".join(str(rank) for rank, key in keys.items() if not store.check([key]))
