@@ -202,7 +202,7 @@ def test_follows_the_operations_of_the_real_backward(mode: str) -> None:
     Where references see the main tokens, their attention is recomputed around its kernel. Plain attention has none: its first product is
     computed again, its second not, since nothing of it is kept.
     """
-    config = tiny.transformer_config(num_layers=8, num_single_layers=16)
+    config = tiny.transformer_config(num_layers=6, num_single_layers=12)
     forward = costs.forward_flops(config, load_of(mode))
     expected = costs.training_step_flops(config, load_of(mode), "none")
     main, references = GEOMETRY["text_tokens"] + GEOMETRY["target_tokens"], GEOMETRY["num_references"] * GEOMETRY["reference_tokens"]
