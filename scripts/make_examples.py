@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
     cases: list[dict[str, Any]] = []
     for index, num_references in enumerate(NUM_REFERENCES):
-        scene = world.sample_scene(FIRST_SEED + index, "heldout", num_references, True)
+        scene = world.sample_scene(FIRST_SEED + index, "heldout", num_references, "distinct")
         paths = []
         for placement in scene.placements:
             path = Path("assets/references") / reference_name(placement.identity)

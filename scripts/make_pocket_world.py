@@ -22,6 +22,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1000, help="training scenes")
     parser.add_argument("--num-heldout", type=int, default=0, help="scenes of identities that training never sees")
     parser.add_argument("--max-subjects", type=int, default=4, help="scenes hold 1 to this many subjects (at most 6)")
+    parser.add_argument("--twins-share", type=float, default=0.0, help="of the scenes of two or more subjects, those of one class alone")
+    parser.add_argument(
+        "--mixed-share", type=float, default=0.0, help="of those of three or more, those with a class repeated beside another"
+    )
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first scene; scene i has seed + i")
     parser.add_argument("--scene-size", type=int, default=64, help="px")
     parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")

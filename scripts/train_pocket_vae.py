@@ -24,6 +24,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="scenes per step, or a quarter of the panels")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the pictures to render; less for a trial")
+    parser.add_argument("--twins-share", type=float, default=0.0, help="of the scenes of two or more subjects, those of one class alone")
+    parser.add_argument(
+        "--mixed-share", type=float, default=0.0, help="of those of three or more, those with a class repeated beside another"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that render; 0 uses the pictures there are")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

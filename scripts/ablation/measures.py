@@ -86,7 +86,7 @@ def _pipeline(pretrained: str, lora: str | None) -> MosaicFluxPipeline:
 def real_scenes(num_references: int, count: int) -> list[world.Scene]:
     """Held-out scenes that no picture is generated for."""
     first = FIRST_SEED + num_references * 1_000_000 + REAL_OFFSET
-    return [world.sample_scene(first + i, "heldout", num_references, True) for i in range(count)]
+    return [world.sample_scene(first + i, "heldout", num_references, "distinct") for i in range(count)]
 
 
 def picture_features(pictures: Sequence[Image.Image]) -> Tensor:

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from mosaic.files import replacing, save_tensors
 from scripts.pocket.model import TOKEN_PIXELS
+from scripts.pocket.scenes import USUAL, RegimeShares
 
 SCENE_PIXELS, PANEL_PIXELS = 64, 32
 SCENE_GRID, PANEL_GRID = SCENE_PIXELS // TOKEN_PIXELS, PANEL_PIXELS // TOKEN_PIXELS
@@ -100,41 +101,51 @@ def cut(layout: Layout, pictures: np.ndarray) -> tuple[np.ndarray | None, np.nda
     return scenes, np.stack(panels, 1) if panels else None
 
 
-def draw(layout: Layout, seed: int) -> tuple[np.ndarray, str]:
-    """Renders one sample of the training split: picture uint8 [height, width, 3] and its caption."""
+def draw(layout: Layout, seed: int, shares: RegimeShares = USUAL) -> tuple[np.ndarray, str]:
+    """Renders one sample of the training split: picture uint8 [height, width, 3] and its caption. `shares` of the scenes, also of those
+    on sheets, are twins or mixed.
+    """
     from scripts.pocket import world
 
     if not layout.scene:
         strip = world.sample_strip(seed, "train")
         return np.asarray(world.render_strip(strip, SCENE_PIXELS)), world.strip_caption(strip)
     if layout.columns:
-        sheet = world.sample_sheet(seed, layout.columns, "train")
+        sheet = world.sample_sheet(seed, layout.columns, "train", shares)
         return np.asarray(world.render_sheet(sheet, SCENE_PIXELS)), world.sheet_caption(sheet)
     count = int(np.random.default_rng([seed, 0xC0]).choice(len(SUBJECT_SHARES), p=SUBJECT_SHARES)) + 1
-    scene = world.sample_scene(seed, "train", count)
+    scene = world.sample_scene(seed, "train", count, shares.draw(seed, count))
     return np.asarray(world.render_scene(scene, SCENE_PIXELS).image), world.caption(scene)
 
 
-def _render_shard(job: tuple[Path, int, int]) -> None:
+def _render_shard(job: tuple[Path, int, int, RegimeShares]) -> None:
     """Renders one shard of a layout; a shard that exists is kept."""
-    folder, layout_index, shard = job
+    folder, layout_index, shard, shares = job
     layout = LAYOUTS[layout_index]
     file = folder / f"{layout.name}-{shard:03d}.safetensors"
     if file.exists():
+        with safe_open(file, framework="pt") as content:
+            there = RegimeShares(**json.loads(content.metadata().get("shares", "{}")))
+        if there != shares:
+            raise ValueError(f"{file} was drawn with other shares of regimes, {there}, than are asked for, {shares}: use another folder.")
         return
     first = layout_index * 10_000_000 + shard * _SHARD
-    samples = [draw(layout, first + offset) for offset in range(_SHARD)]
+    samples = [draw(layout, first + offset, shares) for offset in range(_SHARD)]
     pictures = torch.from_numpy(np.stack([picture for picture, _ in samples]))
     captions = json.dumps([caption for _, caption in samples])
     with replacing(file) as aside:
-        save_tensors({"pictures": pictures}, aside, {"captions": captions})
+        save_tensors({"pictures": pictures}, aside, {"captions": captions, "shares": json.dumps(asdict(shares))})
 
 
-def render_all(folder: Path, workers: int, scale: float = 1.0) -> Iterator[tuple[int, int]]:
-    """Renders every shard that is missing, all layouts in turn. Yields (shards done, shards in all)."""
+def render_all(folder: Path, workers: int, scale: float = 1.0, shares: RegimeShares = USUAL) -> Iterator[tuple[int, int]]:
+    """Renders every shard that is missing, all layouts in turn. Yields (shards done, shards in all).
+
+    Raises:
+        ValueError: a shard that is there was drawn with other shares of regimes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
-        ((shard + 0.5) / layout.count, (folder, index, shard))
+        ((shard + 0.5) / layout.count, (folder, index, shard, shares))
         for index, layout in enumerate(LAYOUTS)
         for shard in range(max(1, round(scale * layout.count / _SHARD)))
     ]

@@ -14,9 +14,9 @@ from scripts.pocket import world
 REFERENCE_GRID = 32
 
 
-def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int) -> SampleRecord:
+def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int, regime: str | None = None) -> SampleRecord:
     """Draw one sample; points are found on the pixels of the scene and on a 32 x 32 grid of each reference."""
-    scene = world.sample_scene(seed, split, num_subjects)
+    scene = world.sample_scene(seed, split, num_subjects, regime)
     rendered, order = world.render_scene(scene, scene_size), world.reference_order(scene)
     references = [
         ReferenceRecord(
@@ -47,8 +47,11 @@ def write_dataset(
     seed: int,
     scene_size: int = 64,
     reference_size: int = world.REFERENCE_SIZE,
+    shares: world.RegimeShares = world.USUAL,
 ) -> None:
     """Write `num_samples` scenes of the split "train" and `num_heldout` of "heldout", of 1..`max_subjects` subjects (evenly mixed).
+
+    `shares` of the scenes of both splits are twins or mixed.
 
     Raises:
         FileExistsError: `output` exists.
@@ -63,10 +66,19 @@ def write_dataset(
     with DatasetWriter(output) as writer:
         for split, count in (("train", num_samples), ("heldout", num_heldout)):
             for i in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene"):
-                writer.add(make_sample(seed + i, split, 1 + i % max_subjects, scene_size, reference_size))
+                subjects = 1 + i % max_subjects
+                writer.add(make_sample(seed + i, split, subjects, scene_size, reference_size, shares.draw(seed + i, subjects)))
 
 
-def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, scene_size: int, reference_size: int) -> None:
+def write_folders(
+    output: Path,
+    num_samples: int,
+    max_subjects: int,
+    seed: int,
+    scene_size: int,
+    reference_size: int,
+    shares: world.RegimeShares = world.USUAL,
+) -> None:
     """Write scenes as people keep their own pictures: a folder each, of target.png, ref_K.png and prompt.txt, without points or masks.
 
     Raises:
@@ -74,7 +86,8 @@ def write_folders(output: Path, num_samples: int, max_subjects: int, seed: int, 
     """
     with new_folder(output, "--output") as aside:
         for i in tqdm(range(num_samples), desc="drawing scenes", unit="scene"):
-            sample = make_sample(seed + i, "train", 1 + i % max_subjects, scene_size, reference_size)
+            subjects = 1 + i % max_subjects
+            sample = make_sample(seed + i, "train", subjects, scene_size, reference_size, shares.draw(seed + i, subjects))
             folder = aside / sample.id
             folder.mkdir(parents=True)
             pictures = {"target": sample.target} | {f"ref_{k}": reference.image for k, reference in enumerate(sample.references)}
@@ -90,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FileExistsError, ValueError: The folder is there already, or a number is out of range.
     """
+    shares = world.RegimeShares(args.twins_share, args.mixed_share)
     if args.folders:
-        write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size)
+        write_folders(args.output, args.num_samples, args.max_subjects, args.seed, args.scene_size, args.reference_size, shares)
         print(f"wrote {args.num_samples} folders to {args.output}")
         return
     write_dataset(
@@ -102,5 +116,6 @@ def run(args: argparse.Namespace) -> None:
         args.seed,
         args.scene_size,
         args.reference_size,
+        shares,
     )
     print(f"wrote {args.num_samples} + {args.num_heldout} samples to {args.output}")

@@ -20,8 +20,12 @@ MARKINGS: tuple[str, ...] = art.MARKINGS
 BACKGROUNDS: tuple[str, ...] = tuple(backgrounds.DRAWERS)
 SPLITS: tuple[str, ...] = ("train", "heldout")
 MAX_SUBJECTS = 6
+#: How the classes of a scene repeat, and the fewest subjects that can do so: all differ; all are one; at least two, of which one repeats.
+REGIMES: dict[str, int] = {"distinct": 1, "twins": 2, "mixed": 3}
 
-DISTINCT_SHARE = 0.85  # scenes whose subjects are all of different classes, unless asked otherwise
+DISTINCT_SHARE = 0.85  # scenes whose subjects are all of different classes, where no regime is asked for
+# What a regime adds to the seed of a scene. "repeated" is what the judge learns counting from: twins and mixed without their names.
+_REGIME_CODES = {"repeated": 0, "distinct": 1, None: 2, "twins": 3, "mixed": 4}
 MIN_VISIBLE = 0.45
 TILT = 15.0  # degrees
 SCENE_LATTICE = 16  # steps of 4 px along one side of a scene of 64 px
@@ -89,6 +93,32 @@ class Scene:
     placements: tuple[Placement, ...]
 
 
+@dataclass(frozen=True)
+class RegimeShares:
+    """Which share of drawn scenes is of a regime; all others are as `sample_scene` draws them without one.
+
+    Attributes:
+        twins: Of the scenes with two or more subjects.
+        mixed: Of those with three or more.
+    """
+
+    twins: float = 0.0
+    mixed: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.twins >= 0 and self.mixed >= 0 and self.twins + self.mixed <= 1):
+            raise ValueError(f"the shares of twins and mixed scenes must be within 0..1, also together; got {self.twins} and {self.mixed}")
+
+    def draw(self, seed: int, num_subjects: int) -> str | None:
+        """The regime of a scene, None for none; the same arguments always give the same one."""
+        drawn = np.random.default_rng([seed, 0x7415]).random()
+        name = "twins" if drawn < self.twins else "mixed" if drawn < self.twins + self.mixed else None
+        return name if name is not None and num_subjects >= REGIMES[name] else None
+
+
+USUAL = RegimeShares()
+
+
 def is_held_out(identity: Identity) -> bool:
     """Whether an identity is kept from training: one pattern per class and palette, 1 in 5 combinations."""
     shift = 2 * PALETTES.index(identity.palette) + CLASSES.index(identity.class_name)
@@ -106,12 +136,18 @@ def sample_identity(rng: np.random.Generator, class_name: str, split: str) -> Id
             return identity
 
 
-def _sample_identities(rng: np.random.Generator, split: str, count: int, distinct: bool) -> list[Identity]:
-    """Draw different identities, of different classes or (two and more, not `distinct`) with some class repeated."""
+def _sample_identities(rng: np.random.Generator, split: str, count: int, regime: str) -> list[Identity]:
+    """Draw different identities, of classes as the regime has them; "repeated": some class twice or more, where there are two subjects."""
     names = [CLASSES[i] for i in rng.permutation(len(CLASSES))[:count]]
-    if not distinct and count > 1:  # few classes, so that some repeat
+    if regime == "twins":
+        names = names[:1] * count
+    elif regime == "mixed":
+        kinds = int(rng.integers(2, count))
+        again = [names[i] for i in rng.integers(kinds, size=count - kinds)]
+        names = sorted(names[:kinds] + again, key=names.index)  # as the caption counts them
+    elif regime == "repeated" and count > 1:  # few classes, so that some repeat
         kinds = int(rng.integers(1, count))
-        names = sorted((names[i % kinds] for i in range(count)), key=names.index)  # as the caption counts them
+        names = sorted((names[i % kinds] for i in range(count)), key=names.index)
     identities: list[Identity] = []
     while len(identities) < count:
         identity = sample_identity(rng, names[len(identities)], split)
@@ -153,23 +189,31 @@ def sample_scene(
     seed: int,
     split: str = "train",
     num_subjects: int | None = None,
-    distinct_classes: bool | None = None,
+    regime: str | None = None,
 ) -> Scene:
     """Draw a scene; the same arguments always give the same one.
 
     Args:
         seed: non-negative integer.
         split: whose identities stand in it, "train" or "heldout".
-        num_subjects: 1..6, None draws 1..4.
-        distinct_classes: all subjects of different classes; None: in 85 % of the scenes.
+        num_subjects: 1..6, None draws 1..4 (of twins 2..4, of mixed 3..4).
+        regime: of `REGIMES`; "repeated": twins or mixed, where there are two subjects; None: "distinct" in 85 % of the scenes, else
+            "repeated".
+
+    Raises:
+        ValueError: there is no such split, number or regime, or too few subjects for it.
     """
     if num_subjects is not None and not 1 <= num_subjects <= MAX_SUBJECTS:
         raise ValueError(f"num_subjects must be within 1..{MAX_SUBJECTS}; got {num_subjects}")
-    choice = 2 if distinct_classes is None else int(distinct_classes)
-    rng = np.random.default_rng([seed, SPLITS.index(split) if split in SPLITS else 9, num_subjects or 0, choice])
-    count = num_subjects or int(rng.integers(1, 5))
-    drawn = rng.random() < DISTINCT_SHARE
-    identities = _sample_identities(rng, split, count, drawn if distinct_classes is None else distinct_classes)
+    if regime not in _REGIME_CODES:
+        raise ValueError(f"regime must be one of {', '.join(REGIMES)}, repeated; got {regime!r}")
+    least = REGIMES.get(regime or "", 1)
+    if num_subjects is not None and num_subjects < least:
+        raise ValueError(f"a scene of the regime {regime!r} has at least {least} subjects; got num_subjects {num_subjects}")
+    rng = np.random.default_rng([seed, SPLITS.index(split) if split in SPLITS else 9, num_subjects or 0, _REGIME_CODES[regime]])
+    count = num_subjects or int(rng.integers(least, 5))
+    drawn = "distinct" if rng.random() < DISTINCT_SHARE else "repeated"
+    identities = _sample_identities(rng, split, count, regime or drawn)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:

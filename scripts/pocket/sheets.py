@@ -9,8 +9,10 @@ from scripts.pocket.drawing import oversampling, paste_subject, render_reference
 from scripts.pocket.scenes import (
     CLASSES,
     SPLITS,
+    USUAL,
     Identity,
     Placement,
+    RegimeShares,
     Scene,
     caption,
     count_phrase,
@@ -46,12 +48,13 @@ class Strip:
     poses: tuple[Placement, Placement, Placement, Placement]
 
 
-def sample_sheet(seed: int, num_panels: int, split: str = "train") -> Sheet:
-    """Draw a sheet of `num_panels` columns (1..4) beside a scene of that many to 4 subjects."""
+def sample_sheet(seed: int, num_panels: int, split: str = "train", shares: RegimeShares = USUAL) -> Sheet:
+    """Draw a sheet of `num_panels` columns (1..4) beside a scene of that many to 4 subjects; `shares` of them are twins or mixed."""
     if not 1 <= num_panels <= 4:
         raise ValueError(f"num_panels must be within 1..4; got {num_panels}")
     rng = np.random.default_rng([seed, num_panels, 0x5EE7])
-    scene = sample_scene(seed, split, int(rng.integers(num_panels, 5)))
+    count = int(rng.integers(num_panels, 5))
+    scene = sample_scene(seed, split, count, shares.draw(seed, count))
     subjects = tuple(rng.permutation(len(scene.placements))[:num_panels].tolist())
     poses = [
         None if rng.random() < BLANK_SHARE else sample_pose(rng, scene.placements[k].identity, PANEL_SCALES, PANEL_LATTICE)

@@ -36,9 +36,9 @@ class Batch:
 
     def _add(self, row: int, seed: int, test_subjects: int | None) -> None:
         rng = np.random.default_rng([seed, 0x10D6])
-        distinct = test_subjects is not None or rng.random() >= REPEATED_CLASS_SHARE
+        regime = "distinct" if test_subjects is not None or rng.random() >= REPEATED_CLASS_SHARE else "repeated"
         split = "heldout" if rng.random() < 0.3 else "train"
-        scene = world.sample_scene(seed, split, test_subjects or int(rng.integers(1, 5)), distinct)
+        scene = world.sample_scene(seed, split, test_subjects or int(rng.integers(1, 5)), regime)
         rendered = world.render_scene(scene, pocket_judge.JUDGE_SIZE)
         self.scenes.append(scene)
         self.pictures[row] = pocket_judge.to_tensor(np.asarray(rendered.image))

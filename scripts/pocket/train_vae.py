@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from scripts.pocket import base_data, runs
 from scripts.pocket.model import build_vae
+from scripts.pocket.scenes import RegimeShares
 
 #: Weights of squared error, of differences between neighbouring pixels, and of the KL term, beside L1 with weight 1.
 MSE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 2.0, 0.25, 2e-6
@@ -141,9 +142,9 @@ def report(vae: AutoencoderKL, scenes: np.ndarray, panels: np.ndarray, folder: P
 def run(arguments: argparse.Namespace) -> None:
     """Renders, trains, measures, exports."""
     runs.join_processes()
-    folder = arguments.run_dir / "pictures"
+    folder, shares = arguments.run_dir / "pictures", RegimeShares(arguments.twins_share, arguments.mixed_share)
     workers = min(arguments.workers, multiprocessing.cpu_count())
-    for done, total in base_data.render_all(folder, workers, arguments.scale) if workers else ():
+    for done, total in base_data.render_all(folder, workers, arguments.scale, shares) if workers else ():
         if done % 10 == 0 or done == total:
             print(f"rendered {done} of {total} shards", flush=True)
     scenes, panels = load_pictures(folder)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import replace
 from math import cos, radians, sin
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 
 from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, SampleRecord
 from mosaic.images import prepare_reference
+from scripts.make_pocket_world import main as make_world
 from scripts.pocket import creatures, world
 from scripts.pocket.base_data import LAYOUTS, draw
 from scripts.pocket.dataset import write_dataset
@@ -55,21 +57,26 @@ def test_everything_is_a_pure_function_of_its_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "split", "description", "caption", "mean", "areas"),
+    ("seed", "split", "regime", "description", "caption", "mean", "areas"),
     [
         (
-            *(0, "train", "1781174078ec", "a bird, a mushroom, a car and a fish under a night sky"),
+            *(0, "train", None, "1781174078ec", "a bird, a mushroom, a car and a fish under a night sky"),
             *((102.566, 102.449, 124.818), (260, 268, 300, 299)),
         ),
-        (1, "heldout", "9f2dcb64eaa0", "a car and a bird in a meadow", (182.365, 196.736, 181.013), (465, 399)),
-        (2, "train", "e40a986e4cda", "six rockets in a desert", (193.177, 168.698, 148.0), (240, 240, 240, 245, 176, 240)),
+        (1, "heldout", None, "9f2dcb64eaa0", "a car and a bird in a meadow", (182.365, 196.736, 181.013), (465, 399)),
+        (2, "train", None, "e40a986e4cda", "six rockets in a desert", (193.177, 168.698, 148.0), (240, 240, 240, 245, 176, 240)),
+        (3, "heldout", "twins", "1264c2bf4304", "two birds in a meadow", (184.098, 199.241, 190.78), (357, 275)),
+        (
+            *(4, "train", "mixed", "8a1ff8b686fc", "two cars, a cat and a fish in a desert"),
+            *((199.827, 176.584, 149.211), (302, 318, 299, 301)),
+        ),
     ],
 )
 def test_scenes_of_a_seed_stay(
-    seed: int, split: str, description: str, caption: str, mean: tuple[float, ...], areas: tuple[int, ...]
+    seed: int, split: str, regime: str | None, description: str, caption: str, mean: tuple[float, ...], areas: tuple[int, ...]
 ) -> None:
     """Where this fails on purpose, `WORLD_DIGEST` of scripts/ablation/plan.py must change: what is trained and measured is of this world."""
-    scene = world.sample_scene(seed, split, len(areas))
+    scene = world.sample_scene(seed, split, len(areas), regime)
     assert hashlib.sha256(repr(dataclasses.astuple(scene)).encode()).hexdigest()[:12] == description
     assert world.caption(scene) == caption
     rendered = world.render_scene(scene, 64)
@@ -79,12 +86,13 @@ def test_scenes_of_a_seed_stay(
 
 def test_number_of_subjects_and_classes() -> None:
     for count in range(1, 7):
-        distinct = world.sample_scene(1, "train", count, True)
+        distinct = world.sample_scene(1, "train", count, "distinct")
         assert len({p.identity.class_name for p in distinct.placements}) == count == len(distinct.placements)
     for seed in range(30):
-        repeated = [p.identity for p in world.sample_scene(seed, "train", 4, False).placements]
+        repeated = [p.identity for p in world.sample_scene(seed, "train", 4, "repeated").placements]
         assert len({i.class_name for i in repeated}) < 4
         assert len(set(repeated)) == 4
+        assert len({p.identity.class_name for p in world.sample_scene(seed, "train", 1, "repeated").placements}) == 1
     free = [len(world.sample_scene(seed).placements) for seed in range(60)]
     assert set(free) == {1, 2, 3, 4}
 
@@ -95,11 +103,62 @@ def test_number_of_subjects_and_classes() -> None:
         ({"num_subjects": 7}, "1..6"),
         ({"num_subjects": 0}, "1..6"),
         ({"split": "test"}, "train, heldout"),
+        ({"regime": "triplets"}, "regime must be one of distinct, twins, mixed, repeated; got 'triplets'"),
+        ({"regime": "twins", "num_subjects": 1}, "'twins' has at least 2 subjects; got num_subjects 1"),
+        ({"regime": "mixed", "num_subjects": 2}, "'mixed' has at least 3 subjects; got num_subjects 2"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         world.sample_scene(0, **arguments)
+
+
+@pytest.mark.parametrize(("regime", "kinds"), [("distinct", {4}), ("twins", {1}), ("mixed", {2, 3}), ("repeated", {1, 2, 3})])
+def test_regimes(regime: str, kinds: set[int]) -> None:
+    """Of a regime, classes repeat as it says, all individuals differ, and no class is named twice in the caption."""
+    found, most = set(), set()
+    for seed in range(40):
+        identities = [p.identity for p in world.sample_scene(seed, "heldout", 4, regime).placements]
+        names = [identity.class_name for identity in identities]
+        assert len(set(identities)) == 4
+        assert names == sorted(names, key=names.index)
+        found.add(len(set(names)))
+        most.add(max(names.count(name) for name in names))
+        if regime in world.REGIMES:
+            free = len(world.sample_scene(seed, regime=regime).placements)
+            assert world.REGIMES[regime] <= free <= 4
+    assert found == kinds
+    assert most == {"distinct": {1}, "twins": {4}, "mixed": {2, 3}, "repeated": {2, 4}}[regime]
+    if regime == "mixed":  # the repeated class is not always named first
+        scenes = [world.sample_scene(seed, "train", 3, regime) for seed in range(20)]
+        assert {scene.placements[0].identity.class_name == scene.placements[1].identity.class_name for scene in scenes} == {True, False}
+
+
+def test_shares_of_regimes() -> None:
+    """Of those that can hold it; without shares all is as it was drawn before there were any."""
+    shares = world.RegimeShares(twins=0.5, mixed=0.2)
+    for count, expected in ((1, {None}), (2, {None, "twins"}), (3, {None, "twins", "mixed"})):
+        drawn = [shares.draw(seed, count) for seed in range(400)]
+        assert set(drawn) == expected
+        if count > 1:
+            assert drawn.count("twins") == pytest.approx(200, abs=40)
+        if count > 2:
+            assert drawn.count("mixed") == pytest.approx(80, abs=30)
+    assert {world.RegimeShares().draw(seed, 4) for seed in range(50)} == {None}
+    for wrong in ((-0.1, 0.0), (0.6, 0.5), (math.nan, 0.0)):
+        with pytest.raises(ValueError, match="shares of twins and mixed scenes must be within 0..1"):
+            world.RegimeShares(*wrong)
+
+
+def test_the_base_may_see_more_twins() -> None:
+    """In scenes and beside sheets; by default none more than were drawn before."""
+    twins = world.RegimeShares(twins=1.0)
+    for layout in LAYOUTS[:2]:
+        assert layout.scene
+        for seed in range(30):
+            counts = _count(draw(layout, seed, twins)[1])
+            assert len(counts) == 1
+        assert any(len(_count(draw(layout, seed)[1])) > 1 for seed in range(5))
 
 
 def test_split_is_disjoint_and_training_covers_every_attribute() -> None:
@@ -384,6 +443,23 @@ def test_written_dataset_reads_back(tmp_path: Path) -> None:
         assert (stored[str(k)] == world.correspondences(scene, subject, 32, 64)).all()
         mask = np.asarray(Image.open(root / "images" / f"{sample.id}_mask{k}.png"))
         assert (np.flatnonzero(mask) == np.sort(stored[str(k)][:, 1])).all()
+
+
+def test_shares_of_regimes_reach_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--num-samples", "4", "--max-subjects", "4", "--scene-size", "32", "--reference-size", "32"]
+    for name, extra in (("records", []), ("folders", ["--folders"])):
+        assert make_world(["--output", str(tmp_path / name), "--twins-share", "1", *common, *extra]) == 0
+    prompts = [row["prompt"] for row in pq.read_table(tmp_path / "records/manifest.parquet").to_pylist()]
+    assert [_count(prompt) for prompt in prompts[1:]] == [{name: count} for count, name in enumerate(map(_only, prompts[1:]), start=2)]
+    assert sorted(prompts) == sorted(file.read_text().strip() for file in (tmp_path / "folders").rglob("prompt.txt"))
+    assert make_world(["--output", str(tmp_path / "none"), "--twins-share", "0.7", "--mixed-share", "0.4"]) == 2
+    assert "must be within 0..1, also together; got 0.7 and 0.4" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def _only(caption: str) -> str:
+    (name,) = _count(caption)
+    return name
 
 
 def test_writer_refuses_and_cleans_up(tmp_path: Path) -> None:

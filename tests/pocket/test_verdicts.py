@@ -19,7 +19,7 @@ def judge() -> Judge:
 
 
 def scenes(count: int) -> list[world.Scene]:
-    return [world.sample_scene(70_000_000 + number, "heldout", 3, True) for number in range(count)]
+    return [world.sample_scene(70_000_000 + number, "heldout", 3, "distinct") for number in range(count)]
 
 
 def identities(scene: world.Scene) -> list[world.Identity]:
