@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Everything imported by now stays: each of a test's garbage collections, such as a trainer's at its end, need not go over it again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

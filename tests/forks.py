@@ -4,6 +4,7 @@
 without its launcher and without seconds of imports in each process.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -17,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = [
+    "tests",
     "torch.utils.tensorboard",
     "inference",
     "mosaic.rendering.runner",
@@ -82,6 +84,8 @@ def _enter(target: Callable[..., Any], arguments: tuple, environment: Mapping[st
     """In the new process."""
     import torch
 
+    gc.freeze()
+    gc.enable()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -128,5 +128,5 @@ def test_shipped_judge_recognises_real_renderings() -> None:
     if not pocket_judge.WEIGHTS.is_file():
         pytest.skip("no shipped judge weights")
     assert pocket_judge.WEIGHTS.stat().st_size < 4 * 2**20
-    accuracy = training.evaluate(pocket_judge.load_judge(), 40, first_seed=20_000_000)
-    assert min(accuracy.values()) >= 0.9, accuracy  # 40 to 160 subjects each: a coarse net under the measured 0.95
+    accuracy = training.evaluate(pocket_judge.load_judge(), 25, first_seed=20_000_000)
+    assert min(accuracy.values()) >= 0.9, accuracy  # 25 to 100 subjects each: a coarse net under the measured 0.95

@@ -41,11 +41,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def test_a_reference_is_decoded_and_prepared_once(counted: Counter, tmp_path: Path) -> None:
-    cases = ROOT / "example_cases.json"
+    examples = json.loads((ROOT / "example_cases.json").read_text())
+    for case in examples:
+        case["image_paths"] = [str(ROOT / path) for path in case["image_paths"]]
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps([*examples[:3], examples[0] | {"index": 99}]))
     paths = {str(path) for case in load_cases(cases, SIZE) for path in case.image_paths}
     counted.clear()
     assert inference.main(["--cases", str(cases), "--steps", "1", "--report", "--output-dir", str(tmp_path)]) == 0
-    assert len(list(tmp_path.glob("case_*_report.html"))) == 10
+    assert len(list(tmp_path.glob("case_*_report.html"))) == 4
     prepared = {key: count for key, count in counted.items() if key[0] == "prepared"}
     decoded = {key[1]: count for key, count in counted.items() if key[0] == "decoded" and key[1].endswith(".png")}
     decoded = {name: count for name, count in decoded.items() if Path(name).parent != tmp_path}  # panels, for the contact sheets
