@@ -5,7 +5,7 @@ see every key. What reference queries see is `reference_attention`; it is realis
 so no mask is ever built and nothing is padded. References that are not in the sequence take part by keys and values of an earlier pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -44,6 +44,7 @@ class Layout(NamedTuple):
         log_strength: float32 [B, K], added to the logits of each reference's keys; None: nothing is.
         block_references: This block's references from an earlier pass, which then are not in the sequence; None: they close it.
         keep_references: Whether the block returns its references for later passes.
+        edit: What replaces the output of attention for some tokens, where a measurement asks what they carry; None: nothing does.
     """
 
     num_references: int = 0
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
     log_strength: Tensor | None = None
     block_references: BlockReferences | None = None
     keep_references: bool = False
+    edit: "AttentionEdit | None" = None
 
     @property
     def length(self) -> int:
@@ -62,6 +64,28 @@ class Layout(NamedTuple):
     def key_bias(self) -> Tensor | None:
         """`log_strength` of every reference token, [B, K * N_ref]."""
         return None if self.log_strength is None else self.log_strength.repeat_interleave(self.num_reference_tokens, dim=1)
+
+
+class AttentionInputs(NamedTuple):
+    """What attention is computed from: [B, S, H, D] each, query and key after RMSNorm and RoPE, order [text, target, references].
+
+    Attributes:
+        query: Of all tokens.
+        key: Of all tokens.
+        value: Of all tokens.
+        layout: The references' place and mode.
+        text_length: T.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    layout: Layout
+    text_length: int
+
+
+#: Of the inputs, the main tokens' output [B, T + N_tgt, H, D] and the references' [B, K * N_ref, H, D] makes both anew.
+AttentionEdit = Callable[[AttentionInputs, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class AttentionOutput(NamedTuple):
@@ -121,6 +145,8 @@ def branch_attention(
             main_keys = [text_key, target_key]
             references = recompute_copies(per_reference, reference_query, main_keys, reference_key, [main_value], reference_value)
         main = attend_with_bias(attend, main_query, key, value, layout.key_bias)
+    if layout.edit is not None:
+        main, references = layout.edit(AttentionInputs(query, key, value, layout, text_length), main, references)
     # Read last, so that in the backward pass the rows' gradients come first: what follows is added to them in place.
     rows = capture_rows(reference_query, target_key, layout.num_references, capture) if capture else CapturedRows()
     if not layout.keep_references:

@@ -14,7 +14,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from mosaic.model.attention import BlockReferences, Layout
+from mosaic.model.attention import AttentionEdit, BlockReferences, Layout
 from mosaic.model.attention_rows import CaptureRequest, resolve_capture_blocks
 from mosaic.model.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.model.branch import branch_linear
@@ -105,6 +105,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         reference_strength: Tensor | None = None,
         keep_references: bool = False,
         kept_references: KeptReferences | None = None,
+        attention_edit: AttentionEdit | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> MosaicTransformerOutput | tuple[Tensor]:
@@ -125,12 +126,13 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             reference_strength: [B, K] of at least 0: its logarithm is added to the logits of the reference's keys. None: 1.
             keep_references: Whether to return the references' keys and values (and queries, where rows are captured).
             kept_references: What was returned so, in place of the references.
+            attention_edit: What replaces the output of attention for some tokens in every block, for measurements; needs references.
             joint_attention_kwargs: Must be empty; here for the pipelines of diffusers, which may share this transformer.
             return_dict: False, as those pipelines ask: (sample,).
 
         Raises:
             ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice or
-                without ids, `capture.blocks` is wrong, or guidance is missing or has no embedding.
+                without ids or not at all with an edit, `capture.blocks` is wrong, or guidance is missing or has no embedding.
         """
         self._check_arguments(joint_attention_kwargs, guidance, capture, reference_hidden_states, kept_references)
         num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
@@ -144,8 +146,11 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         elif reference_hidden_states is not None and reference_hidden_states.shape[1]:
             hidden_states, img_ids = join_references(hidden_states, img_ids, reference_hidden_states, reference_ids)
             num_references, length = reference_hidden_states.shape[1:3]
-            layouts = [Layout(num_references, length, reference_attention, bias, keep_references=keep_references)] * len(blocks)
+            layout = Layout(num_references, length, reference_attention, bias, keep_references=keep_references, edit=attention_edit)
+            layouts = [layout] * len(blocks)
         num_reference_tokens = layouts[0].length
+        if attention_edit is not None and not num_reference_tokens:
+            raise ValueError("attention_edit needs reference_hidden_states with K >= 1.")
         captures = self._captures(capture, layouts)
 
         # The conditioning vectors. In the latents' dtype, as in diffusers, but before the embedder: under autocast its output would round
