@@ -5,7 +5,7 @@ reference-to-target attention maps of all blocks, and computes the losses in pla
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +18,13 @@ LoraMatrices = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (A [r, d_in
 
 @dataclass
 class NaiveOutput:
-    """velocity [B, N_tgt, C]; maps: per block [B, heads, K * N_ref, N_tgt], softmax over the target tokens."""
+    """velocity [B, N_tgt, C]; maps: per block [B, heads, K * N_ref, N_tgt], softmax over the target tokens; target_scores: per block
+    [B, heads, N_tgt, S], scaled products of the target's queries with all keys.
+    """
 
     velocity: Tensor
     maps: list[Tensor] = field(default_factory=list)
+    target_scores: list[Tensor] = field(default_factory=list)
 
 
 def lora_matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -122,6 +125,7 @@ class NaiveFlux:
         image = self.linear("x_embedder", image, reference_of_image >= 0)
         text = self.linear("context_embedder", encoder_hidden_states, torch.zeros(num_text, dtype=torch.bool))
         output = NaiveOutput(torch.empty(0))
+        self.target_scores = output.target_scores
         for index in range(len(model.transformer_blocks)):
             text, image = self.double_block(f"transformer_blocks.{index}", text, image, output.maps)
         for index in range(len(model.single_transformer_blocks)):
@@ -147,7 +151,8 @@ class NaiveFlux:
         query, key = rotate(query, self.ids, axes).transpose(1, 2), rotate(key, self.ids, axes).transpose(1, 2)
         reference_query, target_key = query[:, :, self.token_reference >= 0], key[:, :, self.target]
         logits = reference_query @ target_key.transpose(2, 3) / math.sqrt(query.shape[-1])
-        maps.append(torch.softmax(logits.float(), dim=-1))
+        maps.append(torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1))
+        self.target_scores.append(query[:, :, self.target] @ key.transpose(2, 3) / math.sqrt(query.shape[-1]))
         attended = functional.scaled_dot_product_attention(query, key, value.transpose(1, 2), attn_mask=self.mask)
         return attended.transpose(1, 2).flatten(2)
 
@@ -195,6 +200,13 @@ class NaiveFlux:
         return tokens[:, :num_text], tokens[:, num_text:]
 
 
+def target_maps(scores: Sequence[Tensor], num_reference_tokens: int, keys: str) -> list[Tensor]:
+    """Per block [B, heads, N_tgt, K * N_ref]: the target's attention to the references, which stand last, among "all" keys or alone."""
+    if keys == "references":
+        return [torch.softmax(block[..., -num_reference_tokens:], dim=-1) for block in scores]
+    return [torch.softmax(block, dim=-1)[..., -num_reference_tokens:] for block in scores]
+
+
 # ---- rows and losses, one sample at a time, float64
 
 Samples = Sequence[Sequence[Tensor]]  # per sample, per reference, int64 [P_k, 2] of (u, v)
@@ -226,6 +238,32 @@ def correspondence(maps: Tensor, samples: Samples, num_reference_tokens: int, re
         kept = means if reduction == "reference" else pooled
         losses.append(sum(kept) / len(kept) if kept else attention.new_zeros(()))
     return losses
+
+
+def target_correspondence(
+    maps: Tensor, samples: Samples, num_reference_tokens: int, own: bool = False, reduction: str = "reference"
+) -> list[Tensor]:
+    """Eq. 10 from the target's side, per sample; maps [B, N_tgt, K * N_ref]. With `own` of the mass on the point's whole reference."""
+    losses = []
+    for attention, references in zip(maps, samples, strict=True):
+        means, pooled = [], []
+        for k, pairs in enumerate(references):
+            first, terms = k * num_reference_tokens, []
+            for u, v in pairs.tolist():
+                weight = attention[v, first : first + num_reference_tokens].sum() if own else attention[v, first + u]
+                terms.append(-torch.log(weight + 1e-8))
+            pooled += terms
+            if terms:
+                means.append(sum(terms) / len(terms))
+        kept = means if reduction == "reference" else pooled
+        losses.append(sum(kept) / len(kept) if kept else attention.new_zeros(()))
+    return losses
+
+
+def mean_of_heads(loss_of: Callable[[Tensor], list[Tensor]], maps: Sequence[Tensor]) -> list[Tensor]:
+    """Per sample the mean of a loss over every head of every block, each by itself; maps per block [B, heads, rows, columns]."""
+    apart = [loss_of(block[:, head].double()) for block in maps for head in range(block.shape[1])]
+    return [sum(losses) / len(losses) for losses in zip(*apart, strict=True)]
 
 
 def distribution(attention: Tensor, k: int, pairs: Tensor, num_reference_tokens: int, rows: str = "points") -> Tensor | None:

@@ -195,7 +195,8 @@ class LossConfig(Section):
     preset: Literal["paper", "release", "light"] = "paper"
     """Source of the fields that are not given (`LOSS_PRESETS`)."""
     correspondence_weight: NotNegative = _from_preset("correspondence_weight")
-    """Weight of the correspondence loss (alpha of Eq. 15). paper 0.4, release 0.1, light 0.04."""
+    """Weight of the correspondence loss (alpha of Eq. 15), on each side that `supervised_queries` names. paper 0.4, release 0.1,
+    light 0.04."""
     disentanglement_weight: NotNegative = _from_preset("disentanglement_weight")
     """Weight of the disentanglement loss after its warm-up (beta of Eq. 15). paper 0.6, release 1.0, light 0.06."""
     correspondence_reduction: Literal["reference", "point"] = _from_preset("correspondence_reduction")
@@ -221,16 +222,42 @@ class LossConfig(Section):
     counts at every t."""
     max_points: Annotated[int, Field(ge=1, le=MAX_POINTS)] = 1024
     """Correspondence points per sample that are supervised in a step; a larger number is subsampled anew each step."""
+    supervised_queries: Literal["reference", "target", "both"] = "reference"
+    """Whose queries the correspondence loss pulls at. "reference": a reference's tokens, which look at the target (paper); "target": the
+    target's tokens at the points, which look at the references; "both": each with `correspondence_weight`."""
+    target_keys: Literal["all", "references"] = "all"
+    """What the softmax of the target's rows runs over. "all": text, target and references, as the target attends; "references": these
+    alone, so that only how attention is shared out among their tokens counts, not how much they get."""
+    own_reference_weight: NotNegative = 0.0
+    """Weight of the coarser form: minus the logarithm of the mass that the target's row at a point has on all tokens of the point's own
+    reference."""
+    heads: Literal["mean", "each"] = "mean"
+    """Where the cross-entropies take the mean over attention heads. "mean": of the rows, over heads and blocks (paper); "each": of the
+    cross-entropies that every head of every block has by itself. The disentanglement loss always takes the mean of the rows."""
+    decay_start_step: CountOrZero = 0
+    """Optimizer step from which the weights of all attention losses fall linearly to 0 at `until_step`. Equal to it: they end at once."""
+    until_step: Count | None = None
+    """Optimizer step from which on flow matching trains alone; None: the attention losses keep their weights."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """An interval has two ends, and a block is supervised once."""
+        """Intervals have two ends in order, and a block is supervised once."""
         low, high = self.supervised_timesteps
         if low >= high:
             raise FieldError("loss.supervised_timesteps", f"must be a lower and a higher timestep, got {shown(self.supervised_timesteps)}")
         if not isinstance(self.capture_blocks, str) and len(set(self.capture_blocks)) != len(self.capture_blocks):
             raise FieldError("loss.capture_blocks", f"must name each block once, got {shown(self.capture_blocks)}")
+        if self.decay_start_step and self.until_step is None:
+            raise FieldError("loss.decay_start_step", f"must be 0 where loss.until_step is null, got {self.decay_start_step}")
+        if self.until_step is not None and self.decay_start_step > self.until_step:
+            problem = f"must be at most loss.until_step, {self.until_step}, got {self.decay_start_step}"
+            raise FieldError("loss.decay_start_step", problem)
         return self
+
+    @property
+    def supervises_target(self) -> bool:
+        """Whether a term is read from the target's rows."""
+        return self.supervised_queries != "reference" or self.own_reference_weight > 0
 
 
 class OptimizerConfig(Section):

@@ -19,23 +19,29 @@ SHORT_NAMES = {  # of the terms, for a progress bar
     "flow_matching": "flow",
     "correspondence": "scal",
     "disentanglement": "mdl",
+    "target_correspondence": "target",
+    "own_reference": "own",
 }
 
 
 class MosaicLoss(NamedTuple):
-    """The terms of the objective; scalars over a batch, each without its weight except `total`.
+    """The terms of the objective; scalars over a batch, each without its weight except `total`. Those that no setting asks for are 0.
 
     Attributes:
         total: Their weighted sum.
         flow_matching: L_diff.
         correspondence: L_SCA, nats.
         disentanglement: L_MD, nats, never positive.
+        target_correspondence: As L_SCA, seen from the target: of its rows over the references, nats.
+        own_reference: Minus the logarithm of the target rows' mass on their own reference, nats.
     """
 
     total: Tensor
     flow_matching: Tensor
     correspondence: Tensor
     disentanglement: Tensor
+    target_correspondence: Tensor
+    own_reference: Tensor
 
 
 def flow_matching_loss(velocity: Tensor, noise: Tensor, latents: Tensor) -> Tensor:
@@ -67,16 +73,63 @@ def correspondence_loss(attention_rows: Tensor, points: Points, reduction: str =
     Raises:
         ValueError: If the reduction is unknown.
     """
+    hit = attention_rows.float().gather(2, points.target_index[:, :, None]).squeeze(2)
+    return cross_entropy(hit, points, reduction)
+
+
+def cross_entropy(weights: Tensor, points: Points, reduction: str = "reference") -> Tensor:
+    """Mean of -log of the attention weights at the points, as Eq. 10.
+
+    Args:
+        weights: float32 [B, P], of the head mean; or [B, H, P], of every head, over which the mean of the logarithms is taken.
+        points: The points.
+        reduction: "reference" or "point", see `correspondence_loss`.
+
+    Returns:
+        [B] float32, nats; 0 for a sample without points.
+
+    Raises:
+        ValueError: If the reduction is unknown.
+    """
     if reduction not in ("reference", "point"):
         raise ValueError(f'loss.correspondence_reduction must be "reference" or "point", got {reduction!r}.')
-    hit = attention_rows.float().gather(2, points.target_index[:, :, None]).squeeze(2)
-    negative_log = -torch.log(hit + EPSILON) * points.mask  # (B, P)
+    negative_log = -torch.log(weights + EPSILON)
+    negative_log = (negative_log.mean(dim=1) if weights.ndim == 3 else negative_log) * points.mask  # (B, P)
     if reduction == "point":
         return negative_log.sum(dim=1) / points.mask.sum(dim=1).clamp(min=1)
     membership = _membership(points)  # (B, P, K)
     # Clamped counts make a mean over nothing 0, not 0 / 0: its gradient would be NaN even where the loss is masked.
     per_reference = torch.einsum("bp,bpk->bk", negative_log, membership) / membership.sum(dim=1).clamp(min=1)
     return per_reference.sum(dim=1) / points.reference_mask.sum(dim=1).clamp(min=1)
+
+
+def target_correspondence_loss(target_rows: Tensor, points: Points, reduction: str = "reference") -> Tensor:
+    """Eq. 10 seen from the target, which is not in the paper: mean of -log of the row of target token v at reference token G(u).
+
+    Args:
+        target_rows: float32 [B, P, K * N_ref], the row of each point.
+        points: The points; G(u) picks the entry of the row.
+        reduction: "reference" or "point", see `correspondence_loss`.
+
+    Returns:
+        [B] float32, nats; 0 for a sample without points.
+    """
+    return cross_entropy(target_rows.float().gather(2, points.global_index[:, :, None]).squeeze(2), points, reduction)
+
+
+def own_reference_loss(target_rows: Tensor, points: Points, reduction: str = "reference") -> Tensor:
+    """The coarser form: mean of -log of the mass that the row of target token v has on the tokens of the point's own reference.
+
+    Args:
+        target_rows: float32 [B, P, K * N_ref], the row of each point.
+        points: The points.
+        reduction: "reference" or "point", see `correspondence_loss`.
+
+    Returns:
+        [B] float32, nats; 0 for a sample without points.
+    """
+    mass = target_rows.float().unflatten(2, (points.num_references, -1)).sum(dim=3)  # (B, P, K)
+    return cross_entropy(mass.gather(2, points.reference[:, :, None]).squeeze(2), points, reduction)
 
 
 def _membership(points: Points) -> Tensor:
@@ -154,7 +207,7 @@ def mosaic_loss(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Mo
     """L, Eq. 15: batch means of the terms, and flow matching plus the weighted sum of the others.
 
     Args:
-        terms: [B] each, by the names of `MosaicLoss`.
+        terms: [B] each, by the names of `MosaicLoss`; those that are not given are 0.
         weights: Of every term but flow matching, whose weight is 1: alpha of "correspondence", beta of "disentanglement".
     """
     assert weights.keys() == terms.keys() - {"flow_matching"}, (terms.keys(), weights.keys())
@@ -162,4 +215,5 @@ def mosaic_loss(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Mo
     total = means["flow_matching"]
     for name, weight in weights.items():
         total = total + weight * means[name]
-    return MosaicLoss(total, **means)
+    nothing = dict.fromkeys(MosaicLoss._fields[1:], torch.zeros_like(total))
+    return MosaicLoss(total, **nothing | means)

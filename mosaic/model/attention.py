@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mosaic.model.attention_rows import CapturedRows, CaptureRequest, capture_rows
+from mosaic.model.attention_rows import CapturedRows, CaptureRequest, TargetTokens, capture_rows
 from mosaic.model.recomputation import recompute_copies
 from mosaic.model.strength import Attend, attend_with_bias
 
@@ -148,7 +148,13 @@ def branch_attention(
     if layout.edit is not None:
         main, references = layout.edit(AttentionInputs(query, key, value, layout, text_length), main, references)
     # Read last, so that in the backward pass the rows' gradients come first: what follows is added to them in place.
-    rows = capture_rows(reference_query, target_key, layout.num_references, capture) if capture else CapturedRows()
+    rows, target = CapturedRows(), None
+    if capture is not None:
+        if capture.target_keys is not None:
+            # Text and target see every key in all modes, with its strength.
+            keys = key if capture.target_keys == "all" else reference_key
+            target = TargetTokens(main_query, keys, text_length, layout.key_bias)
+        rows = capture_rows(reference_query, target_key, layout.num_references, capture, target)
     if not layout.keep_references:
         return AttentionOutput(main, references, rows)
     # Copies, because slices would keep the whole sequence. Queries are needed only where rows will be read from them again.

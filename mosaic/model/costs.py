@@ -186,7 +186,12 @@ def sampling_flops(
 
 
 def captured_row_flops(
-    transformer_config: Mapping[str, Any], load: Workload, num_points: int, captured_blocks: int, all_tokens: bool
+    transformer_config: Mapping[str, Any],
+    load: Workload,
+    num_points: int,
+    captured_blocks: int,
+    all_tokens: bool,
+    further_pairs: int = 0,
 ) -> float:
     """FLOPs of the supervised attention rows in forward and backward: one product, and three with the softmax computed anew.
 
@@ -198,10 +203,12 @@ def captured_row_flops(
         num_points: P, points of a sample over all references.
         captured_blocks: Blocks whose attention is supervised.
         all_tokens: Whether the rows of all reference tokens are read as well.
+        further_pairs: (query, key) pairs of a sample in other rows that are read: of target tokens, or a second time for single heads.
     """
     # Supervised rows are read from a product of their own, since fused attention never has the matrix in memory.
     rows = num_points + (load.all_reference_tokens if all_tokens else 0)
-    return 4.0 * 2 * width(transformer_config) * load.batch_size * rows * load.target_tokens * captured_blocks
+    pairs = rows * load.target_tokens + further_pairs
+    return 4.0 * 2 * width(transformer_config) * load.batch_size * pairs * captured_blocks
 
 
 def attention_pairs(load: Workload) -> int:

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from mosaic.model.attention import AttentionEdit, BlockReferences, Layout
-from mosaic.model.attention_rows import CaptureRequest, resolve_capture_blocks
+from mosaic.model.attention_rows import CaptureRequest, HeadWeights, resolve_capture_blocks
 from mosaic.model.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
 from mosaic.model.branch import branch_linear
 from mosaic.model.reference_cache import KeptReferences
@@ -30,12 +30,17 @@ class MosaicTransformerOutput(BaseOutput):
         sample: [B, N_tgt, C], the predicted velocity, noise - latents.
         attention_rows: float32 [B, P, N_tgt], mean over heads and captured blocks, or None.
         reference_rows: float32 [B, K, N_tgt], the mean over all tokens of each reference, or None.
+        target_rows: float32 [B, P, K * N_ref], rows of target tokens at the references' tokens, mean over heads and captured blocks, or
+            None.
+        head_weights: The weights at the points of every head of the captured blocks, or None.
         kept_references: The references for passes without them, or None.
     """
 
     sample: Tensor
     attention_rows: Tensor | None = None
     reference_rows: Tensor | None = None
+    target_rows: Tensor | None = None
+    head_weights: HeadWeights | None = None
     kept_references: KeptReferences | None = None
 
 
@@ -134,7 +139,7 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             ValueError: If rows are asked for without references or their queries or with a step cache, references are given twice or
                 without ids or not at all with an edit, `capture.blocks` is wrong, or guidance is missing or has no embedding.
         """
-        self._check_arguments(joint_attention_kwargs, guidance, capture, reference_hidden_states, kept_references)
+        self._check_arguments(joint_attention_kwargs, guidance, capture, reference_hidden_states, keep_references, kept_references)
         num_target_tokens, blocks = hidden_states.shape[1], [*self.transformer_blocks, *self.single_transformer_blocks]
 
         # The sequence: [text, target, references]; references of an earlier pass are not in it.
@@ -180,7 +185,8 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             return (sample,)
         complete = len(collected.references) == len(blocks)
         kept = KeptReferences(tuple(collected.references), *layouts[0][:2]) if complete else None
-        return MosaicTransformerOutput(sample, collected.attention_rows, collected.reference_rows, kept)
+        rows = collected.attention_rows, collected.reference_rows, collected.target_rows, collected.head_weights
+        return MosaicTransformerOutput(sample, *rows, kept)
 
     def _check_arguments(
         self,
@@ -188,12 +194,14 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         guidance: Tensor | None,
         capture: CaptureRequest | None,
         reference_hidden_states: Tensor | None,
+        keep_references: bool,
         kept_references: KeptReferences | None,
     ) -> None:
         """Refuse arguments of `forward` that do not go together.
 
         Raises:
-            ValueError: Rows are asked for with a step cache, references are given twice, or guidance is missing or has no embedding.
+            ValueError: Rows are asked for with a step cache, or those of target tokens with kept references; references are given twice;
+                or guidance is missing or has no embedding.
         """
         if joint_attention_kwargs:
             raise ValueError(f"joint_attention_kwargs must be empty with a reference branch, got {', '.join(joint_attention_kwargs)}.")
@@ -204,6 +212,8 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
             )
         if capture is not None and self.is_cache_enabled:
             raise ValueError("attention rows are read in every block, some of which a step cache leaves out: disable_cache() first.")
+        if capture is not None and capture.target_index is not None and (keep_references or kept_references is not None):
+            raise ValueError("rows of target tokens are read in passes that neither keep references nor take kept ones.")
         if kept_references is not None and reference_hidden_states is not None:
             raise ValueError("give reference_hidden_states or kept_references, not both.")
 
@@ -283,14 +293,27 @@ class _Collected:
         self.num_captured = num_captured
         self.attention_rows: Tensor | None = None
         self.reference_rows: Tensor | None = None
+        self.target_rows: Tensor | None = None
+        self._head_weights: list[HeadWeights] = []
         self.references: list[BlockReferences] = []
 
     def add(self, output: BlockOutput) -> None:
         """Add one block's share; the mean over blocks is a running sum, so that no block's rows are kept."""
         self.attention_rows = self._mean(self.attention_rows, output.rows.attention_rows)
         self.reference_rows = self._mean(self.reference_rows, output.rows.reference_rows)
+        self.target_rows = self._mean(self.target_rows, output.rows.target_rows)
+        if output.rows.head_weights is not None:
+            self._head_weights.append(output.rows.head_weights)
         if output.block_references is not None:
             self.references.append(output.block_references)
+
+    @property
+    def head_weights(self) -> HeadWeights | None:
+        """Those of all blocks, one after the other: a few numbers a point, of which no mean is taken before their logarithm."""
+        if not self._head_weights:
+            return None
+        of_fields = zip(*self._head_weights, strict=True)
+        return HeadWeights(*(None if blocks[0] is None else torch.cat(blocks, dim=1) for blocks in of_fields))
 
     def _mean(self, so_far: Tensor | None, rows: Tensor | None) -> Tensor | None:
         if rows is None:

@@ -17,7 +17,7 @@ from mosaic.config.loading import Config
 from mosaic.data import MosaicBatch
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
 from mosaic.method.grids import PATCH, token_grid
-from mosaic.model.attention_rows import CaptureRequest, resolve_capture_blocks
+from mosaic.model.attention_rows import CaptureRequest, HeadWeights, resolve_capture_blocks
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput
 from mosaic.pipeline.encoders import Encoders, PromptEmbeddings
@@ -179,8 +179,16 @@ def _without_capture(transformer: nn.Module) -> Any:
         zero = torch.zeros((), device=output.sample.device)
         if capture.global_index is not None:
             output["attention_rows"] = zero.expand(batch, capture.global_index.shape[1], num_target)
+        num_references, num_reference_tokens = inputs["reference_hidden_states"].shape[1:3]
         if capture.all_tokens:
-            output["reference_rows"] = zero.expand(batch, inputs["reference_hidden_states"].shape[1], num_target)
+            output["reference_rows"] = zero.expand(batch, num_references, num_target)
+        if capture.target_index is not None:
+            num_points = capture.target_index.shape[1]
+            if capture.each_head:
+                of_target = zero.expand(batch, 1, num_points) if capture.target_keys is not None else None
+                output["head_weights"] = HeadWeights(zero.expand(batch, 1, num_points), of_target, of_target)
+            else:
+                output["target_rows"] = zero.expand(batch, num_points, num_references * num_reference_tokens)
         return output
 
     return forward

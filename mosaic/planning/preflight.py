@@ -149,7 +149,12 @@ def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_
     num_captured = captured[setting_] if isinstance(setting_, str) else len(setting_)
     points = min(config.loss.max_points, references)
     means = config.loss.disentanglement_rows == "all"
-    rows = captured_row_flops(blocks, load, points, num_captured, means)
+    keys = 0
+    if config.loss.supervises_target:
+        keys = load.all_reference_tokens if config.loss.target_keys == "references" else load.main_tokens + load.all_reference_tokens
+    if config.loss.heads == "each":
+        keys += target
+    rows = captured_row_flops(blocks, load, points, num_captured, means, points * keys)
     return config.training.gradient_accumulation_steps * (step + rows) / 1e12
 
 

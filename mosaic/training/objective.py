@@ -16,10 +16,13 @@ from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import (
     MosaicLoss,
     correspondence_loss,
+    cross_entropy,
     disentanglement_loss,
     flow_matching_loss,
     mosaic_loss,
+    own_reference_loss,
     reference_distributions,
+    target_correspondence_loss,
 )
 from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
 from mosaic.model.attention_rows import CaptureRequest
@@ -140,8 +143,7 @@ def train_step(
     noisy_latents = add_noise(encoded.latents, draws.noise, draws.timesteps)
 
     # One joint sequence through all blocks (Eq. 4, Eq. 5, Eq. 6, Eq. 7). With the velocity come the rows (Eq. 8) at G(u) (Eq. 9, Eq. 11).
-    capture = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
-    output = predict(transformer, encoded, noisy_latents, draws.timesteps, capture, call)
+    output = predict(transformer, encoded, noisy_latents, draws.timesteps, capture_request(points, loss), call)
     rows = output.attention_rows
     assert rows is not None  # they were asked for
 
@@ -159,26 +161,69 @@ def train_step(
         "correspondence": correspondence_loss(rows, points, loss.correspondence_reduction) * supervised,
         "disentanglement": disentanglement_loss(distributions, counted, loss.divergence, loss.disentanglement_cap) * supervised,
     }
+    # What settings ask for beyond the paper; with none of them, nothing.
+    terms |= {name: term * supervised for name, term in further_terms(output, points, loss).items()}
     return mosaic_loss(terms, loss_weights(loss, step))
 
 
+def capture_request(points: Points, loss: LossConfig) -> CaptureRequest:
+    """The attention rows that the terms are read from."""
+    request = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
+    if loss.supervises_target:
+        request = replace(request, target_index=points.target_index, target_keys=loss.target_keys)
+    if loss.heads == "each":
+        request = replace(request, target_index=points.target_index, each_head=True)
+    return request
+
+
+def further_terms(output: MosaicTransformerOutput, points: Points, loss: LossConfig) -> dict[str, Tensor]:
+    """Terms that the paper does not have, [B] each: of the target's rows, and SCAL where the mean over heads is taken of it."""
+    reduction, weights, rows = loss.correspondence_reduction, output.head_weights, output.target_rows
+    terms = {}
+    if weights is not None:
+        for name, of_heads in weights._asdict().items():
+            if of_heads is not None:
+                terms[name] = cross_entropy(of_heads, points, reduction)
+    elif rows is not None:
+        terms["target_correspondence"] = target_correspondence_loss(rows, points, reduction)
+        terms["own_reference"] = own_reference_loss(rows, points, reduction)
+    return terms
+
+
 def loss_weights(loss: LossConfig, step: int) -> dict[str, float]:
-    """Weights at a step of the terms beside flow matching, by the terms' names."""
-    return {
-        "correspondence": loss.correspondence_weight,
-        "disentanglement": scheduled_weights(loss, step)["disentanglement_weight"],
+    """Weights at a step of the terms beside flow matching, by the terms' names: of those that are computed."""
+    scheduled = scheduled_weights(loss, step)
+    correspondence = scheduled.get("correspondence_weight", loss.correspondence_weight)
+    weights = {
+        "correspondence": correspondence if loss.supervised_queries != "target" else 0.0,
+        "disentanglement": scheduled["disentanglement_weight"],
     }
+    if loss.supervises_target:
+        weights["target_correspondence"] = correspondence if loss.supervised_queries != "reference" else 0.0
+        weights["own_reference"] = scheduled.get("own_reference_weight", loss.own_reference_weight)
+    return weights
 
 
 def scheduled_weights(loss: LossConfig, step: int) -> dict[str, float]:
     """Weights that change with the step, by the names of their settings; checkpoints tell them.
 
-    `disentanglement_weight` is 0 until `disentanglement_start_step`, then rises linearly over the warm-up to its setting.
+    `disentanglement_weight` is 0 until `disentanglement_start_step`, then rises linearly over the warm-up to its setting. With an
+    `until_step` all weights fall linearly to 0 from `decay_start_step` to there.
     """
-    full, done = loss.disentanglement_weight, step - loss.disentanglement_start_step
-    if loss.disentanglement_warmup_steps == 0:
-        return {"disentanglement_weight": full if done >= 0 else 0.0}
-    return {"disentanglement_weight": full * min(max(done / loss.disentanglement_warmup_steps, 0.0), 1.0)}
+    done = step - loss.disentanglement_start_step
+    warmth = float(done >= 0) if loss.disentanglement_warmup_steps == 0 else min(max(done / loss.disentanglement_warmup_steps, 0.0), 1.0)
+    if loss.until_step is None:
+        return {"disentanglement_weight": loss.disentanglement_weight * warmth}
+    length = loss.until_step - loss.decay_start_step
+    left = min(max((loss.until_step - step) / length, 0.0), 1.0) if length else float(step < loss.until_step)
+    full = {"disentanglement_weight": loss.disentanglement_weight * warmth}
+    full |= {name: getattr(loss, name) for name in ("correspondence_weight", "own_reference_weight")}
+    return {name: weight * left for name, weight in full.items()}
+
+
+def logged_terms(loss: LossConfig) -> list[str]:
+    """Names of the values of `MosaicLoss` that a run's settings ask for."""
+    return ["total", "flow_matching", *loss_weights(loss, 0)]
 
 
 def is_supervised(loss: LossConfig, timesteps: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from mosaic.training.distributed.environment import check_distribution, uses_dee
 from mosaic.training.distributed.sharding import is_sharded, place_models
 from mosaic.training.distributed.waiting import ProcessFailed, failing_together, in_step, main_alone, read_together
 from mosaic.training.distributed.zero import ZeroUpdates
-from mosaic.training.objective import call_settings, draw_inputs, sample_generators, scheduled_weights, train_step
+from mosaic.training.objective import call_settings, draw_inputs, logged_terms, sample_generators, scheduled_weights, train_step
 from mosaic.training.optimizers import build_optimizer
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.training.starting import (
@@ -299,8 +299,9 @@ class Trainer:
         self._write(self.speed_log, speed)
         if not all(map(torch.isfinite, (*loss, self.gradient_norm))):
             return  # the log has an entry of its own
-        terms = loss._asdict()
-        progress.set_postfix({short: f"{terms[name]:.3f}" for name, short in SHORT_NAMES.items()})
+        given = loss._asdict()
+        terms = {name: given[name] for name in logged_terms(self.config.loss)}
+        progress.set_postfix({short: f"{terms[name]:.3f}" for name, short in SHORT_NAMES.items() if name in terms})
         rate = self.optimizer.param_groups[0]["lr"]
         values = {f"loss/{name}": value.item() for name, value in terms.items()}
         self._write(self.log, {**values, "optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate})
