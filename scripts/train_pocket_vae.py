@@ -28,6 +28,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mixed-share", type=float, default=0.0, help="of those of three or more, those with a class repeated beside another"
     )
+    parser.add_argument("--pixels", type=int, choices=(64, 128), default=64, help="side of a scene; 8 x 8 tokens either way")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes that render; 0 uses the pictures there are")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

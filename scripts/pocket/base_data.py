@@ -6,10 +6,8 @@ are exactly those that the same picture has as a reference. Tokens of a sample: 
 """
 
 import json
-import multiprocessing
-import signal
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Generator, Iterator
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,11 +19,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from mosaic.files import replacing, save_tensors
-from scripts.pocket.model import TOKEN_PIXELS
+from scripts.pocket.model import SCENE_GRID, SCENE_PIXELS
 from scripts.pocket.scenes import USUAL, RegimeShares
+from scripts.pocket.workers import drawing_processes
 
-SCENE_PIXELS, PANEL_PIXELS = 64, 32
-SCENE_GRID, PANEL_GRID = SCENE_PIXELS // TOKEN_PIXELS, PANEL_PIXELS // TOKEN_PIXELS
+PANEL_GRID = SCENE_GRID // 2  # tokens along one side of a panel
 _SHARD = 500
 SUBJECT_SHARES = (0.2, 0.25, 0.2, 0.2, 0.08, 0.07)  # of scenes, by their number of subjects, 1 to 6
 
@@ -89,76 +87,105 @@ def position_ids(layout: Layout) -> Tensor:
 
 
 def cut(layout: Layout, pictures: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Cuts whole pictures uint8 [n, height, width, 3] into scenes [n, 64, 64, 3] and panels [n, panels, 32, 32, 3]."""
-    width, side = pictures.shape[2], PANEL_PIXELS
+    """Cuts whole pictures uint8 [n, height, width, 3] into scenes [n, side, side, 3] and panels of half that [n, panels, half, half, 3]."""
+    height, width = pictures.shape[1:3]
     if not layout.scene:
-        return None, np.stack([pictures[:, :, k * side : (k + 1) * side] for k in range(layout.columns)], 1)
-    scenes = pictures[:, :, width - SCENE_PIXELS :]
+        return None, np.stack([pictures[:, :, k * height : (k + 1) * height] for k in range(layout.columns)], 1)
+    side = height // 2
+    scenes = pictures[:, :, width - height :]
     panels = []
     for column in range(layout.columns):
-        left = width - SCENE_PIXELS - (column + 1) * side
+        left = width - height - (column + 1) * side
         panels += [pictures[:, top : top + side, left : left + side] for top in (0, side)]
     return scenes, np.stack(panels, 1) if panels else None
 
 
-def draw(layout: Layout, seed: int, shares: RegimeShares = USUAL) -> tuple[np.ndarray, str]:
+def draw(layout: Layout, seed: int, shares: RegimeShares = USUAL, pixels: int = SCENE_PIXELS) -> tuple[np.ndarray, str]:
     """Renders one sample of the training split: picture uint8 [height, width, 3] and its caption. `shares` of the scenes, also of those
-    on sheets, are twins or mixed.
+    on sheets, are twins or mixed; a scene is `pixels` a side.
     """
     from scripts.pocket import world
 
     if not layout.scene:
         strip = world.sample_strip(seed, "train")
-        return np.asarray(world.render_strip(strip, SCENE_PIXELS)), world.strip_caption(strip)
+        return np.asarray(world.render_strip(strip, pixels)), world.strip_caption(strip)
     if layout.columns:
         sheet = world.sample_sheet(seed, layout.columns, "train", shares)
-        return np.asarray(world.render_sheet(sheet, SCENE_PIXELS)), world.sheet_caption(sheet)
+        return np.asarray(world.render_sheet(sheet, pixels)), world.sheet_caption(sheet)
     count = int(np.random.default_rng([seed, 0xC0]).choice(len(SUBJECT_SHARES), p=SUBJECT_SHARES)) + 1
     scene = world.sample_scene(seed, "train", count, shares.draw(seed, count))
-    return np.asarray(world.render_scene(scene, SCENE_PIXELS).image), world.caption(scene)
+    return np.asarray(world.render_scene(scene, pixels).image), world.caption(scene)
 
 
-def _render_shard(job: tuple[Path, int, int, RegimeShares]) -> None:
-    """Renders one shard of a layout; a shard that exists is kept."""
-    folder, layout_index, shard, shares = job
-    layout = LAYOUTS[layout_index]
-    file = folder / f"{layout.name}-{shard:03d}.safetensors"
-    if file.exists():
-        with safe_open(file, framework="pt") as content:
-            there = RegimeShares(**json.loads(content.metadata().get("shares", "{}")))
-        if there != shares:
-            raise ValueError(f"{file} was drawn with other shares of regimes, {there}, than are asked for, {shares}: use another folder.")
-        return
-    first = layout_index * 10_000_000 + shard * _SHARD
-    samples = [draw(layout, first + offset, shares) for offset in range(_SHARD)]
-    pictures = torch.from_numpy(np.stack([picture for picture, _ in samples]))
-    captions = json.dumps([caption for _, caption in samples])
-    with replacing(file) as aside:
-        save_tensors({"pictures": pictures}, aside, {"captions": captions, "shares": json.dumps(asdict(shares))})
+@dataclass(frozen=True)
+class _Shard:
+    """A file of pictures to be drawn: the number of a layout, and the file's among those of it."""
+
+    folder: Path
+    layout: int
+    number: int
+    shares: RegimeShares
+    pixels: int
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{LAYOUTS[self.layout].name}-{self.number:03d}.safetensors"
+
+    def is_drawn(self) -> bool:
+        """Whether it is there.
+
+        Raises:
+            ValueError: it was drawn with other shares of regimes or at another size.
+        """
+        if not self.file.exists():
+            return False
+        with safe_open(self.file, framework="pt") as content:
+            shares = RegimeShares(**json.loads(content.metadata().get("shares", "{}")))
+            height = content.get_slice("pictures").get_shape()[1]
+        if shares != self.shares:
+            raise ValueError(
+                f"{self.file} was drawn with other shares of regimes, {shares}, than are asked for, {self.shares}: use another folder."
+            )
+        pixels = height if LAYOUTS[self.layout].scene else 2 * height
+        if pixels != self.pixels:
+            raise ValueError(f"{self.file} holds pictures of {pixels} px, {self.pixels} px are asked for: use another folder.")
+        return True
+
+    def draw(self) -> None:
+        first = self.layout * 10_000_000 + self.number * _SHARD
+        samples = [draw(LAYOUTS[self.layout], first + offset, self.shares, self.pixels) for offset in range(_SHARD)]
+        pictures = torch.from_numpy(np.stack([picture for picture, _ in samples]))
+        captions = json.dumps([caption for _, caption in samples])
+        with replacing(self.file) as aside:
+            save_tensors({"pictures": pictures}, aside, {"captions": captions, "shares": json.dumps(asdict(self.shares))})
 
 
-def render_all(folder: Path, workers: int, scale: float = 1.0, shares: RegimeShares = USUAL) -> Iterator[tuple[int, int]]:
+def render_all(
+    folder: Path, workers: int, scale: float = 1.0, shares: RegimeShares = USUAL, pixels: int = SCENE_PIXELS
+) -> Generator[tuple[int, int]]:
     """Renders every shard that is missing, all layouts in turn. Yields (shards done, shards in all).
 
     Raises:
-        ValueError: a shard that is there was drawn with other shares of regimes.
+        ValueError: a shard that is there was drawn with other shares of regimes or at another size.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        ((shard + 0.5) / layout.count, (folder, index, shard, shares))
+    shards = [
+        ((number + 0.5) / layout.count, index, _Shard(folder, index, number, shares, pixels))
         for index, layout in enumerate(LAYOUTS)
-        for shard in range(max(1, round(scale * layout.count / _SHARD)))
+        for number in range(max(1, round(scale * layout.count / _SHARD)))
     ]
     # Sorted so that at any time each layout is rendered to the same share: a reader can start early.
-    ordered = [job for _, job in sorted(jobs)]
-    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and this process ends the others
-    context = multiprocessing.get_context("spawn")
-    # A Pool would wait for ever for the shard of a process that the system has killed.
-    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=quiet) as pool:
+    missing = [shard for *_, shard in sorted(shards, key=lambda entry: entry[:2]) if not shard.is_drawn()]
+    there = len(shards) - len(missing)
+    if there:
+        yield there, len(shards)
+    if not missing:
+        return
+    with drawing_processes(workers) as pool:
         try:
-            for done, shard in enumerate(as_completed([pool.submit(_render_shard, job) for job in ordered]), start=1):
-                shard.result()
-                yield done, len(ordered)
+            for done, drawn in enumerate(as_completed([pool.submit(shard.draw) for shard in missing]), start=there + 1):
+                drawn.result()
+                yield done, len(shards)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -174,32 +201,33 @@ def shard_files(folder: Path, layout: Layout) -> list[Path]:
     return sorted(folder.glob(f"{layout.name}-*.safetensors"))
 
 
-def to_unit(pictures: np.ndarray) -> Tensor:
-    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pictures, -1, -3))).float() / 127.5 - 1.0
+def to_unit(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width] in [-1, 1] on a device, to which the bytes travel."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pictures, -1, -3))).to(device).float() / 127.5 - 1.0
 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
-    """Pictures uint8 [n, side, side, 3] -> packed tokens float16 [n, (side / 8)^2, 32], shifted and scaled."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        latents = vae.encode(to_unit(pictures)).latent_dist.mode().float()
+    """Pictures uint8 [n, side, side, 3] -> packed tokens float16 [n, grid^2, channels] on the CPU, shifted and scaled."""
+    with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        latents = vae.encode(to_unit(pictures, vae.device)).latent_dist.mode().float()
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return FluxPipeline._pack_latents(latents, *latents.shape).half()
+    return FluxPipeline._pack_latents(latents, *latents.shape).half().cpu()
 
 
 @torch.no_grad()
 def decode_tokens(vae: AutoencoderKL, tokens: Tensor) -> np.ndarray:
-    """Packed tokens [n, side^2, 32] of square pictures -> uint8 [n, 8 side, 8 side, 3]."""
-    pixels = round(tokens.shape[1] ** 0.5) * TOKEN_PIXELS
-    latents = FluxPipeline._unpack_latents(tokens.float(), pixels, pixels, TOKEN_PIXELS // 2)
+    """Packed tokens [n, grid^2, channels] of square pictures -> uint8 [n, side, side, 3]."""
+    token = vae.config.sample_size // SCENE_GRID
+    pixels = round(tokens.shape[1] ** 0.5) * token
+    latents = FluxPipeline._unpack_latents(tokens.float(), pixels, pixels, token // 2)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     pictures = vae.decode(latents.to(vae.dtype)).sample.float().clamp(-1, 1)
-    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def encode_samples(vae: AutoencoderKL, layout: Layout, pictures: np.ndarray) -> Tensor:
-    """Whole pictures of a layout -> tokens float16 [n, tokens, 32] in the order of `position_ids`."""
+    """Whole pictures of a layout -> tokens float16 [n, tokens, channels] on the CPU, in the order of `position_ids`."""
     scenes, panels = cut(layout, pictures)
     parts = [encode_pictures(vae, scenes)] if scenes is not None else []
     if panels is not None:
@@ -209,13 +237,14 @@ def encode_samples(vae: AutoencoderKL, layout: Layout, pictures: np.ndarray) -> 
 
 
 def decode_samples(vae: AutoencoderKL, layout: Layout, tokens: Tensor) -> np.ndarray:
-    """Tokens [n, tokens, 32] -> whole pictures uint8 [n, height, width, 3]: the inverse of `encode_samples`."""
+    """Tokens [n, tokens, channels] -> whole pictures uint8 [n, height, width, 3]: the inverse of `encode_samples`."""
     count, scene_tokens = len(tokens), layout.scene * SCENE_GRID**2
     scenes = decode_tokens(vae, tokens[:, :scene_tokens]) if layout.scene else None
     if scenes is not None and not layout.panels:
         return scenes
     flat = tokens[:, scene_tokens:].reshape(count * layout.panels, PANEL_GRID**2, -1)
-    panels = decode_tokens(vae, flat).reshape(count, layout.panels, PANEL_PIXELS, PANEL_PIXELS, 3)
+    panels = decode_tokens(vae, flat)
+    panels = panels.reshape(count, layout.panels, *panels.shape[1:])
     if scenes is None:
         return np.concatenate(list(np.moveaxis(panels, 1, 0)), axis=2)
     columns = [np.concatenate([panels[:, 2 * k], panels[:, 2 * k + 1]], axis=1) for k in range(layout.columns)]
@@ -247,9 +276,9 @@ def encode_all(pictures: Path, folder: Path, vae: AutoencoderKL, rank: int = 0, 
 
 
 class TokenStore:
-    """All encoded samples in memory: per layout tokens float16 [n, tokens, 32] and caption ids of both encoders."""
+    """All encoded samples in a device's memory: per layout tokens float16 [n, tokens, channels] and caption ids of both encoders."""
 
-    def __init__(self, folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: T5Tokenizer) -> None:
+    def __init__(self, folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: T5Tokenizer, device: torch.device | str = "cpu") -> None:
         self.tokens: dict[str, Tensor] = {}
         self.captions: dict[str, list[str]] = {}
         self.ids: dict[str, tuple[Tensor, Tensor]] = {}
@@ -261,9 +290,9 @@ class TokenStore:
                     captions += json.loads(content.metadata()["captions"])
             if not tensors:
                 raise FileNotFoundError(f"{folder} holds no shard of layout {layout.name!r}: give --vae-dir to encode.")
-            self.tokens[layout.name] = torch.cat(tensors)
+            self.tokens[layout.name] = torch.cat(tensors).to(device)
             self.captions[layout.name] = captions
-            self.ids[layout.name] = (caption_ids(tokenizer, captions), caption_ids(tokenizer_2, captions))
+            self.ids[layout.name] = (caption_ids(tokenizer, captions).to(device), caption_ids(tokenizer_2, captions).to(device))
 
 
 def caption_ids(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str]) -> Tensor:

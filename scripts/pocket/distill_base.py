@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from scripts.pocket import runs
 from scripts.pocket.base_data import Layout
 from scripts.pocket.model import build_transformer, save_pocket_flux
-from scripts.pocket.sampling import explicit_attention, predict_velocity
+from scripts.pocket.sampling import fast_attention, predict_velocity
 from scripts.pocket.train_base import BaseTraining, NoisyBatch, build_components, draw_noise
 
 #: Guidance scales of the student; the share of samples at exactly 1, at which reference adapters are trained.
@@ -19,7 +19,7 @@ MAX_GUIDANCE, SHARE_OF_ONE = 4.0, 0.25
 
 def with_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """The teacher's weights with a guidance embedding that adds nothing yet."""
-    student = build_transformer(0, guidance_embeds=True)
+    student = build_transformer(0, guidance_embeds=True, channels=teacher.config.in_channels)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected, unexpected
     assert all("guidance_embedder" in name for name in missing), missing
@@ -30,13 +30,14 @@ def with_guidance(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
 
 
 def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
-    """[count] guidance scales: some 1, the others uniform up to MAX_GUIDANCE."""
-    guidance = 1.0 + (MAX_GUIDANCE - 1.0) * torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < SHARE_OF_ONE, 1.0, guidance)
+    """[count] guidance scales on the generator's device: some 1, the others uniform up to MAX_GUIDANCE."""
+    on: dict[str, Any] = {"generator": generator, "device": generator.device}
+    guidance = 1.0 + (MAX_GUIDANCE - 1.0) * torch.rand(count, **on)
+    return torch.where(torch.rand(count, **on) < SHARE_OF_ONE, 1.0, guidance)
 
 
 def guidance_direction(teacher: dict[str, Any], layout: Layout, noisy: NoisyBatch, empty: tuple[Tensor, Tensor]) -> Tensor:
-    """v - u of the teacher, [batch, tokens, 32]; `empty` are the ids of the empty caption, each [1, text length]."""
+    """v - u of the teacher, [batch, tokens, channels]; `empty` are the ids of the empty caption, each [1, text length]."""
     first, second = (torch.cat([given, blank.expand_as(given)]) for given, blank in zip(noisy.ids, empty, strict=True))
     captioned, uncaptioned = predict_velocity(teacher, layout, noisy.tokens.repeat(2, 1, 1), noisy.time.repeat(2), (first, second)).chunk(2)
     return captioned - uncaptioned
@@ -55,14 +56,19 @@ class GuidanceDistillation(BaseTraining):
         names = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer")
         self.teacher = {name: teacher[name] for name in names}
         for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
-            self.teacher[name].eval().requires_grad_(False)
+            self.teacher[name].eval().requires_grad_(False).to(self.device)
         return {**self.teacher, "transformer": with_guidance(self.teacher["transformer"])}
+
+    def compile(self) -> None:
+        """Compiles the blocks of student and teacher."""
+        super().compile()
+        self.teacher["transformer"].compile_repeated_blocks(dynamic=True if self.device.type == "cuda" else None)
 
     def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """Mean squared error to v + (g - 1) (v - u)."""
         guidance = draw_guidance(len(clean), generator)[runs.processes()[0] :: runs.processes()[1]]
         noisy = draw_noise(layout, clean, ids, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             with torch.no_grad():
                 direction = guidance_direction(self.teacher, layout, noisy, self.empty)
             velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids, guidance)
@@ -87,5 +93,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     runs.join_processes()
-    with explicit_attention():
+    with fast_attention(arguments.device):
         GuidanceDistillation(arguments).run()

@@ -11,24 +11,25 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from mosaic.files import replacing
 from scripts.pocket.tokenizers import TEXT_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
-#: Channels of a VAE latent, and of a token (2 x 2 latents packed).
-LATENT_CHANNELS = 8
-TOKEN_CHANNELS = 4 * LATENT_CHANNELS
-#: Pixels per latent and per token, along one side.
-VAE_FACTOR = 4
-TOKEN_PIXELS = 2 * VAE_FACTOR
+#: By the side of a scene in pixels, the VAE's channels at each level and those of a latent. A token packs 2 x 2 latents, and a scene is
+#: 8 x 8 tokens in any case. At 128 px the VAE is FLUX's: 8 px per latent, of 16 channels.
+VAES = {64: ((16, 32, 64), 8), 128: ((16, 32, 64, 64), 16)}
+SCENE_PIXELS, SCENE_GRID = 64, 8
+TOKEN_CHANNELS = 4 * VAES[SCENE_PIXELS][1]
 
 HEAD_DIM, HEADS = 32, 6
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 5
 TEXT_WIDTH, TEXT_HEADS, TEXT_LAYERS = 128, 4, 2
 
 
-def build_transformer(seed: int, heads: int = HEADS, guidance_embeds: bool = False) -> FluxTransformer2DModel:
+def build_transformer(
+    seed: int, heads: int = HEADS, guidance_embeds: bool = False, channels: int = TOKEN_CHANNELS
+) -> FluxTransformer2DModel:
     """A FLUX transformer, freshly initialised; the output layer starts at zero."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=TOKEN_CHANNELS,
+        in_channels=channels,
         num_layers=DOUBLE_BLOCKS,
         num_single_layers=SINGLE_BLOCKS,
         attention_head_dim=HEAD_DIM,
@@ -43,19 +44,20 @@ def build_transformer(seed: int, heads: int = HEADS, guidance_embeds: bool = Fal
     return transformer
 
 
-def build_vae(seed: int) -> AutoencoderKL:
-    """A VAE with FLUX's habits (no quantisation convolutions, shift and scale) at 4 px per latent."""
+def build_vae(seed: int, pixels: int = SCENE_PIXELS) -> AutoencoderKL:
+    """A VAE with FLUX's habits (no quantisation convolutions, shift and scale) for scenes of `pixels` a side, a key of `VAES`."""
     torch.manual_seed(seed)
+    levels, latent_channels = VAES[pixels]
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * len(levels),
+        up_block_types=("UpDecoderBlock2D",) * len(levels),
+        block_out_channels=levels,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=pixels,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -64,7 +66,7 @@ def build_vae(seed: int) -> AutoencoderKL:
         scaling_factor=1.0,
     )
     # Latents start almost without noise (deviation e^-3): learning begins with what the decoder gets to see.
-    torch.nn.init.constant_(vae.encoder.conv_out.bias[LATENT_CHANNELS:], -6.0)
+    torch.nn.init.constant_(vae.encoder.conv_out.bias[latent_channels:], -6.0)
     return vae
 
 
@@ -119,13 +121,14 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def build_pocket_flux(seed: int, words: list[str], text_length: int = TEXT_LENGTH) -> dict[str, Any]:
+def build_pocket_flux(seed: int, words: list[str], text_length: int = TEXT_LENGTH, pixels: int = SCENE_PIXELS) -> dict[str, Any]:
     """All components of a pocket FLUX, freshly initialised.
 
     Args:
         seed: seed of the weights.
         words: caption words, see `scripts.pocket.tokenizers.caption_words`.
         text_length: tokens per prompt; inference finds it as `tokenizer_2.model_max_length`.
+        pixels: side of a scene, a key of `VAES`.
 
     Returns:
         The keyword arguments of `diffusers.FluxPipeline`.
@@ -134,12 +137,12 @@ def build_pocket_flux(seed: int, words: list[str], text_length: int = TEXT_LENGT
     tokenizer_2 = build_t5_tokenizer(words, text_length)
     return {
         "scheduler": build_scheduler(),
-        "vae": build_vae(seed),
+        "vae": build_vae(seed, pixels),
         "text_encoder": build_clip_encoder(seed, tokenizer),
         "tokenizer": tokenizer,
         "text_encoder_2": build_t5_encoder(seed, tokenizer_2),
         "tokenizer_2": tokenizer_2,
-        "transformer": build_transformer(seed),
+        "transformer": build_transformer(seed, channels=4 * VAES[pixels][1]),
     }
 
 

@@ -162,7 +162,8 @@ def average_gradients(parameters: dict[str, Tensor], loss: float, progress: floa
     if world == 1:
         return loss, progress
     gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    flat = torch.cat([torch.tensor([loss, progress * world * (rank == 0)]), *(g.flatten() for g in gradients)])
+    numbers = torch.tensor([loss, progress * world * (rank == 0)], device=gradients[0].device)
+    flat = torch.cat([numbers, *(g.flatten() for g in gradients)])
     dist.all_reduce(flat)
     flat /= world
     parts = flat[2:].split([gradient.numel() for gradient in gradients])

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,11 @@ def time_shift(time: Tensor, tokens: int) -> Tensor:
     """t' = e^mu / (e^mu + 1 / t - 1) (FLUX's resolution shift); 0 and 1 stay where they are."""
     factor = math.exp(shift_exponent(tokens))
     return factor * time / (1.0 + (factor - 1.0) * time)
+
+
+def fast_attention(device: torch.device | str) -> AbstractContextManager[None]:
+    """What is fastest for the base: on a CPU `explicit_attention`, on a GPU the fused kernels that diffusers takes."""
+    return explicit_attention() if torch.device(device).type == "cpu" else nullcontext()
 
 
 @contextmanager
@@ -57,13 +62,13 @@ def predict_velocity(
     Args:
         components: see `scripts.pocket.model.build_pocket_flux`.
         layout: gives the position ids.
-        noisy: [batch, tokens, 32].
+        noisy: [batch, tokens, channels].
         time: [batch], 1 = pure noise.
         ids: caption ids of the CLIP and the T5 encoder, each [batch, text length].
         guidance: [batch], embedded guidance, for a transformer that has it.
 
     Returns:
-        [batch, tokens, 32], float32.
+        [batch, tokens, channels], float32.
     """
     pooled = components["text_encoder"](ids[0]).pooler_output
     text = components["text_encoder_2"](ids[1])[0]
@@ -78,8 +83,8 @@ def predict_velocity(
             pooled_projections=pooled,
             timestep=time,
             guidance=guidance,
-            img_ids=position_ids(layout),
-            txt_ids=torch.zeros(text.shape[1], 3),
+            img_ids=position_ids(layout).to(noisy.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
         )
     finally:
         exact.remove()
@@ -91,13 +96,13 @@ def sample_pictures(
     components: dict[str, Any], layout: Layout, captions: list[str], seed: int, steps: int = 20, guidance: float | None = None
 ) -> np.ndarray:
     """Euler sampling over FLUX's sigmas: whole pictures of a layout, uint8 [n, height, width, 3]."""
-    scale = None if guidance is None else torch.full([len(captions)], guidance)
-    ids = (caption_ids(components["tokenizer"], captions), caption_ids(components["tokenizer_2"], captions))
-    channels = components["transformer"].config.in_channels
-    tokens = torch.randn((len(captions), layout.tokens, channels), generator=torch.Generator().manual_seed(seed))
-    times = torch.cat([time_shift(torch.linspace(1.0, 1.0 / steps, steps), layout.tokens), torch.zeros(1)])
+    device, channels = components["transformer"].device, components["transformer"].config.in_channels
+    scale = None if guidance is None else torch.full([len(captions)], guidance, device=device)
+    ids = (caption_ids(components["tokenizer"], captions).to(device), caption_ids(components["tokenizer_2"], captions).to(device))
+    tokens = torch.randn((len(captions), layout.tokens, channels), generator=torch.Generator().manual_seed(seed)).to(device)
+    times = torch.cat([time_shift(torch.linspace(1.0, 1.0 / steps, steps), layout.tokens), torch.zeros(1)]).to(device)
     for now, after in itertools.pairwise(times):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             velocity = predict_velocity(components, layout, tokens, now.expand(len(captions)), ids, scale)
         tokens = tokens + (after - now) * velocity
     return decode_samples(components["vae"], layout, tokens)

@@ -28,6 +28,11 @@ def caption_words(captions: Iterable[str]) -> list[str]:
     return sorted(set(text.split()))
 
 
+def known_words(tokenizer: T5Tokenizer) -> set[str]:
+    """The words that `build_t5_tokenizer` was given, but for punctuation."""
+    return {piece[1:] for piece in tokenizer.get_vocab() if piece.startswith(_SPACE)} - {""}
+
+
 def build_clip_tokenizer(words: list[str], length: int = TEXT_LENGTH) -> CLIPTokenizer:
     """Byte pairs under which each of `words` is one token; other words fall apart into smaller pieces.
 

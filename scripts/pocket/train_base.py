@@ -9,36 +9,36 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import T5Tokenizer
 
 from scripts.pocket import base_data, runs
 from scripts.pocket.base_data import LAYOUTS, Layout, TokenStore, caption_ids
 from scripts.pocket.model import build_pocket_flux, save_pocket_flux
-from scripts.pocket.sampling import explicit_attention, predict_velocity, sample_pictures, time_shift
-from scripts.pocket.tokenizers import caption_words
+from scripts.pocket.sampling import fast_attention, predict_velocity, sample_pictures, time_shift
+from scripts.pocket.tokenizers import caption_words, known_words
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 #: Share of samples whose caption is replaced by the empty one.
 EMPTY_CAPTIONS = 0.05
-CHECKPOINT_MINUTES, SAMPLE_MINUTES, EXPORT_MINUTES = 3.0, 5.0, 10.0
+CHECKPOINT_MINUTES, SAMPLE_MINUTES, EXPORT_MINUTES = 1.0, 5.0, 10.0
 
 
 def build_components(run_dir: Path, seed: int) -> dict[str, Any]:
     """A fresh pocket FLUX with the trained VAE and the caption words that the run keeps."""
     words = (run_dir / "words.txt").read_text().split()
-    components = build_pocket_flux(seed, words)
-    components["vae"] = AutoencoderKL.from_pretrained(run_dir / "vae").eval().requires_grad_(False)
-    return components
+    vae = AutoencoderKL.from_pretrained(run_dir / "vae").eval().requires_grad_(False)
+    return {**build_pocket_flux(seed, words, pixels=vae.config.sample_size), "vae": vae}
 
 
-def prepare_tokens(run_dir: Path, vae_dir: Path) -> None:
-    """Encodes the pictures that are not encoded yet; keeps the VAE and the caption words beside the tokens."""
+def prepare_tokens(run_dir: Path, vae_dir: Path, device: str = "cpu", start: Path | None = None) -> None:
+    """Encodes the pictures that are not encoded yet; keeps the VAE beside the tokens, and the words of the captions and of `start`."""
     pictures = vae_dir / "pictures"
     rank, world = runs.processes()
-    vae = AutoencoderKL.from_pretrained(vae_dir / "export").eval()
+    vae = AutoencoderKL.from_pretrained(vae_dir / "export").eval().to(device)
     shards = base_data.encode_all(pictures, run_dir / "tokens", vae, rank, world)
     for _ in tqdm(shards, desc="encoding", mininterval=5.0, disable=rank > 0):
         pass
@@ -46,8 +46,10 @@ def prepare_tokens(run_dir: Path, vae_dir: Path) -> None:
         vae.save_pretrained(run_dir / "vae")
     if rank == 0 and not (run_dir / "words.txt").exists():
         files = [file for layout in LAYOUTS for file in base_data.shard_files(pictures, layout)]
-        words = caption_words(caption for file in files for caption in base_data.read_captions(file))
-        (run_dir / "words.txt").write_text("\n".join(words) + "\n")
+        words = set(caption_words(caption for file in files for caption in base_data.read_captions(file)))
+        if start is not None:
+            words |= known_words(T5Tokenizer.from_pretrained(start / "tokenizer_2"))
+        (run_dir / "words.txt").write_text("\n".join(sorted(words)) + "\n")
     if world > 1:
         dist.barrier()
 
@@ -55,9 +57,13 @@ def prepare_tokens(run_dir: Path, vae_dir: Path) -> None:
 def draw_batch(
     store: TokenStore, layout: Layout, size: int, empty: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Clean tokens [size, tokens, 32] and caption ids of random samples, some with the empty caption."""
-    chosen = torch.randint(len(store.tokens[layout.name]), (size,), generator=generator)
-    dropped = (torch.rand(size, generator=generator) < EMPTY_CAPTIONS)[:, None]
+    """Clean tokens [size, tokens, channels] and caption ids of random samples, some with the empty caption.
+
+    The store, the ids and the generator are on one device.
+    """
+    device = generator.device
+    chosen = torch.randint(len(store.tokens[layout.name]), (size,), generator=generator, device=device)
+    dropped = (torch.rand(size, generator=generator, device=device) < EMPTY_CAPTIONS)[:, None]
     first, second = (torch.where(dropped, blank, known[chosen]) for blank, known in zip(empty, store.ids[layout.name], strict=True))
     return store.tokens[layout.name][chosen].float(), (first, second)
 
@@ -66,8 +72,8 @@ class NoisyBatch(NamedTuple):
     """The share of a process in a batch of the objective: x_t = (1 - t) x_0 + t eps.
 
     Attributes:
-        tokens: x_t, [batch, tokens, 32].
-        velocity: eps - x_0, [batch, tokens, 32].
+        tokens: x_t, [batch, tokens, channels].
+        velocity: eps - x_0, [batch, tokens, channels].
         time: t, [batch].
         ids: caption ids of the CLIP and the T5 encoder, each [batch, text length].
     """
@@ -79,22 +85,41 @@ class NoisyBatch(NamedTuple):
 
 
 def draw_noise(layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> NoisyBatch:
-    """Noise and times, drawn for the whole batch [batch, tokens, 32], of which each process keeps its share.
+    """Noise and times, drawn for the whole batch [batch, tokens, channels], of which each process keeps its share.
 
     Half of the times are FLUX's logit-normal ones, half are spread as a sampler's steps: the first steps, in which a picture's subjects
     find their places, would else hardly be seen.
     """
-    logit_normal, even = torch.sigmoid(torch.randn(len(clean), generator=generator)), torch.rand(len(clean), generator=generator)
-    time_ = time_shift(torch.where(torch.rand(len(clean), generator=generator) < 0.5, logit_normal, even), layout.tokens)
-    noise = torch.randn(clean.shape, generator=generator)
+    on: dict[str, Any] = {"generator": generator, "device": generator.device}
+    count = len(clean)
+    logit_normal, even = torch.sigmoid(torch.randn(count, **on)), torch.rand(count, **on)
+    time_ = time_shift(torch.where(torch.rand(count, **on) < 0.5, logit_normal, even), layout.tokens)
+    noise = torch.randn(clean.shape, **on)
     mine = slice(runs.processes()[0], None, runs.processes()[1])
     clean, noise, time_ = clean[mine], noise[mine], time_[mine]
     mixed = time_[:, None, None]
     return NoisyBatch((1 - mixed) * clean + mixed * noise, noise - clean, time_, (ids[0][mine], ids[1][mine]))
 
 
+@torch.no_grad()
+def without_guidance(transformer: FluxTransformer2DModel) -> dict[str, Tensor]:
+    """The weights of a transformer without guidance embedding that is one with it, at guidance 1.
+
+    What the embedding adds there is the same for all samples and times, so that the last bias of the time's embedding takes it over.
+    """
+    state, embedding = transformer.state_dict(), transformer.time_text_embed
+    if not transformer.config.guidance_embeds:
+        return state
+    added = embedding.guidance_embedder(embedding.time_proj(torch.tensor([1000.0])))[0]
+    state = {name: weights for name, weights in state.items() if "guidance_embedder" not in name}
+    state["time_text_embed.timestep_embedder.linear_2.bias"] = state["time_text_embed.timestep_embedder.linear_2.bias"] + added
+    return state
+
+
 def load_start(components: dict[str, Any], folder: Path) -> None:
     """Copies the trained parts of a pocket FLUX into fresh ones; a word that it does not know keeps its fresh embedding.
+
+    One into which guidance was distilled goes on as the model that it is at guidance 1.
 
     Raises:
         ValueError: it knows words that this run's captions do not have.
@@ -105,7 +130,8 @@ def load_start(components: dict[str, Any], folder: Path) -> None:
         if lost:
             raise ValueError(f"{folder}/{name} has words that this run's captions lack, such as {min(lost)!r}: start without --start-from.")
     for name in TRAINED:
-        state, fresh = start.components[name].state_dict(), components[name].state_dict()
+        fresh = components[name].state_dict()
+        state = without_guidance(start.components[name]) if name == "transformer" else start.components[name].state_dict()
         for key, weights in state.items():
             tokenizer = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}.get(name)
             known, wanted = (parts[tokenizer].get_vocab() if tokenizer else {} for parts in (start.components, components))
@@ -123,9 +149,12 @@ class BaseTraining:
     sample_guidance: float | None = None
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.run_dir = arguments, arguments.run_dir / self.subfolder
+        self.arguments, self.run_dir, self.device = arguments, arguments.run_dir / self.subfolder, torch.device(arguments.device)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.components = self.build()
+        for part in self.components.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device)
         self.modules = {name: self.components[name].train() for name in self.trained}
         self.parameters = runs.named_parameters(self.modules)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -136,19 +165,23 @@ class BaseTraining:
         if arguments.stop_at:
             self.clock.minutes = (self.clock.seconds + seconds_until(arguments.stop_at)) / 60.0
         tokenizers = (self.components["tokenizer"], self.components["tokenizer_2"])
-        self.store = TokenStore(arguments.run_dir / "tokens", *tokenizers)
-        first, second = (caption_ids(tokenizer, [""]) for tokenizer in tokenizers)
+        self.store = TokenStore(arguments.run_dir / "tokens", *tokenizers, self.device)
+        first, second = (caption_ids(tokenizer, [""]).to(self.device) for tokenizer in tokenizers)
         self.empty = (first, second)
         self.last = {"checkpoint": time.monotonic(), "samples": time.monotonic(), "export": time.monotonic() - 420}
         if arguments.compile:
-            torch._dynamo.config.automatic_dynamic_shapes = False
-            torch._dynamo.config.recompile_limit = 32
-            self.modules["transformer"].compile_repeated_blocks()
+            self.compile()
 
     @property
     def checkpoint(self) -> Path:
         """Where the run keeps its state."""
         return self.run_dir / "checkpoint.pt"
+
+    def compile(self) -> None:
+        """Compiles the transformer's blocks: on a CPU for each number of tokens, on a GPU, where that takes long, once for all."""
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 32
+        self.modules["transformer"].compile_repeated_blocks(dynamic=True if self.device.type == "cuda" else None)
 
     def build(self) -> dict[str, Any]:
         """The components at the start of a run."""
@@ -158,11 +191,11 @@ class BaseTraining:
         return components
 
     def loss(self, layout: Layout, clean: Tensor, ids: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-        """The loss of a batch of clean tokens [batch, tokens, 32] and caption ids; noise is drawn for all of it, and this
+        """The loss of a batch of clean tokens [batch, tokens, channels] and caption ids; noise is drawn for all of it, and this
         process's share is computed.
         """
         noisy = draw_noise(layout, clean, ids, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             velocity = predict_velocity(self.components, layout, noisy.tokens, noisy.time, noisy.ids)
         return (velocity - noisy.velocity).square().mean()
 
@@ -176,8 +209,8 @@ class BaseTraining:
 
     def step(self) -> tuple[str, float]:
         """One optimiser step on a batch of one layout; everything random follows from seed and step number."""
-        generator = torch.Generator().manual_seed(self.arguments.seed * 1_000_003 + self.clock.step)
-        weights = torch.tensor([layout.weight for layout in LAYOUTS])
+        generator = torch.Generator(self.device).manual_seed(self.arguments.seed * 1_000_003 + self.clock.step)
+        weights = torch.tensor([layout.weight for layout in LAYOUTS], device=self.device)
         layout = LAYOUTS[int(torch.multinomial(weights, 1, generator=generator))]
         clean, ids = draw_batch(self.store, layout, self.arguments.batch_size, self.empty, generator)
         loss = self.loss(layout, clean, ids, generator)
@@ -228,9 +261,7 @@ class BaseTraining:
             losses.setdefault(name, []).append(loss)
             bar.update()
             if self.clock.step % 50 == 0:
-                means = {key: round(float(np.mean(values)), 5) for key, values in losses.items()}
-                seconds = round(self.clock.elapsed(), 1)
-                runs.append_log(self.run_dir / "log.jsonl", step=self.clock.step, seconds=seconds, **means)
+                means = self.log(losses)
                 bar.set_postfix(scene=means.get("scene"), left=f"{self.clock.remaining() / 60:.1f} min")
                 losses = {}
             if self.due("checkpoint", CHECKPOINT_MINUTES):
@@ -241,9 +272,17 @@ class BaseTraining:
                 self.save()
                 self.export()
         if first:
+            if losses:
+                self.log(losses)
             self.save()
             self.sample()
             self.export()
+
+    def log(self, losses: dict[str, list[float]]) -> dict[str, float]:
+        """Adds the mean losses since the last entry, by layout, to the log; returns them."""
+        means = {name: round(float(np.mean(values)), 5) for name, values in losses.items()}
+        runs.append_log(self.run_dir / "log.jsonl", step=self.clock.step, seconds=round(self.clock.elapsed(), 1), **means)
+        return means
 
 
 def seconds_until(clock_time: str) -> float:
@@ -284,6 +323,6 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     runs.join_processes()
     if arguments.vae_dir:
-        prepare_tokens(arguments.run_dir, arguments.vae_dir)
-    with explicit_attention():
+        prepare_tokens(arguments.run_dir, arguments.vae_dir, arguments.device, arguments.start_from)
+    with fast_attention(arguments.device):
         BaseTraining(arguments).run()

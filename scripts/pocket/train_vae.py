@@ -20,7 +20,7 @@ MSE_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 2.0, 0.25, 2e-6
 
 
 def load_pictures(folder: Path, most: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes uint8 [n, 64, 64, 3] and panels uint8 [m, 32, 32, 3] of at most `most` shards per layout."""
+    """Scenes uint8 [n, side, side, 3] and panels of half the side, uint8 [m, half, half, 3], of at most `most` shards per layout."""
     scenes, panels = [], []
     for layout in base_data.LAYOUTS:
         for file in base_data.shard_files(folder, layout)[:most]:
@@ -32,11 +32,11 @@ def load_pictures(folder: Path, most: int = 8) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(scenes), np.concatenate(panels)
 
 
-def draw_batch(scenes: np.ndarray, panels: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
-    """A batch of scenes [size, 3, 64, 64], one time in four of panels [4 size, 3, 32, 32], in [-1, 1]."""
+def draw_batch(scenes: np.ndarray, panels: np.ndarray, size: int, rng: np.random.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """A batch of scenes [size, 3, side, side], one time in four of panels of half the side, four times as many, in [-1, 1]."""
     if rng.random() < 0.25:
-        return base_data.to_unit(panels[rng.integers(len(panels), size=4 * size)])
-    return base_data.to_unit(scenes[rng.integers(len(scenes), size=size)])
+        return base_data.to_unit(panels[rng.integers(len(panels), size=4 * size)], device)
+    return base_data.to_unit(scenes[rng.integers(len(scenes), size=size)], device)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ def train_step(
     progress: float = 0.0,
 ) -> tuple[float, float]:
     """One optimiser step; returns the loss and the progress that all processes agree on."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(pictures.device.type, dtype=torch.bfloat16):
         mean, log_variance = vae.encoder(pictures).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-30.0, 20.0)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         output = vae.decoder(mean + (0.5 * log_variance).exp() * noise)
     loss = reconstruction_loss(output, pictures, mean, log_variance)
     loss.backward()
@@ -72,7 +72,7 @@ def train_step(
 
 def train(arguments: argparse.Namespace, scenes: np.ndarray, panels: np.ndarray) -> tuple[AutoencoderKL, int]:
     """Trains (or goes on training) and returns the VAE with averaged weights and the number of steps."""
-    vae = build_vae(arguments.seed).train()
+    vae = build_vae(arguments.seed, arguments.pixels).train().to(arguments.device)
     parameters = dict(vae.named_parameters())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     average = runs.MovingAverage(parameters, 0.995)
@@ -85,13 +85,13 @@ def train(arguments: argparse.Namespace, scenes: np.ndarray, panels: np.ndarray)
     while progress < 1.0 and clock.step != arguments.steps:
         optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(clock.step, progress, 100, 0.3)
         key = (arguments.seed * 1_000_003 + clock.step) * world + rank
-        pictures = draw_batch(scenes, panels, arguments.batch_size, np.random.default_rng(key))
-        generator = torch.Generator().manual_seed(key)
+        pictures = draw_batch(scenes, panels, arguments.batch_size, np.random.default_rng(key), arguments.device)
+        generator = torch.Generator(arguments.device).manual_seed(key)
         loss, progress = train_step(vae, optimizer, pictures, generator, clock.progress())
         average.update(parameters)
         clock.step += 1
         bar.update()
-        if clock.step % 50 == 0 and rank == 0:
+        if (clock.step % 50 == 0 or progress >= 1.0 or clock.step == arguments.steps) and rank == 0:
             bar.set_postfix(loss=f"{loss:.4f}", left=f"{clock.remaining() / 60:.1f} min")
             runs.append_log(arguments.run_dir / "log.jsonl", step=clock.step, loss=loss, seconds=clock.elapsed())
         if clock.step % 500 == 0 and rank == 0:
@@ -110,8 +110,8 @@ def set_latent_statistics(vae: AutoencoderKL, scenes: np.ndarray, panels: np.nda
 
     Scenes and panels count alike: both are denoised, and white panels would else be far off the scale.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = [vae.encode(base_data.to_unit(part)).latent_dist.mode().float() for part in (scenes, panels)]
+    with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        parts = [vae.encode(base_data.to_unit(part, vae.device)).latent_dist.mode().float() for part in (scenes, panels)]
     flat = torch.stack([part.flatten()[: min(p.numel() for p in parts)] for part in parts])
     vae.register_to_config(shift_factor=flat.mean().item(), scaling_factor=1.0 / flat.std().item())
 
@@ -119,11 +119,11 @@ def set_latent_statistics(vae: AutoencoderKL, scenes: np.ndarray, panels: np.nda
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: np.ndarray) -> tuple[np.ndarray, float]:
     """Pictures after encoding (posterior mode) and decoding in float32, and their mean PSNR in dB."""
-    target = base_data.to_unit(pictures)
+    target = base_data.to_unit(pictures, vae.device)
     output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
     error = (output - target).square().mean(dim=(1, 2, 3))
     decibel = (10 * torch.log10(4.0 / error)).mean().item()
-    return ((output + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), decibel
+    return ((output + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy(), decibel
 
 
 def report(vae: AutoencoderKL, scenes: np.ndarray, panels: np.ndarray, folder: Path, step: int) -> str:
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     runs.join_processes()
     folder, shares = arguments.run_dir / "pictures", RegimeShares(arguments.twins_share, arguments.mixed_share)
     workers = min(arguments.workers, multiprocessing.cpu_count())
-    for done, total in base_data.render_all(folder, workers, arguments.scale, shares) if workers else ():
+    for done, total in base_data.render_all(folder, workers, arguments.scale, shares, arguments.pixels) if workers else ():
         if done % 10 == 0 or done == total:
             print(f"rendered {done} of {total} shards", flush=True)
     scenes, panels = load_pictures(folder)
