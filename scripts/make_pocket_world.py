@@ -29,6 +29,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first scene; scene i has seed + i")
     parser.add_argument("--scene-size", type=int, default=64, help="px")
     parser.add_argument("--reference-size", type=int, default=world.REFERENCE_SIZE, help="px")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw; the data set is the same")
     parser.add_argument("--folders", action="store_true", help="write plain folders of pictures, without points, for preprocess/")
     return parser.parse_args(argv)
 

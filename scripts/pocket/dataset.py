@@ -1,8 +1,13 @@
 """Scenes of the pocket world as a multi-reference dataset (preprocess/FORMAT.md), or as plain folders of pictures."""
 
 import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -10,8 +15,10 @@ from tqdm import tqdm
 from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord
 from mosaic.locks import new_folder
 from scripts.pocket import world
+from scripts.pocket.workers import drawing_processes
 
 REFERENCE_GRID = 32
+_DRAWN_AT_ONCE = 800
 
 
 def make_sample(seed: int, split: str, num_subjects: int, scene_size: int, reference_size: int, regime: str | None = None) -> SampleRecord:
@@ -48,10 +55,11 @@ def write_dataset(
     scene_size: int = 64,
     reference_size: int = world.REFERENCE_SIZE,
     shares: world.RegimeShares = world.USUAL,
+    workers: int = 1,
 ) -> None:
     """Write `num_samples` scenes of the split "train" and `num_heldout` of "heldout", of 1..`max_subjects` subjects (evenly mixed).
 
-    `shares` of the scenes of both splits are twins or mixed.
+    `shares` of the scenes of both splits are twins or mixed. With several `workers`, that many processes draw what this one writes.
 
     Raises:
         FileExistsError: `output` exists.
@@ -63,11 +71,26 @@ def write_dataset(
         raise ValueError(f"--max-subjects must be within 1..{world.MAX_SUBJECTS}; got {max_subjects}")
     if seed < 0:
         raise ValueError(f"--seed must not be negative; got {seed}")
-    with DatasetWriter(output) as writer:
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1; got {workers}")
+    with DatasetWriter(output) as writer, drawing_processes(workers) if workers > 1 else nullcontext() as pool:
         for split, count in (("train", num_samples), ("heldout", num_heldout)):
-            for i in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene"):
-                subjects = 1 + i % max_subjects
-                writer.add(make_sample(seed + i, split, subjects, scene_size, reference_size, shares.draw(seed + i, subjects)))
+            numbers = [1 + i % max_subjects for i in range(count)]
+            scenes = [
+                (seed + i, split, subjects, scene_size, reference_size, shares.draw(seed + i, subjects))
+                for i, subjects in enumerate(numbers)
+            ]
+            for sample in tqdm(_draw(scenes, pool), total=count, desc=f"drawing {split} scenes", unit="scene"):
+                writer.add(sample)
+
+
+def _draw(scenes: Sequence[tuple[Any, ...]], pool: Executor | None) -> Iterator[SampleRecord]:
+    """The samples of `make_sample`'s arguments, in order; of a pool's processes some hundreds at a time, for they wait in memory."""
+    if pool is None:
+        yield from starmap(make_sample, scenes)
+        return
+    for start in range(0, len(scenes), _DRAWN_AT_ONCE):
+        yield from pool.map(make_sample, *zip(*scenes[start : start + _DRAWN_AT_ONCE], strict=True), chunksize=8)
 
 
 def write_folders(
@@ -117,5 +140,6 @@ def run(args: argparse.Namespace) -> None:
         args.scene_size,
         args.reference_size,
         shares,
+        args.workers,
     )
     print(f"wrote {args.num_samples} + {args.num_heldout} samples to {args.output}")
