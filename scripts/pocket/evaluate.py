@@ -34,16 +34,18 @@ HEADER = (
 )
 
 
-def evaluate(config: Config, ks: list[int], num_cases: int, batch_size: int, seed: int, attention_cases: int) -> list[dict]:
+def evaluate(
+    config: Config, ks: list[int], num_cases: int, batch_size: int, seed: int, attention_cases: int, device: torch.device | str = "cpu"
+) -> list[dict]:
     """One entry per K: both arms, attention accuracy and the judge's own accuracy."""
     judge = load_judge()
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
     pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device).set_progress_bar_config(disable=True)
     entries = []
     for k in tqdm(ks, desc="K", unit="K"):
         scenes = held_out_scenes(k, num_cases)
-        real = [world.render_scene(scene, 64).image for scene in scenes]
+        real = [world.render_scene(scene, config.inference.height).image for scene in scenes]
         arms = {
             name: judge_pictures(judge, generate(pipeline, scenes, config, with_references, batch_size, seed), scenes)
             for name, with_references in (("adapter", True), ("without_references", False))
