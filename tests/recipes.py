@@ -28,6 +28,7 @@ OPTIONS = ResolvedOptions(
     reference_size=32,
     reference_scale=1.0,
     reference_attention="target",
+    reference_position="width",
     max_sequence_length=24,
 )
 

@@ -55,6 +55,9 @@ class ModelConfig(Section):
     reference_attention: Literal["target", "joint", "isolated"] = "target"
     """What a reference's tokens attend to. "target": text, target and that reference; "joint": everything (Eq. 7 as written);
     "isolated": that reference only."""
+    reference_position: Literal["width", "index"] = "width"
+    """Position ids of the references. "width": left of the target, one behind the other (paper; the published weights need it); "index": in
+    the target's place, told apart on the first axis, whose id is 1, 2, ... for them and 0 for text and target."""
     quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
     """Number format in which the frozen transformer's matrices are stored. "nf4" needs bitsandbytes; "int8" and "fp8" (weights only)
     need torchao. Saves memory, not time."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mosaic.images import PreparedReference
 from mosaic.method.grids import Grid, token_grid
+from mosaic.method.tokens import REFERENCE_POSITIONS
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
 from mosaic.model.reference_cache import refresh_interval
 from mosaic.pipeline.encoders import PromptEmbeddings
@@ -140,6 +141,8 @@ def check_sampling(inputs: PipelineInputs, options: ResolvedOptions, output_type
         raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}.")
     if mode not in REFERENCE_ATTENTION_MODES:
         raise ValueError(f"reference_attention must be one of {REFERENCE_ATTENTION_MODES}, got {mode!r}.")
+    if options.reference_position not in REFERENCE_POSITIONS:
+        raise ValueError(f"reference_position must be one of {REFERENCE_POSITIONS}, got {options.reference_position!r}.")
     for name in ("guidance_scale", "image_guidance_scale"):
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -17,6 +17,7 @@ from mosaic.lora import adapter as lora
 from mosaic.lora.files import LoraFile, reference_metadata
 from mosaic.lora.formats import to_diffusers
 from mosaic.lora.loading import in_dtype_of, load_reference_lora
+from mosaic.method.tokens import REFERENCE_POSITIONS
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
 from mosaic.weights.hub import STYLE_WEIGHT_NAME, resolve_lora_file, resolve_style_lora_file
 
@@ -52,7 +53,7 @@ class ReferenceLoraLoaderMixin(FluxLoraLoaderMixin):
         if self.num_fused_loras:
             raise ValueError("a style LoRA is fused and would reach the reference tokens too: unfuse_lora(), or load the base anew.")
         file = LoraFile(resolve_lora_file(source, weight_name, revision), "reference LoRA")
-        config = _reference_config(file)
+        config = trained_config(file)
         rank = load_reference_lora(self.transformer, file, pipeline=self)
         self.reference_config = config
         return rank
@@ -190,7 +191,7 @@ def _carries_reference_metadata(source: str | os.PathLike | dict[str, Tensor], w
     return path.is_file() and path.suffix == ".safetensors" and bool(reference_metadata(LoraFile(path).metadata, str(path)))
 
 
-def _reference_config(file: LoraFile) -> dict[str, Any]:
+def trained_config(file: LoraFile) -> dict[str, Any]:
     """The resolved training config of a reference LoRA's file, empty without one; what the pipeline takes from it is checked.
 
     Raises:
@@ -201,6 +202,7 @@ def _reference_config(file: LoraFile) -> dict[str, Any]:
         ("data", "image_size", "two sizes in px", lambda x: isinstance(x, list) and len(x) == 2 and all(map(_is_size, x))),
         ("data", "reference_size", "a size in px", _is_size),
         ("model", "reference_attention", f"one of {REFERENCE_ATTENTION_MODES}", lambda x: x in REFERENCE_ATTENTION_MODES),
+        ("model", "reference_position", f"one of {REFERENCE_POSITIONS}", lambda x: x in REFERENCE_POSITIONS),
     ):
         settings = config.get(section, {})
         if not isinstance(settings, dict):

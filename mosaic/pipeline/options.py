@@ -27,6 +27,7 @@ class SamplingOptions:
     reference_size: int | None = None
     reference_scale: float = 0.9
     reference_attention: str | None = None
+    reference_position: str | None = None
     reference_cache: bool = False
     refresh_references: int | None = None
     max_sequence_length: int | None = None
@@ -44,6 +45,7 @@ class SamplingOptions:
             "width": width,
             "reference_size": data.get("reference_size") or DEFAULT_SIZE,
             "reference_attention": model.get("reference_attention") or "target",
+            "reference_position": model.get("reference_position") or "width",
         }
         missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return ResolvedOptions(**self.arguments | missing)
@@ -56,12 +58,13 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(SamplingOptions):
-    """Options that leave nothing to the reference LoRA: sizes and attention mode are said."""
+    """Options that leave nothing to the reference LoRA: sizes, attention mode and positions are said."""
 
     height: int
     width: int
     reference_size: int
     reference_attention: str
+    reference_position: str
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
@@ -76,6 +79,7 @@ class ResolvedOptions(SamplingOptions):
             reference_size=config.data.reference_size,
             reference_scale=settings.reference_scale,
             reference_attention=config.model.reference_attention,
+            reference_position=config.model.reference_position,
             reference_cache=settings.reference_cache,
             refresh_references=settings.refresh_references,
             max_sequence_length=config.model.text_length,

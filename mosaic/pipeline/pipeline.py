@@ -122,6 +122,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
         reference_size: int | None = None,
         reference_scale: float = 0.9,
         reference_attention: str | None = None,
+        reference_position: str | None = None,
         reference_strength: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
         reference_cache: bool = False,
         refresh_references: int | None = None,
@@ -152,6 +153,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             reference_size: Side of the references in px. None: as trained, else 512.
             reference_scale: Share of that side that the subject's long side takes.
             reference_attention: "target", "joint" or "isolated". None: as trained, else "target".
+            reference_position: "width" or "index". None: as trained, else "width".
             reference_strength: How strongly references are attended to: for all one number, or for one prompt one per reference, or for a
                 list of prompts one list each. Its logarithm is added to the logits of the reference's keys, so that 1 changes nothing and
                 0 hides the reference. None: 1.
@@ -179,6 +181,7 @@ class MosaicFluxPipeline(ReferenceLoraLoaderMixin, FluxPipeline):
             reference_size=reference_size,
             reference_scale=reference_scale,
             reference_attention=reference_attention,
+            reference_position=reference_position,
             reference_cache=reference_cache,
             refresh_references=refresh_references,
             max_sequence_length=max_sequence_length,

@@ -114,7 +114,7 @@ class Velocities:
             options: What the sampler is told.
         """
         self._transformer, self._group = transformer, group
-        references = _reference_inputs(group, options.reference_attention)
+        references = _reference_inputs(group, options)
         interval = refresh_interval(options.reference_cache, options.refresh_references, options.reference_attention)
         self._with_references = CachedTransformer(transformer, references, interval)
         self._without_references: CachedTransformer | None = None
@@ -158,7 +158,7 @@ class Velocities:
         return self._transformer.cache_context(name) if self._transformer.is_cache_enabled else nullcontext()
 
 
-def _reference_inputs(group: Group, reference_attention: str) -> dict[str, Any]:
+def _reference_inputs(group: Group, options: ResolvedOptions) -> dict[str, Any]:
     """The transformer's arguments that have to do with references; none where there are none."""
     references = group.references
     if references is None:
@@ -167,8 +167,8 @@ def _reference_inputs(group: Group, reference_attention: str) -> dict[str, Any]:
     device = references.latents.device
     inputs: dict[str, Any] = {
         "reference_hidden_states": references.latents,
-        "reference_ids": reference_position_ids(references.grid, num_references, device),
-        "reference_attention": reference_attention,
+        "reference_ids": reference_position_ids(references.grid, num_references, device, options.reference_position),
+        "reference_attention": options.reference_attention,
         "reference_strength": references.strength,
     }
     if references.recorder is not None:

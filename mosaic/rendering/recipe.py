@@ -18,6 +18,8 @@ NOT_DECIDING = ("name", "index", "versions")
 OWN_OPTIONS = ("height", "width", "num_inference_steps", "guidance_scale", "image_guidance_scale")  # that a case may decide
 RUN_OPTIONS = ("reference_size", "reference_scale", "reference_attention", "reference_cache", "refresh_references")
 
+LATER_OPTIONS = {"reference_position": "width"}  # with what older pictures have, which recipes leave out: their digests stay
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -128,6 +130,7 @@ class Recipe:
             **{key: options[key] for key in OWN_OPTIONS},
             "references": [asdict(reference) for reference in self.references],
             **{key: options[key] for key in RUN_OPTIONS},
+            **{key: options[key] for key, usual in LATER_OPTIONS.items() if options[key] != usual},
             "text_length": options["max_sequence_length"],
             **asdict(self.run),
         }

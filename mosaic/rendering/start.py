@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from mosaic.config.loading import Config
+from mosaic.lora.files import LoraFile
 from mosaic.model.acceleration import accelerate
 from mosaic.model.reference_cache import refresh_interval
+from mosaic.pipeline.lora_loading import trained_config
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.checks import check_sizes
@@ -17,6 +19,20 @@ from mosaic.rendering.recipe import RunRecipe
 from mosaic.rendering.recipes import shared_recipe
 from mosaic.weights.digests import model_digest, vae_scale_factor, weights_digest
 from mosaic.weights.hub import resolve_lora_file
+
+
+def check_position(lora_file: Path, reference_position: str) -> None:
+    """Check that references get the position ids that a reference LoRA was trained with: with others pictures are plausible but wrong.
+
+    Raises:
+        ValueError: They get others, or the file is damaged. One that does not tell is taken as it is.
+    """
+    model = trained_config(LoraFile(lora_file, "reference LoRA")).get("model")
+    if model is not None and (trained := model.get("reference_position") or "width") != reference_position:
+        raise ValueError(
+            f'model.reference_position must be "{trained}", with which {lora_file} was trained, got "{reference_position}". '
+            f"Set model.reference_position={trained}."
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,8 @@ class Start:
         check_sizes(options, factor)
         # Only once the settings and the model stand: the file may be a download of a gigabyte.
         lora_file = resolve_lora_file(settings.lora, settings.lora_weight_name) if settings.lora else None
+        if lora_file is not None:
+            check_position(lora_file, options.reference_position)
         refresh_interval(options.reference_cache, options.refresh_references, config.model.reference_attention)
         lora_digest = weights_digest(lora_file) if lora_file is not None else None
         shared = shared_recipe(config, model_digest(name), lora_digest, device.type)

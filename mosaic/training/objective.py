@@ -62,15 +62,18 @@ class CallSettings(NamedTuple):
     Attributes:
         reference_attention: "target", "joint" or "isolated".
         embeds_guidance: Whether the model embeds a guidance scale; in training it is 1.
+        reference_position: "width" or "index".
     """
 
     reference_attention: str
     embeds_guidance: bool
+    reference_position: str = "width"
 
 
 def call_settings(config: Config, transformer: FluxTransformer2DModel) -> CallSettings:
     """How a run of this config calls this transformer, which is not yet wrapped for several processes."""
-    return CallSettings(config.model.reference_attention, transformer.config.guidance_embeds)
+    model = config.model
+    return CallSettings(model.reference_attention, transformer.config.guidance_embeds, model.reference_position)
 
 
 def sample_generators(seed: int, first_index: int, count: int) -> list[torch.Generator]:
@@ -241,7 +244,7 @@ def predict(
     call: CallSettings,
 ) -> MosaicTransformerOutput:
     """Velocity and attention rows of a batch; embedded guidance is 1, as always in training."""
-    device = noisy_latents.device
+    device, num_references = noisy_latents.device, encoded.references.shape[1]
     return transformer(
         hidden_states=noisy_latents,
         encoder_hidden_states=encoded.prompt_embeds,
@@ -251,7 +254,7 @@ def predict(
         img_ids=position_ids(encoded.grids.target, device=device),
         txt_ids=text_position_ids(encoded.prompt_embeds.shape[1], device),
         reference_hidden_states=encoded.references,
-        reference_ids=reference_position_ids(encoded.grids.reference, encoded.references.shape[1], device),
+        reference_ids=reference_position_ids(encoded.grids.reference, num_references, device, call.reference_position),
         reference_attention=call.reference_attention,
         capture=capture,
     )

@@ -119,6 +119,7 @@ def panel_options(config: Config) -> ResolvedOptions:
         image_guidance_scale=config.validation.image_guidance_scale,
         reference_size=config.data.reference_size,
         reference_attention=config.model.reference_attention,
+        reference_position=config.model.reference_position,
         max_sequence_length=config.model.text_length,
     )
 

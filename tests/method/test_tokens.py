@@ -76,6 +76,14 @@ def test_reference_ids_stand_left_of_the_target() -> None:
     assert text_position_ids(4).shape == (4, 3)
 
 
+def test_reference_ids_by_index() -> None:
+    ids = reference_position_ids(Grid(1, 3), 2, reference_position="index")
+    assert ids.dtype == torch.float32
+    assert ids.tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 2], [2, 0, 0], [2, 0, 1], [2, 0, 2]]
+    assert torch.equal(ids[:, 1:], position_ids(Grid(1, 3))[:, 1:].repeat(2, 1))
+    assert reference_position_ids(Grid(1, 3), 0, reference_position="index").shape == (0, 3)
+
+
 def test_columns_beyond_256_stay_apart() -> None:
     wide = position_ids(Grid(1, 600))[:, 2]
     assert len(wide.unique()) == 600

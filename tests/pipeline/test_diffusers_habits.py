@@ -111,6 +111,7 @@ def test_a_reference_lora_in_a_folder_is_no_style(tmp_path: Path) -> None:
         ({"data": {"image_size": "x"}}, "data.image_size of the config in its metadata must be two sizes in px, got 'x'"),
         ({"data": {"reference_size": "12"}}, "data.reference_size of the config in its metadata must be a size in px, got '12'"),
         ({"model": {"reference_attention": "all"}}, "model.reference_attention of the config in its metadata must be one of"),
+        ({"model": {"reference_position": "left"}}, "model.reference_position of the config in its metadata must be one of"),
     ],
 )
 def test_what_the_pipeline_takes_from_metadata_is_checked(config: dict, message: str, tmp_path: Path) -> None:

@@ -174,9 +174,10 @@ def test_settings_matter(shared: MosaicFluxPipeline) -> None:
     common = {"prompt": "a cat", "reference_images": [tiny.picture(1)], "latents": noise(1)}
     want = run(shared, **common)
     changes = {"reference_scale": 0.5, "reference_size": 16, "reference_attention": "isolated", "guidance_scale": 1.0}
-    for name, value in (changes | {"max_sequence_length": 4}).items():
+    for name, value in (changes | {"reference_position": "index", "max_sequence_length": 4}).items():
         assert not torch.allclose(run(shared, **common, **{name: value}), want, atol=1e-4), name
-    defaults = {"reference_attention": "target", "reference_scale": 0.9, "guidance_scale": 3.5, "max_sequence_length": tiny.TEXT_LENGTH}
+    defaults = {"reference_attention": "target", "reference_position": "width", "reference_scale": 0.9, "guidance_scale": 3.5}
+    defaults |= {"max_sequence_length": tiny.TEXT_LENGTH}
     assert torch.equal(run(shared, **common, **defaults), want)
 
 

@@ -91,6 +91,7 @@ BAD_CALLS = {
         r"latents must be packed noise of shape \(1, 24, 16\) for this call, got \(1, 4, 12, 8\)",
     ),
     "mode": ({"reference_images": [PICTURE], "reference_attention": "all"}, "reference_attention must be one of"),
+    "position": ({"reference_images": [PICTURE], "reference_position": "left"}, "reference_position must be one of"),
     "output": ({"output_type": "jpeg"}, "output_type must be one of"),
 }
 
@@ -116,8 +117,8 @@ def test_references_need_a_reference_lora() -> None:
 def test_every_option_comes_from_its_setting() -> None:
     inference = {"height": 320, "width": 640, "num_inference_steps": 7, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
     inference |= {"reference_scale": 0.7, "reference_cache": True}
-    model = {"reference_attention": "isolated", "text_length": 64}
+    model = {"reference_attention": "isolated", "reference_position": "index", "text_length": 64}
     found = ResolvedOptions.from_config(from_dict({"model": model, "data": {"reference_size": 256}, "inference": inference}))
-    rest = {"reference_size": 256, "reference_attention": "isolated", "max_sequence_length": 64, "refresh_references": None}
-    assert found.arguments == inference | rest
+    rest = {"reference_size": 256, "max_sequence_length": 64, "refresh_references": None}
+    assert found.arguments == inference | rest | {"reference_attention": "isolated", "reference_position": "index"}
     assert ResolvedOptions.from_config(from_dict({"inference": {"refresh_references": 3}})).refresh_references == 3

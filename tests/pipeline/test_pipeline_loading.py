@@ -73,7 +73,7 @@ def test_a_saved_pipeline_loads_again(tmp_path: Path) -> None:
 def test_reference_lora_round_trip_with_its_settings(shared: MosaicFluxPipeline, tmp_path: Path) -> None:
     config = {
         "data": {"image_size": [HEIGHT, WIDTH], "reference_size": SIZE},
-        "model": {"reference_attention": "isolated"},
+        "model": {"reference_attention": "isolated", "reference_position": "index"},
         "lora": {"rank": 3},
     }
     save_reference_lora(shared.transformer, tmp_path / "lora.safetensors", config)
@@ -87,8 +87,9 @@ def test_reference_lora_round_trip_with_its_settings(shared: MosaicFluxPipeline,
         "num_inference_steps": 2,
         "output_type": "latent",
     }
-    found = pipeline(**common).images  # sizes and mode come from the file
-    torch.testing.assert_close(found, run(shared, **common, reference_attention="isolated"), atol=1e-5, rtol=1e-5)
+    found = pipeline(**common).images  # sizes, mode and positions come from the file
+    trained = {"reference_attention": "isolated", "reference_position": "index"}
+    torch.testing.assert_close(found, run(shared, **common, **trained), atol=1e-5, rtol=1e-5)
     pipeline.save_reference_lora(tmp_path / "again.safetensors")
     third = tiny.build_pipeline(lora_rank=None)
     third.load_reference_lora(tmp_path / "again.safetensors")

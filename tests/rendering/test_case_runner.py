@@ -204,7 +204,8 @@ def test_finished_means_the_recipe_not_the_name(world: Path, alone: Path, tmp_pa
     more = ["--cases", str(tmp_path / "cases.json")]
     assert inference.main(arguments(world, folder, *more)) == 0
     assert rendered == [NAMES[0], NAMES[1], NAMES[3]]
-    for setting in ("inference.num_inference_steps=1", "model.reference_attention=isolated", "inference.num_threads=2"):
+    changes = "inference.num_inference_steps=1", "model.reference_attention=isolated", "model.reference_position=index"
+    for setting in (*changes, "inference.num_threads=2"):
         rendered.clear()
         assert inference.main(arguments(world, folder, *more, "--set", setting)) == 0
         assert len(rendered) == len(NAMES) - setting.startswith("inference.num_inference_steps")  # one case has its own

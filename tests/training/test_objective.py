@@ -9,13 +9,15 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from mosaic.config.loading import from_dict
+from mosaic.config.loading import from_dict, resolved_dict
 from mosaic.data import collate
+from mosaic.lora.adapter import save_reference_lora
 from mosaic.method.correspondence import batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import MosaicLoss
-from mosaic.method.tokens import pack_latents
+from mosaic.method.tokens import pack_latents, reference_position_ids
 from mosaic.model.attention_rows import CaptureRequest
+from mosaic.rendering.start import Start
 from mosaic.training import Trainer, objective
 from mosaic.training.encoding import EncodedBatch, Grids
 from mosaic.training.objective import Draws, call_settings, draw_inputs, loss_weights, sample_generators, train_step
@@ -202,12 +204,17 @@ def test_max_points_limits_the_supervised_points(world: Path, tmp_path: Path) ->
     assert not torch.equal(first, second)  # drawn anew
 
 
-def test_the_attention_mode_reaches_the_transformer(world: Path, tmp_path: Path) -> None:
-    trainer = Trainer(runs.make_config(world, tmp_path, model__reference_attention="joint"))
+def test_attention_mode_and_positions_reach_the_transformer(world: Path, tmp_path: Path) -> None:
+    trainer = Trainer(runs.make_config(world, tmp_path, model__reference_attention="joint", model__reference_position="index"))
     calls = runs.captured_inputs(trainer)
     trainer.optimizer_step([runs.samples_of(trainer, num_references=2, count=2)])
     batch_attention_accuracy(trainer.pipeline, runs.samples_of(trainer, 2, 2), trainer.config, torch.Generator())
     assert [call["reference_attention"] for call in calls] == ["joint", "joint"]
+    for call in calls:
+        assert torch.equal(call["reference_ids"], reference_position_ids(tiny.REFERENCE_GRID, 2, reference_position="index"))
+    save_reference_lora(trainer.pipeline.transformer, tmp_path / "lora.safetensors", resolved_dict(trainer.config))
+    with pytest.raises(ValueError, match=r'model.reference_position must be "index", with which .* was trained, got "width"'):
+        Start.check(runs.make_config(world, tmp_path, inference__lora=str(tmp_path / "lora.safetensors")), torch.device("cpu"))
 
 
 def test_attention_losses_count_at_supervised_timesteps_only(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

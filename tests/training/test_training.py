@@ -221,6 +221,7 @@ def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeyp
             validation__cases=str(path),
             validation__seed=5,
             validation__image_guidance_scale=2,
+            model__reference_position="index",
         )
     )
     seen: list[dict[str, Any]] = []
@@ -242,7 +243,8 @@ def test_panels_honour_what_their_cases_say(world: Path, tmp_path: Path, monkeyp
     usual = {"width": trainer.config.data.image_size[1], "image_guidance_scale": 2, "guidance_scale": 3.5}
     usual |= {"num_inference_steps": trainer.config.validation.num_inference_steps}
     assert [{name: given[name] for name in own} for given in seen] == [own, usual]
-    assert {given["reference_attention"] for given in seen} == {trainer.config.model.reference_attention}
+    for name in ("reference_attention", "reference_position"):
+        assert {given[name] for given in seen} == {getattr(trainer.config.model, name)}
     assert [given["generator"].initial_seed() for given in seen] == [5, 6]
 
 
