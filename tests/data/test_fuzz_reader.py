@@ -14,7 +14,7 @@ from mosaic.data import DatasetWriter, MultiReferenceDataset, ReferenceRecord, S
 from mosaic.method.correspondence import validate_points
 
 OPTIONS: dict[str, Any] = {"image_size": (16, 16), "reference_size": 16, "target_token_grid": (4, 4), "reference_token_grid": (4, 4)}
-TRIALS = 60
+TRIALS = 40
 
 
 def noise(seed: int) -> Image.Image:

@@ -62,21 +62,21 @@ def test_what_is_missing_is_not_matched_and_said(records: list[SampleRecord]) ->
         assert (reference.mask is None) == (index in (NO_MASK, NEITHER))
 
 
-@pytest.mark.parametrize("image_size", [512, 1024])
-def test_converted_and_read_they_are_the_samples_by_vote(made: SemAlignSet, tmp_path: Path, image_size: int) -> None:
+def test_converted_and_read_they_are_the_samples_by_vote(made: SemAlignSet, tmp_path: Path) -> None:
     assert convert.main(["semalign", str(made.root), str(tmp_path / "out")]) == 0
-    side = image_size // 16
-    grids = {"target_token_grid": (side, side), "reference_token_grid": (32, 32)}
-    read = MultiReferenceDataset(tmp_path / "out", image_size=(image_size, image_size), reference_size=512, **grids)
-    direct = SemAlignDataset(made.root, image_size, reference_size=512)
-    assert [sample.id for sample in read] == made.ids
-    for sample in read:
-        expected = direct[made.ids.index(sample.id)]
-        assert sample.prompt == expected.prompt
-        assert sample.missing == (("points",) if expected.missing else ())  # a sample without mask is not matched either
-        assert torch.equal(sample.points[0], expected.points[0])
-        assert torch.equal(sample.references, expected.references)
-        assert image_size != 512 or torch.equal(sample.target, expected.target)
+    for image_size in (512, 1024):
+        side = image_size // 16
+        grids = {"target_token_grid": (side, side), "reference_token_grid": (32, 32)}
+        read = MultiReferenceDataset(tmp_path / "out", image_size=(image_size, image_size), reference_size=512, **grids)
+        direct = SemAlignDataset(made.root, image_size, reference_size=512)
+        assert [sample.id for sample in read] == made.ids
+        for sample in read:
+            expected = direct[made.ids.index(sample.id)]
+            assert sample.prompt == expected.prompt
+            assert sample.missing == (("points",) if expected.missing else ())  # a sample without mask is not matched either
+            assert torch.equal(sample.points[0], expected.points[0])
+            assert torch.equal(sample.references, expected.references)
+            assert image_size != 512 or torch.equal(sample.target, expected.target)
 
 
 def test_a_damaged_row_ends_the_conversion_or_is_listed(made: SemAlignSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

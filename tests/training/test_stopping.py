@@ -44,6 +44,15 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def validated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a validation before the first step and after the last; not to be changed."""
+    folder = tmp_path_factory.mktemp("validated") / "run"
+    train(runs.make_config(world, folder, **OPTIONS, validation__every=5))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
 def assert_same_run(found: Path, expected: Path) -> None:
     for name in ("lora", "optimizer", "ema"):
         file = f"checkpoints/step_00000005/{name}.safetensors"
@@ -348,12 +357,11 @@ def test_a_validation_cut_short_is_made_up_for(world: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("place", ["before", "first picture", "first batch"])
-def test_a_signal_acts_before_the_first_step(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_signal_acts_before_the_first_step(
+    world: Path, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     """Before the first validation, or in it; its rest is left out and made up for when the run goes on."""
-    options = {**OPTIONS, "validation__every": 5}
-    train(runs.make_config(world, tmp_path / "whole", **options))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config, steps, panels = runs.make_config(world, tmp_path / "run", **options), [], []
+    config, steps, panels = runs.make_config(world, tmp_path / "run", **OPTIONS, validation__every=5), [], []
 
     def kill(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -376,14 +384,13 @@ def test_a_signal_acts_before_the_first_step(world: Path, tmp_path: Path, monkey
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config, resume="auto")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", validated)
 
 
-def test_a_signal_in_the_last_validation_asks_for_another_start(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**OPTIONS, "validation__every": 5}
-    train(runs.make_config(world, tmp_path / "whole", **options))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config, write = runs.make_config(world, tmp_path / "run", **options), validation.save_picture
+def test_a_signal_in_the_last_validation_asks_for_another_start(
+    world: Path, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = runs.make_config(world, tmp_path / "run", **OPTIONS, validation__every=5), validation.save_picture
 
     def kill(panel: Any, path: Path) -> None:
         write(panel, path)
@@ -396,4 +403,4 @@ def test_a_signal_in_the_last_validation_asks_for_another_start(world: Path, tmp
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config, resume="auto")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", validated)
