@@ -313,7 +313,7 @@ class _Collected:
         if not self._head_weights:
             return None
         of_fields = zip(*self._head_weights, strict=True)
-        return HeadWeights(*(None if blocks[0] is None else torch.cat(blocks, dim=1) for blocks in of_fields))
+        return HeadWeights._make(None if blocks[0] is None else torch.cat(blocks, dim=1) for blocks in of_fields)
 
     def _mean(self, so_far: Tensor | None, rows: Tensor | None) -> Tensor | None:
         if rows is None:
