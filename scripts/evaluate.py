@@ -5,6 +5,9 @@ attention accuracy, with the adapter and without references, and the judge's own
 what the base draws of class, count and background without references. Intervals are 95 % Wilson intervals over subjects. Prints the
 tables of docs/pocket_world.md; --output also writes JSON, with the digests of all that was measured. assets/pocket/evaluation.json is that
 of the shipped weights.
+
+With --regime the scenes are of distinct classes, twins (all of one class) or mixed, and subjects are judged by their places: is each
+reference there exactly once, do two subjects bear one look, are palettes and patterns blended?
 """
 
 import argparse
@@ -27,7 +30,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of references")
+    parser.add_argument("--k", type=int, nargs="+", help="numbers of references (default: 1 2 3 4; of regimes 2 3 4)")
+    parser.add_argument("--regime", nargs="+", choices=world.REGIMES, help="measure scenes of these regimes, by places, instead")
     parser.add_argument("--batch-size", type=int, default=25, help="pictures per call")
     parser.add_argument("--seed", type=int, default=42, help="seed of the start noise")
     parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
@@ -40,15 +44,20 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
         raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
-    if not all(1 <= k <= world.MAX_SUBJECTS for k in arguments.k):
-        raise ValueError(f"--k must be of 1..{world.MAX_SUBJECTS}, got {arguments.k}.")
+    for name in arguments.regime or ["distinct"]:
+        least = world.REGIMES[name]
+        if not all(least <= k <= world.MAX_SUBJECTS for k in arguments.k or []):
+            where = f" with --regime {name}" if arguments.regime else ""
+            raise ValueError(f"--k must be of {least}..{world.MAX_SUBJECTS}{where}, got {arguments.k}.")
     lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
     config = load_config(arguments.config, [*arguments.set, *lora])
     if config.inference.lora is None:
         raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
     require_file(arguments.output, "--output")
-    from scripts.pocket.evaluate import run  # torch and the like only once the config stands
-
+    if arguments.regime:
+        from scripts.pocket.evaluate_regimes import run  # torch and the like only once the config stands
+    else:
+        from scripts.pocket.evaluate import run
     run(config, arguments)
 
 

@@ -126,7 +126,8 @@ def caption_table(entries: list[dict]) -> str:
 def run(config: Config, arguments: argparse.Namespace) -> None:
     """Measure, print the tables, and write the numbers where the command line says so."""
     found = provenance(config, arguments.seed) if arguments.output else {}
-    entries = evaluate(config, arguments.k, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
+    ks = arguments.k or [1, 2, 3, 4]
+    entries = evaluate(config, ks, arguments.num_cases, arguments.batch_size, arguments.seed, min(arguments.num_cases, 100))
     print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
     if arguments.output:
         write_text(arguments.output, json.dumps(found | {"entries": entries}, indent=1, allow_nan=False) + "\n")

@@ -22,6 +22,8 @@ from scripts.pocket.world import BACKGROUNDS, CLASSES, MARKINGS, PALETTES, PATTE
 JUDGE_SIZE = 64  # px, side of the pictures it reads
 NUM_CANDIDATES = 8
 MAX_COUNT = 4
+GRID = 16  # cells per side of the maps on which it looks for classes
+ATTRIBUTES: dict[str, tuple[str, ...]] = {"palette": PALETTES, "pattern": PATTERNS, "marking": MARKINGS}
 WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "judge.safetensors"
 _FORMAT = "pocket-judge"
 
@@ -108,8 +110,7 @@ class Judge(nn.Module):
         scores = self.look(features).flatten(2).float()  # (B, C, 256)
         attention = scores.softmax(dim=-1)
         values = features.flatten(2).transpose(1, 2)  # (B, 256, coarse)
-        pooled = self.find(attention.to(values.dtype) @ values) + self.class_embedding
-        found = self.judge(pooled)
+        found = self._found(attention.to(values.dtype) @ values, self.class_embedding)
         peak = scores.amax(dim=-1, keepdim=True)
         area = torch.sigmoid(scores).sum(dim=-1, keepdim=True) / 16
         return Verdict(
@@ -121,6 +122,26 @@ class Judge(nn.Module):
             background=self.background(features.mean(dim=(2, 3))).float(),
             attention=attention,
         )
+
+    def _found(self, pooled: Tensor, embedding: Tensor) -> Tensor:
+        """What is known of features that attention has gathered for classes."""
+        return self.judge(self.find(pooled) + embedding)
+
+    @torch.no_grad()
+    def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of every cell, `[B, 256, coarse]`, and the scores by which each class is looked for, float32 `[B, C, 256]`."""
+
+        def read(pictures: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.trunk(pictures)
+            return features.flatten(2).transpose(1, 2), self.look(features).flatten(2).float()
+
+        return self._evaluate(read, pictures)
+
+    @torch.no_grad()
+    def looks_at(self, features: Tensor, attention: Tensor, class_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of palette, pattern and marking where attention `[256]` gathers features `[256, coarse]` for a class."""
+        found = self._found(attention.to(features.dtype) @ features, self.class_embedding[class_index])
+        return self.palette(found).float(), self.pattern(found).float(), self.marking(found).float()
 
     @torch.no_grad()
     def score(self, pictures: Tensor, class_name: str, identities: Sequence[Identity]) -> Tensor:
@@ -137,11 +158,8 @@ class Judge(nn.Module):
         """
         verdict, c = self._look(pictures), class_index(class_name)
         total = torch.zeros(len(pictures), len(identities))
-        for logits, names, attribute in (
-            (verdict.palette, PALETTES, "palette"),
-            (verdict.pattern, PATTERNS, "pattern"),
-            (verdict.marking, MARKINGS, "marking"),
-        ):
+        for attribute, names in ATTRIBUTES.items():
+            logits = getattr(verdict, attribute)
             columns = [names.index(getattr(identity, attribute)) for identity in identities]
             total += logits[:, c].log_softmax(dim=-1)[:, columns].cpu()
         return total

@@ -5,19 +5,22 @@ The truth is in the names of the reference pictures as `scripts/make_examples.py
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from mosaic.pipeline.latents import images_to_tensor
 from scripts.pocket.judge import JUDGE_SIZE, Judge, class_index, make_candidates
+from scripts.pocket.places import find_places
+from scripts.pocket.regimes import assign_places
 from scripts.pocket.world import CLASSES, MARKINGS, PALETTES, PATTERNS, Identity
 
+Likelihood = Callable[[Sequence[Identity]], Sequence[float]]  # log-likelihood of each individual's looks
 MISSING, OTHER, RIGHT = "missing", "not recognised", "as its reference"
 
 
@@ -27,7 +30,7 @@ class SubjectVerdict(NamedTuple):
     Attributes:
         subject: Its class, such as "fish".
         verdict: `MISSING`, `OTHER` or `RIGHT`: among 8 individuals of its class it is taken for its reference.
-        looks_of: Class of the other reference whose looks it has rather than its own; "": none.
+        looks_of: Class of the other reference, which may be of its class too, whose looks it has rather than its own; "": none.
     """
 
     subject: str
@@ -38,7 +41,8 @@ class SubjectVerdict(NamedTuple):
         """In words."""
         if self.verdict == MISSING:
             return f"the {self.subject} is missing"
-        looks = f", it has the looks of the {self.looks_of}'s reference" if self.looks_of else ""
+        owner = f"another {self.subject}" if self.looks_of == self.subject else f"the {self.looks_of}"
+        looks = f", it has the looks of {owner}'s reference" if self.looks_of else ""
         if self.verdict == OTHER:
             return f"the {self.subject} is there, but not recognised as its reference{looks}"
         return f"the {self.subject} is there and recognised as its reference"
@@ -54,26 +58,28 @@ def identity_of(file: str) -> Identity | None:
 
 
 def judge_picture(judge: Judge, picture: Image.Image, identities: Sequence[Identity]) -> list[SubjectVerdict]:
-    """Ask the judge about every subject of a picture; it never sees where they should be.
+    """Ask the judge about every subject of a picture, about several of one class place by place; it never sees where they should be.
 
     Args:
         judge: The identity judge.
         picture: Of any size.
-        identities: Of the references. Of several of one class the judge sees their number alone, so that they are not identified.
+        identities: Of the references.
     """
     seen = images_to_tensor([picture.convert("RGB").resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS)])
-    wanted, found = Counter(identity.class_name for identity in identities), judge.counts(seen)[0]
-    present = judge.presence_probability(seen)[0] > 0.5
-    verdicts, counted = [], Counter[str]()
-    for identity in identities:
-        name, place = identity.class_name, class_index(identity.class_name)
-        counted[name] += 1
-        if not present[place] or counted[name] > max(int(found[place]), 1):
+    wanted, present = Counter(identity.class_name for identity in identities), judge.presence_probability(seen)[0] > 0.5
+    places = find_places(judge, [picture])[0] if max(wanted.values()) > 1 else []
+    assigned = assign_places(places, identities)
+    verdicts = []
+    for index, identity in enumerate(identities):
+        name, likelihood = identity.class_name, partial(_likelihood, judge, seen, identity.class_name)
+        if wanted[name] > 1 and index in assigned:
+            likelihood = places[assigned[index]].scores
+        if not (index in assigned if wanted[name] > 1 else present[class_index(name)]):
             verdicts.append(SubjectVerdict(name, MISSING))
-        elif wanted[name] > 1 or _is_recognised(judge, seen, identity):
+        elif _is_recognised(likelihood, identity):
             verdicts.append(SubjectVerdict(name, RIGHT))
         else:
-            verdicts.append(SubjectVerdict(name, OTHER, _looks_of(judge, seen, identity, identities)))
+            verdicts.append(SubjectVerdict(name, OTHER, _looks_of(likelihood, identity, identities)))
     return verdicts
 
 
@@ -99,14 +105,18 @@ def judge_rows(judge: Judge, folder: Path, rows: Sequence[Mapping[str, Any]]) ->
     return verdicts
 
 
-def _is_recognised(judge: Judge, seen: Tensor, identity: Identity) -> bool:
+def _likelihood(judge: Judge, seen: Tensor, class_name: str, looks: Sequence[Identity]) -> list[float]:
+    return judge.score(seen, class_name, looks)[0].tolist()
+
+
+def _is_recognised(likelihood: Likelihood, identity: Identity) -> bool:
     """Whether the subject is taken for its reference among 8 individuals of its class, the same eight at every call."""
     seed = int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4], "big")
     candidates = make_candidates(identity, np.random.default_rng([17, seed]))
-    return candidates[int(judge.identify(seen, identity.class_name, candidates))] == identity
+    return candidates[int(np.argmax(likelihood(candidates)))] == identity
 
 
-def _looks_of(judge: Judge, seen: Tensor, identity: Identity, identities: Sequence[Identity]) -> str:
+def _looks_of(likelihood: Likelihood, identity: Identity, identities: Sequence[Identity]) -> str:
     """The class of the reference whose looks the subject has rather than its own; "" for its own."""
-    best = identities[int(torch.argmax(judge.score(seen, identity.class_name, identities)[0]))]
-    return best.class_name if best.class_name != identity.class_name else ""
+    best = identities[int(np.argmax(likelihood(identities)))]
+    return best.class_name if best != identity else ""

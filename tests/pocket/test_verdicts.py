@@ -73,6 +73,24 @@ def test_of_two_of_a_class_the_second_may_be_missing(judge: Judge) -> None:
     assert [verdict.verdict for verdict in found] == [RIGHT, MISSING]
 
 
+def test_two_of_a_class_are_recognised_each_at_its_place(judge: Judge) -> None:
+    """In any order of the references; where both have one look, one is not recognised, and it is told whose looks it has."""
+    told, taken = [], []
+    for number in range(10):
+        scene = world.sample_scene(70_000_000 + number, "heldout", 2, "twins")
+        picture, (one, two) = world.render_scene(scene, 64).image, identities(scene)
+        for asked in ([one, two], [two, one]):
+            told += [verdict.verdict for verdict in judge_picture(judge, picture, asked)]
+        strangers = [world.Identity(one.class_name, palette, one.pattern, one.marking) for palette in world.PALETTES]
+        taken += judge_picture(judge, picture, [two, next(who for who in strangers if who not in (one, two))])
+    assert told.count(RIGHT) >= 0.9 * len(told)
+    assert [verdict.verdict for verdict in taken[::2]].count(RIGHT) >= 9
+    assert [verdict.verdict for verdict in taken[1::2]].count(OTHER) >= 6
+    found = judge_picture(judge, picture, [one, two, strangers[0], strangers[1]])
+    assert sorted(verdict.verdict for verdict in found) == sorted([RIGHT, RIGHT, MISSING, MISSING])
+    assert str(SubjectVerdict("cat", OTHER, "cat")).endswith("it has the looks of another cat's reference")
+
+
 @pytest.fixture
 def examples(tmp_path: Path) -> Path:
     """Two rendered cases: as drawn, with its page, and without its last subject; and one of other pictures."""

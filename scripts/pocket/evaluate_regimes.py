@@ -1,0 +1,93 @@
+"""The shipped pocket weights measured on scenes of a regime: numbers per regime and K, and their table."""
+
+import argparse
+import json
+import math
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mosaic.config.loading import Config
+from mosaic.files import write_text
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from scripts.pocket import world
+from scripts.pocket.evaluate import provenance
+from scripts.pocket.evaluation import generate, held_out_scenes
+from scripts.pocket.judge import load_judge
+from scripts.pocket.regimes import RegimeOutcome, estimate, judge_regime
+
+HEADER = (
+    "| regime | K | cases | apart | same look | identification | blending | missing | doubled "
+    "| judge on real renderings: apart | identification |"
+)
+JUDGED = ("apart", "identification")  # of the real renderings, in the table
+
+
+def evaluate_regimes(config: Config, wanted: dict[str, list[int]], num_cases: int, batch_size: int, seed: int) -> dict[str, Any]:
+    """By regime and K, in percent, the measures of generated pictures and, under "real_renderings", of the scenes as drawn.
+
+    Args:
+        config: Model, adapter and sampling.
+        wanted: By regime the numbers of references.
+        num_cases: Held-out scenes of each.
+        batch_size: Pictures per call.
+        seed: Of the start noise.
+    """
+    judge = load_judge()
+    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
+    pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
+    pipeline.set_progress_bar_config(disable=True)
+    found: dict[str, Any] = {regime: {} for regime in wanted}
+    for regime, k in tqdm([(regime, k) for regime, ks in wanted.items() for k in ks], desc="regimes", unit="K"):
+        scenes = held_out_scenes(k, num_cases, regime)
+        real = [world.render_scene(scene, config.data.image_size[0]).image for scene in scenes]
+        pictures = generate(pipeline, scenes, config, True, batch_size, seed)
+        found[regime][str(k)] = {
+            "num_cases": num_cases,
+            **percentages(judge_regime(judge, pictures, scenes)),
+            "real_renderings": percentages(judge_regime(judge, real, scenes)),
+        }
+    return found
+
+
+def percentages(outcomes: list[RegimeOutcome]) -> dict[str, Any]:
+    """Means over scenes in percent, beside them their 95 % intervals over scenes; null where there is nothing to speak of."""
+    means: dict[str, Any] = {}
+    intervals: dict[str, list[float] | None] = {}
+    for name in RegimeOutcome._fields:
+        value = estimate([outcomes], name)
+        means[name] = None if math.isnan(value.mean) else 100 * value.mean
+        ends = [100 * max(value.mean - value.half, 0.0), 100 * min(value.mean + value.half, 1.0)]
+        intervals[name] = None if math.isnan(value.half) else ends
+    return {**means, "intervals": intervals}
+
+
+def cell(entry: dict[str, Any], measure: str) -> str:
+    """A share in percent with its interval, where it has one; "-" where nothing was asked."""
+    if entry[measure] is None:
+        return "-"
+    ends = entry["intervals"][measure]
+    return f"{entry[measure]:.1f}" + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "")
+
+
+def regime_table(found: dict[str, Any]) -> str:
+    """Markdown table in percent, 95 % intervals in brackets."""
+    lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
+    for regime, entries in found.items():
+        for k, entry in entries.items():
+            cells = [cell(entry, measure) for measure in RegimeOutcome._fields]
+            cells += [cell(entry["real_renderings"], measure) for measure in JUDGED]
+            lines.append("| " + " | ".join([regime, k, str(entry["num_cases"]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def run(config: Config, arguments: argparse.Namespace) -> None:
+    """Measure, print the table, and write the numbers where the command line says so; equal arguments give an equal file."""
+    origin = provenance(config, arguments.seed) if arguments.output else {}
+    origin.pop("date", None)
+    wanted = {name: sorted(set(arguments.k or (k for k in (2, 3, 4) if k >= world.REGIMES[name]))) for name in arguments.regime}
+    found = evaluate_regimes(config, wanted, arguments.num_cases, arguments.batch_size, arguments.seed)
+    print(regime_table(found))
+    if arguments.output:
+        write_text(arguments.output, json.dumps(origin | {"regimes": found}, indent=1, allow_nan=False) + "\n")
