@@ -32,6 +32,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of references (default: 1 2 3 4; of regimes 2 3 4)")
     parser.add_argument("--regime", nargs="+", choices=world.REGIMES, help="measure scenes of these regimes, by places, instead")
+    parser.add_argument(
+        "--settling", action="store_true", help="of --regime also when, while a picture is sampled, its places settle on references"
+    )
     parser.add_argument("--batch-size", type=int, default=25, help="pictures per call")
     parser.add_argument("--seed", type=int, default=42, help="seed of the start noise")
     parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
@@ -49,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         if not all(least <= k <= world.MAX_SUBJECTS for k in arguments.k or []):
             where = f" with --regime {name}" if arguments.regime else ""
             raise ValueError(f"--k must be of {least}..{world.MAX_SUBJECTS}{where}, got {arguments.k}.")
+    if arguments.settling and not arguments.regime:
+        raise ValueError("--settling is of scenes of a regime: name one with --regime, such as twins.")
     lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
     config = load_config(arguments.config, [*arguments.set, *lora])
     if config.inference.lora is None:

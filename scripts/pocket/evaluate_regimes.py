@@ -3,15 +3,17 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from mosaic.config.loading import Config
-from mosaic.files import write_text
+from mosaic.files import without_nan, write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.pocket import world
+from scripts.pocket.deciding import Settling, measure_settling
 from scripts.pocket.evaluate import provenance
 from scripts.pocket.evaluation import generate, held_out_scenes
 from scripts.pocket.judge import load_judge
@@ -24,7 +26,9 @@ HEADER = (
 JUDGED = ("apart", "identification")  # of the real renderings, in the table
 
 
-def evaluate_regimes(config: Config, wanted: dict[str, list[int]], num_cases: int, batch_size: int, seed: int) -> dict[str, Any]:
+def evaluate_regimes(
+    config: Config, wanted: dict[str, list[int]], num_cases: int, batch_size: int, seed: int, settling: bool = False
+) -> dict[str, Any]:
     """By regime and K, in percent, the measures of generated pictures and, under "real_renderings", of the scenes as drawn.
 
     Args:
@@ -33,6 +37,7 @@ def evaluate_regimes(config: Config, wanted: dict[str, list[int]], num_cases: in
         num_cases: Held-out scenes of each.
         batch_size: Pictures per call.
         seed: Of the start noise.
+        settling: Whether to measure too, sampling again, when places settle on references (`deciding.Settling`).
     """
     judge = load_judge()
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
@@ -48,6 +53,9 @@ def evaluate_regimes(config: Config, wanted: dict[str, list[int]], num_cases: in
             **percentages(judge_regime(judge, pictures, scenes)),
             "real_renderings": percentages(judge_regime(judge, real, scenes)),
         }
+        if settling:
+            steps = measure_settling(pipeline, judge, scenes, config, seed)
+            found[regime][str(k)]["settling"] = [without_nan({"timestep": t, **_percentages(step)}) for t, *step in steps]
     return found
 
 
@@ -82,12 +90,32 @@ def regime_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def settling_tables(found: dict[str, Any]) -> list[str]:
+    """Markdown tables of the regimes and K whose settling was measured, timestep by timestep, in percent."""
+    tables = []
+    for regime, entries in found.items():
+        for k, entry in entries.items():
+            rows = [
+                [f"{step['timestep']:.2f}", *("-" if step[name] is None else f"{step[name]:.1f}" for name in Settling._fields[1:])]
+                for step in entry.get("settling", [])
+            ]
+            header = [f"{regime}, K = {k}: timestep", "settled", "as drawn", "two places on one reference"]
+            if rows:
+                tables.append("\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))
+    return tables
+
+
+def _percentages(shares: Sequence[float]) -> dict[str, float]:
+    """The shares of `Settling` by name, in percent."""
+    return {name: 100 * share for name, share in zip(Settling._fields[1:], shares, strict=True)}
+
+
 def run(config: Config, arguments: argparse.Namespace) -> None:
     """Measure, print the table, and write the numbers where the command line says so; equal arguments give an equal file."""
     origin = provenance(config, arguments.seed) if arguments.output else {}
     origin.pop("date", None)
     wanted = {name: sorted(set(arguments.k or (k for k in (2, 3, 4) if k >= world.REGIMES[name]))) for name in arguments.regime}
-    found = evaluate_regimes(config, wanted, arguments.num_cases, arguments.batch_size, arguments.seed)
-    print(regime_table(found))
+    found = evaluate_regimes(config, wanted, arguments.num_cases, arguments.batch_size, arguments.seed, arguments.settling)
+    print("\n\n".join([regime_table(found), *settling_tables(found)]))
     if arguments.output:
         write_text(arguments.output, json.dumps(origin | {"regimes": found}, indent=1, allow_nan=False) + "\n")

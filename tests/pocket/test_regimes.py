@@ -168,6 +168,8 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], monkey
     ):
         assert main(["--regime", *arguments]) == 2
         assert message in capsys.readouterr().err
+    assert main(["--settling"]) == 2
+    assert "--settling is of scenes of a regime: name one with --regime" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--regime", "triplets"])
     assert "invalid choice: 'triplets'" in capsys.readouterr().err
