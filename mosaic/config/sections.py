@@ -234,6 +234,9 @@ class LossConfig(Section):
     own_reference_weight: NotNegative = 0.0
     """Weight of the coarser form: minus the logarithm of the mass that the target's row at a point has on all tokens of the point's own
     reference."""
+    region_weight: NotNegative = 0.0
+    """Weight of the squared distance between a reference's mean row over the target, of all its tokens, and its mask in the target; 0: off.
+    Data without masks give 0."""
     heads: Literal["mean", "each"] = "mean"
     """Where the cross-entropies take the mean over attention heads. "mean": of the rows, over heads and blocks (paper); "each": of the
     cross-entropies that every head of every block has by itself. The disentanglement loss always takes the mean of the rows."""

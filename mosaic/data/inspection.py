@@ -129,3 +129,21 @@ def touched_cells(mask: np.ndarray, grid: Grid) -> Tensor:
     """bool [N]: the cells of a grid of which a mask, bool [H, W], covers any part."""
     covered = torch.from_numpy(mask.astype(np.float32))[None, None]
     return torch.nn.functional.adaptive_max_pool2d(covered, tuple(grid)).flatten() > 0
+
+
+def token_masks(masks: Sequence[Image.Image | None], grid: Grid) -> Tensor:
+    """How much of each target token shows each reference.
+
+    Args:
+        masks: Per reference a mask of 0 and 255 in the target's training frame; None where none is known.
+        grid: The target's tokens.
+
+    Returns:
+        float32 [K, N_tgt], shares from 0 to 1; 0 everywhere where no mask is known.
+    """
+    shares = [torch.zeros(grid.num_tokens)] * len(masks)
+    for k, mask in enumerate(masks):
+        if mask is not None:
+            seen = torch.from_numpy(np.asarray(mask, np.float32) / 255)
+            shares[k] = torch.nn.functional.adaptive_avg_pool2d(seen[None, None], tuple(grid)).flatten()
+    return torch.stack(shares)

@@ -10,7 +10,12 @@ TrainingDataset = MultiReferenceDataset | SemAlignDataset
 
 
 def open_dataset(
-    data: DataConfig, split: str, target_grid: Grid, reference_grid: Grid, semalign_rows: SemAlignRows | None = None
+    data: DataConfig,
+    split: str,
+    target_grid: Grid,
+    reference_grid: Grid,
+    semalign_rows: SemAlignRows | None = None,
+    with_masks: bool = False,
 ) -> TrainingDataset:
     """Open one split of the data set that `data.format` and `data.root` name; its `of_split` gives the others.
 
@@ -20,6 +25,7 @@ def open_dataset(
         target_grid: Rows and columns of the target in tokens.
         reference_grid: Rows and columns of one reference in tokens.
         semalign_rows: The rows of SemAlign's Parquet files, where those are open already.
+        with_masks: Whether samples bring their masks.
 
     Raises:
         FileNotFoundError: There is no such data set, or a file of it is missing.
@@ -39,6 +45,7 @@ def open_dataset(
             coordinates=data.coordinates,
             id_index=data.id_index,
             rows=semalign_rows,
+            with_masks=with_masks,
         )
     return MultiReferenceDataset(
         data.root,
@@ -49,4 +56,5 @@ def open_dataset(
         reference_token_grid=reference_grid,
         max_references=data.max_references,
         buckets=data.buckets,
+        with_masks=with_masks,
     )

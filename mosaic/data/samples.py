@@ -54,6 +54,8 @@ class Sample:
         missing: Names of the parts that the data set lacks for this sample ("mask", "points"); such a sample is not supervised.
         posteriors: Cached ones of the pictures; None: the pictures are to be encoded.
         text: Cached embeddings of the prompt; None: the prompt is to be encoded.
+        masks: float32 [K, N_tgt], the share of each target token that shows the reference; 0 everywhere where its mask is not known. None:
+            they were not asked for.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Sample:
     missing: tuple[str, ...] = ()
     posteriors: Posteriors | None = None
     text: TextEmbeddings | None = None
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class MosaicBatch:
         points: Per sample, per reference int64 [P_k, 2] of (u, v).
         posteriors: Cached ones of the pictures; None: the pictures are to be encoded.
         text: Cached embeddings of the prompts; None: the prompts are to be encoded.
+        masks: float32 [B, K, N_tgt], see `Sample`; None: they were not asked for.
     """
 
     ids: list[str]
@@ -87,6 +91,7 @@ class MosaicBatch:
     points: list[list[Tensor]]
     posteriors: Posteriors | None = None
     text: TextEmbeddings | None = None
+    masks: Tensor | None = None
 
     @property
     def num_references(self) -> int:
@@ -114,6 +119,7 @@ def collate(samples: Sequence[Sample]) -> MosaicBatch:
         points=[sample.points for sample in samples],
         posteriors=_join_posteriors([sample.posteriors for sample in samples if sample.posteriors is not None]),
         text=_join_text([sample.text for sample in samples if sample.text is not None]),
+        masks=torch.stack(masks) if (masks := [sample.masks for sample in samples if sample.masks is not None]) else None,
     )
 
 

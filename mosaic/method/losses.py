@@ -21,6 +21,7 @@ SHORT_NAMES = {  # of the terms, for a progress bar
     "disentanglement": "mdl",
     "target_correspondence": "target",
     "own_reference": "own",
+    "region": "region",
 }
 
 
@@ -34,6 +35,7 @@ class MosaicLoss(NamedTuple):
         disentanglement: L_MD, nats, never positive.
         target_correspondence: As L_SCA, seen from the target: of its rows over the references, nats.
         own_reference: Minus the logarithm of the target rows' mass on their own reference, nats.
+        region: Squared distance of the references' mean rows from their masks.
     """
 
     total: Tensor
@@ -42,6 +44,7 @@ class MosaicLoss(NamedTuple):
     disentanglement: Tensor
     target_correspondence: Tensor
     own_reference: Tensor
+    region: Tensor
 
 
 def flow_matching_loss(velocity: Tensor, noise: Tensor, latents: Tensor) -> Tensor:
@@ -130,6 +133,22 @@ def own_reference_loss(target_rows: Tensor, points: Points, reduction: str = "re
     """
     mass = target_rows.float().unflatten(2, (points.num_references, -1)).sum(dim=3)  # (B, P, K)
     return cross_entropy(mass.gather(2, points.reference[:, :, None]).squeeze(2), points, reduction)
+
+
+def region_loss(reference_rows: Tensor, masks: Tensor, has_references: Tensor) -> Tensor:
+    """Where whole references look, after DreamO (arXiv:2504.16915), which is not in the paper: mean squared distance from their masks.
+
+    Args:
+        reference_rows: float32 [B, K, N_tgt], the mean over all tokens of a reference (Eq. 12 with all rows).
+        masks: float32 [B, K, N_tgt], the share of each target token that shows the reference.
+        has_references: bool [B], False for a sample that has lost them.
+
+    Returns:
+        [B] float32, the mean over target tokens, then over the references that are seen anywhere; 0 where none is.
+    """
+    counted = masks.any(dim=2) & has_references[:, None]
+    squares = (reference_rows.float() - masks).square().mean(dim=2) * counted
+    return squares.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
 def _membership(points: Points) -> Tensor:

@@ -242,4 +242,5 @@ def largest_batch(config: Config, shape: ModelShape, num_references: int) -> Mos
         torch.zeros(()).expand(batch, 3, height, width),
         torch.zeros(()).expand(batch, num_references, 3, data.reference_size, data.reference_size),
         [points] * batch,
+        masks=torch.zeros(()).expand(batch, num_references, target.num_tokens) if config.loss.region_weight > 0 else None,
     )

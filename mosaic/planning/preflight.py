@@ -148,7 +148,7 @@ def step_tflop(config: Config, shape: ModelShape, num_references: int, gradient_
     setting_ = config.loss.capture_blocks
     num_captured = captured[setting_] if isinstance(setting_, str) else len(setting_)
     points = min(config.loss.max_points, references)
-    means = config.loss.disentanglement_rows == "all"
+    means = config.loss.disentanglement_rows == "all" or config.loss.region_weight > 0
     keys = 0
     if config.loss.supervises_target:
         keys = load.all_reference_tokens if config.loss.target_keys == "references" else load.main_tokens + load.all_reference_tokens

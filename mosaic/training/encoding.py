@@ -26,7 +26,7 @@ class Grids:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What the transformer reads of a batch, but for the noise.
+    """What the transformer reads of a batch, but for the noise, and the masks.
 
     Attributes:
         latents: [B, N_tgt, C], packed clean target latents.
@@ -34,6 +34,7 @@ class EncodedBatch:
         prompt_embeds: [B, T, d_text].
         pooled: [B, d_pooled].
         grids: Those of the target's and of each reference's tokens.
+        masks: float32 [B, K, N_tgt], the share of each target token that shows a reference, for the losses; None: they were not asked for.
     """
 
     latents: Tensor
@@ -41,6 +42,7 @@ class EncodedBatch:
     prompt_embeds: Tensor
     pooled: Tensor
     grids: Grids
+    masks: Tensor | None = None
 
 
 @torch.no_grad()
@@ -73,7 +75,8 @@ def encode_batch(
     else:
         latents, references = draw_cached(batch.posteriors, device, generator)
     text = encoders.encode_prompts(prompts, text_length) if batch.text is None else select_cached(batch.text, prompts, device)
-    return EncodedBatch(pack_latents(latents), pack_latents(references).unflatten(0, (len(latents), -1)), *text, grids)
+    masks = None if batch.masks is None else batch.masks.to(device)
+    return EncodedBatch(pack_latents(latents), pack_latents(references).unflatten(0, (len(latents), -1)), *text, grids, masks)
 
 
 def draw_cached(

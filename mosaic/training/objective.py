@@ -22,6 +22,7 @@ from mosaic.method.losses import (
     mosaic_loss,
     own_reference_loss,
     reference_distributions,
+    region_loss,
     target_correspondence_loss,
 )
 from mosaic.method.tokens import position_ids, reference_position_ids, text_position_ids
@@ -165,13 +166,15 @@ def train_step(
         "disentanglement": disentanglement_loss(distributions, counted, loss.divergence, loss.disentanglement_cap) * supervised,
     }
     # What settings ask for beyond the paper; with none of them, nothing.
-    terms |= {name: term * supervised for name, term in further_terms(output, points, loss).items()}
+    further = further_terms(output, encoded, points, draws, loss)
+    terms |= {name: term * supervised for name, term in further.items()}
     return mosaic_loss(terms, loss_weights(loss, step))
 
 
 def capture_request(points: Points, loss: LossConfig) -> CaptureRequest:
     """The attention rows that the terms are read from."""
-    request = CaptureRequest(points.global_index, loss.disentanglement_rows == "all", loss.capture_blocks)
+    every_token = loss.disentanglement_rows == "all" or loss.region_weight > 0
+    request = CaptureRequest(points.global_index, every_token, loss.capture_blocks)
     if loss.supervises_target:
         request = replace(request, target_index=points.target_index, target_keys=loss.target_keys)
     if loss.heads == "each":
@@ -179,10 +182,16 @@ def capture_request(points: Points, loss: LossConfig) -> CaptureRequest:
     return request
 
 
-def further_terms(output: MosaicTransformerOutput, points: Points, loss: LossConfig) -> dict[str, Tensor]:
-    """Terms that the paper does not have, [B] each: of the target's rows, and SCAL where the mean over heads is taken of it."""
+def further_terms(
+    output: MosaicTransformerOutput, encoded: EncodedBatch, points: Points, draws: Draws, loss: LossConfig
+) -> dict[str, Tensor]:
+    """Terms that the paper does not have, [B] each: of the target's rows, of regions, and SCAL where the mean over heads is taken of it."""
     reduction, weights, rows = loss.correspondence_reduction, output.head_weights, output.target_rows
     terms = {}
+    if loss.region_weight > 0:
+        assert output.reference_rows is not None  # they were asked for
+        assert encoded.masks is not None  # so were they
+        terms["region"] = region_loss(output.reference_rows, encoded.masks, draws.has_references.to(encoded.masks.device))
     if weights is not None:
         for name, of_heads in weights._asdict().items():
             if of_heads is not None:
@@ -204,6 +213,8 @@ def loss_weights(loss: LossConfig, step: int) -> dict[str, float]:
     if loss.supervises_target:
         weights["target_correspondence"] = correspondence if loss.supervised_queries != "reference" else 0.0
         weights["own_reference"] = scheduled.get("own_reference_weight", loss.own_reference_weight)
+    if loss.region_weight > 0:
+        weights["region"] = scheduled.get("region_weight", loss.region_weight)
     return weights
 
 
@@ -220,7 +231,7 @@ def scheduled_weights(loss: LossConfig, step: int) -> dict[str, float]:
     length = loss.until_step - loss.decay_start_step
     left = min(max((loss.until_step - step) / length, 0.0), 1.0) if length else float(step < loss.until_step)
     full = {"disentanglement_weight": loss.disentanglement_weight * warmth}
-    full |= {name: getattr(loss, name) for name in ("correspondence_weight", "own_reference_weight")}
+    full |= {name: getattr(loss, name) for name in ("correspondence_weight", "own_reference_weight", "region_weight")}
     return {name: weight * left for name, weight in full.items()}
 
 

@@ -23,6 +23,7 @@ from mosaic.data import (
     open_dataset,
 )
 from mosaic.data.cache.opening import Caches, open_caches, unneeded_components
+from mosaic.data.inspection import QUICK_SAMPLES, spread_evenly
 from mosaic.files import in_one_line, require_folder, shown
 from mosaic.locks import FolderLock
 from mosaic.lora.adapter import attach_reference_lora, reference_lora_parameters
@@ -95,7 +96,7 @@ def open_run(config: Config, continues: bool) -> Opened:
     data, validation, lora = config.data, config.validation, config.lora
     factor = vae_scale_factor(config.model.pretrained)  # of a small file: the model itself would be minutes of loading
     grids = run_grids(data, factor)
-    samples = open_dataset(data, data.split, grids.target, grids.reference)
+    samples = open_dataset(data, data.split, grids.target, grids.reference, with_masks=config.loss.region_weight > 0)
     held_out = panels = None
     if validation.every:
         held_out = samples if validation.split == data.split else samples.of_split(validation.split)
@@ -221,7 +222,18 @@ def training_dataset(
     check_placement(dataset, data.max_points_outside)
     if accelerator.is_main_process:
         warn_of_cut_captions(config, opened)
+        if config.loss.region_weight > 0:
+            warn_of_missing_masks(dataset)
     return dataset
+
+
+def warn_of_missing_masks(dataset: TrainingDataset | ReadableSamples | CachedSamples) -> None:
+    """Warn where references have no mask, as far as 64 samples show it: their region loss is 0."""
+    masks = [dataset[index].masks for index in spread_evenly(len(dataset), QUICK_SAMPLES)]
+    seen = torch.cat([found.any(dim=1) for found in masks if found is not None])
+    if not seen.all():
+        message = "loss.region_weight: %d of %d references have no mask in which they are seen; of these the region loss is 0"
+        logger.warning(message, int((~seen).sum()), len(seen))
 
 
 def warn_of_cut_captions(config: Config, opened: Opened) -> None:

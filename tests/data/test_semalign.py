@@ -116,6 +116,24 @@ def test_masks_and_coordinates_moved_away(made: SemAlignSet, tmp_path: Path) -> 
         SemAlignDataset(root, masks=tmp_path / "masks.zip")
 
 
+def test_masks_lie_over_the_targets_tokens(made: SemAlignSet) -> None:
+    dataset = SemAlignDataset(made.root, image_size=256, with_masks=True)
+    known = 0
+    for index in range(len(dataset)):
+        mask, found = dataset.supervision(index).mask, dataset[index].masks
+        assert found.shape == (1, 16 * 16)
+        if mask is None:
+            assert not found.any()
+            continue
+        known += 1
+        array, side = np.asarray(mask) > 0, mask.width / 16
+        for row, column in ((0, 3), (7, 9), (15, 15)):
+            cell = array[int(row * side) : -int(-(row + 1) * side // 1), int(column * side) : -int(-(column + 1) * side // 1)]
+            assert found[0, row * 16 + column] == pytest.approx(cell.mean(), abs=1e-6)
+    assert 0 < known < len(dataset)
+    assert SemAlignDataset(made.root)[0].masks is None
+
+
 def test_archives_equal_folders(made: SemAlignSet, dataset: SemAlignDataset, tmp_path: Path) -> None:
     root = semalign_set.zip_set(made, tmp_path / "zipped")
     zipped = SemAlignDataset(root)

@@ -85,6 +85,7 @@ CASES = {
     ),
     "recomputed": ({"model__gradient_checkpointing": "block"}, {"num_layers": 1, "num_single_layers": 5}, 2),
     "joint attention, all rows": ({"model__reference_attention": "joint", "loss__preset": "release"}, {"num_single_layers": 1}, 2),
+    "rows of both sides, regions": ({"loss__supervised_queries": "both", "loss__region_weight": 1.0}, {"num_single_layers": 1}, 2),
     "autocast": ({"model__dtype": "bfloat16", "training__mixed_precision": "bf16"}, {"num_layers": 1}, 3),
 }
 
@@ -104,9 +105,11 @@ def test_follows_the_allocator_by_part(name: str) -> None:
     assert above == pytest.approx(measured.peak, rel=TOLERANCE)
 
 
-def test_captured_rows_are_what_they_add() -> None:
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_captured_rows_are_what_they_add(heads: str) -> None:
     """Counted on shallow models, they are those of a deeper one."""
-    settings, model = config(training__mixed_precision="bf16"), shape(num_layers=2, num_single_layers=3)
+    changes = {} if heads == "mean" else {"loss__heads": "each", "loss__own_reference_weight": 0.1}
+    settings, model = config(training__mixed_precision="bf16", **changes), shape(num_layers=2, num_single_layers=3)
     with_rows, without = (dry_run.dry_run(settings, model, 2, "cuda", supervised).saved for supervised in (True, False))
     assert with_rows > without
     assert dry_run.row_bytes(settings, model, 2, "cuda") == pytest.approx(with_rows - without, rel=0.1)

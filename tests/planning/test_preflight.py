@@ -299,6 +299,16 @@ def test_time_and_flops() -> None:
     assert report.tflop_per_step == pytest.approx(2 * (178.5 + 1.5), rel=2e-3)
     assert report.hours_per_1k_steps * 3.6 == pytest.approx(2 * 180.0 / (0.4 * 989), rel=2e-3)
 
+    def rows(**loss: Any) -> float:
+        """TFLOP of a step with more rows, beyond one without."""
+        changed, usual = (flux(**{f"loss__{name}": value for name, value in given.items()}) for given in (loss, {}))
+        return preflight.step_tflop(changed, FLUX_DEV_SHAPE, 2, "none") - preflight.step_tflop(usual, FLUX_DEV_SHAPE, 2, "none")
+
+    # 1024 rows over 1024 keys are 1.469 TFLOP. Of the target over all keys; of it over the references, and single heads; of all tokens.
+    assert rows(supervised_queries="target") == pytest.approx((512 + 1024 + 2048) / 1024 * 1.469, rel=1e-3)
+    assert rows(own_reference_weight=1.0, target_keys="references", heads="each") == pytest.approx((2048 + 1024) / 1024 * 1.469, rel=1e-3)
+    assert rows(region_weight=1.0) == pytest.approx(2 * 1.469, rel=1e-3)
+
 
 @pytest.mark.usefixtures("quick")
 def test_parts_beside_the_dry_run() -> None:

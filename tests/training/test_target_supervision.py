@@ -256,7 +256,7 @@ def test_weights_by_side_and_step() -> None:
     warming = falling.replace(disentanglement_start_step=10, disentanglement_warmup_steps=10)
     assert loss_weights(warming, 15)["disentanglement"] == pytest.approx(0.6 * 0.5 * 0.75)
     assert scheduled_weights(both, 0) == {"disentanglement_weight": 0.6}
-    assert scheduled_weights(falling, 20) == pytest.approx({name: weight / 2 for name, weight in given.items()})
+    assert scheduled_weights(falling, 20) == pytest.approx({name: weight / 2 for name, weight in given.items()} | {"region_weight": 0})
 
 
 def test_decay_settings_that_contradict_each_other() -> None:

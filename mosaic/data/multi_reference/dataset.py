@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mosaic.data.inspection import Inspection, touched_cells
-from mosaic.data.masks import mask_problem
+from mosaic.data.inspection import Inspection, token_masks, touched_cells
+from mosaic.data.masks import mask_picture, mask_problem
 from mosaic.data.multi_reference.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
 from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.multi_reference.rows import Row
@@ -47,6 +47,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         reference_token_grid: Grid | tuple[int, int],
         max_references: int = 6,
         buckets: Sequence[tuple[int, int]] = (),
+        with_masks: bool = False,
     ) -> None:
         """Read the manifest; pictures and points are read when a sample is asked for.
 
@@ -59,13 +60,14 @@ class MultiReferenceDataset(Dataset[Sample]):
             reference_token_grid: Rows and columns of one reference in tokens.
             max_references: Largest K.
             buckets: Heights and widths of targets; none: every target becomes `image_size`.
+            with_masks: Whether samples bring their masks.
 
         Raises:
             FileNotFoundError: The data set is missing.
             ValueError: The manifest is not of the format, a bucket is no multiple of the token size, a sample has more than
                 `max_references` references, or its points' grids are coarser than the tokens.
         """
-        self.reference_size, self.max_references = reference_size, max_references
+        self.reference_size, self.max_references, self.with_masks = reference_size, max_references, with_masks
         self.reference_token_grid = Grid(*reference_token_grid)
         self.buckets = [(height, width) for height, width in buckets or [image_size]]
         token = (image_size[0] // target_token_grid[0], image_size[1] // target_token_grid[1])
@@ -127,7 +129,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         """
         row = self.manifest.row(index)
         bucket = int(self.bucket[index])
-        picture = self.manifest.read_target(row)
+        picture = stored_target = self.manifest.read_target(row)
         if row.target_size is None:
             self._refuse_wrong_bucket(row, picture.size[::-1], bucket)
         frame = cover(picture.size[::-1], self.buckets[bucket])
@@ -142,7 +144,12 @@ class MultiReferenceDataset(Dataset[Sample]):
             points = [torch.zeros(0, 2, dtype=torch.long) for _ in row.references]
         else:
             points = self._carry_points(stored, row, frame, self._token_grids[bucket], frames)
-        return Sample(row.id, row.prompt, target, torch.stack(references), points, () if stored is not None else ("points",))
+        masks = None
+        if self.with_masks:
+            found = [self.manifest.read_mask(row, k, stored_target) for k in range(len(row.references))]
+            masks = token_masks([None if mask is None else frame.apply(mask_picture(mask)) for mask in found], self._token_grids[bucket])
+        missing = () if stored is not None else ("points",)
+        return Sample(row.id, row.prompt, target, torch.stack(references), points, missing, masks=masks)
 
     def inspect(self, index: int) -> Inspection:
         """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read, or points of other pictures."""

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mosaic.data.inspection import Inspection
+from mosaic.data.inspection import Inspection, token_masks
 from mosaic.data.masks import mask_problem
 from mosaic.data.samples import Sample
 from mosaic.data.semalign.ids import deflate_library, open_ids, pixel_digest
@@ -22,6 +22,7 @@ from mosaic.data.semalign.rows import SemAlignRows, StoredRow, find_parquet
 from mosaic.data.semalign.store import open_store, read_field, read_mask
 from mosaic.files import shown
 from mosaic.images import to_rgb
+from mosaic.method.grids import Grid
 
 INDEX_NAME = "semalign_ids.parquet"
 Downsample = Literal["vote", "release"]
@@ -86,6 +87,7 @@ class SemAlignDataset(Dataset[Sample]):
         id_index: str | Path | None = None,
         check_pixels: bool = True,
         rows: SemAlignRows | None = None,
+        with_masks: bool = False,
     ) -> None:
         """Find the files, filter the rows, read or make the index of ids. Pictures, masks and points are read when a sample is asked for.
 
@@ -106,6 +108,7 @@ class SemAlignDataset(Dataset[Sample]):
             check_pixels: Refuse rows whose pixels are not those of the index. To be switched off only for an index that was made with
                 another decoder of JPEG files.
             rows: The rows of the Parquet files, where those are open already.
+            with_masks: Whether samples bring their masks.
 
         Raises:
             FileNotFoundError: The folder, the Parquet files or a location given are missing.
@@ -119,7 +122,7 @@ class SemAlignDataset(Dataset[Sample]):
         self.reference_size = image_size if reference_size is None else reference_size
         _check_choice("downsample", downsample, get_args(Downsample))
         _check_choice("split", split, get_args(Split))
-        self.heldout_share = heldout_share
+        self.heldout_share, self.with_masks = heldout_share, with_masks
         self.target_side = _side(image_size, token_size, downsample, "image_size")
         self.reference_side = _side(self.reference_size, token_size, downsample, "reference_size")
         index = self.root / INDEX_NAME if id_index is None else Path(id_index)
@@ -191,6 +194,7 @@ class SemAlignDataset(Dataset[Sample]):
             references=_panel(reference, self.reference_size)[None],
             points=[self._points(supervision, self.downsample)],
             missing=supervision.missing,
+            masks=token_masks([supervision.mask], Grid(self.target_side, self.target_side)) if self.with_masks else None,
         )
 
     def inspect(self, index: int) -> Inspection:
