@@ -8,6 +8,9 @@ of the shipped weights.
 
 With --regime the scenes are of distinct classes, twins (all of one class) or mixed, and subjects are judged by their places: is each
 reference there exactly once, do two subjects bear one look, are palettes and patterns blended?
+
+With --interventions rows of attention are replaced instead (scripts/pocket/interventions.py), in scenes of distinct classes and twins at
+K = 2 and 4: how much does L_diff grow without what they carry? A minute on one core.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from mosaic.config.loading import load_config
 from mosaic.files import require_file
 from scripts.pocket import world
 
+INTERVENTION_CASES = 16  # at which they take a minute
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -29,12 +34,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/pocket.json", help="model, adapter and sampling; from the repository's root")
     parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
-    parser.add_argument("--num-cases", type=int, default=200, help="held-out cases per K")
-    parser.add_argument("--k", type=int, nargs="+", help="numbers of references (default: 1 2 3 4; of regimes 2 3 4)")
+    parser.add_argument("--num-cases", type=int, help=f"held-out cases per K (default: 200; of interventions {INTERVENTION_CASES})")
+    parser.add_argument("--k", type=int, nargs="+", help="numbers of references (default: 1 2 3 4; of regimes 2 3 4; of interventions 2 4)")
     parser.add_argument("--regime", nargs="+", choices=world.REGIMES, help="measure scenes of these regimes, by places, instead")
     parser.add_argument(
         "--settling", action="store_true", help="of --regime also when, while a picture is sampled, its places settle on references"
     )
+    parser.add_argument("--interventions", action="store_true", help="measure what attention carries instead; no picture is drawn")
     parser.add_argument("--batch-size", type=int, default=25, help="pictures per call")
     parser.add_argument("--seed", type=int, default=42, help="seed of the start noise")
     parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
@@ -45,9 +51,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(argv)
+    if arguments.num_cases is None:
+        arguments.num_cases = INTERVENTION_CASES if arguments.interventions else 200
     if min(arguments.num_cases, arguments.batch_size) < 1 or arguments.seed < 0:
         raise ValueError("--num-cases and --batch-size must be at least 1, --seed at least 0.")
-    for name in arguments.regime or ["distinct"]:
+    for name in arguments.regime or (["twins"] if arguments.interventions else ["distinct"]):
         least = world.REGIMES[name]
         if not all(least <= k <= world.MAX_SUBJECTS for k in arguments.k or []):
             where = f" with --regime {name}" if arguments.regime else ""
@@ -59,8 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.inference.lora is None:
         raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")
     require_file(arguments.output, "--output")
-    if arguments.regime:
-        from scripts.pocket.evaluate_regimes import run  # torch and the like only once the config stands
+    if arguments.interventions:
+        from scripts.pocket.intervention_report import run  # torch and the like only once the config stands
+    elif arguments.regime:
+        from scripts.pocket.evaluate_regimes import run
     else:
         from scripts.pocket.evaluate import run
     run(config, arguments)

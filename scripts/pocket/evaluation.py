@@ -75,14 +75,14 @@ class Result:
         return {name: {key: None if math.isnan(value) else value for key, value in entry.items()} for name, entry in measures.items()}
 
 
-def held_out_scenes(num_references: int, count: int, regime: str = "distinct") -> list[world.Scene]:
-    """Scenes of K subjects with identities that training never saw, of a regime of `world.REGIMES`.
+def held_out_scenes(num_references: int, count: int, regime: str = "distinct", first: int = 0) -> list[world.Scene]:
+    """Scenes of K subjects with identities that training never saw, of a regime of `world.REGIMES`, from the `first` of them on.
 
     Raises:
         ValueError: There is no such regime, or none of so few subjects.
     """
-    first = FIRST_SEED + num_references * 1_000_000
-    return [world.sample_scene(first + i, "heldout", num_references, regime) for i in range(count)]
+    seed = FIRST_SEED + num_references * 1_000_000 + first
+    return [world.sample_scene(seed + i, "heldout", num_references, regime) for i in range(count)]
 
 
 def render_references(scene: world.Scene, size: int = world.REFERENCE_SIZE) -> list[Image.Image]:

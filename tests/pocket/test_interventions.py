@@ -1,15 +1,30 @@
 """Interventions: against the naive twin with loops over points, with nothing changed where nothing is asked, and by hand."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from mosaic.config.loading import Config, load_config
 from mosaic.method.flow import sample_timesteps
 from mosaic.model.attention_rows import CaptureRequest
-from scripts.pocket.interventions import INTERVENTIONS, Intervention, edit_of, stratified_timesteps
+from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from scripts.evaluate import main
+from scripts.pocket import intervention_report, world
+from scripts.pocket.evaluation import held_out_scenes
+from scripts.pocket.interventions import (
+    INTERVENTIONS,
+    PLAIN,
+    Intervention,
+    changes,
+    edit_of,
+    measure_interventions,
+    stratified_timesteps,
+)
 from tests import naive, tiny
 
 T = tiny.TEXT_LENGTH
@@ -141,3 +156,49 @@ def test_noise_levels_are_thirds_of_those_of_training() -> None:
     for level, third in zip(found.T, drawn.split(10_000), strict=True):
         assert level.mean().item() == pytest.approx(third.mean().item(), abs=0.005)
         assert (level.median().item(), level.std().item()) == pytest.approx((third.median().item(), third.std().item()), abs=0.01)
+
+
+def test_losses_are_those_of_a_loop_over_scenes_and_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone or in a batch, in the order of the scenes; what is added is relative to the same noise."""
+    config = load_config("configs/pocket.json")
+    pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
+    pipeline.load_reference_lora(config.inference.lora)
+    scenes = held_out_scenes(2, 3)
+    together, alone = (measure_interventions(pipeline, scenes, config, batch_size, 7) for batch_size in (3, 1))
+    assert list(together) == [PLAIN, *INTERVENTIONS]
+    for name, losses in together.items():
+        assert losses.shape == (3, 3)
+        torch.testing.assert_close(losses, alone[name], rtol=1e-4, atol=1e-6)
+    other = measure_interventions(pipeline, scenes[:1], config, 1, 8)[PLAIN]
+    assert not torch.equal(other, together[PLAIN][:1])
+    found = changes(together)
+    assert found[PLAIN].tolist() == pytest.approx(together[PLAIN].mean(dim=1).tolist())
+    added = together["hide_target"] - together[PLAIN]
+    assert found["hide_target"].tolist() == pytest.approx(added.mean(dim=1).tolist())
+    assert found["hide_target_high"].tolist() == pytest.approx(added[:, 2].tolist())
+    assert found["hide_references"].mean() > 0.003
+
+
+def test_the_command_writes_tables_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By regime, K and intervention, with intervals over scenes."""
+
+    def measured(pipeline: object, scenes: list[world.Scene], config: Config, batch_size: int, seed: int) -> dict[str, Tensor]:
+        losses = {PLAIN: torch.full((len(scenes), 3), 0.25, dtype=torch.float64)}
+        asked.append((len(scenes), len(scenes[0].placements), {p.identity.class_name for p in scenes[0].placements}))
+        step = torch.tensor([0.0, 0.001, 0.002], dtype=torch.float64) + 0.003 * torch.arange(len(scenes))[:, None]
+        return losses | {name: losses[PLAIN] + number * step for number, name in enumerate(INTERVENTIONS)}
+
+    asked: list[tuple[int, int, set[str]]] = []
+    monkeypatch.setattr(intervention_report, "measure_interventions", measured)
+    file = tmp_path / "found.json"
+    assert main(["--interventions", "--num-cases", "2", "--output", str(file)]) == 0
+    assert [(count, k, len(classes)) for count, k, classes in asked] == [(2, 2, 2), (2, 4, 4), (2, 2, 1), (2, 4, 1)]
+    found = json.loads(file.read_text())
+    entry = found["interventions"]["twins"]["4"]["hide_target"]  # 0.001 and 0.004, a half interval of t * 0.0015
+    assert entry == pytest.approx({"mean": 0.0025, "low": 0.0025 - 12.7062 * 0.0015, "high": 0.0025 + 12.7062 * 0.0015})
+    assert found["interventions"]["distinct"]["2"][PLAIN] == {"mean": 0.25, "low": None, "high": None}
+    assert found["lora"]["digest"]
+    printed = capsys.readouterr().out
+    assert "| L_diff | 250.0 | 250.0 | 250.0 | 250.0 |" in printed
+    assert "| references cannot see the target | +2.5 [-16.6, 21.6] |" in printed
+    assert "| references cannot see the target | +1.5 / +2.5 / +3.5 |" in printed
