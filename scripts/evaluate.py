@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         if not all(least <= k <= world.MAX_SUBJECTS for k in arguments.k or []):
             where = f" with --regime {name}" if arguments.regime else ""
             raise ValueError(f"--k must be of {least}..{world.MAX_SUBJECTS}{where}, got {arguments.k}.")
-    if arguments.settling and not arguments.regime:
-        raise ValueError("--settling is of scenes of a regime: name one with --regime, such as twins.")
+    if arguments.settling and (arguments.interventions or not arguments.regime):
+        raise ValueError("--settling is of scenes of a regime: name one with --regime, such as twins, and no --interventions.")
     lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
     config = load_config(arguments.config, [*arguments.set, *lora])
     if config.inference.lora is None:

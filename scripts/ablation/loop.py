@@ -113,7 +113,6 @@ def last_line(log: Path) -> str:
     return next((line[-300:] for line in reversed(lines) if line), "no output")
 
 
-def child_environment(parallel: int, python: str) -> dict[str, str]:
-    """The environment of commands: the cores shared out as threads, one process each."""
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "NUM_PROCESSES": "1", "PYTHON": python}
+def child_environment(python: str) -> dict[str, str]:
+    """The environment of commands: one process and, unless the shell says otherwise, one thread each."""
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "NUM_PROCESSES": "1", "PYTHON": python}

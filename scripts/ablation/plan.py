@@ -1,26 +1,44 @@
-"""How large an ablation is and which runs it consists of: their config files, folders and digests."""
+"""How large the trial is and which runs it consists of: their config files, folders and digests."""
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mosaic.config.loading import load_config, resolved_dict
-from mosaic.files import read_json, write_text
+from mosaic.files import write_text
+from mosaic.training.checkpoints.checkpoint import folder_of
 from mosaic.weights.digests import file_digest, model_digest
-from scripts.ablation.arms import BASELINE, PARTS, Arm, attention_arms, factor_arms, main_arms
+from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, PARTS, Arm, all_losses, emergence_arms, late_arms, selection_arms
 from scripts.pocket.judge import WEIGHTS as JUDGE
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CONFIG = ROOT / "configs/pocket.json"
 WARMUP = 1 / 60  # of the learning rate, as share of a run: that of configs/pocket.json
+CHECKPOINTS = 10  # between two that are measured, so that a kill costs little
 #: Names what a scene of a seed looks like, what it is called, and how pictures of it are judged. Put another value here when one of them
 #: changes (tests/pocket/test_pocket_world.py says so): other scenes are other data, and other measurements.
 WORLD_DIGEST = "a5f9221f1ee27b7e000abc1e0764e796dd2b4abca70562d19e9c2da4b07b2ba5"
+TWINS_SHARE = 0.5  # of the scenes with two and more subjects that are trained on
+SOURCES = 2  # runs of flow matching from which late starts start
+#: First training seed of each part. What is chosen in the selection is not measured again at the seeds that chose it.
+FIRST_SEEDS = {"scratch": 10, "selection": 0, "late": 20, "confirmation": 24}
+#: First scene of each part, counted from those of scripts/evaluate.py, on which presets were chosen before.
+FIRST_SCENES = {"scratch": 300_000, "selection": 200_000, "late": 300_000, "confirmation": 400_000}
+
+
+class Cell(NamedTuple):
+    """What an adapter is measured on: scenes of a regime with K references."""
+
+    regime: str
+    num_references: int
+
+    def __str__(self) -> str:
+        return f"{self.regime}_k{self.num_references}"
 
 
 @dataclass(frozen=True)
@@ -29,42 +47,51 @@ class Size:
 
     Attributes:
         name: For tables.
-        train_samples: Scenes to train on, of 1 to 4 subjects.
-        heldout_samples: Held-out scenes for the validation during training.
-        steps: Optimizer steps of the arms and of the modes of reference attention.
+        train_samples: Scenes to train on, of 1 to `max_subjects` subjects, of which half of those with two and more are twins.
+        max_subjects: Of a training scene.
         batch_size: Samples per step.
-        seeds: Training seeds, from 0.
-        cases: Held-out scenes per K on which every adapter is measured (one number for all: the Frechet distance depends on it).
-        ks: Numbers of references.
-        factor_steps: Optimizer steps of a one-factor variant and of their baseline.
-        factor_seeds: Its training seeds.
-        factor_ks: Its numbers of references.
+        steps: Optimizer steps from scratch.
+        every: Steps between the checkpoints that are measured.
+        seeds: Training seeds from scratch.
+        late_from: Step of flow matching's run from which late starts start.
+        late_steps: Their optimizer steps.
+        late_seeds: Their training seeds; they start from flow matching's first `SOURCES` seeds in turn.
+        selection_steps: Optimizer steps of the late starts among which settings are chosen; all start from flow matching's first seed.
+        selection_seeds: Their training seeds.
+        cases: Scenes per cell on which the end of a run is measured.
+        checkpoint_cases: Scenes per cell on which its checkpoints before the end are measured, and all interventions.
+        cells: What is measured.
         real_scenes: Real renderings per K, to which pictures are compared.
         inference_steps: Sampling steps.
-        timing_ks: Numbers of references at which sampling is timed.
-        timing_repeats: Pictures per timing; the median counts.
+        has_all_losses: Whether each loss and each preset runs from scratch, or only the arms whose emergence is watched.
     """
 
     name: str
     train_samples: int
-    heldout_samples: int
-    steps: int
+    max_subjects: int
     batch_size: int
+    steps: int
+    every: int
     seeds: int
+    late_from: int
+    late_steps: int
+    late_seeds: int
+    selection_steps: int
+    selection_seeds: int
     cases: int
-    ks: tuple[int, ...]
-    factor_steps: int
-    factor_seeds: int
-    factor_ks: tuple[int, ...]
+    checkpoint_cases: int
+    cells: tuple[Cell, ...]
     real_scenes: int
     inference_steps: int
-    timing_ks: tuple[int, ...] = (1, 2, 4, 6)
-    timing_repeats: int = 5
+    has_all_losses: bool = False
 
 
+CELLS = (Cell("distinct", 2), Cell("twins", 2))
 SIZES = {
-    "short": Size("short", 600, 60, 80, 8, 1, 8, (1, 2, 3, 4, 5, 6), 30, 1, (2,), 200, 10, timing_repeats=3),
-    "long": Size("long", 10000, 200, 1000, 8, 3, 40, (1, 2, 3, 4, 5, 6), 400, 1, (2, 4), 500, 20),
+    "short": Size("short", 600, 3, 8, 80, 40, 1, 40, 20, 1, 20, 1, 8, 4, CELLS, 50, 10, True),
+    "long": Size(
+        "long", 20_000, 3, 16, 8000, 1000, 3, 5000, 2400, 4, 800, 2, 160, 40, (*CELLS, Cell("distinct", 3), Cell("twins", 3)), 500, 10
+    ),
 }
 
 
@@ -73,24 +100,26 @@ class Run:
     """One adapter: an arm at a seed.
 
     Attributes:
-        parts: The parts of the ablation that it belongs to; equal runs of two parts are one run.
+        part: The part of the trial that it belongs to.
         arm: Its settings.
         seed: Training seed.
         config: Its config file.
         folder: `training.output_dir`; the base alone has none and is named by its part.
         digest: SHA-256 of all that decides what the training makes.
         steps: Optimizer steps.
-        ks: Numbers of references at which it is measured.
+        measured_steps: Those at which it is measured; the last one is `steps`.
+        start: File of the adapter that it starts from; None: a fresh one.
     """
 
-    parts: tuple[str, ...]
+    part: str
     arm: Arm
     seed: int
     config: Path
     folder: Path
     digest: str
     steps: int
-    ks: tuple[int, ...]
+    measured_steps: tuple[int, ...]
+    start: Path | None = None
 
     @property
     def name(self) -> str:
@@ -102,16 +131,23 @@ class Run:
         """The adapter that the training writes; None for the base alone."""
         return self.folder / "lora.safetensors" if self.arm.trained else None
 
+    def adapter(self, step: int) -> Path | None:
+        """The averaged adapter of a measured step; None for the base alone."""
+        if step == self.steps or not self.arm.trained:
+            return self.lora
+        return folder_of(self.folder / "checkpoints", step) / "ema.safetensors"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All of an ablation.
+    """All of a trial.
 
     Attributes:
         size: How much.
         output: Its folder.
         data: The data set's folder.
-        runs: Part by part, in a part seed by seed, so that an interrupted ablation has complete tables of fewer parts or seeds.
+        runs: In the order in which they are computed: part by part, arm by arm with all its seeds, so that a trial that ends early has
+            fewer arms, never fewer seeds.
     """
 
     size: Size
@@ -121,89 +157,102 @@ class Plan:
 
     def of_part(self, part: str) -> list[Run]:
         """The runs of one part."""
-        return [run for run in self.runs if part in run.parts]
+        return [run for run in self.runs if run.part == part]
 
 
-def make_plan(size: Size, output: Path, parts: tuple[str, ...] = PARTS, only: tuple[str, ...] = (), base: Path = BASE_CONFIG) -> Plan:
+def make_plan(size: Size, output: Path, parts: Sequence[str] = DEFAULT_PARTS, only: Sequence[str] = (), base: Path = BASE_CONFIG) -> Plan:
     """Write the config files of all runs and list them.
 
     Args:
         size: How much.
-        output: Folder of the ablation.
+        output: Folder of the trial.
         parts: Of `PARTS`.
-        only: Names of arms; empty: all.
+        only: Names of arms; empty: all. Those runs that the chosen ones start from are there in any case.
         base: The config file that all others extend.
 
     Raises:
-        ValueError: There is no arm of a name in `only`, or it names variants but not their baseline, or the base config does not fit.
+        ValueError: There is no arm of a name in `only`, or none where the confirmation needs one, or the base config does not fit.
     """
-    recipe = {"samples": size.train_samples, "heldout": size.heldout_samples}
-    data = output / "data" / f"pocket_{size.train_samples}_{size.heldout_samples}_{WORLD_DIGEST[:8]}"
-    model = load_config(base).model.pretrained
-    transformer = read_json(Path(model) / "transformer/config.json")
+    if "confirmation" in parts and BASELINE not in only:
+        raise ValueError(f"--parts confirmation: name the arm that is to be confirmed and {BASELINE} with --arms.")
     arms = {
-        "main": main_arms(size.steps),
-        "factors": factor_arms(size.factor_steps, transformer["num_layers"], transformer["num_single_layers"]),
-        "attention": attention_arms(size.steps),
+        "scratch": all_losses(size.steps) if size.has_all_losses else emergence_arms(),
+        "selection": selection_arms(),
+        "late": late_arms(size.late_steps),
+        "confirmation": late_arms(size.late_steps),
     }
-    unknown = set(only) - {arm.name for part in parts for arm in arms[part]}
+    names = dict.fromkeys(arm.name for part in parts for arm in arms[part])
+    unknown = set(only) - names.keys()
     if unknown:
-        known = ", ".join(dict.fromkeys(arm.name for part in parts for arm in arms[part]))
-        raise ValueError(f"--arms: {', '.join(sorted(unknown))} unknown; there are {known}.")
-    if "factors" in parts and BASELINE not in only and set(only) & {arm.name for arm in arms["factors"]}:
-        raise ValueError(f'--arms: variants are compared with the arm "{BASELINE}", which must be named beside them.')
-    identity = {"data": recipe, "world": WORLD_DIGEST, "model": base_digest(model)}
-    found: dict[Path, Run] = {}
-    for part in sorted(parts, key=PARTS.index):
-        is_factor = part == "factors"
-        for seed in range(size.factor_seeds if is_factor else size.seeds):
-            common = _common_config(size, is_factor, output, data, base)
-            for arm in arms[part]:
-                if (only and arm.name not in only) or (seed and not arm.trained):
-                    continue
-                run = _make_run(size, part, arm, seed, common, output, identity)
-                same = found.get(run.folder)
-                if same is None:
-                    _write_config(run.config, common, {**arm.settings, "training.seed": seed, "training.output_dir": str(run.folder)})
-                else:  # the baseline of two parts
-                    run = dataclasses.replace(same, parts=(*same.parts, part), ks=tuple(sorted({*same.ks, *run.ks})))
-                found[run.folder] = run
-    return Plan(size, output, data, tuple(found.values()))
+        raise ValueError(f"--arms: {', '.join(sorted(unknown))} unknown; there are {', '.join(names)}.")
+    making = _Making(size, output, base)
+    (flow_matching,) = (arm for arm in arms["scratch"] if arm.name == BASELINE)
+    sources = [making.run("scratch", flow_matching, place) for place in range(min(SOURCES, size.seeds))]
+    chosen = {part: [arm for arm in arms[part] if part in parts and (not only or arm.name in only)] for part in PARTS}
+    is_watched = flow_matching in chosen["scratch"]
+    runs = list(sources) if is_watched or any(chosen[part] for part in PARTS if part != "scratch") else []
+    runs += [making.run("scratch", flow_matching, place) for place in range(len(sources), size.seeds) if is_watched]
+    runs += [making.run("selection", arm, place, sources[:1]) for arm in chosen["selection"] for place in range(size.selection_seeds)]
+    for part in ("late", "confirmation"):
+        runs += [making.run(part, arm, place, sources) for arm in chosen[part] for place in range(size.late_seeds)]
+    others = [arm for arm in chosen["scratch"] if arm != flow_matching]
+    runs += [making.run("scratch", arm, place) for arm in others for place in range(size.seeds if arm.trained else 1)]
+    return Plan(size, output, making.data, tuple(runs))
 
 
-def _common_config(size: Size, is_factor: bool, output: Path, data: Path, base: Path) -> Path:
-    """What the one-factor variants or all other runs share, in a file that extends the base config; variants are not validated."""
-    steps = size.factor_steps if is_factor else size.steps
-    settings = {
-        "data.root": str(data),
-        "training.max_steps": steps,
-        "training.batch_size": size.batch_size,
-        "training.log_every": 1,  # a point of a curve is the mean of many batches
-        "optimizer.warmup_steps": round(steps * WARMUP),
-        "training.checkpoint_every": max(1, steps // 10),
-        "training.keep_checkpoints": 1,
-        "training.best_metric": None,
-        "training.trackers": [],
-        "validation.every": None if is_factor else max(1, steps // 5),
-        "validation.num_cases": 1,
-        "validation.num_inference_steps": size.inference_steps,
-        "inference.num_inference_steps": size.inference_steps,
-    }
-    path = output / "configs" / f"common_{digest_of(settings)[:8]}.json"
-    _write_config(path, base, settings)
-    return path
+class _Making:
+    """What all runs of a trial are made from."""
+
+    def __init__(self, size: Size, output: Path, base: Path) -> None:
+        self.size, self.output, self.base = size, output, base
+        recipe = {"samples": size.train_samples, "max_subjects": size.max_subjects, "twins_share": TWINS_SHARE}
+        self.data = output / "data" / f"pocket_{size.train_samples}_{digest_of([recipe, WORLD_DIGEST])[:8]}"
+        self.identity = {"data": recipe, "world": WORLD_DIGEST, "model": base_digest(load_config(base).model.pretrained)}
+
+    def run(self, part: str, arm: Arm, place: int, sources: Sequence[Run] = ()) -> Run:
+        """The run of an arm at the `place`-th seed of its part, which starts from one of `sources`; writes its config."""
+        steps = {"scratch": self.size.steps, "selection": self.size.selection_steps}.get(part, self.size.late_steps)
+        seed, common, settings = FIRST_SEEDS[part] + place, self._common_config(steps), {**arm.settings}
+        source = sources[place % len(sources)] if sources else None
+        start = source.adapter(self.size.late_from) if source else None
+        settings |= {"training.seed": seed}
+        config = load_config(common, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+        begun = [source.digest, self.size.late_from] if source else None
+        digest = digest_of({"config": _what_matters(resolved_dict(config)), "start": begun, "trained": arm.trained, **self.identity})
+        name = f"{part}_{arm.name}_seed{seed}_{digest[:8]}" if arm.trained else f"base_{digest[:8]}"
+        folder, path = self.output / "runs" / name, common.parent / f"{name}.json"
+        started = {} if start is None else {"lora.pretrained": str(start)}
+        _write_config(path, common, {**settings, **started, "training.output_dir": str(folder)})
+        measured = tuple(range(self.size.every, steps + 1, self.size.every)) if part == "scratch" and arm.trained else (steps,)
+        return Run(part, arm, seed, path, folder, digest, steps, measured, start)
+
+    def _common_config(self, steps: int) -> Path:
+        """What all runs of a length share, in a file that extends the base config."""
+        size, (latents, text) = self.size, caches_of(self.data)
+        settings = {
+            "data.root": str(self.data),
+            "data.latent_cache": str(latents),
+            "data.text_cache": str(text),
+            "training.max_steps": steps,
+            "training.batch_size": size.batch_size,
+            "training.log_every": 10,
+            "optimizer.warmup_steps": round(steps * WARMUP),
+            "training.checkpoint_every": max(1, size.every // CHECKPOINTS),
+            "training.milestone_every": size.every,
+            "training.keep_checkpoints": 1,
+            "training.best_metric": None,
+            "training.trackers": [],
+            "validation.every": None,
+            "inference.num_inference_steps": size.inference_steps,
+        }
+        path = self.output / "configs" / f"common_{digest_of(settings)[:8]}.json"
+        _write_config(path, self.base, settings)
+        return path
 
 
-def _make_run(size: Size, part: str, arm: Arm, seed: int, common: Path, output: Path, identity: dict[str, Any]) -> Run:
-    config = load_config(common, [f"{key}={json.dumps(value)}" for key, value in (*arm.settings.items(), ("training.seed", seed))])
-    digest = digest_of({"config": _what_matters(resolved_dict(config)), "trained": arm.trained, **identity})
-    name = f"{arm.name}_seed{seed}_{digest[:8]}" if arm.trained else f"base_{digest[:8]}"
-    if part == "factors" and arm.name != BASELINE:
-        name = f"factor_{name}"
-    folder, path = output / "runs" / name, common.parent / f"{name}.json"
-    is_factor, steps = part == "factors", config.training.max_steps
-    assert steps is not None, "the common config gives the steps"
-    return Run((part,), arm, seed, path, folder, digest, steps, size.factor_ks if is_factor else size.ks)
+def caches_of(data: Path) -> tuple[Path, Path]:
+    """Where a data set's latents and text embeddings are."""
+    return data.with_name(f"{data.name}_latents"), data.with_name(f"{data.name}_text")
 
 
 def _write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:
@@ -220,7 +269,7 @@ def _write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:
 
 def _what_matters(resolved: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a training makes: no paths, logs or rendering."""
-    free = {"data": ("root", "num_workers"), "model": ("pretrained",)}
+    free = {"data": ("root", "num_workers", "latent_cache", "text_cache"), "model": ("pretrained",), "lora": ("pretrained",)}
     kept = {
         section: {name: value for name, value in values.items() if name not in free.get(section, ())}
         for section, values in resolved.items()

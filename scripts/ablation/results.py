@@ -1,8 +1,9 @@
-"""All that an ablation has found, in one JSON file: every number beside the run it comes from."""
+"""All that a trial has found, in one JSON file: every number beside the run it comes from."""
 
 import dataclasses
 import datetime
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,26 +15,17 @@ from mosaic.config.loading import load_config
 from mosaic.files import read_json, write_text
 from mosaic.training.watch.run_log import RunLog
 from mosaic.weights.digests import file_digest
-from scripts.ablation.plan import WORLD_DIGEST, Plan, Run, base_digest, judge_digest
+from scripts.ablation.plan import FIRST_SCENES, WORLD_DIGEST, Cell, Plan, Run, base_digest, judge_digest
 from scripts.ablation.steps import is_trained, training_state
-from scripts.ablation.tasks import (
-    DIAGNOSES,
-    LINES_K,
-    PUBLISHED_GUIDANCE,
-    Task,
-    are_done,
-    features_file,
-    real_tasks,
-    run_tasks,
-    timing_tasks,
-)
+from scripts.ablation.tasks import are_done, features_file, real_tasks, run_tasks
 from scripts.pocket.frechet import frechet_distance
 from scripts.pocket.provenance import commit, hardware, versions
 
 RESULTS = "results.json"
 FORMAT = "mosaic-ablation"
-VERSION = 4
-CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "attention/exact", "attention/near")
+VERSION = 5
+BEFORE = 4  # of the ablation before the trial, docs/ablation.md
+CURVES = ("loss/flow_matching", "loss/correspondence", "loss/disentanglement", "loss/target_correspondence", "loss/own_reference")
 CURVE_POINTS = 60  # a longer curve is shortened by means over stretches
 
 
@@ -56,10 +48,13 @@ def refuse_other_runs(plan: Plan) -> None:
 
 
 def write_results(plan: Plan, parallel: int, threads: int) -> Path:
-    """Write what is there of an ablation, finished or not; runs in the folder that are not of this plan are left out."""
-    timings = [entry for task in timing_tasks(plan) if (entry := _timing(plan, task))]
-    real = {str(task.num_references): result for task in real_tasks(plan) if (result := task.result())}
-    renderings = {task.num_references: features_file(task) for task in real_tasks(plan) if task.result()}
+    """Write what is there of a trial, finished or not; runs in the folder that are not of this plan are left out."""
+    tasks = real_tasks(plan)
+    done = {key: result for key, task in tasks.items() if (result := task.result())}
+    real: dict[str, dict[str, Any]] = {}
+    for (first, cell), result in done.items():
+        real.setdefault(str(first), {})[str(cell)] = result
+    renderings = {key: features_file(tasks[key]) for key in done}
     runs = [_run_entry(plan, run, renderings) for run in plan.runs]
     manifest = plan.data / "manifest.parquet"
     config = load_config(plan.runs[0].config)
@@ -68,19 +63,17 @@ def write_results(plan: Plan, parallel: int, threads: int) -> Path:
         "version": VERSION,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "size": dataclasses.asdict(plan.size),
+        "size": dataclasses.asdict(plan.size) | {"cells": [str(cell) for cell in plan.size.cells]},
         "hardware": hardware() | {"side_by_side": parallel, "threads": threads},
         "versions": versions(),
         "data": {"folder": _relative(plan, plan.data), "manifest_digest": file_digest(manifest) if manifest.is_file() else None},
         "model": {"name": config.model.pretrained, "digest": base_digest(config.model.pretrained)},
         "judge_digest": judge_digest(),
         "world_digest": WORLD_DIGEST,
-        "seconds": _seconds(runs, real, timings),
-        "complete": all(entry["complete"] for entry in runs) and are_done(real_tasks(plan)) and are_done(timing_tasks(plan)),
+        "seconds": _seconds(runs, done.values()),
+        "complete": all(entry["complete"] for entry in runs) and are_done(tasks.values()),
         "real": real,
-        "real_frechet": pooled_frechet([(file, file) for file in renderings.values()]),
         "runs": runs,
-        "timings": timings,
     }
     plan.output.mkdir(parents=True, exist_ok=True)
     write_text(plan.output / RESULTS, json.dumps(results, indent=1) + "\n")
@@ -96,43 +89,69 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     results = read_json(path)
     if not isinstance(results, dict) or (results.get("format"), results.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path}: must be a results file of scripts/ablation.py, format {FORMAT!r} version {VERSION}.")
+        old = f"; {path} is of version {BEFORE}, which stays as it was drawn" if _version_of(results) == BEFORE else ""
+        raise ValueError(f"{path}: must be a results file of scripts/ablation.py, format {FORMAT!r} version {VERSION}{old}.")
     return results
 
 
-def _run_entry(plan: Plan, run: Run, renderings: dict[int, Path]) -> dict[str, Any]:
+def read_measured(path: Path) -> dict[str, Any]:
+    """Read a results file of this version or the one before, as far as pictures at the end of runs go.
+
+    Raises:
+        FileNotFoundError, ValueError: As `read_results`.
+    """
+    results = read_json(path)
+    if _version_of(results) != BEFORE:
+        return read_results(path)
+    runs = [
+        {
+            **run,
+            "first_scene": 0,
+            "measures": {str(run["steps"]): {"pictures": {f"distinct_k{k}": found for k, found in run["measures"].items()}}},
+        }
+        for run in results["runs"]
+        if "main" in run["parts"] and run["seed"] == 0
+    ]
+    return {**results, "runs": runs}
+
+
+def _version_of(results: Any) -> int | None:
+    return results.get("version") if isinstance(results, dict) and results.get("format") == FORMAT else None
+
+
+def _run_entry(plan: Plan, run: Run, renderings: dict[tuple[int, Cell], Path]) -> dict[str, Any]:
     tasks = run_tasks(plan, run)
-    done = {task: result for task in tasks if (result := task.result())}
-
-    def measured(kind: str, image_guidance: float | None = None) -> dict[str, dict[str, Any]]:
-        return {str(t.num_references): result for t, result in done.items() if (t.kind, t.image_guidance) == (kind, image_guidance)}
-
-    pictures = [task for task in done if task.kind == "pictures" and task.image_guidance is None and task.num_references in renderings]
+    measures: dict[str, dict[str, dict[str, Any]]] = {}
+    for (step, kind, cell), task in tasks.items():
+        result = task.result()
+        if result is not None:
+            measures.setdefault(str(step), {}).setdefault(kind, {})[str(cell)] = result
+    first = FIRST_SCENES[run.part]
+    drawn = [tasks[run.steps, "pictures", cell] for cell in plan.size.cells if (first, cell) in renderings and cell.regime == "distinct"]
+    pairs = [(features_file(task), renderings[first, Cell(task.regime, task.num_references)]) for task in drawn if task.result()]
     state = training_state(run) if run.lora else {"status": "finished", "seconds": 0.0}
     trained = run.lora is None or is_trained(run)
     return {
         "name": run.name,
-        "parts": list(run.parts),
+        "part": run.part,
         "arm": run.arm.name,
         "meaning": run.arm.meaning,
-        "factor": run.arm.factor,
         "seed": run.seed,
+        "first_scene": first,
         "steps": run.steps if run.lora else 0,
+        "start": _relative(plan, run.start) if run.start else None,
         "folder": _relative(plan, run.folder),
         "config": _relative(plan, run.config),
         "config_digest": run.digest,
         "adapter_digest": file_digest(run.lora) if run.lora and trained else None,
         "settings": dict(run.arm.settings),
         "status": state.get("status", "not started"),
-        "complete": trained and len(done) == len(tasks),
+        "complete": trained and are_done(tasks.values()),
         "training_seconds": state.get("seconds", 0.0),
         "commit": state.get("commit"),
         "versions": state.get("versions"),
-        "measures": measured("pictures"),
-        "published": measured("pictures", PUBLISHED_GUIDANCE),
-        "frechet": pooled_frechet([(features_file(task), renderings[task.num_references]) for task in pictures]),
-        **{kind: measured(kind) for kind in DIAGNOSES},
-        "lines": measured("lines").get(str(LINES_K)),
+        "measures": measures,
+        "frechet": pooled_frechet(pairs),
         "curves": curves_of(run.folder / "metrics.jsonl"),
     }
 
@@ -147,21 +166,6 @@ def pooled_frechet(files: list[tuple[Path, Path]]) -> float | None:
         return None
     own, others = (torch.cat([load_file(pair[side])[name] for pair in files]) for side, name in ((0, "own"), (1, "others")))
     return frechet_distance(own, others)
-
-
-def _timing(plan: Plan, task: Task) -> dict[str, Any] | None:
-    result = task.result()
-    if result is None:
-        return None
-    mode = load_config(task.config).model.reference_attention
-    file = _relative(plan, Path(task.output))
-    return {
-        "reference_attention": mode,
-        "reference_cache": task.reference_cache,
-        "num_references": task.num_references,
-        "file": file,
-        **result,
-    }
 
 
 def curves_of(file: Path) -> dict[str, list[list[float]]]:
@@ -182,12 +186,11 @@ def curves_of(file: Path) -> dict[str, list[list[float]]]:
     return curves
 
 
-def _seconds(runs: list[dict[str, Any]], real: dict[str, Any], timings: list[dict[str, Any]]) -> dict[str, float]:
+def _seconds(runs: list[dict[str, Any]], real: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Time that trainings and measurements took, added up over all, also those that ran side by side."""
-    by_k = [result for run in runs for part in ("measures", "published", *DIAGNOSES) for result in run[part].values()]
-    measured = [result["seconds"] for result in (*by_k, *(run["lines"] for run in runs if run["lines"]))]
-    measured += [result["seconds"] for result in (*real.values(), *timings)]
-    return {"training": sum(run["training_seconds"] for run in runs), "measuring": sum(measured)}
+    measured = [result for run in runs for kinds in run["measures"].values() for cells in kinds.values() for result in cells.values()]
+    seconds = sum(result["seconds"] for result in (*measured, *real))
+    return {"training": sum(run["training_seconds"] for run in runs), "measuring": seconds}
 
 
 def _relative(plan: Plan, path: Path) -> str:

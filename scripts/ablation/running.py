@@ -1,4 +1,4 @@
-"""The ablation from its flags to its report: what is left to do is done, measured and drawn."""
+"""The trial from its flags to its report: what is left to do is done, measured and drawn."""
 
 import argparse
 import dataclasses
@@ -13,13 +13,12 @@ from mosaic.config.loading import load_config, resolved_dict
 from mosaic.locks import FolderLock
 from mosaic.lora.adapter import write_reference_lora
 from scripts.ablation import figures
-from scripts.ablation.loop import child_environment, run_chains
-from scripts.ablation.plan import SIZES, Plan, Size, make_plan
+from scripts.ablation.loop import Step, child_environment, run_chains
+from scripts.ablation.plan import FIRST_SEEDS, SIZES, Plan, Size, make_plan
 from scripts.ablation.results import RESULTS, refuse_other_runs, write_results
-from scripts.ablation.steps import data_step, is_trained, measure_step, train_step
-from scripts.ablation.tasks import are_done, real_tasks, run_tasks, timing_tasks
+from scripts.ablation.steps import cache_step, data_step, is_trained, measure_step, train_step
+from scripts.ablation.tasks import are_done, real_tasks, run_tasks
 from scripts.pocket.statistics import MAX_SEEDS
-from scripts.pocket.world import MAX_SUBJECTS
 
 
 def chosen_size(arguments: argparse.Namespace) -> Size:
@@ -28,55 +27,60 @@ def chosen_size(arguments: argparse.Namespace) -> Size:
     Raises:
         ValueError: A number is out of range.
     """
-    names = ("seeds", "factor_seeds", "steps", "factor_steps", "batch_size", "train_samples", "cases", "real_scenes", "inference_steps")
+    names: tuple[str, ...] = ("seeds", "late_seeds", "steps", "every", "late_from", "late_steps", "selection_steps", "batch_size")
+    names += ("train_samples", "cases", "checkpoint_cases", "real_scenes", "inference_steps")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     for name, value in given.items():
-        least = 2 if name in ("cases", "real_scenes") else 1  # a covariance needs two pictures
+        least = 2 if name in ("cases", "checkpoint_cases", "real_scenes") else 1  # a covariance needs two pictures
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
-    ks = tuple(sorted(set(arguments.ks))) if arguments.ks else None
-    if ks and not all(1 <= k <= MAX_SUBJECTS for k in ks):
-        raise ValueError(f"--ks must be of 1..{MAX_SUBJECTS}, got {arguments.ks}.")
-    if ks:
-        given |= {"ks": ks, "factor_ks": ks, "timing_ks": ks}
     size = dataclasses.replace(SIZES[arguments.size], **given)
     if given:
         size = dataclasses.replace(size, name=f"{size.name}_changed")
-    if max(size.seeds, size.factor_seeds) > MAX_SEEDS or arguments.parallel < 1:
+    if max(size.seeds, size.late_seeds) > MAX_SEEDS or arguments.parallel < 1:
         raise ValueError(f"--seeds must be at most {MAX_SEEDS} and --parallel at least 1, got {size.seeds} and {arguments.parallel}.")
+    if size.steps % size.every or size.late_from % size.every or size.late_from > size.steps:
+        raise ValueError(f"--steps and --late-from must be multiples of --every, and --late-from no later than --steps; got {size}.")
     return size
 
 
-def run_ablation(plan: Plan, parallel: int) -> list[str]:
-    """Do what is left to do, and write what is measured, also after an interruption; returns messages of what failed."""
-    runs = [[*([train_step(plan, run)] if run.lora else []), measure_step(plan, run.name, run_tasks(plan, run))] for run in plan.runs]
-    stages = [
-        ([[data_step(plan)]], 1),
-        ([[measure_step(plan, "real", real_tasks(plan))]], 1),
-        (runs, parallel),
-        ([[measure_step(plan, "timing", timing_tasks(plan))]], 1),  # alone on the machine
+def stages_of(plan: Plan, parallel: int) -> list[list[list[Step]]]:
+    """What is done one after the other, each in chains of steps that may run side by side."""
+    chains = {
+        run.name: [*([train_step(plan, run)] if run.lora else []), measure_step(plan, run.name, run_tasks(plan, run).values())]
+        for run in plan.runs
+    }
+    started = {run.start.parents[2].name for run in plan.runs if run.start}
+    return [
+        [[data_step(plan, parallel), cache_step(plan), measure_step(plan, "real", real_tasks(plan).values())]],
+        [chain for name, chain in chains.items() if name in started],
+        [chain for name, chain in chains.items() if name not in started],
     ]
-    failures: list[str] = []
+
+
+def run_trial(plan: Plan, parallel: int) -> list[str]:
+    """Do what is left to do, and write what is measured, also after an interruption; returns messages of what failed."""
+    stages, failures = stages_of(plan, parallel), list[str]()
     refresh = 1.0 if sys.stderr.isatty() else 60.0
-    environment = child_environment(parallel, sys.executable)
-    are_steps_done = [step.is_done() for chains, _ in stages for chain in chains for step in chain]
+    environment = child_environment(sys.executable)
+    are_steps_done = [step.is_done() for chains in stages for chain in chains for step in chain]
     try:
         with tqdm(total=len(are_steps_done), initial=sum(are_steps_done), desc="ablation", unit="step", mininterval=refresh) as bar:
-            for number, (chains, side_by_side) in enumerate(stages):
-                failures += run_chains(chains, side_by_side, environment, bar, refresh)
-                if failures and number < 2:
-                    break  # nothing works without data or real renderings
+            for chains in stages:
+                failures += run_chains(chains, parallel, environment, bar, refresh)
+                if failures:
+                    break  # nothing works without data or real renderings, and no late start without what it starts from
     finally:
         write_results(plan, parallel, int(environment["OMP_NUM_THREADS"]))
     return failures
 
 
 def export_arms(plan: Plan, folder: Path) -> None:
-    """Write the adapters of the main arms at seed 0 in half precision, `<arm>.safetensors`."""
-    for run in plan.of_part("main"):
-        if run.lora and not run.seed and is_trained(run):
+    """Write the adapters of all arms at the first seed of their part in half precision, `<part>_<arm>.safetensors`."""
+    for run in plan.runs:
+        if run.lora and run.seed == FIRST_SEEDS[run.part] and is_trained(run):
             tensors = {key: tensor.half() for key, tensor in load_file(run.lora).items()}
-            write_reference_lora(tensors, folder / f"{run.arm.name}.safetensors", resolved_dict(load_config(run.config)))
+            write_reference_lora(tensors, folder / f"{run.part}_{run.arm.name}.safetensors", resolved_dict(load_config(run.config)))
 
 
 def describe(plan: Plan) -> str:
@@ -84,8 +88,8 @@ def describe(plan: Plan) -> str:
     lines = []
     for run in plan.runs:
         is_made = run.lora is None or is_trained(run)
-        state = "measured" if are_done(run_tasks(plan, run)) else "trained" if is_made else "not trained"
-        lines.append(f"{'+'.join(run.parts):15s} {run.name:60s} {state}")
+        state = "measured" if are_done(run_tasks(plan, run).values()) else "trained" if is_made else "not trained"
+        lines.append(f"{run.name:60s} {state}")
     return "\n".join(lines)
 
 
@@ -110,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(describe(plan))
                 return 0
             refuse_other_runs(plan)
-            failures = run_ablation(plan, arguments.parallel)
+            failures = run_trial(plan, arguments.parallel)
             if arguments.export_arms:
                 export_arms(plan, arguments.export_arms)
             if (plan.output / RESULTS).is_file():

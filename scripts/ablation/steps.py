@@ -1,27 +1,39 @@
-"""The steps of an ablation: drawing the data, a training by train.sh, and a list of measurements."""
+"""The steps of a trial: drawing and encoding the data, a training by train.sh, and a list of measurements."""
 
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
+from mosaic.data.cache.tensors import INDEX, NAMES
 from mosaic.files import read_json, write_text
 from scripts.ablation.loop import Step
-from scripts.ablation.plan import ROOT, Plan, Run
+from scripts.ablation.plan import ROOT, TWINS_SHARE, Plan, Run, caches_of
 from scripts.ablation.tasks import Task, are_done, write_tasks
 from scripts.pocket.provenance import commit, versions
 
 STATE = "ablation.json"  # in a run's folder: digest of what was trained, and how that ended
 
 
-def data_step(plan: Plan) -> Step:
-    """Draw the training data by scripts/make_pocket_world.py."""
+def data_step(plan: Plan, workers: int) -> Step:
+    """Draw the training data by scripts/make_pocket_world.py in some processes."""
     size, folder = plan.size, plan.data
     command = [sys.executable, str(ROOT / "scripts/make_pocket_world.py"), "--output", str(folder)]
-    command += ["--num-samples", str(size.train_samples), "--num-heldout", str(size.heldout_samples)]
+    command += ["--num-samples", str(size.train_samples), "--max-subjects", str(size.max_subjects), "--twins-share", str(TWINS_SHARE)]
+    command += ["--workers", str(workers)]
     partial = folder.with_name(folder.name + ".partial")
     return Step("data", command, plan.output / "logs/data.log", folder.is_dir, lambda: shutil.rmtree(partial, ignore_errors=True))
+
+
+def cache_step(plan: Plan) -> Step:
+    """Encode the data once by preprocess/cache.py, which all trainings read: the same numbers in less time."""
+    command = [sys.executable, str(ROOT / "preprocess/cache.py"), str(plan.runs[0].config)]
+
+    def is_cached() -> bool:
+        return all((folder / name).is_file() for folder in caches_of(plan.data) for name in (INDEX, NAMES))
+
+    return Step("cache", command, plan.output / "logs/cache.log", is_cached)
 
 
 def train_step(plan: Plan, run: Run) -> Step:
@@ -31,12 +43,12 @@ def train_step(plan: Plan, run: Run) -> Step:
     return Step(f"training of {run.name}", command, log, lambda: is_trained(run), ended=lambda seconds: _write_state(run, seconds))
 
 
-def measure_step(plan: Plan, name: str, tasks: Sequence[Task]) -> Step:
-    """Do a list of measurements by scripts/ablation_measure.py."""
+def measure_step(plan: Plan, name: str, tasks: Collection[Task]) -> Step:
+    """Do measurements by scripts/ablation_measure.py."""
     file = plan.output / "tasks" / f"{name}.json"
     command = [sys.executable, str(ROOT / "scripts/ablation_measure.py"), str(file)]
     log = plan.output / "logs" / f"{name}_measuring.log"
-    return Step(f"measuring {name}", command, log, lambda: are_done(tasks), lambda: write_tasks(file, tasks))
+    return Step(f"measuring {name}", command, log, lambda: are_done(tasks), lambda: write_tasks(file, list(tasks)))
 
 
 def training_state(run: Run) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The measurements of an ablation, each a small JSON file that is done when its digest is the wanted one."""
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +9,15 @@ from typing import Any, Literal
 from mosaic.config.loading import load_config, resolved_dict
 from mosaic.files import read_json, write_text
 from mosaic.weights.digests import file_digest
-from scripts.ablation.plan import WORLD_DIGEST, Plan, Run, base_digest, digest_of, judge_digest
+from scripts.ablation.plan import FIRST_SCENES, WORLD_DIGEST, Cell, Plan, Run, base_digest, digest_of, judge_digest
 from scripts.pocket.provenance import commit, hardware
 
-VERSION = 2  # of the measurements; raise it where one changes its meaning
-LINES_K = 3  # references of the scene whose points are drawn with lines to their peaks
+VERSION = 3  # of the measurements; raise it where one changes its meaning
 NOISE_SEED = 42
-PUBLISHED_GUIDANCE, PUBLISHED_KS = 1.0, (2, 4)  # the method as published has no image guidance; where the main arms are measured so, too
-Kind = Literal["real", "pictures", "lines", "target_rows", "gradients", "timing"]
-DIAGNOSES: tuple[Kind, ...] = ("target_rows", "gradients")
-DIAGNOSED_KS = (2, 4)  # what says why the main arms differ, and where it is measured
+Kind = Literal["real", "pictures", "interventions", "target_rows", "gradients"]
+DIAGNOSES: tuple[Kind, ...] = ("target_rows", "gradients")  # what says why arms differ, of runs from scratch at their end
+DIAGNOSED = Cell("distinct", 2)
+CHECKPOINT_CELLS = 2  # the first of a size's cells, at which checkpoints before the end are measured
 
 
 @dataclass(frozen=True)
@@ -27,28 +25,28 @@ class Task:
     """One measurement.
 
     Attributes:
-        kind: "real": the judge on real renderings, and features to compare pictures with; "pictures": all measures of an adapter at one K;
-            "lines": points and peaks on one scene; "target_rows": where target tokens look; "gradients": how the losses pull at
-            the adapter; "timing": seconds per picture.
+        kind: "real": the judge on real renderings, and features to compare pictures with; "pictures": all measures of an adapter's
+            pictures, and of its attention; "interventions": how much its velocity rests on what attention carries; "target_rows": where
+            target tokens look; "gradients": how the losses pull at the adapter.
         output: The JSON file.
         config: Config file of the run.
         lora: The adapter; None: without references.
+        regime: Of `scripts.pocket.world.REGIMES`.
         num_references: K.
-        cases: Scenes; "timing": pictures.
+        first_scene: Of the regime's held-out scenes.
+        cases: Scenes.
         real_scenes: "real": renderings of other scenes, that pictures are compared with.
-        reference_cache: "timing": whether references are computed once.
-        image_guidance: `inference.image_guidance_scale` where it is not that of the config.
     """
 
     kind: Kind
     output: str
     config: str
     lora: str | None
+    regime: str
     num_references: int
+    first_scene: int
     cases: int
     real_scenes: int = 0
-    reference_cache: bool = False
-    image_guidance: float | None = None
 
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; the adapter must be there."""
@@ -57,12 +55,12 @@ class Task:
         rendering = {name: value for name, value in settings["inference"].items() if name not in ("cases", "output_dir", "lora")}
         sizes = {name: settings["data"][name] for name in ("image_size", "reference_size")}
         what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora")}
-        attention = settings["model"]["reference_attention"] if self.lora else None
+        model = {name: value for name, value in settings["model"].items() if name.startswith("reference_")} if self.lora else None
         weights = file_digest(Path(self.lora)) if self.lora else None
         fixed = {"version": VERSION, "judge": judge_digest(), "world": WORLD_DIGEST, "noise": NOISE_SEED}
         fixed["model"] = base_digest(config.model.pretrained)
         text = settings["model"]["text_length"]
-        return digest_of({**what, **fixed, "rendering": rendering, "sizes": sizes, "attention": attention, "lora": weights, "text": text})
+        return digest_of({**what, **fixed, "rendering": rendering, "sizes": sizes, "references": model, "lora": weights, "text": text})
 
     def result(self) -> dict[str, Any] | None:
         """The finished measurement, or None."""
@@ -89,51 +87,39 @@ def features_file(task: Task) -> Path:
     return Path(task.output).with_suffix(".safetensors")
 
 
-def real_tasks(plan: Plan) -> list[Task]:
-    """One per K that any run is measured at."""
-    common = str(plan.runs[0].config)
-    folder, scenes = plan.output / "real", plan.size.real_scenes
-    ks, cases = sorted({k for run in plan.runs for k in run.ks}), plan.size.cases
-    return [Task("real", str(folder / f"k{k}.json"), common, None, k, cases, scenes) for k in ks]
-
-
-def run_tasks(plan: Plan, run: Run) -> list[Task]:
-    """The measurements of one run at every K, and its points and peaks."""
-    folder, lora = run.folder / "evaluation", str(run.lora) if run.lora else None
-    tasks = [Task("pictures", str(folder / f"k{k}.json"), str(run.config), lora, k, plan.size.cases) for k in run.ks]
-    if not lora:
-        return tasks
-    if "main" in run.parts:
-        tasks += [
-            dataclasses.replace(task, output=str(folder / f"published_k{task.num_references}.json"), image_guidance=PUBLISHED_GUIDANCE)
-            for task in tasks
-            if task.num_references in PUBLISHED_KS
-        ]
-        tasks += [
-            Task(kind, str(folder / f"{kind}_k{k}.json"), str(run.config), lora, k, plan.size.cases)
-            for kind in DIAGNOSES
-            for k in run.ks
-            if k in DIAGNOSED_KS
-        ]
-    return [*tasks, Task("lines", str(folder / "lines.json"), str(run.config), lora, LINES_K, 1)]
-
-
-def timing_tasks(plan: Plan) -> list[Task]:
-    """Seconds per picture of every mode of reference attention, isolated ones also with their keys and values computed once."""
-    tasks = []
-    for run in plan.of_part("attention"):
-        if run.seed:
-            continue
-        isolated = load_config(run.config).model.reference_attention == "isolated"
-        for cached in (False, True) if isolated else (False,):
-            for k in plan.size.timing_ks:
-                name = f"timing{'_cached' if cached else ''}_k{k}.json"
-                path = str(run.folder / "evaluation" / name)
-                tasks.append(Task("timing", path, str(run.config), str(run.lora), k, plan.size.timing_repeats, reference_cache=cached))
+def real_tasks(plan: Plan) -> dict[tuple[int, Cell], Task]:
+    """The judge on real renderings of all scenes that pictures are drawn for, by the first scene and cell."""
+    size = plan.size
+    tasks: dict[tuple[int, Cell], Task] = {}
+    for run in plan.runs:
+        first = FIRST_SCENES[run.part]
+        for cell in size.cells:
+            output = str(plan.output / "real" / f"{first}_{cell}.json")
+            tasks.setdefault((first, cell), Task("real", output, str(run.config), None, *cell, first, size.cases, size.real_scenes))
     return tasks
 
 
-def are_done(tasks: Sequence[Task]) -> bool:
+def run_tasks(plan: Plan, run: Run) -> dict[tuple[int, str, Cell], Task]:
+    """The measurements of one run, by step, kind and cell: its end at all cells, its checkpoints before that on fewer scenes."""
+    size, first = plan.size, FIRST_SCENES[run.part]
+    tasks: dict[tuple[int, str, Cell], Task] = {}
+    for step in run.measured_steps:
+        folder, lora = run.folder / "evaluation" / f"step_{step:08d}", run.adapter(step)
+        at_end = step == run.steps
+        kinds: tuple[Kind, ...] = ("pictures", "interventions") if run.arm.trained else ("pictures",)
+        for kind in kinds:
+            cases = size.cases if at_end and kind == "pictures" else size.checkpoint_cases
+            for cell in size.cells if at_end else size.cells[:CHECKPOINT_CELLS]:
+                place = (str(folder / f"{kind}_{cell}.json"), str(run.config), str(lora) if lora else None)
+                tasks[step, kind, cell] = Task(kind, *place, *cell, first, cases)
+        if at_end and run.part == "scratch" and run.arm.trained:
+            for kind in DIAGNOSES:
+                output = str(folder / f"{kind}_{DIAGNOSED}.json")
+                tasks[step, kind, DIAGNOSED] = Task(kind, output, str(run.config), str(lora), *DIAGNOSED, first, size.checkpoint_cases)
+    return tasks
+
+
+def are_done(tasks: Iterable[Task]) -> bool:
     """Whether nothing is left to measure."""
     return all(task.result() is not None for task in tasks)
 

@@ -1,20 +1,19 @@
-"""The runs of an ablation: arms that differ only in what they state, digests, and config files as train.sh reads them."""
+"""The runs of the trial: arms that differ only in what they state, seeds and scenes, starts, digests, and config files for train.sh."""
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mosaic.config.loading import LOSS_PRESETS, LossConfig, load_config, resolved_dict
-from mosaic.model.attention_rows import resolve_capture_blocks
 from scripts.ablation import plan as ablation_plan
-from scripts.ablation.arms import PARTS, attention_arms, factor_arms, main_arms, stable_settings
+from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, PARTS, Arm, all_losses, emergence_arms, late_arms, selection_arms
 from scripts.ablation.command import main
-from scripts.ablation.plan import SIZES, WARMUP, Plan, make_plan
+from scripts.ablation.plan import FIRST_SCENES, SIZES, WARMUP, Plan, make_plan
 
-SIZE = dataclasses.replace(SIZES["short"], seeds=2, factor_seeds=1)
-SCHEDULE = {"loss.disentanglement_start_step", "loss.disentanglement_warmup_steps"}
+SIZE = dataclasses.replace(SIZES["short"], seeds=2, late_seeds=3, selection_seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -32,91 +31,109 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> set[str]:
 
 
 def test_arms_differ_only_in_their_stated_settings(plan: Plan) -> None:
-    for part in ("main", "factors", "attention"):
-        runs = plan.of_part(part)
+    for part in ("scratch", "selection", "late"):
+        runs = [run for run in plan.of_part(part) if run.arm.trained]
         for run in runs:
-            first = next(other for other in runs if other.arm.trained and other.seed == run.seed)
+            first = next(other for other in runs if other.arm.name == BASELINE and other.seed == run.seed)
             stated = {*run.arm.settings, *first.arm.settings}
-            if run.arm.settings.get("loss.preset") != first.arm.settings["loss.preset"] and run.arm.trained:
+            if run.arm.settings["loss.preset"] != "paper":
                 stated |= {f"loss.{name}" for name in LOSS_PRESETS["paper"]}
             assert differences(flat(run.config), flat(first.config)) <= stated | {"training.output_dir"}, run.name
             assert {name: flat(run.config)[name] for name in run.arm.settings} == dict(run.arm.settings)
+        assert len({run.name for run in runs}) == len({run.digest for run in runs}) == len(runs)
 
 
 def test_seeds_of_an_arm_differ_in_nothing_else(plan: Plan) -> None:
-    for arm in main_arms(SIZE.steps)[1:]:
-        first, second = (run for run in plan.of_part("main") if run.arm.name == arm.name)
-        assert differences(flat(first.config), flat(second.config)) == {"training.seed", "training.output_dir"}
-        assert first.digest != second.digest
+    first, second = (run for run in plan.of_part("scratch") if run.arm.name == "paper")
+    assert differences(flat(first.config), flat(second.config)) == {"training.seed", "training.output_dir"}
+    assert first.digest != second.digest
 
 
-def test_a_variant_changes_one_factor(plan: Plan) -> None:
-    baseline, *variants = plan.of_part("factors")
-    assert len({run.name for run in variants}) == len(variants) == len({run.digest for run in variants})
-    for run in variants:
-        changed = differences(flat(run.config), flat(baseline.config)) - {"training.output_dir"}
-        if run.arm.factor.startswith("preset paper"):  # one factor from the arm "paper"
-            changed -= {*SCHEDULE, "loss.disentanglement_cap"}
-            assert len(changed) <= 1, run.name
-            continue
-        if "weights" in run.arm.factor:  # of both losses, as one factor or beside it
-            assert changed >= {"loss.correspondence_weight", "loss.disentanglement_weight"}
-            changed = changed - {"loss.correspondence_weight", "loss.disentanglement_weight"} or {"weights"}
-        assert len(changed) == 1 or changed <= SCHEDULE, run.name
-        assert changed
-
-
-def test_no_two_variants_capture_the_same_blocks(plan: Plan) -> None:
-    runs = [run for run in plan.of_part("factors") if run.arm.factor in ("none", "captured blocks")]
-    captured = [tuple(resolve_capture_blocks(load_config(run.config).loss.capture_blocks, 2, 5)) for run in runs]
-    assert len(set(captured)) == len(captured) == 5
-
-
-def test_the_losses_are_those_of_the_presets() -> None:
-    paper, stable, light, release = (resolved_loss(arm) for arm in main_arms(3000)[3:])
-    assert paper == LossConfig(preset="paper")
-    schedule = {"disentanglement_start_step": 200, "disentanglement_warmup_steps": 200}
-    assert stable == paper.replace(disentanglement_cap=1.0, **schedule)
-    assert release.replace(disentanglement_start_step=10_000, disentanglement_warmup_steps=1_000) == LossConfig(preset="release")
-    assert light.replace(preset="light") == LossConfig(preset="light")
-    flow, scal = (resolved_loss(arm) for arm in main_arms(3000)[1:3])
-    assert (flow.correspondence_weight, flow.disentanglement_weight) == (0, 0)
-    assert (scal.correspondence_weight, scal.disentanglement_weight) == (0.4, 0)
-
-
-def resolved_loss(arm: Any) -> LossConfig:
+def loss_of(arm: Arm) -> LossConfig:
     return LossConfig(**{name.removeprefix("loss."): value for name, value in arm.settings.items()})
 
 
-def test_the_base_is_measured_once_and_the_stable_arm_is_the_target_mode(plan: Plan) -> None:
-    assert [run.seed for run in plan.runs if not run.arm.trained] == [0]
-    shared = [run for run in plan.runs if len(run.parts) > 1]
-    assert [(run.parts, run.arm.name, run.seed) for run in shared] == [(("main", "attention"), "stable", seed) for seed in (0, 1)]
-    assert load_config(shared[0].config).model.reference_attention == "target"
-    assert {load_config(run.config).model.reference_attention for run in plan.of_part("attention")} == {"target", "isolated", "joint"}
+def test_the_losses_are_those_of_the_presets() -> None:
+    flow, scal, mdl, paper, release, light, own = (loss_of(arm) for arm in all_losses(3000)[1:])
+    assert paper == LossConfig(preset="paper")
+    assert release.replace(disentanglement_start_step=10_000, disentanglement_warmup_steps=1_000) == LossConfig(preset="release")
+    assert (release.disentanglement_start_step, release.disentanglement_warmup_steps) == (300, 30)
+    assert light.replace(preset="light") == LossConfig(preset="light")
+    weights = [(loss.correspondence_weight, loss.disentanglement_weight, loss.own_reference_weight) for loss in (flow, scal, mdl, own)]
+    assert weights == [(0, 0, 0), (0.4, 0, 0), (0, 0.6, 0), (0, 0, 0.02)]
+    assert (own.target_keys, own.supervised_timesteps, flow.supervised_timesteps) == ("references", (0.7, 1.0), (0.0, 1.0))
+
+
+def test_late_arms_are_those_that_are_registered() -> None:
+    arms = {arm.name: loss_of(arm) for arm in late_arms(2400)}
+    assert [arms[f"scal_{weight}"].correspondence_weight for weight in ("0.001", "0.004", "0.04")] == [0.001, 0.004, 0.04]
+    assert [arms[f"own_{weight}"].own_reference_weight for weight in ("0.005", "0.02")] == [0.005, 0.02]
+    assert arms["mdl_0.06"] == LossConfig(preset="light", correspondence_weight=0.0).replace(preset="paper")
+    ended = arms["light_then_none"]
+    assert (ended.decay_start_step, ended.until_step) == (1200, 1200)
+    assert ended.replace(decay_start_step=0, until_step=None) == arms["light"]
+    assert {loss_of(arm).supervised_queries for arm in selection_arms()} == {"reference", "target"}
+    assert [arms[0].name for arms in (emergence_arms(), late_arms(10), selection_arms())] == [BASELINE] * 3
+
+
+def test_late_starts_start_from_flow_matching_in_turn(plan: Plan) -> None:
+    sources = [run for run in plan.of_part("scratch") if run.arm.name == BASELINE]
+    starts = [run.folder / "checkpoints/step_00000040/ema.safetensors" for run in sources]
+    assert [run.start for run in plan.of_part("late") if run.arm.name == "light"] == [starts[0], starts[1], starts[0]]
+    assert {run.start for run in plan.of_part("selection")} == {starts[0]}
+    assert {run.start for run in plan.of_part("scratch")} == {None}
+    for run in plan.runs:
+        assert load_config(run.config).lora.pretrained == (str(run.start) if run.start else None)
+    other = make_plan(dataclasses.replace(SIZE, late_from=80), plan.output, ("late",), ("light",))
+    assert not {run.digest for run in other.of_part("late")} & {run.digest for run in plan.runs}
+
+
+def test_seeds_and_scenes_of_the_selection_are_its_own(tmp_path: Path) -> None:
+    full = make_plan(SIZES["long"], tmp_path)
+    seeds = {part: {run.seed for run in full.of_part(part) if run.arm.trained} for part in ("scratch", "selection", "late")}
+    assert seeds == {"scratch": {10, 11, 12}, "selection": {0, 1}, "late": {20, 21, 22, 23}}
+    size, firsts = SIZES["long"], sorted({*FIRST_SCENES.values(), 0, 500_000})
+    assert all(later - first > max(size.cases, size.real_scenes) for first, later in pairwise(firsts))
+    assert FIRST_SCENES["selection"] != FIRST_SCENES["late"] == FIRST_SCENES["scratch"] != FIRST_SCENES["confirmation"]
+
+
+def test_a_trial_that_ends_early_has_fewer_arms_not_fewer_seeds(plan: Plan) -> None:
+    """What late starts start from comes first, then arm by arm with all its seeds."""
+    assert [(run.part, run.arm.name, run.seed) for run in plan.runs[:4]] == [
+        *(("scratch", BASELINE, seed) for seed in (10, 11)),
+        *(("selection", BASELINE, seed) for seed in (0, 1)),
+    ]
+    late = [(run.arm.name, run.seed) for run in plan.of_part("late")]
+    assert late == [(arm.name, seed) for arm in late_arms(SIZE.late_steps) for seed in (20, 21, 22)]
+    assert [run.seed for run in plan.runs if not run.arm.trained] == [10]
+
+
+def test_runs_from_scratch_are_measured_on_the_way(plan: Plan) -> None:
+    by_part = {run.part: run.measured_steps for run in plan.runs if run.arm.trained}
+    assert by_part == {"scratch": (40, 80), "selection": (20,), "late": (20,)}
+    run = next(run for run in plan.of_part("scratch") if run.arm.name == "light")
+    assert [run.adapter(step) for step in run.measured_steps] == [run.folder / "checkpoints/step_00000040/ema.safetensors", run.lora]
+    training = load_config(run.config).training
+    assert (training.milestone_every, training.checkpoint_every, training.keep_checkpoints) == (40, 4, 1)
+
+
+def test_only_what_is_asked_for_and_what_it_starts_from(tmp_path: Path) -> None:
+    late = make_plan(SIZE, tmp_path, ("late",), ("light",))
+    assert [(run.part, run.arm.name) for run in late.runs] == [("scratch", BASELINE)] * 2 + [("late", "light")] * 3
+    scratch = make_plan(SIZE, tmp_path, ("scratch",), ("base", "paper"))
+    assert [run.arm.name for run in scratch.runs] == ["base", "paper", "paper"]
+    confirmation = make_plan(SIZE, tmp_path, ("confirmation",), (BASELINE, "light"))
+    assert [run.seed for run in confirmation.of_part("confirmation")] == [24, 25, 26] * 2
 
 
 def test_digests_do_not_depend_on_the_folder_but_on_what_is_trained(plan: Plan, tmp_path: Path) -> None:
     elsewhere = make_plan(SIZE, tmp_path / "other")
     assert [run.digest for run in elsewhere.runs] == [run.digest for run in plan.runs]
-    for change in ({"steps": 81}, {"batch_size": 4}, {"train_samples": 601}):
-        other = make_plan(dataclasses.replace(SIZE, **change), tmp_path / "third", ("main",))
-        assert not {run.digest for run in other.runs if run.lora} & {run.digest for run in plan.runs}
+    for change in ({"steps": 120}, {"batch_size": 4}, {"train_samples": 601}, {"max_subjects": 4}):
+        other = make_plan(dataclasses.replace(SIZE, **change), tmp_path / "third")
+        assert not {run.digest for run in other.of_part("late")} & {run.digest for run in plan.runs}
     more_cases = make_plan(dataclasses.replace(SIZE, cases=9), tmp_path / "fourth")
     assert [run.digest for run in more_cases.runs] == [run.digest for run in plan.runs]
-
-
-def test_blocks_of_the_pocket_model_are_covered_by_thirds() -> None:
-    blocks = {arm.meaning: arm.settings["loss.capture_blocks"] for arm in factor_arms(30, 2, 5) if arm.factor == "captured blocks"}
-    assert blocks["single"] == [2, 3, 4, 5, 6]
-    assert [*blocks["middle third"], *blocks["last third"]] == [2, 3, 4, 5, 6]  # the first third is "double"
-
-
-def test_parts_are_computed_one_after_the_other(plan: Plan) -> None:
-    """An interrupted ablation has the losses at all seeds before variants."""
-    first = [run.parts[0] for run in plan.runs]
-    assert first == sorted(first, key=PARTS.index)
-    assert [run.seed for run in plan.runs if run.parts[0] == "main"] == [0] * 7 + [1] * 6
 
 
 def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,20 +145,17 @@ def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, mon
 
 def test_warm_ups_are_shares_of_a_run() -> None:
     assert round(3000 * WARMUP) == load_config("configs/pocket.json").optimizer.warmup_steps
+    assert set(PARTS) - set(DEFAULT_PARTS) == {"confirmation"}
 
 
 def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--arms", "papper"], "--arms: papper unknown; there are base, flow_matching, scal, paper, stable, light, release"),
-        (["--arms", "scal", "mdl_weight_0"], 'variants are compared with the arm "stable", which must be named beside them.'),
+        (["--parts", "scratch", "--arms", "papper"], "--arms: papper unknown; there are base, flow_matching, scal, mdl, paper, release"),
+        (["--parts", "confirmation"], "name the arm that is to be confirmed and flow_matching with --arms"),
         (["--cases", "1"], "--cases must be at least 2, got 1."),
-        (["--ks", "7"], "--ks must be of 1..6, got [7]."),
+        (["--every", "30"], "--steps and --late-from must be multiples of --every"),
+        (["--late-from", "120"], "--late-from no later than --steps"),
         (["--parallel", "0"], "--parallel at least 1"),
     ):
         assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_attention_modes_keep_the_losses() -> None:
-    for arm in attention_arms(60):
-        assert {name: value for name, value in arm.settings.items() if name.startswith("loss.")} == stable_settings(60)

@@ -15,12 +15,12 @@ from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.ablation import running as ablation
 from scripts.ablation.command import main
 from scripts.ablation.loop import Step, child_environment, last_line, run_chains
-from scripts.ablation.plan import SIZES, Plan, Run, make_plan
+from scripts.ablation.plan import SIZES, Cell, Plan, Run, make_plan
 from scripts.ablation.steps import train_step, training_state
 from scripts.ablation.tasks import Task, features_file, read_tasks, run_tasks, write_tasks
 from scripts.pocket.provenance import commit, hardware
 
-ENVIRONMENT = child_environment(1, sys.executable)
+ENVIRONMENT = child_environment(sys.executable)
 
 
 def step(folder: Path, name: str, code: int = 0, body: str = "") -> Step:
@@ -103,42 +103,61 @@ def test_last_line_of_a_log_with_progress_bars(tmp_path: Path) -> None:
 
 def stand_in_steps(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def training(plan: Plan, run: Run) -> Step:
-        return step(folder, f"train_{run.arm.name}", body="raise SystemExit(75)" if (folder / "signal").is_file() else "")
+        return step(folder, f"train_{run.part}_{run.arm.name}", body="raise SystemExit(75)" if (folder / "signal").is_file() else "")
 
-    monkeypatch.setattr(ablation, "data_step", lambda plan: step(folder, "data"))
+    monkeypatch.setattr(ablation, "data_step", lambda plan, workers: step(folder, "data"))
+    monkeypatch.setattr(ablation, "cache_step", lambda plan: step(folder, "cache"))
     monkeypatch.setattr(ablation, "train_step", training)
-    monkeypatch.setattr(ablation, "measure_step", lambda plan, name, tasks: step(folder, f"measure_{name.split('_seed')[0].split('_')[0]}"))
+    monkeypatch.setattr(ablation, "measure_step", lambda plan, name, tasks: step(folder, f"measure_{name.split('_seed')[0]}"))
 
 
-def test_a_stopped_ablation_goes_on_and_then_does_nothing(
+def test_a_stopped_trial_goes_on_and_then_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in_steps(monkeypatch, tmp_path)
-    arguments = ["--short", "--parallel", "1", "--parts", "main", "--arms", "base", "scal", "stable", "--output", str(tmp_path / "out")]
+    arguments = ["--short", "--parallel", "1", "--parts", "late", "--arms", "light", "--output", str(tmp_path / "out")]
     (tmp_path / "signal").touch()  # trainings end as after SIGTERM, with a checkpoint
     assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
     before = order(tmp_path)
-    assert before == ["data", "measure_real", "measure_base"]
+    assert before == ["data", "cache", "measure_real"]
     (tmp_path / "signal").unlink()
     assert main(arguments) == 0
     first = order(tmp_path)
-    assert first == [*before, "train_scal", "measure_scal", "train_stable", "measure_stable", "measure_timing"]
+    source = ["train_scratch_flow_matching", "measure_scratch_flow_matching"]
+    assert first == [*before, *source, "train_late_light", "measure_late_light"]
     assert main(arguments) == 0
     assert order(tmp_path) == first
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert not results["complete"]  # stand-ins measure nothing
-    (tmp_path / "out/runs").mkdir(exist_ok=True)
-    others = [*results["runs"], {**results["runs"][0], "name": "factor_x", "status": "finished"}]
+    others = [*results["runs"], {**results["runs"][0], "name": "scratch_x", "status": "finished"}]
     (tmp_path / "out/results.json").write_text(json.dumps({**results, "runs": others}))
     assert main(arguments) == 2
-    assert "1 runs that are not of this command, such as factor_x" in capsys.readouterr().err
+    assert "1 runs that are not of this command, such as scratch_x" in capsys.readouterr().err
     (tmp_path / "out/results.json").write_text(json.dumps(results))
     assert "Not finished" in (tmp_path / "out/report/report.md").read_text()
 
 
+def test_a_late_start_waits_for_what_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in_steps(monkeypatch, tmp_path)
+    monkeypatch.setattr(
+        ablation, "train_step", lambda plan, run: step(tmp_path, f"train_{run.part}", code=3 if run.part == "scratch" else 0)
+    )
+    assert main(["--parallel", "2", "--parts", "late", "--arms", "light", "--output", str(tmp_path / "out")]) == 1
+    assert order(tmp_path)[-1] == "train_scratch"
+
+
+def test_all_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert child_environment("python")["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert child_environment("python")["OMP_NUM_THREADS"] == "3"
+
+
 def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
-    plan = make_plan(SIZES["short"], tmp_path / "out", ("main",), ("base", "scal", "paper"))
+    plan = make_plan(SIZES["short"], tmp_path / "out", ("scratch",), ("base", "scal", "paper"))
     scal = next(run for run in plan.runs if run.arm.name == "scal")
     scal.folder.mkdir(parents=True)
     shutil.copyfile("assets/pocket/lora.safetensors", scal.lora)
@@ -150,20 +169,20 @@ def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
     assert training_state(scal)["seconds"] == 7.0
     assert training_state(scal)["versions"]["torch"] == version("torch")
     ablation.export_arms(plan, tmp_path / "arms")
-    assert [path.name for path in (tmp_path / "arms").iterdir()] == ["scal.safetensors"]
-    assert (tmp_path / "arms/scal.safetensors").stat().st_size < 0.6 * scal.lora.stat().st_size
+    assert [path.name for path in (tmp_path / "arms").iterdir()] == ["scratch_scal.safetensors"]
+    assert (tmp_path / "arms/scratch_scal.safetensors").stat().st_size < 0.6 * scal.lora.stat().st_size
     pipeline = MosaicFluxPipeline.from_pretrained("assets/pocket/flux", dtype=torch.float32)
-    assert pipeline.load_reference_lora(tmp_path / "arms/scal.safetensors") == 32
+    assert pipeline.load_reference_lora(tmp_path / "arms/scratch_scal.safetensors") == 32
     assert pipeline.reference_config["loss"]["disentanglement_weight"] == 0
 
 
-# ---- digests of measurements
+# ---- the measurements and their digests
 
 
 def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> None:
-    plan = make_plan(SIZES["short"], tmp_path, ("main",), ("scal",))
-    task = run_tasks(plan, plan.runs[0])[1]
-    assert (task.kind, task.num_references) == ("pictures", 2)
+    plan = make_plan(SIZES["short"], tmp_path, ("scratch",), ("scal",))
+    task = run_tasks(plan, plan.runs[0])[80, "pictures", Cell("distinct", 2)]
+    assert (task.kind, task.num_references, task.first_scene, task.cases) == ("pictures", 2, 300_000, 8)
     assert task.result() is None
     Path(task.lora).parent.mkdir(parents=True)
     Path(task.lora).write_bytes(b"weights")
@@ -171,26 +190,34 @@ def test_a_measurement_is_done_for_its_adapter_and_size_only(tmp_path: Path) -> 
     assert task.result() is None  # the pictures' features come first
     features_file(task).write_bytes(b"features")
     assert task.result() == {"found": 1, "commit": commit(), "processor": hardware()["processor"]}
-    assert dataclasses.replace(task, cases=task.cases + 1).result() is None
-    assert dataclasses.replace(task, num_references=3).result() is None
+    for change in ({"cases": task.cases + 1}, {"num_references": 3}, {"regime": "twins"}, {"first_scene": 0}):
+        assert dataclasses.replace(task, **change).result() is None
     Path(task.lora).write_bytes(b"others")
     assert task.result() is None
 
 
-def test_main_arms_are_measured_as_published_too(tmp_path: Path) -> None:
-    plan = make_plan(SIZES["short"], tmp_path, ("main", "factors"), ("base", "scal", "stable", "mdl_weight_0"))
-    found = {run.arm.name: run_tasks(plan, run) for run in plan.runs if run.arm.name != "stable"}
-    published = {name: [task.num_references for task in tasks if task.image_guidance == 1] for name, tasks in found.items()}
-    assert published == {"base": [], "scal": [2, 4], "mdl_weight_0": []}
-    usual, own = (next(task for task in found["scal"] if task.output.endswith(name)) for name in ("/k2.json", "published_k2.json"))
-    assert own == dataclasses.replace(usual, output=own.output, image_guidance=1.0)
-    assert len({task.output for task in found["scal"]}) == len(found["scal"])
+def test_checkpoints_are_measured_on_fewer_scenes(tmp_path: Path) -> None:
+    size = dataclasses.replace(SIZES["short"], cells=(*SIZES["short"].cells, Cell("twins", 3)))
+    plan = make_plan(size, tmp_path, only=("base", "scal", "light"))
+    found = {(run.part, run.arm.name): run_tasks(plan, run) for run in plan.runs}
+    scal = found["scratch", "scal"]
+    end = [(80, kind, cell) for kind in ("pictures", "interventions") for cell in size.cells]
+    before = [(40, kind, cell) for kind in ("pictures", "interventions") for cell in size.cells[:2]]
+    assert list(scal) == [*before, *end, (80, "target_rows", size.cells[0]), (80, "gradients", size.cells[0])]
+    assert {key: task.cases for key, task in scal.items() if key[1] == "pictures"} == {
+        **{(40, "pictures", cell): 4 for cell in size.cells[:2]},
+        **{(80, "pictures", cell): 8 for cell in size.cells},
+    }
+    assert scal[40, "pictures", size.cells[0]].lora.endswith("checkpoints/step_00000040/ema.safetensors")
+    assert list(found["scratch", "base"]) == [(80, "pictures", cell) for cell in size.cells]
+    assert list(found["late", "light"]) == [(20, kind, cell) for kind in ("pictures", "interventions") for cell in size.cells]
+    assert len({task.output for tasks in found.values() for task in tasks.values()}) == sum(map(len, found.values()))
 
 
 def test_tasks_survive_their_file(tmp_path: Path) -> None:
     tasks = [
-        Task("pictures", "out.json", "config.json", None, 2, 3, "real.safetensors", 4),
-        Task("timing", "t.json", "c.json", "l", 1, 2, reference_cache=True),
+        Task("pictures", "out.json", "config.json", None, "twins", 2, 7, 3),
+        Task("real", "t.json", "c.json", None, "distinct", 1, 0, 2, real_scenes=5),
     ]
     assert read_tasks(write_tasks(tmp_path / "tasks.json", tasks)) == tasks
     (tmp_path / "tasks.json").write_text('[{"kind": "x"}]')
