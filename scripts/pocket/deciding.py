@@ -1,4 +1,4 @@
-"""When the target decides: at which noise level the tokens of a subject settle on one reference, while a picture is sampled."""
+"""When the target decides: at which noise level the tokens of subjects settle on a reference each, while a picture is sampled."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from scripts.pocket import world
 from scripts.pocket.evaluation import render_references
 from scripts.pocket.judge import Judge
 from scripts.pocket.places import Place, find_places
-from scripts.pocket.regimes import nearest_reference
+from scripts.pocket.regimes import assign, nearest_reference
 from scripts.pocket.target_rows import reading_target_rows
 
 RADIUS = 0.17  # of the picture: the tokens of a place lie within
@@ -69,49 +69,61 @@ def place_shares(shares: Tensor, place: Place, grid: Grid) -> Tensor:
     return shares[:, distance <= max(RADIUS**2, float(distance.min()))].mean(dim=1)
 
 
-def settled_step(shares: Tensor) -> int:
-    """The first step from which on the reference that has most of [S, K] stays the same."""
-    chosen = shares.argmax(dim=1)
-    other = (chosen != chosen[-1]).nonzero()
-    return int(other.max()) + 1 if len(other) else 0
+def settled_step(choices: Sequence[object]) -> int:
+    """The first step from which on what is chosen stays the same."""
+    return max((step + 1 for step, choice in enumerate(choices) if choice != choices[-1]), default=0)
+
+
+def contrast(log_shares: np.ndarray, assigned: dict[int, int]) -> float:
+    """How much more, in nats, the places [rows] look at their own references [columns] than the other places do, mean over references."""
+    own = [log_shares[place, k] - np.delete(log_shares[:, k], place).mean() for k, place in assigned.items()]
+    return float(np.mean(own))
 
 
 class Settling(NamedTuple):
-    """How far the places of pictures have decided at one step: shares, not a number where no picture has a place for each reference.
+    """How far pictures have decided at one step which place has which reference; not a number where there are no such pictures.
+
+    Places are assigned to references by the logarithms of their shares, in which a liking of all places for one reference cancels.
 
     Attributes:
         timestep: Of the step, 1 is noise.
-        settled: Of the places, those that from here on look most at one reference.
-        as_drawn: Of the places, those that look most at the reference whose looks the finished picture shows there.
-        one_reference: Of the pictures, those of whose places two look most at one reference.
+        settled: Share of the pictures whose assignment stays the same from here on.
+        as_drawn: Of the pictures whose places bear the looks of different references, the share with the assignment that they show at last.
+        contrast: Of those pictures, mean of `contrast`.
+        contrast_same_look: Of the others, in which two places bear one look.
     """
 
     timestep: float
     settled: float
     as_drawn: float
-    one_reference: float
+    contrast: float
+    contrast_same_look: float
 
 
 def measure_settling(
     pipeline: MosaicFluxPipeline, judge: Judge, scenes: Sequence[world.Scene], config: Config, seed: int
 ) -> list[Settling]:
-    """Step by step, how the places of the scenes' pictures settle; only pictures with one place for each reference are looked at."""
+    """Step by step, how the pictures of scenes settle; only those with one place for each of two or more references are looked at."""
     grid = target_grid(ResolvedOptions.from_config(config), pipeline.encoders.vae_scale_factor)
     timesteps: list[float] = []
-    settled, as_drawn, one_reference = list[list[bool]](), list[list[bool]](), list[list[bool]]()
+    settled, as_drawn, apart, same_look = list[list[bool]](), list[list[bool]](), list[list[float]](), list[list[float]]()
     for number, scene in enumerate(scenes):
         looks = sample_looks(pipeline, scene, config, seed + number)
         timesteps = looks.timesteps
         identities = [scene.placements[k].identity for k in world.reference_order(scene)]
         names = [identity.class_name for identity in identities]
         places = [place for place in find_places(judge, [looks.picture])[0] if place.class_name in names]
-        if sorted(place.class_name for place in places) != sorted(names):
+        if sorted(place.class_name for place in places) != sorted(names) or len(places) < 2:
             continue
-        shares = [place_shares(looks.shares, place, grid) for place in places]
-        chosen = torch.stack([of_place.argmax(dim=1) for of_place in shares])  # [places, S]
-        settled += [[step >= settled_step(of_place) for step in range(len(timesteps))] for of_place in shares]
-        drawn = torch.tensor([nearest_reference(place, identities) for place in places])
-        as_drawn += (chosen == drawn[:, None]).tolist()
-        one_reference.append([len(set(at_step.tolist())) < len(places) for at_step in chosen.T])
-    means = [np.mean(rows, axis=0) if rows else np.full(len(timesteps), math.nan) for rows in (settled, as_drawn, one_reference)]
-    return [Settling(timestep, *(float(mean[step]) for mean in means)) for step, timestep in enumerate(timesteps)]
+        log_shares = torch.stack([place_shares(looks.shares, place, grid) for place in places], dim=1).log().numpy()  # [S, places, K]
+        chosen = [assign(at_step) for at_step in log_shares]
+        settled.append([step >= settled_step(chosen) for step in range(len(timesteps))])
+        contrasts = [contrast(*at_step) for at_step in zip(log_shares, chosen, strict=True)]
+        drawn = {nearest_reference(place, identities): index for index, place in enumerate(places)}
+        if len(drawn) == len(places):
+            as_drawn.append([choice == drawn for choice in chosen])
+            apart.append(contrasts)
+        else:
+            same_look.append(contrasts)
+    columns = [np.mean(rows, axis=0) if rows else np.full(len(timesteps), math.nan) for rows in (settled, as_drawn, apart, same_look)]
+    return [Settling(timestep, *(float(column[step]) for column in columns)) for step, timestep in enumerate(timesteps)]

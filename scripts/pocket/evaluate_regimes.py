@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from mosaic.config.loading import Config
 from mosaic.files import without_nan, write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.pocket import world
-from scripts.pocket.deciding import Settling, measure_settling
+from scripts.pocket.deciding import measure_settling
 from scripts.pocket.evaluate import provenance
 from scripts.pocket.evaluation import generate, held_out_scenes
 from scripts.pocket.judge import load_judge
@@ -55,7 +54,9 @@ def evaluate_regimes(
         }
         if settling:
             steps = measure_settling(pipeline, judge, scenes, config, seed)
-            found[regime][str(k)]["settling"] = [without_nan({"timestep": t, **_percentages(step)}) for t, *step in steps]
+            found[regime][str(k)]["settling"] = [
+                without_nan({**step._asdict(), "settled": 100 * step.settled, "as_drawn": 100 * step.as_drawn}) for step in steps
+            ]
     return found
 
 
@@ -91,23 +92,21 @@ def regime_table(found: dict[str, Any]) -> str:
 
 
 def settling_tables(found: dict[str, Any]) -> list[str]:
-    """Markdown tables of the regimes and K whose settling was measured, timestep by timestep, in percent."""
+    """Markdown tables of the regimes and K whose settling was measured: shares in percent, contrasts in nats."""
     tables = []
     for regime, entries in found.items():
         for k, entry in entries.items():
             rows = [
-                [f"{step['timestep']:.2f}", *("-" if step[name] is None else f"{step[name]:.1f}" for name in Settling._fields[1:])]
+                [
+                    "-" if value is None else f"{value:.1f}" if name in ("settled", "as_drawn") else f"{value:.2f}"
+                    for name, value in step.items()
+                ]
                 for step in entry.get("settling", [])
             ]
-            header = [f"{regime}, K = {k}: timestep", "settled", "as drawn", "two places on one reference"]
+            header = [f"{regime}, K = {k}: timestep", "settled", "as drawn", "contrast", "contrast with one look"]
             if rows:
                 tables.append("\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))
     return tables
-
-
-def _percentages(shares: Sequence[float]) -> dict[str, float]:
-    """The shares of `Settling` by name, in percent."""
-    return {name: 100 * share for name, share in zip(Settling._fields[1:], shares, strict=True)}
 
 
 def run(config: Config, arguments: argparse.Namespace) -> None:

@@ -1,7 +1,10 @@
 """When the target's tokens settle on a reference: by hand, and read from a run of the pocket weights."""
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,20 +12,25 @@ from PIL import Image
 from mosaic.config.loading import load_config
 from mosaic.method.grids import Grid
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from scripts.pocket import deciding, world
-from scripts.pocket.deciding import SampledLooks, Settling, measure_settling, place_shares, sample_looks, settled_step
+from scripts.pocket import deciding
+from scripts.pocket.deciding import SampledLooks, Settling, contrast, measure_settling, place_shares, sample_looks, settled_step
 from scripts.pocket.evaluate_regimes import settling_tables
 from scripts.pocket.evaluation import generate, held_out_scenes
 from scripts.pocket.judge import load_judge
 from scripts.pocket.places import Place
 
 
-@pytest.mark.parametrize(
-    ("first", "step"),
-    [([0.9, 0.8, 0.7], 0), ([0.4, 0.8, 0.7], 1), ([0.9, 0.4, 0.7], 2), ([0.9, 0.9, 0.1], 2), ([0.6], 0)],
-)
-def test_a_place_has_settled_when_it_changes_no_more(first: list[float], step: int) -> None:
-    assert settled_step(torch.tensor([[share, 1 - share] for share in first])) == step
+@pytest.mark.parametrize(("choices", "step"), [("aaa", 0), ("baa", 1), ("aba", 2), ("aab", 2), ("a", 0)])
+def test_a_picture_has_settled_when_it_changes_no_more(choices: str, step: int) -> None:
+    assert settled_step(choices) == step
+
+
+def test_contrast_by_hand() -> None:
+    log_shares = np.array([[-1.0, -2.0], [-1.5, -0.5]])  # a liking of both places for the first reference changes nothing
+    assert contrast(log_shares, {0: 0, 1: 1}) == pytest.approx((0.5 + 1.5) / 2)
+    assert contrast(log_shares + [3.0, 0.0], {0: 0, 1: 1}) == pytest.approx((0.5 + 1.5) / 2)
+    three = np.array([[0.0, -4.0, -4.0], [-1.0, 0.0, -4.0], [-2.0, -4.0, 0.0]])
+    assert contrast(three, {0: 0, 1: 1, 2: 2}) == pytest.approx((1.5 + 4 + 4) / 3)
 
 
 def test_shares_of_a_place_are_of_its_tokens() -> None:
@@ -35,25 +43,35 @@ def test_shares_of_a_place_are_of_its_tokens() -> None:
 
 
 def test_settling_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two pictures one lacks a subject; in the other the left place starts on the wrong reference, and the right one is right."""
-    scenes = held_out_scenes(2, 2, "twins")
-    order = world.reference_order(scenes[0])
-    left, right = (order.index(subject) for subject in (0, 1))  # the references that they should bear
+    """Of four pictures one lacks a subject, and one bears one look twice; two start with the references exchanged, one of them for good."""
+    scenes = held_out_scenes(2, 4, "twins")
     name = scenes[0].placements[0].identity.class_name
-    shares = torch.zeros(2, 64, 2)
-    columns = torch.arange(64) % 8
-    shares[0, :, right] = 1.0  # all look at the reference of the right one at first
-    shares[1, columns < 4, left] = shares[1, columns >= 4, right] = 1.0
-    monkeypatch.setattr(deciding, "sample_looks", lambda *_: SampledLooks(Image.new("RGB", (64, 64)), [1.0, 0.5], shares))
-    places = [[Place(name, 0.25, 0.5, {}), Place(name, 0.75, 0.5, {})], [Place(name, 0.25, 0.5, {})]]
-    monkeypatch.setattr(deciding, "find_places", lambda *_: [places.pop(0)])
-    monkeypatch.setattr(deciding, "nearest_reference", lambda place, _: left if place.x < 0.5 else right)
-    config = load_config("configs/pocket.json")
+    first, second = torch.zeros(64, 2), torch.zeros(64, 2)
+    left = torch.arange(64) % 8 < 4
+    first[left], first[~left] = torch.tensor([0.6, 0.4]), torch.tensor([0.5, 0.5])  # both look more at reference 0, the left one most
+    second[left], second[~left] = torch.tensor([0.5, 0.5]), torch.tensor([0.8, 0.2])
+    shares = iter([[first, second], [second, second], [second, first], [first, first]])
+    monkeypatch.setattr(
+        deciding, "sample_looks", lambda *_: SampledLooks(Image.new("RGB", (64, 64)), [1.0, 0.5], torch.stack(next(shares)))
+    )
+    twins = [Place(name, 0.25, 0.5, {}), Place(name, 0.75, 0.5, {})]
+    places = iter([twins, twins, twins, twins[:1]])
+    monkeypatch.setattr(deciding, "find_places", lambda *_: [next(places)])
+    scenes = [
+        replace(scene, placements=tuple(replace(p, identity=replace(p.identity, class_name=name)) for p in scene.placements))
+        for scene in scenes
+    ]
+    # The first two pictures show reference 1 at the left, the third shows reference 0 twice.
+    drawn = iter([1, 0, 1, 0, 0, 0])
+    monkeypatch.setattr(deciding, "nearest_reference", lambda *_: next(drawn))
     pipeline = SimpleNamespace(encoders=SimpleNamespace(vae_scale_factor=4))
-    found = measure_settling(pipeline, load_judge(), scenes, config, seed=0)
-    assert found == [Settling(1.0, 0.5, 0.5, 1.0), Settling(0.5, 1.0, 1.0, 0.0)]
-    (table,) = settling_tables({"twins": {"2": {"settling": [step._asdict() for step in [Settling(1.0, 50.0, 50.0, 100.0)]]}, "3": {}}})
-    assert table.splitlines()[2:] == ["| 1.00 | 50.0 | 50.0 | 100.0 |"]
+    found = measure_settling(pipeline, load_judge(), scenes, load_config("configs/pocket.json"), seed=0)
+    small, large = (math.log(0.6 / 0.5) + math.log(0.5 / 0.4)) / 2, (math.log(0.8 / 0.5) + math.log(0.5 / 0.2)) / 2
+    assert found[0] == pytest.approx((1.0, 1 / 3, 0.5, (small + large) / 2, large))
+    assert found[1] == pytest.approx((0.5, 1.0, 1.0, large, small))
+    entry = {"settling": [Settling(1.0, 50.0, 25.0, 0.125, math.nan)._asdict() | {"contrast_same_look": None}]}
+    (table,) = settling_tables({"twins": {"2": entry, "3": {}}})
+    assert table.splitlines()[2:] == ["| 1.00 | 50.0 | 25.0 | 0.12 | - |"]
 
 
 def test_looks_are_read_while_the_usual_picture_is_sampled() -> None:
