@@ -149,9 +149,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"rendered {done} of {total} shards", flush=True)
     scenes, panels = load_pictures(folder)
     # The last pictures of each kind are kept out of the training, for the measurement.
-    vae, step = train(arguments, scenes[:-256], panels[:-256])
+    few, some = min(256, len(scenes) // 4), min(256, len(panels) // 4)
+    vae, step = train(arguments, scenes[:-few], panels[:-some])
     if runs.processes()[0] > 0:
         return
     set_latent_statistics(vae, scenes[:1024], panels[:4096])
-    print(report(vae, scenes[-256:], panels[-256:], arguments.run_dir, step), flush=True)
+    print(report(vae, scenes[-few:], panels[-some:], arguments.run_dir, step), flush=True)
     vae.save_pretrained(arguments.run_dir / "export")

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from mosaic.config.loading import Config, load_config
-from mosaic.files import replacing, write_text
+from mosaic.files import in_one_line, replacing, write_text
 from mosaic.locks import FolderLock
 from mosaic.training import train
 from mosaic.training.signals import TrainingStopped
@@ -75,6 +75,9 @@ class Weights:
         self.size = SIZES[arguments.size]
         self.device = check_device(arguments.device)
         self.on_gpu = self.device.type == "cuda"
+        self.compiled = self.on_gpu and not arguments.no_compile
+        if self.compiled:
+            try_compiler(self.device)
         self.shares = RegimeShares(arguments.twins_share, arguments.mixed_share)
         self.workers = arguments.workers or os.cpu_count() or 1
         tiny = self.size.steps is not None
@@ -167,7 +170,7 @@ class Weights:
 
     def base_settings(self, seconds: float) -> list[str]:
         """The flags of the base's training and of the distillation."""
-        compiled = ["--compile"] if self.on_gpu and not self.arguments.no_compile else []
+        compiled = ["--compile"] if self.compiled else []
         sizes = ["--batch-size", str(self.batch_size), "--lr", str(self.arguments.lr)]
         return [*self.common(self.base_dir, seconds), *sizes, *compiled]
 
@@ -229,6 +232,20 @@ class Weights:
         if self.drawing is not None and self.drawing.poll() is None:
             self.drawing.terminate()
             self.drawing.wait()
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compiles a trifle, so that what is missing for it is known before any long work.
+
+    Raises:
+        ValueError: it cannot be compiled.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as error:  # compilers fail in ways of their own
+        raise ValueError(
+            f"torch.compile does not work on this device: {in_one_line(error, 300, with_kind=True)}. Give --no-compile."
+        ) from error
 
 
 def last_entry(log: Path) -> dict[str, Any]:

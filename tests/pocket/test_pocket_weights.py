@@ -2,9 +2,10 @@
 
 import json
 import signal
+import subprocess
 import threading
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from scripts import make_pocket_weights
+from scripts import make_pocket_weights, make_pocket_world, train_pocket_base
 from scripts.pocket import base_data, dataset, model, sampling, stages, train_base, weights, world
 from scripts.pocket.base_data import LAYOUTS, caption_ids
 from scripts.pocket.distill_base import with_guidance
@@ -29,18 +30,21 @@ SHARES = world.RegimeShares(0.25, 0.15)
 
 
 @pytest.fixture
-def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Path:
-    """A folder with a few pictures and scenes, so that no process has to draw any; models of one block of each kind."""
+def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerator: None) -> Path:
+    """A folder with a few pictures, of 64 px or as the test's parameter says, and scenes of that size, so that no process has to draw any;
+    models of one block of each kind.
+    """
+    pixels = getattr(request, "param", 64)
     monkeypatch.setattr(model, "DOUBLE_BLOCKS", 1)
     monkeypatch.setattr(model, "SINGLE_BLOCKS", 1)
-    monkeypatch.setattr(train_base, "sample_pictures", partial(sampling.sample_pictures, steps=1))
+    monkeypatch.setattr(train_base.BaseTraining, "sample", lambda _: None)
     folder = tmp_path / "weights"
     (folder / "vae/pictures").mkdir(parents=True)
     with monkeypatch.context() as few:
-        few.setattr(base_data, "_SHARD", 8)
+        few.setattr(base_data, "_SHARD", 5 if pixels == 64 else 8)
         for index in range(len(LAYOUTS)):
-            base_data._Shard(folder / "vae/pictures", index, 0, SHARES, 64).draw()
-    dataset.write_dataset(folder / "data", 4, 0, 2, 0)
+            base_data._Shard(folder / "vae/pictures", index, 0, SHARES, pixels).draw()
+    dataset.write_dataset(folder / "data", 4, 0, 2, 0, scene_size=pixels)
     return folder
 
 
@@ -83,10 +87,56 @@ def test_the_command_makes_all_weights_and_goes_on(
     assert "was begun with other settings: twins_share was 0.25, is 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", [128], indirect=True)
+def test_the_command_at_128_px(output: Path) -> None:
+    assert command(output, "--pixels", "128", "--until", "base") == 0
+    pipeline = FluxPipeline.from_pretrained(output / "base/export", local_files_only=True)
+    assert (pipeline.transformer.config.in_channels, pipeline.vae_scale_factor) == (64, 8)
+
+
+def test_what_the_stages_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(*flags: str) -> weights.Weights:
+        given = ["--output", str(tmp_path), "--device", "cpu", "--twins-share", "0.5", "--mixed-share", "0.1", "--seed", "3", *flags]
+        return weights.Weights(make_pocket_weights.parse_arguments(given))
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
+    large, usual = settings("--pixels", "128", "--workers", "6", "--batch-size", "64"), settings()
+    large.draw_data()
+    data = make_pocket_world.parse_arguments(commands[0][2:])
+    assert (data.scene_size, data.twins_share, data.mixed_share, data.workers, data.num_samples) == (128, 0.5, 0.1, 3, 16_000)
+    config = large.config("adapter")
+    assert (config.data.image_size, config.data.reference_size, config.inference.height) == ((128, 128), 64, 128)
+    assert (config.lora.pretrained, config.training.batch_size, config.training.seed) == (None, 16, 3)
+    assert usual.config("adapter").lora.pretrained == str(weights.SHIPPED / "lora.safetensors")
+    finish = usual.config("finish")
+    assert finish.lora.pretrained == str(tmp_path / "adapter/lora.safetensors")
+    assert finish.optimizer.learning_rate < usual.config("adapter").optimizer.learning_rate
+    base = train_pocket_base.parse_arguments(large.base_settings(90.0))
+    assert (base.max_minutes, base.steps, base.batch_size, base.seed, base.compile) == (1.5, None, 64, 3, False)
+    large.compiled = True
+    assert train_pocket_base.parse_arguments(large.base_settings(90.0)).compile
+    drawn: list[tuple] = []
+
+    def render_all(*given: object) -> Generator[tuple[int, int]]:
+        drawn.append(given)
+        yield 1, 1
+
+    monkeypatch.setattr(base_data, "render_all", render_all)
+    assert large.pictures(1.0) == {"shards": 1}
+    assert drawn == [(tmp_path / "vae/pictures", 6, 2.0, world.RegimeShares(0.5, 0.1), 128)]
+
+
 @pytest.mark.gpu
 def test_the_command_on_a_gpu_with_compiled_blocks(output: Path) -> None:
     assert command(output, device="cuda") == 0
     check(output)
+
+
+def test_what_cannot_be_compiled_is_known_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda _: dict)
+    with pytest.raises(ValueError, match="torch.compile does not work on this device: .*Give --no-compile"):
+        weights.try_compiler(torch.device("cpu"))
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
