@@ -13,7 +13,7 @@ from mosaic.config.loading import load_config, resolved_dict
 from mosaic.files import write_text
 from mosaic.training.checkpoints.checkpoint import folder_of
 from mosaic.weights.digests import file_digest, model_digest
-from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, PARTS, Arm, all_losses, emergence_arms, late_arms, selection_arms
+from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, Arm, all_losses, emergence_arms, late_arms, selection_arms
 from scripts.pocket.judge import WEIGHTS as JUDGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,26 +160,34 @@ class Plan:
         return [run for run in self.runs if run.part == part]
 
 
-def make_plan(size: Size, output: Path, parts: Sequence[str] = DEFAULT_PARTS, only: Sequence[str] = (), base: Path = BASE_CONFIG) -> Plan:
+def make_plan(
+    size: Size,
+    output: Path,
+    parts: Sequence[str] = DEFAULT_PARTS,
+    only: Sequence[str] = (),
+    base: Path = BASE_CONFIG,
+    confirmed: str | None = None,
+) -> Plan:
     """Write the config files of all runs and list them.
 
     Args:
         size: How much.
         output: Folder of the trial.
-        parts: Of `PARTS`.
+        parts: Of `DEFAULT_PARTS`.
         only: Names of arms; empty: all. Those runs that the chosen ones start from are there in any case.
         base: The config file that all others extend.
+        confirmed: Name of the late arm that is confirmed, too, beside flow matching; None: none is.
 
     Raises:
-        ValueError: There is no arm of a name in `only`, or none where the confirmation needs one, or the base config does not fit.
+        ValueError: There is no arm of a name in `only` or that of `confirmed`, or the base config does not fit.
     """
-    if "confirmation" in parts and BASELINE not in only:
-        raise ValueError(f"--parts confirmation: name the arm that is to be confirmed and {BASELINE} with --arms.")
+    late = late_arms(size.late_steps)
+    if confirmed is not None and confirmed not in {arm.name for arm in late[1:]}:
+        raise ValueError(f"--confirm must be one of {', '.join(arm.name for arm in late[1:])}, got {confirmed}.")
     arms = {
         "scratch": all_losses(size.steps) if size.has_all_losses else emergence_arms(),
         "selection": selection_arms(),
-        "late": late_arms(size.late_steps),
-        "confirmation": late_arms(size.late_steps),
+        "late": late,
     }
     names = dict.fromkeys(arm.name for part in parts for arm in arms[part])
     unknown = set(only) - names.keys()
@@ -188,9 +196,10 @@ def make_plan(size: Size, output: Path, parts: Sequence[str] = DEFAULT_PARTS, on
     making = _Making(size, output, base)
     (flow_matching,) = (arm for arm in arms["scratch"] if arm.name == BASELINE)
     sources = [making.run("scratch", flow_matching, place) for place in range(min(SOURCES, size.seeds))]
-    chosen = {part: [arm for arm in arms[part] if part in parts and (not only or arm.name in only)] for part in PARTS}
+    chosen = {part: [arm for arm in of_part if part in parts and (not only or arm.name in only)] for part, of_part in arms.items()}
+    chosen["confirmation"] = [arm for arm in late if confirmed is not None and arm.name in (BASELINE, confirmed)]
     is_watched = flow_matching in chosen["scratch"]
-    runs = list(sources) if is_watched or any(chosen[part] for part in PARTS if part != "scratch") else []
+    runs = list(sources) if is_watched or any(found for part, found in chosen.items() if part != "scratch") else []
     runs += [making.run("scratch", flow_matching, place) for place in range(len(sources), size.seeds) if is_watched]
     runs += [making.run("selection", arm, place, sources[:1]) for arm in chosen["selection"] for place in range(size.selection_seeds)]
     for part in ("late", "confirmation"):

@@ -122,8 +122,10 @@ def test_only_what_is_asked_for_and_what_it_starts_from(tmp_path: Path) -> None:
     assert [(run.part, run.arm.name) for run in late.runs] == [("scratch", BASELINE)] * 2 + [("late", "light")] * 3
     scratch = make_plan(SIZE, tmp_path, ("scratch",), ("base", "paper"))
     assert [run.arm.name for run in scratch.runs] == ["base", "paper", "paper"]
-    confirmation = make_plan(SIZE, tmp_path, ("confirmation",), (BASELINE, "light"))
-    assert [run.seed for run in confirmation.of_part("confirmation")] == [24, 25, 26] * 2
+    confirmation = make_plan(SIZE, tmp_path, ("late",), ("scal_0.04",), confirmed="light")
+    found = [(run.arm.name, run.seed) for run in confirmation.of_part("confirmation")]
+    assert found == [(name, seed) for name in (BASELINE, "light") for seed in (24, 25, 26)]
+    assert [run.arm.name for run in confirmation.of_part("late")] == ["scal_0.04"] * 3
 
 
 def test_digests_do_not_depend_on_the_folder_but_on_what_is_trained(plan: Plan, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_warm_ups_are_shares_of_a_run() -> None:
 def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--parts", "scratch", "--arms", "papper"], "--arms: papper unknown; there are base, flow_matching, scal, mdl, paper, release"),
-        (["--parts", "confirmation"], "name the arm that is to be confirmed and flow_matching with --arms"),
+        (["--confirm", "paper"], "--confirm must be one of scal_0.004, own_0.02_high_noise"),
         (["--cases", "1"], "--cases must be at least 2, got 1."),
         (["--every", "30"], "--steps and --late-from must be multiples of --every"),
         (["--late-from", "120"], "--late-from no later than --steps"),
