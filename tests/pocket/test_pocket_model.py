@@ -24,6 +24,7 @@ from scripts.pocket.base_data import LAYOUTS, caption_ids, position_ids
 from scripts.pocket.model import TOKEN_CHANNELS, build_pocket_flux, build_vae, save_pocket_flux
 from scripts.pocket.tokenizers import TEXT_LENGTH, build_clip_tokenizer, build_t5_tokenizer, caption_words
 from scripts.train_pocket_base import parse_arguments as base_arguments
+from scripts.train_pocket_vae import parse_arguments as vae_arguments
 
 CAPTIONS = [
     "a cat, two mugs and a fish on a beach",
@@ -326,3 +327,13 @@ def test_the_vae_learns_and_its_latent_statistics_are_set() -> None:
     tokens = torch.cat([base_data.encode_pictures(vae, part).float().flatten()[:4096] for part in (scenes, panels)])
     assert abs(tokens.mean()) < 0.2
     assert abs(tokens.std() - 1.0) < 0.2
+
+
+def test_shares_of_regimes_reach_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def render_all(*arguments: object) -> None:
+        raise InterruptedError(arguments)
+
+    monkeypatch.setattr(base_data, "render_all", render_all)
+    flags = ["--run-dir", str(tmp_path), "--twins-share", "0.4", "--mixed-share", "0.1"]
+    with pytest.raises(InterruptedError, match=r"RegimeShares\(twins=0.4, mixed=0.1\)"):
+        train_pocket_vae.run(vae_arguments(flags))

@@ -244,6 +244,8 @@ def test_no_process_is_started_where_all_is_drawn(tmp_path: Path, monkeypatch: p
     assert list(base_data.render_all(tmp_path, 2, 2 / 20_000, SHARES)) == [(2, 2)]
     with pytest.raises(ValueError, match="pictures of 64 px"):
         list(base_data.render_all(tmp_path, 2, 2 / 20_000, SHARES, 128))
+    with pytest.raises(ValueError, match="drawn with other shares of regimes"):
+        list(base_data.render_all(tmp_path, 2, 2 / 20_000, world.RegimeShares(twins=0.9)))
 
 
 def test_several_processes_write_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
