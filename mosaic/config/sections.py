@@ -244,6 +244,11 @@ class LossConfig(Section):
     """Optimizer step from which the weights of all attention losses fall linearly to 0 at `until_step`. Equal to it: they end at once."""
     until_step: Count | None = None
     """Optimizer step from which on flow matching trains alone; None: the attention losses keep their weights."""
+    max_pull: Positive | None = None
+    """Largest norm of the adapter's gradient by all weighted attention losses, as a share of that by flow matching; beyond it their weights
+    are scaled down together. None: no limit."""
+    pull_every: Count = 20
+    """Optimizer steps between two measurements of that share, each of which costs two forward and backward passes of a micro-batch."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

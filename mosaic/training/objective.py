@@ -130,7 +130,14 @@ def draw_inputs(
 
 
 def train_step(
-    transformer: Transformer, encoded: EncodedBatch, points: Points, draws: Draws, loss: LossConfig, step: int, call: CallSettings
+    transformer: Transformer,
+    encoded: EncodedBatch,
+    points: Points,
+    draws: Draws,
+    loss: LossConfig,
+    step: int,
+    call: CallSettings,
+    attention_scale: float = 1.0,
 ) -> MosaicLoss:
     """The objective on one batch.
 
@@ -142,6 +149,7 @@ def train_step(
         loss: The terms' settings.
         step: Optimizer step, for the schedule of the weights.
         call: How the transformer is called.
+        attention_scale: Factor on the weights of all terms but flow matching, of `loss.max_pull`.
     """
     # Noise the target: x_t = (1 - t) x_0 + t eps.
     noisy_latents = add_noise(encoded.latents, draws.noise, draws.timesteps)
@@ -168,7 +176,7 @@ def train_step(
     # What settings ask for beyond the paper; with none of them, nothing.
     further = further_terms(output, encoded, points, draws, loss)
     terms |= {name: term * supervised for name, term in further.items()}
-    return mosaic_loss(terms, loss_weights(loss, step))
+    return mosaic_loss(terms, {name: weight * attention_scale for name, weight in loss_weights(loss, step).items()})
 
 
 def capture_request(points: Points, loss: LossConfig) -> CaptureRequest:

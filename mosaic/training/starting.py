@@ -37,6 +37,7 @@ from mosaic.pipeline.encoders import LiveEncoders
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
 from mosaic.pipeline.prompt_lengths import TextWindow, cut_captions
 from mosaic.training.checkpoints.checkpoint import clean_up, find_checkpoint
+from mosaic.training.distributed.environment import uses_deepspeed
 from mosaic.training.distributed.waiting import STEP_LIMIT, main_alone
 from mosaic.training.encoding import run_grids
 from mosaic.training.optimizers import check_optimizer
@@ -52,11 +53,14 @@ def check_settings(config: Config) -> None:
     """Check where the run writes, and that what it asks for is installed.
 
     Raises:
-        ValueError: The folder cannot be written to, or a package that the quantization or the optimizer needs is missing.
+        ValueError: The folder cannot be written to, a package that the quantization or the optimizer needs is missing, or DeepSpeed cannot
+            do what is asked.
     """
     check_output(Path(config.training.output_dir))
     check_quantization(config.model.quantization)
     check_optimizer(config.optimizer)
+    if config.loss.max_pull is not None and uses_deepspeed():
+        raise ValueError("loss.max_pull must be null with DeepSpeed, whose engine keeps the gradients: use another Accelerate config.")
     warn_of_best(config)
 
 

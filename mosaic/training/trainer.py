@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,8 +30,17 @@ from mosaic.training.distributed.environment import check_distribution, uses_dee
 from mosaic.training.distributed.sharding import is_sharded, place_models
 from mosaic.training.distributed.waiting import ProcessFailed, failing_together, in_step, main_alone, read_together
 from mosaic.training.distributed.zero import ZeroUpdates
-from mosaic.training.objective import call_settings, draw_inputs, logged_terms, sample_generators, scheduled_weights, train_step
+from mosaic.training.objective import (
+    call_settings,
+    draw_inputs,
+    logged_terms,
+    loss_weights,
+    sample_generators,
+    scheduled_weights,
+    train_step,
+)
 from mosaic.training.optimizers import build_optimizer
+from mosaic.training.pull import PullLimit
 from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_worker
 from mosaic.training.starting import (
     attach_adapter,
@@ -125,6 +135,7 @@ class Trainer:
         self.speed_log = RunLog(self.run_dir / "throughput.jsonl")  # apart, for no two runs share it
         self.meter = ThroughputMeter(self.accelerator.num_processes, self.accelerator.device, training.peak_tflops)
         self.writer = CheckpointWriter(self.run_dir / "checkpoints", training, self._best_step)
+        self.pull_limit = PullLimit(config.loss, trainable, self.accelerator)
         self.non_finite = NonFiniteSteps(self.accelerator, self.run_dir / "non_finite.json", training.non_finite)
         self.step = 0
         self._saved_step: int | None = None
@@ -141,6 +152,7 @@ class Trainer:
         saved = load_snapshot(path, self.pipeline.transformer)
         require_same_run(saved.state, self.run, str(path))
         restore_snapshot(saved, self.updates, self.ema)
+        self.pull_limit.squares = saved.state["schedule"].get("pull_squares")
         self.step = saved.step
         if path.resolve() == folder_of(self.writer.folder, saved.step).resolve():
             self._saved_step = saved.step
@@ -158,7 +170,9 @@ class Trainer:
         optimizer = self.updates.optimizer_state()
         if optimizer is not None:  # on the main process
             self.log.flush()
-            schedule = {"learning_rate": self._learning_rate(), **scheduled_weights(self.config.loss, self.step)}
+            schedule: dict[str, Any] = {"learning_rate": self._learning_rate(), **scheduled_weights(self.config.loss, self.step)}
+            if self.pull_limit.squares is not None:
+                schedule["pull_squares"] = self.pull_limit.squares
             state = {"samples_seen": self.step * self.global_batch, "schedule": schedule, **self.run}
             self.writer.submit(take_snapshot(self.step, self.parameters, optimizer, self.ema, state))
         self._saved_step = self.step
@@ -202,11 +216,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         terms = []
+        if self.pull_limit.is_due(self.step):
+            self._measure_pull(batches[0])
         for micro_step, batch in enumerate(batches):
             generators = self._generators(batch, micro_step)
             with self.updates.micro_batch(is_last=micro_step == len(batches) - 1):
                 inputs = draw_inputs(self.pipeline.encoders, batch, self.config, generators, self.pipeline.transformer.device)
-                loss = train_step(self.transformer, *inputs, self.config.loss, self.step, self.call)
+                loss = train_step(self.transformer, *inputs, self.config.loss, self.step, self.call, self.pull_limit.scale)
                 self.updates.backward(loss.total * share / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         # All slices have one size, so the mean of their means is the mean over the samples.
@@ -223,6 +239,14 @@ class Trainer:
         self.step += 1
         self._is_updating = False
         return loss
+
+    def _measure_pull(self, batch: MosaicBatch) -> None:
+        """On the first micro-batch of the step, drawn as the step itself will draw it."""
+        with self.updates.micro_batch(is_last=False):  # nothing is joined
+            device, loss = self.pipeline.transformer.device, self.config.loss
+            inputs = draw_inputs(self.pipeline.encoders, batch, self.config, self._generators(batch, 0), device)
+            weights = loss_weights(loss, self.step)
+            self.pull_limit.measure(lambda: train_step(self.transformer, *inputs, loss, self.step, self.call), weights)
 
     def _learning_rate(self) -> float:
         """That of the current step: a linear warm-up, then constant."""
@@ -304,7 +328,10 @@ class Trainer:
         progress.set_postfix({short: f"{terms[name]:.3f}" for name, short in SHORT_NAMES.items() if name in terms})
         rate = self.optimizer.param_groups[0]["lr"]
         values = {f"loss/{name}": value.item() for name, value in terms.items()}
-        self._write(self.log, {**values, "optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate})
+        values |= {"optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate}
+        if self.config.loss.max_pull is not None:
+            values |= {"optimizer/pull": self.pull_limit.pull, "optimizer/attention_scale": self.pull_limit.scale}
+        self._write(self.log, values)
 
     def _write(self, log: RunLog, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

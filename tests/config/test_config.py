@@ -432,7 +432,7 @@ def test_every_number_that_takes_memory_or_time_is_bounded() -> None:
     """Those without an upper bound are steps after which something happens, factors, and numbers of what there is anyway."""
     free = {
         "loss.disentanglement_start_step", "loss.disentanglement_warmup_steps", "loss.correspondence_weight", "loss.disentanglement_weight",
-        "loss.own_reference_weight", "loss.region_weight", "loss.decay_start_step", "loss.until_step",
+        "loss.own_reference_weight", "loss.region_weight", "loss.decay_start_step", "loss.until_step", "loss.max_pull", "loss.pull_every",
         "loss.disentanglement_cap", "loss.capture_blocks", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.eps",
         "optimizer.max_grad_norm", "optimizer.warmup_steps", "training.max_steps", "training.max_epochs", "training.log_every",
         "training.checkpoint_every", "training.keep_checkpoints", "training.milestone_every", "training.peak_tflops", "validation.every",
