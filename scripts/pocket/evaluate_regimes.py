@@ -26,7 +26,13 @@ JUDGED = ("apart", "identification")  # of the real renderings, in the table
 
 
 def evaluate_regimes(
-    config: Config, wanted: dict[str, list[int]], num_cases: int, batch_size: int, seed: int, settling: bool = False
+    config: Config,
+    wanted: dict[str, list[int]],
+    num_cases: int,
+    batch_size: int,
+    seed: int,
+    settling: bool = False,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """By regime and K, in percent, the measures of generated pictures and, under "real_renderings", of the scenes as drawn.
 
@@ -37,11 +43,12 @@ def evaluate_regimes(
         batch_size: Pictures per call.
         seed: Of the start noise.
         settling: Whether to measure too, sampling again, when places settle on references (`deciding.Settling`).
+        device: That of the pipeline.
     """
     judge = load_judge()
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
     pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device).set_progress_bar_config(disable=True)
     found: dict[str, Any] = {regime: {} for regime in wanted}
     for regime, k in tqdm([(regime, k) for regime, ks in wanted.items() for k in ks], desc="regimes", unit="K"):
         scenes = held_out_scenes(k, num_cases, regime)

@@ -30,6 +30,7 @@ from scripts import distill_pocket_base, train_pocket_base, train_pocket_vae
 from scripts.ablation.plan import base_digest
 from scripts.pocket import base_data, distill_base, train_base, train_vae
 from scripts.pocket.evaluate import caption_table, evaluate, provenance, table
+from scripts.pocket.evaluate_regimes import evaluate_regimes, regime_table
 from scripts.pocket.provenance import ROOT, commit, hardware, versions
 from scripts.pocket.stages import SHARES, Record
 from scripts.pocket.world import RegimeShares
@@ -149,17 +150,18 @@ class Weights:
         return found | {"digest": weights_digest(self.output / "lora.safetensors")}
 
     def evaluation(self, seconds: float) -> dict[str, Any]:
-        """Measures both on held-out identities, as scripts/evaluate.py does."""
+        """Measures both on held-out identities, as scripts/evaluate.py does; twins at K = 2, too."""
         config, size, seed = self.config("evaluation"), self.size, 42
         entries = evaluate(config, list(size.ks), size.cases, size.cases, seed, size.cases, self.device)
-        print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}")
-        write_text(
-            self.output / "evaluation.json", json.dumps(provenance(config, seed) | {"entries": entries}, indent=1, allow_nan=False) + "\n"
-        )
+        regimes = evaluate_regimes(config, {"twins": [2]}, size.cases, size.cases, seed, device=self.device)
+        print(f"{table(entries)}\n\nThe base alone, without references:\n\n{caption_table(entries)}\n\n{regime_table(regimes)}")
+        numbers = provenance(config, seed) | {"entries": entries, "regimes": regimes}
+        write_text(self.output / "evaluation.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         shares = {str(entry["num_references"]): entry for entry in entries}
         return {
             "identification": {k: entry["adapter"]["identification"]["share"] for k, entry in shares.items()},
             "class_present": {k: entry["without_references"]["presence"]["share"] for k, entry in shares.items()},
+            "twins_apart": regimes["twins"]["2"]["apart"],
             "count_right": {k: entry["without_references"]["count"]["share"] for k, entry in shares.items()},
         }
 

@@ -63,7 +63,9 @@ def check(output: Path) -> dict:
     assert pipeline.transformer.config.guidance_embeds
     first, last = (load_file(output / name / "lora.safetensors") for name in ("adapter", "finish"))
     assert any(not torch.equal(last[key], value) for key, value in first.items()), "it goes on"
-    entries = json.loads((output / "evaluation.json").read_text())["entries"]
+    numbers = json.loads((output / "evaluation.json").read_text())
+    assert numbers["regimes"]["twins"]["2"]["num_cases"] == 1
+    entries = numbers["entries"]
     assert [entry["num_references"] for entry in entries] == [1, 2]
     assert record["stages"]["evaluation"]["results"]["identification"].keys() == {"1", "2"}
     return record
