@@ -58,8 +58,9 @@ def sample_looks(pipeline: MosaicFluxPipeline, scene: world.Scene, config: Confi
         output = pipeline(
             [world.caption(scene)], [render_references(scene)], **arguments, generator=[generator], callback_on_step_end=after_step
         )
-    weights = torch.stack(found)
-    return SampledLooks(output.images[0], timesteps, weights / weights.sum(dim=-1, keepdim=True))
+    picture, weights = output.images[0], torch.stack(found)
+    assert isinstance(picture, Image.Image), "the pipeline puts out pictures unless told otherwise"
+    return SampledLooks(picture, timesteps, weights / weights.sum(dim=-1, keepdim=True))
 
 
 def place_shares(shares: Tensor, place: Place, grid: Grid) -> Tensor:

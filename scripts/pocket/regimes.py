@@ -57,7 +57,7 @@ def assign(likelihood: np.ndarray) -> dict[int, int]:
 
 def assign_places(places: Sequence[Place], identities: Sequence[world.Identity]) -> dict[int, int]:
     """By index of a reference the index of its place, class by class; references without one are left out."""
-    found = {}
+    found: dict[int, int] = {}
     for name in dict.fromkeys(identity.class_name for identity in identities):
         rows = [i for i, place in enumerate(places) if place.class_name == name]
         columns = [k for k, identity in enumerate(identities) if identity.class_name == name]

@@ -71,7 +71,8 @@ def judge_picture(judge: Judge, picture: Image.Image, identities: Sequence[Ident
     assigned = assign_places(places, identities)
     verdicts = []
     for index, identity in enumerate(identities):
-        name, likelihood = identity.class_name, partial(_likelihood, judge, seen, identity.class_name)
+        name = identity.class_name
+        likelihood: Likelihood = partial(_likelihood, judge, seen, name)
         if wanted[name] > 1 and index in assigned:
             likelihood = places[assigned[index]].scores
         if not (index in assigned if wanted[name] > 1 else present[class_index(name)]):
