@@ -145,5 +145,5 @@ def token_masks(masks: Sequence[Image.Image | None], grid: Grid) -> Tensor:
     for k, mask in enumerate(masks):
         if mask is not None:
             seen = torch.from_numpy(np.asarray(mask, np.float32) / 255)
-            shares[k] = torch.nn.functional.adaptive_avg_pool2d(seen[None, None], tuple(grid)).flatten()
+            shares[k] = torch.nn.functional.adaptive_avg_pool2d(seen[None, None], (grid.rows, grid.columns)).flatten()
     return torch.stack(shares)
