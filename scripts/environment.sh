@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment .venv with the packages of requirements.txt and requirements-dev.txt, or brings it up to date.
-# Does nothing when it is up to date already. PYTHON=/path/to/python chooses the interpreter (3.11 or newer).
+# Does nothing when it is up to date already. PYTHON=/path/to/python chooses the interpreter (3.11 or newer). COMPILE=0 leaves compiling to
+# whoever imports first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -41,7 +42,9 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip # one as old as Python's own takes twice as long to choose
 .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 # pip would compile on one core, and all of it. What cannot be compiled says so when it is imported; what nothing here imports is left out.
-unused='/tests?/|transformers/models/(?!auto/|clip/|t5/)|diffusers/(modular_pipelines|pipelines/(?!flux/))|torch/(testing/_internal|_inductor)/'
-.venv/bin/python -m compileall -q -j 0 -x "$unused|/(pip|mypy|mypyc|setuptools)/" .venv/lib >/dev/null 2>&1 || true
+if [ "${COMPILE:-1}" != 0 ]; then
+    unused='/tests?/|transformers/models/(?!auto/|clip/|t5/)|diffusers/(modular_pipelines|pipelines/(?!flux/))|torch/(testing/_internal|_inductor)/'
+    .venv/bin/python -m compileall -q -j 0 -x "$unused|/(pip|mypy|mypyc|setuptools)/" .venv/lib >/dev/null 2>&1 || true
+fi
 echo "$wanted" >"$stamp"
 echo "environment: ready"

@@ -163,11 +163,11 @@ def test_losses_are_those_of_a_loop_over_scenes_and_levels(monkeypatch: pytest.M
     config = load_config("configs/pocket.json")
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
     pipeline.load_reference_lora(config.inference.lora)
-    scenes = held_out_scenes(2, 3)
-    together, alone = (measure_interventions(pipeline, scenes, config, batch_size, 7) for batch_size in (3, 1))
+    scenes = held_out_scenes(2, 2)
+    together, alone = (measure_interventions(pipeline, scenes, config, batch_size, 7) for batch_size in (2, 1))
     assert list(together) == [PLAIN, *INTERVENTIONS]
     for name, losses in together.items():
-        assert losses.shape == (3, 3)
+        assert losses.shape == (2, 3)
         torch.testing.assert_close(losses, alone[name], rtol=1e-4, atol=1e-6)
     other = measure_interventions(pipeline, scenes[:1], config, 1, 8)[PLAIN]
     assert not torch.equal(other, together[PLAIN][:1])

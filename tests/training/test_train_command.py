@@ -187,16 +187,16 @@ def test_two_processes(world: Path, tmp_path: Path) -> None:
 
     single = Trainer(runs.make_config(world, tmp_path / "single", **options))
     samples = {sample.id: sample for sample in (single.dataset[i] for i in range(len(single.dataset)))}
-    terms = []
+    terms, names = [], ("total", "flow_matching", "correspondence", "disentanglement")
     for rank, record in enumerate(ranks):
         for micro_step, (name,) in enumerate(record["ids"]):
             loss = runs.step_loss(single, collate([samples[name]]), single.config.training.seed, micro_step * 2 + rank)
             (loss.total / 4).backward()
-            terms.append([float(term.detach()) for term in loss])
+            terms.append([float(getattr(loss, term).detach()) for term in names])
     torch.testing.assert_close(found[0], {key: p.grad for key, p in single.parameters.items()}, rtol=1e-4, atol=1e-6)
     entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [("loss/total" in entry, "attention/exact" in entry) for entry in entries] == [(False, True), (True, False), (False, True)]
-    logged = [entries[1][f"loss/{name}"] for name in ("total", "flow_matching", "correspondence", "disentanglement")]
+    logged = [entries[1][f"loss/{name}"] for name in names]
     assert logged == pytest.approx(np.mean(terms, axis=0).tolist(), rel=1e-4)
 
 
