@@ -7,8 +7,8 @@ bash scripts/environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The tests' many processes share what one of them has compiled.
 export PYTHONDONTWRITEBYTECODE=
-# A file's tests share what they set up, so files are dealt out, not tests. Three processes keep two cores busy, for tests of several
-# processes also wait. TEST_PROCESSES=0: all in this process.
-processes="${TEST_PROCESSES:-3}"
-echo "test: python -m pytest -n $processes --dist loadfile $*"
-exec .venv/bin/python -m pytest -n "$processes" --dist loadfile "$@"
+# A file's tests share what they set up, so files are dealt out, not tests, in the order of tests/conftest.py. TEST_PROCESSES=0: all in this
+# process.
+processes="${TEST_PROCESSES:-2}"
+echo "test: python -m pytest -n $processes --dist loadfile --no-loadscope-reorder $*"
+exec .venv/bin/python -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder "$@"

@@ -118,6 +118,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
     assert (folder / "stopped/metrics.jsonl").read_text() == (folder / "two/metrics.jsonl").read_text()
 
 
+@pytest.mark.cluster
 def test_kills_change_nothing(world: Path, tmp_path: Path) -> None:
     """A short form of the script's 50 kills."""
     config = write_config(world, tmp_path / "config.json", "unused", max_steps=12, checkpoint_every=2, keep_checkpoints=2)

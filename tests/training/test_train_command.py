@@ -54,8 +54,6 @@ def test_dry_run_looks_over_the_run(config_file: Path, tmp_path: Path, capsys: p
     assert "predicted memory of one process" in printed
     assert printed.startswith("ready\n")
     assert not (tmp_path / "run").exists()
-    assert main([str(config_file), "--dry-run", "--set", "data.split=test"]) == 1
-    assert 'has no sample of the split "test"' in capsys.readouterr().out
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
