@@ -29,6 +29,8 @@ def tasks(tmp_path: Path) -> dict[str, Task]:
     found = {
         f"{kind}_{cell}": dataclasses.replace(task, lora=LORA) for (step, kind, cell), task in run_tasks(plan, run).items() if step == 80
     }
+    wanted = {"pictures": {"distinct", "twins"}, "interventions": {"twins"}}
+    found = {name: task for name, task in found.items() if task.regime in wanted.get(name.split("_")[0], {"distinct"})}
     config = str(run.config)
     return found | {f"real_{cell}": Task("real", str(tmp_path / f"real/{cell}.json"), config, None, *cell, 0, 2, 4) for cell in size.cells}
 

@@ -59,8 +59,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("one", 1, 4, 1, STEPS, None, 0),
         ("two", 2, 2, 1, STEPS, None, 0),
         ("mixed", 2, 2, 1, 7, None, 0),
-        ("mixed", 1, 2, 2, 11, None, 0),
-        ("mixed", 2, 1, 2, STEPS, None, 0),
+        ("mixed", 1, 2, 2, STEPS, None, 0),
         ("stopped", 2, 2, 1, STEPS, (1, 4, "SIGUSR1"), 75),
         ("stopped", 2, 2, 1, STEPS, (0, 9, "SIGTERM"), 75),
         ("stopped", 2, 2, 1, STEPS, None, 0),
@@ -90,9 +89,9 @@ def losses(folder: Path, output: str) -> torch.Tensor:
     return torch.tensor([[value for name, value in line.items() if name.startswith("loss/")] for line in lines])
 
 
-@pytest.mark.parametrize(("output", "jobs"), [("two", (1,)), ("mixed", (2, 3, 4)), ("stopped", (5, 6, 7))])
+@pytest.mark.parametrize(("output", "jobs"), [("two", (1,)), ("mixed", (2, 3)), ("stopped", (4, 5, 6))])
 def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: tuple[int, ...]) -> None:
-    """Samples, timesteps and noise of each step, and so the losses; also where the number changes at a resume, 2 to 1 and back."""
+    """Samples, timesteps and noise of each step, and so the losses; also where the number changes at a resume."""
     expected, found = samples(folder, 0), samples(folder, *jobs)
     assert found.keys() == expected.keys() == set(range(STEPS))
     for step in range(STEPS):
@@ -109,7 +108,7 @@ def test_any_number_of_processes_sees_the_same(folder: Path, output: str, jobs: 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(folder: Path) -> None:
     """SIGUSR1 in step 4 of the second process, then SIGTERM in step 9 of the first."""
-    for job, first, stop in ((5, 0, 5), (6, 5, 10), (7, 10, STEPS)):
+    for job, first, stop in ((4, 0, 5), (5, 5, 10), (6, 10, STEPS)):
         assert find_damage(folder / f"stopped/checkpoints/step_{stop:08d}") is None
         assert samples(folder, job).keys() == set(range(first, stop))
     for name in ("lora", "optimizer", "ema"):  # two processes throughout: bit for bit
