@@ -227,17 +227,21 @@ def correspondence(maps: Tensor, samples: Samples, num_reference_tokens: int, re
     """Eq. 10, per sample: over the points of a reference, then over the references that have points; or over all points pooled."""
     losses = []
     for attention, references in zip(maps, samples, strict=True):
-        means, pooled = [], []
+        of_references: list[list[Tensor]] = []
         for k, pairs in enumerate(references):
             terms = []
             for u, v in pairs.tolist():
                 terms.append(-torch.log(attention[k * num_reference_tokens + u, v] + 1e-8))
-            pooled += terms
-            if terms:
-                means.append(sum(terms) / len(terms))
-        kept = means if reduction == "reference" else pooled
-        losses.append(sum(kept) / len(kept) if kept else attention.new_zeros(()))
+            of_references.append(terms)
+        losses.append(mean_over_points(of_references, reduction))
     return losses
+
+
+def mean_over_points(of_references: list[list[Tensor]], reduction: str) -> Tensor:
+    """The mean of Eq. 10 over a sample's terms, reference by reference; 0 where there are none."""
+    means = [sum(terms) / len(terms) for terms in of_references if terms]
+    kept = means if reduction == "reference" else [term for terms in of_references for term in terms]
+    return sum(kept) / len(kept) if kept else torch.zeros((), dtype=torch.float64)
 
 
 def target_correspondence(
@@ -246,17 +250,14 @@ def target_correspondence(
     """Eq. 10 from the target's side, per sample; maps [B, N_tgt, K * N_ref]. With `own` of the mass on the point's whole reference."""
     losses = []
     for attention, references in zip(maps, samples, strict=True):
-        means, pooled = [], []
+        of_references: list[list[Tensor]] = []
         for k, pairs in enumerate(references):
             first, terms = k * num_reference_tokens, []
             for u, v in pairs.tolist():
                 weight = attention[v, first : first + num_reference_tokens].sum() if own else attention[v, first + u]
                 terms.append(-torch.log(weight + 1e-8))
-            pooled += terms
-            if terms:
-                means.append(sum(terms) / len(terms))
-        kept = means if reduction == "reference" else pooled
-        losses.append(sum(kept) / len(kept) if kept else attention.new_zeros(()))
+            of_references.append(terms)
+        losses.append(mean_over_points(of_references, reduction))
     return losses
 
 
