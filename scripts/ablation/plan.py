@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosaic.config.loading import load_config, resolved_dict
+from mosaic.config.loading import Config, load_config
 from mosaic.files import write_text
 from mosaic.training.checkpoints.checkpoint import folder_of
 from mosaic.weights.digests import file_digest, model_digest
@@ -227,7 +227,7 @@ class _Making:
         settings |= {"training.seed": seed}
         config = load_config(common, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
         begun = [source.digest, self.size.late_from] if source else None
-        digest = digest_of({"config": _what_matters(resolved_dict(config)), "start": begun, "trained": arm.trained, **self.identity})
+        digest = digest_of({"config": _what_matters(config), "start": begun, "trained": arm.trained, **self.identity})
         name = f"{part}_{arm.name}_seed{seed}_{digest[:8]}" if arm.trained else f"base_{digest[:8]}"
         folder, path = self.output / "runs" / name, common.parent / f"{name}.json"
         started = {} if start is None else {"lora.pretrained": str(start)}
@@ -276,16 +276,18 @@ def _write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:
         write_text(path, text)
 
 
-def _what_matters(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a training makes: no paths, logs or rendering."""
+def _what_matters(config: Config) -> dict[str, Any]:
+    """The settings that decide what a training makes: no paths, logs or rendering.
+
+    Defaults are left out, so that a setting which a later version adds, off by default, does not make finished runs strangers.
+    """
     free = {"data": ("root", "num_workers", "latent_cache", "text_cache"), "model": ("pretrained",), "lora": ("pretrained",)}
-    kept = {
-        section: {name: value for name, value in values.items() if name not in free.get(section, ())}
-        for section, values in resolved.items()
-        if section not in ("training", "validation", "inference")
-    }
     training = ("max_steps", "batch_size", "gradient_accumulation_steps", "seed", "mixed_precision")
-    return {**kept, "training": {name: resolved["training"][name] for name in training}}
+    kept = {}
+    for section, values in config.model_dump(mode="json", exclude_defaults=True).items():
+        if section not in ("training", "validation", "inference"):
+            kept[section] = {name: value for name, value in values.items() if name not in free.get(section, ())}
+    return {**kept, "training": {name: getattr(config.training, name) for name in training}}
 
 
 def digest_of(value: Any) -> str:

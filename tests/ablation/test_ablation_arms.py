@@ -161,3 +161,11 @@ def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_settings_at_their_defaults_are_not_part_of_a_digest(plan: Plan) -> None:
+    config = load_config(plan.of_part("late")[0].config)
+    kept = ablation_plan._what_matters(config)
+    assert "max_pull" not in kept["loss"]
+    assert config.loss.max_pull is None
+    assert ablation_plan._what_matters(config.replace(loss={"max_pull": 0.5}))["loss"]["max_pull"] == 0.5
