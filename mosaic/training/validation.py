@@ -18,12 +18,13 @@ from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
 from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicTransformerOutput
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.rendering.cases.reading import read_cases
 from mosaic.rendering.checks import check_size
 from mosaic.reports.figures import case_panel, reference_side, save_picture, tensor_to_image
-from mosaic.training.encoding import encode_batch
+from mosaic.training.encoding import Grids, encode_batch
 from mosaic.training.objective import call_settings, predict
 
 logger = logging.getLogger(__name__)
@@ -166,22 +167,31 @@ def batch_attention_accuracy(
     return attention_accuracy(*batch_attention_rows(pipeline, batch, config, generator))
 
 
-@torch.no_grad()
 def batch_attention_rows(
-    pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator, timestep: float | None = None
+    pipeline: MosaicFluxPipeline, batch: MosaicBatch, config: Config, generator: torch.Generator
 ) -> tuple[Tensor, Points, Grid]:
-    """Attention rows [B, P, N_tgt] of one batch at a timestep, or at ones drawn as in training; their points and the target's grid."""
+    """Attention rows [B, P, N_tgt] of one batch at timesteps drawn as in training; their points and the target's grid."""
+    output, points, grids = captured_pass(
+        pipeline, batch, config, generator, lambda points: CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
+    )
+    assert output.attention_rows is not None  # they were asked for
+    return output.attention_rows, points, grids.target
+
+
+@torch.no_grad()
+def captured_pass(
+    pipeline: MosaicFluxPipeline,
+    batch: MosaicBatch,
+    config: Config,
+    generator: torch.Generator,
+    request_rows: Callable[[Points], CaptureRequest],
+) -> tuple[MosaicTransformerOutput, Points, Grids]:
+    """One pass over a batch at timesteps drawn as in training, without dropout; the rows are those that are asked for at its points."""
     device = pipeline.transformer.device
     encoded = encode_batch(pipeline.encoders, batch, batch.prompts, config.model.text_length, None, device)
     grids = encoded.grids
     points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, device)
     timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
-    if timestep is not None:
-        timesteps = torch.full_like(timesteps, timestep)
     noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
-    capture = CaptureRequest(points.global_index, blocks=config.loss.capture_blocks)
-    noisy_latents = add_noise(encoded.latents, noise, timesteps)
-    call = call_settings(config, pipeline.transformer)
-    output = predict(pipeline.transformer, encoded, noisy_latents, timesteps, capture, call)
-    assert output.attention_rows is not None  # they were asked for
-    return output.attention_rows, points, grids.target
+    noisy_latents, call = add_noise(encoded.latents, noise, timesteps), call_settings(config, pipeline.transformer)
+    return predict(pipeline.transformer, encoded, noisy_latents, timesteps, request_rows(points), call), points, grids

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mosaic.config.loading import Config, load_config
 from mosaic.files import replacing, save_tensors
+from mosaic.method.correspondence import Points
 from mosaic.method.metrics import attention_accuracy, attention_shape
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
-from mosaic.training.encoding import run_grids
-from mosaic.training.validation import batch_attention_rows
+from mosaic.training.validation import batch_attention_rows, captured_pass
 from scripts.ablation.tasks import NOISE_SEED, Task, features_file
 from scripts.pocket import world
 from scripts.pocket.evaluation import (
@@ -35,7 +36,7 @@ from scripts.pocket.interventions import changes, measure_interventions
 from scripts.pocket.judge import JUDGE_SIZE, Judge, load_judge
 from scripts.pocket.regimes import RegimeOutcome, judge_regime
 from scripts.pocket.statistics import over_seeds_and_scenes
-from scripts.pocket.target_rows import TargetLooks, reading_target_rows, target_looks
+from scripts.pocket.target_rows import TargetLooks, target_looks
 
 BATCH_SIZE = 20
 GRADIENT_BATCH_SIZE = 8
@@ -183,12 +184,15 @@ def measure_target_rows(task: Task, config: Config) -> dict[str, Any]:
     pipeline = _pipeline(config.model.pretrained, task.lora)
     generator, found = torch.Generator().manual_seed(NOISE_SEED), []
     for scene in task_scenes(task):
-        with reading_target_rows(pipeline.transformer) as rows:
-            _, points, _ = batch_attention_rows(pipeline, scene_batch([scene], pipeline, config), config, generator)
-        reference_grid = run_grids(config.data, pipeline.encoders.vae_scale_factor).reference
-        found.append(target_looks(torch.stack(rows).mean(dim=0), points, reference_grid))
+        output, points, grids = captured_pass(pipeline, scene_batch([scene], pipeline, config), config, generator, _rows_of_targets)
+        assert output.target_rows is not None  # they were asked for
+        found.append(target_looks(output.target_rows, points, grids.reference))
     by_scene = {name: [getattr(looks, name) for looks in found] for name in TargetLooks._fields}
     return {**{name: statistics.fmean(values) for name, values in by_scene.items()}, "scenes": scene_texts(by_scene)}
+
+
+def _rows_of_targets(points: Points) -> CaptureRequest:
+    return CaptureRequest(target_index=points.target_index, target_keys="all", blocks=CAPTURED)
 
 
 def measure_gradients(task: Task, config: Config) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """When the target decides: at which noise level the tokens of subjects settle on a reference each, while a picture is sampled."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaic.config.loading import Config
 from mosaic.method.grids import Grid
+from mosaic.model.attention_rows import CaptureRequest
+from mosaic.model.transformer import MosaicFluxTransformer2DModel, MosaicTransformerOutput
 from mosaic.pipeline.inputs import target_grid
 from mosaic.pipeline.options import ResolvedOptions
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
@@ -19,7 +22,6 @@ from scripts.pocket.evaluation import render_references
 from scripts.pocket.judge import Judge
 from scripts.pocket.places import Place, find_places
 from scripts.pocket.regimes import assign, nearest_reference
-from scripts.pocket.target_rows import reading_target_rows
 
 RADIUS = 0.17  # of the picture: the tokens of a place lie within
 
@@ -39,16 +41,35 @@ class SampledLooks(NamedTuple):
     shares: Tensor
 
 
+@contextmanager
+def reading_target_rows(transformer: MosaicFluxTransformer2DModel) -> Iterator[list[Tensor]]:
+    """While active, every pass with references is asked for the rows of all target tokens, [B, N_tgt, K * N_ref], and appends them."""
+    rows: list[Tensor] = []
+
+    def ask(_: nn.Module, positional: tuple[()], named: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        batch, num_target_tokens, _ = named["hidden_states"].shape
+        every_token = torch.arange(num_target_tokens).expand(batch, -1)
+        return positional, named | {"capture": CaptureRequest(target_index=every_token, target_keys="all")}
+
+    def read(_: nn.Module, __: Any, output: MosaicTransformerOutput) -> None:
+        assert output.target_rows is not None  # they were asked for
+        rows.append(output.target_rows)
+
+    with ExitStack() as hooks:
+        hooks.callback(transformer.register_forward_pre_hook(ask, with_kwargs=True).remove)
+        hooks.callback(transformer.register_forward_hook(read).remove)
+        yield rows
+
+
 def sample_looks(pipeline: MosaicFluxPipeline, scene: world.Scene, config: Config, seed: int) -> SampledLooks:
     """Sample a scene's caption with its references, reading target rows at each step in the pass that sees the references."""
-    blocks = len(pipeline.transformer.transformer_blocks) + len(pipeline.transformer.single_transformer_blocks)
     timesteps: list[float] = []
     found: list[Tensor] = []
     with reading_target_rows(pipeline.transformer) as rows:
 
         def after_step(_: Any, __: int, timestep: Tensor, ___: dict[str, Tensor]) -> dict[str, Tensor]:
-            weights = torch.stack(rows[:blocks]).mean(dim=0)[0]  # a second pass, for image guidance, sees zero references
-            found.append(weights.unflatten(1, (len(scene.placements), -1)).sum(dim=2))
+            # Of the first pass: a second one, for image guidance, sees zero references.
+            found.append(rows[0][0].unflatten(1, (len(scene.placements), -1)).sum(dim=2))
             timesteps.append(float(timestep) / 1000)
             rows.clear()
             return {}

@@ -1,22 +1,16 @@
-"""Where target tokens look among the references: the direction in which looks travel, and which no loss supervises.
+"""Where target tokens look among the references: the direction in which looks travel, and which the paper's losses leave alone.
 
 A target token takes values from the reference tokens that its query finds. SCAL and MDL supervise the other direction, queries of the
 references over keys of the target (Eq. 8), by which a reference token gathers what the target shows.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from mosaic.method.correspondence import Points
 from mosaic.method.grids import Grid
-from mosaic.model.transformer import MosaicFluxTransformer2DModel
 
 
 class TargetLooks(NamedTuple):
@@ -35,53 +29,16 @@ class TargetLooks(NamedTuple):
     peak_near: float
 
 
-@contextmanager
-def reading_target_rows(transformer: MosaicFluxTransformer2DModel) -> Iterator[list[Tensor]]:
-    """While active, every block that runs appends its rows: float32 [B, N_tgt, K * N_ref], head mean of softmax(Q_tgt K^T / sqrt(D)) over
-    all keys, text and target among them, of which those of the references are kept.
-    """
-    rows: list[Tensor] = []
-    with ExitStack() as hooks:
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            for handle in _hooks(block, rows):
-                hooks.callback(handle.remove)
-        yield rows
-
-
-def _hooks(block: nn.Module, rows: list[Tensor]) -> Iterator[RemovableHandle]:
-    """Hooks by which a block appends its rows: its norms put out query and key, its arguments say what stands where."""
-    normed: dict[str, Tensor] = {}
-
-    def keep(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        normed[name] = output
-
-    def read(_: nn.Module, arguments: tuple[Any, ...], __: Any) -> None:
-        text, rotary, layout = arguments[1], arguments[3], arguments[4]
-        # Double-stream blocks have norms of their own for the text, whose tokens come first.
-        pairs = (("norm_added_q", "norm_q"), ("norm_added_k", "norm_k"))
-        joined = (torch.cat([normed.pop(name) for name in names if name in normed], dim=1) for names in pairs)
-        query, key = (apply_rotary_emb(tokens, rotary, sequence_dim=1) for tokens in joined)
-        start = query.shape[1] - layout.length
-        scores = torch.einsum("bthd,bshd->bhts", query[:, text.shape[1] : start].float(), key.float()) * query.shape[-1] ** -0.5
-        rows.append(scores.softmax(dim=-1)[..., start:].mean(dim=1))
-
-    for name, module in block.get_submodule("attn").named_children():
-        if name.startswith("norm_"):
-            yield module.register_forward_hook(partial(keep, name))
-    yield block.register_forward_hook(read)
-
-
 def target_looks(rows: Tensor, points: Points, reference_grid: Grid) -> TargetLooks:
     """Where the target tokens of points look.
 
     Args:
-        rows: [B, N_tgt, K * N_ref], of `reading_target_rows`, averaged over blocks.
+        rows: [B, P, K * N_ref], `target_rows` of a pass with all keys.
         points: The points, at least one.
         reference_grid: Grid of the tokens of one reference.
     """
-    sample, place = points.mask.nonzero(as_tuple=True)
-    weights = rows[sample, points.target_index[sample, place]].unflatten(1, (points.num_references, -1))  # (points, K, N_ref)
-    wanted, reference = points.global_index[sample, place], points.reference[sample, place]
+    weights = rows[points.mask].unflatten(1, (points.num_references, -1))  # (points, K, N_ref)
+    wanted, reference = points.global_index[points.mask], points.reference[points.mask]
     on_references = weights.sum(dim=(1, 2))
     own = weights[torch.arange(len(weights)), reference].sum(dim=1)
     peak = weights.flatten(1).argmax(dim=1)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mosaic.config.loading import load_config
 from mosaic.method.grids import Grid
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.pocket import deciding
 from scripts.pocket.deciding import SampledLooks, Settling, contrast, measure_settling, place_shares, sample_looks, settled_step
@@ -18,6 +19,7 @@ from scripts.pocket.evaluate_regimes import settling_tables
 from scripts.pocket.evaluation import generate, held_out_scenes
 from scripts.pocket.judge import load_judge
 from scripts.pocket.places import Place
+from tests import tiny
 
 
 @pytest.mark.parametrize(("choices", "step"), [("aaa", 0), ("baa", 1), ("aba", 2), ("aab", 2), ("a", 0)])
@@ -72,6 +74,16 @@ def test_settling_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"settling": [Settling(1.0, 50.0, 25.0, 0.125, math.nan)._asdict() | {"contrast_same_look": None}]}
     (table,) = settling_tables({"twins": {"2": entry, "3": {}}})
     assert table.splitlines()[2:] == ["| 1.00 | 50.0 | 25.0 | 0.12 | - |"]
+
+
+def test_rows_of_all_target_tokens_are_read_until_the_end(batch: tiny.Batch) -> None:
+    transformer = tiny.build_transformer()
+    with torch.no_grad(), deciding.reading_target_rows(transformer) as rows:
+        transformer(**batch.inputs)
+    backwards = torch.arange(tiny.TARGET_GRID.num_tokens).flip(0).expand(len(batch.latents), -1)
+    with torch.no_grad():
+        output = transformer(**batch.inputs, capture=CaptureRequest(target_index=backwards, target_keys="all"))
+    torch.testing.assert_close(rows, [output.target_rows.flip(1)])  # once: the hooks are gone
 
 
 def test_looks_are_read_while_the_usual_picture_is_sampled() -> None:
