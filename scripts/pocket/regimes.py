@@ -40,19 +40,11 @@ class RegimeOutcome(NamedTuple):
 
 
 def assign(likelihood: np.ndarray) -> dict[int, int]:
-    """The place [row] of each reference [column] by the assignment that has the largest sum; of the more numerous some have none.
+    """The place [row] of each reference [column] by the assignment that has the largest sum; of the more numerous some have none."""
+    from scipy.optimize import linear_sum_assignment  # a slow import that only this needs
 
-    What the Hungarian algorithm finds, place after place from the best assignments of every set of references: at most six make few sets.
-    """
-    best: dict[frozenset[int], tuple[float, dict[int, int]]] = {frozenset(): (0.0, {})}
-    for place, row in enumerate(likelihood):
-        for taken, (total, assigned) in list(best.items()):
-            for reference in set(range(len(row))) - taken:
-                more = taken | {reference}
-                if more not in best or total + row[reference] > best[more][0]:
-                    best[more] = (total + float(row[reference]), {**assigned, reference: place})
-    most = max(map(len, best))
-    return max((found for taken, found in best.items() if len(taken) == most), key=lambda found: found[0])[1]
+    places, references = linear_sum_assignment(likelihood, maximize=True)
+    return dict(zip(references.tolist(), places.tolist(), strict=True))
 
 
 def assign_places(places: Sequence[Place], identities: Sequence[world.Identity]) -> dict[int, int]:
