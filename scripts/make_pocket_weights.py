@@ -33,6 +33,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mixed-share", type=float, default=0.15, help="of those of three or more, those with a class repeated beside another"
     )
+    parser.add_argument(
+        "--sheets-share",
+        type=float,
+        help="of the base's batches, those of sheets and strips, on which one individual stands several times (default: 0.4; 0: none)",
+    )
     parser.add_argument("--batch-size", type=int, help="of the base (default: 1024 on a GPU, 32 on a CPU); a quarter of it for the adapter")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the base")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the base's blocks on a GPU")

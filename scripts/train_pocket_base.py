@@ -29,6 +29,7 @@ def run_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--decay-from", type=float, default=0.4, help="share of the run after which the rate decays")
+    parser.add_argument("--sheets-share", type=float, help="of the batches, those of sheets and strips (default: 0.4; 0: none)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -23,6 +23,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--long", dest="size", action="store_const", const="long", help="the trial of docs/ablation.md: days on two cores")
     parser.set_defaults(size="short")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
+    parser.add_argument(
+        "--base", help="folder of another base, such as OUTPUT/flux of scripts/make_pocket_weights.py; with its own --output"
+    )
     cores = os.cpu_count() or 1
     parser.add_argument(
         "--parallel", type=int, default=min(2, cores), help="runs side by side, of one thread each (default here: %(default)s)"

@@ -165,7 +165,7 @@ def make_plan(
     output: Path,
     parts: Sequence[str] = DEFAULT_PARTS,
     only: Sequence[str] = (),
-    base: Path = BASE_CONFIG,
+    base: str | None = None,
     confirmed: str | None = None,
 ) -> Plan:
     """Write the config files of all runs and list them.
@@ -175,11 +175,12 @@ def make_plan(
         output: Folder of the trial.
         parts: Of `DEFAULT_PARTS`.
         only: Names of arms; empty: all. Those runs that the chosen ones start from are there in any case.
-        base: The config file that all others extend.
+        base: Folder of the base; None: that of configs/pocket.json.
         confirmed: Name of the late arm that is confirmed, too, beside flow matching; None: none is.
 
     Raises:
-        ValueError: There is no arm of a name in `only` or that of `confirmed`, or the base config does not fit.
+        FileNotFoundError, OSError: There is no such base.
+        ValueError: There is no arm of a name in `only` or that of `confirmed`.
     """
     late = late_arms(size.late_steps)
     if confirmed is not None and confirmed not in {arm.name for arm in late[1:]}:
@@ -212,11 +213,11 @@ def make_plan(
 class _Making:
     """What all runs of a trial are made from."""
 
-    def __init__(self, size: Size, output: Path, base: Path) -> None:
+    def __init__(self, size: Size, output: Path, base: str | None) -> None:
         self.size, self.output, self.base = size, output, base
         recipe = {"samples": size.train_samples, "max_subjects": size.max_subjects, "twins_share": TWINS_SHARE}
         self.data = output / "data" / f"pocket_{size.train_samples}_{digest_of([recipe, WORLD_DIGEST])[:8]}"
-        self.identity = {"data": recipe, "world": WORLD_DIGEST, "model": base_digest(load_config(base).model.pretrained)}
+        self.identity = {"data": recipe, "world": WORLD_DIGEST, "model": base_digest(base or load_config(BASE_CONFIG).model.pretrained)}
 
     def run(self, part: str, arm: Arm, place: int, sources: Sequence[Run] = ()) -> Run:
         """The run of an arm at the `place`-th seed of its part, which starts from one of `sources`; writes its config."""
@@ -254,8 +255,10 @@ class _Making:
             "validation.every": None,
             "inference.num_inference_steps": size.inference_steps,
         }
+        if self.base is not None:
+            settings["model.pretrained"] = self.base
         path = self.output / "configs" / f"common_{digest_of(settings)[:8]}.json"
-        _write_config(path, self.base, settings)
+        _write_config(path, BASE_CONFIG, settings)
         return path
 
 

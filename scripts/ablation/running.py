@@ -109,7 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         with lock:
             size = chosen_size(arguments)
             lock.acquire()
-            plan = make_plan(size, arguments.output, tuple(arguments.parts), tuple(arguments.arms), confirmed=arguments.confirm)
+            chosen = tuple(arguments.parts), tuple(arguments.arms)
+            plan = make_plan(size, arguments.output, *chosen, base=arguments.base, confirmed=arguments.confirm)
             if arguments.list:
                 print(describe(plan))
                 return 0

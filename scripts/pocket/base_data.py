@@ -37,7 +37,7 @@ class Layout:
         columns: panel columns beside a scene, two panels each; strips have no scene and four columns of one panel.
         scene: whether there is a scene.
         count: distinct samples to render.
-        weight: share of the training batches.
+        weight: share of the training batches, unless another share of sheets is asked for.
     """
 
     name: str
@@ -65,6 +65,21 @@ LAYOUTS = (
     Layout("sheet4", 4, True, 3_000, 0.05),
     Layout("strip", 4, False, 4_000, 0.08),
 )
+
+
+def layout_weights(sheets_share: float | None = None) -> list[float]:
+    """The shares of the training batches that each of `LAYOUTS` has; those of sheets and strips in their proportions, together as given.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    weights = [layout.weight for layout in LAYOUTS]
+    if sheets_share is None:
+        return weights
+    if not 0 <= sheets_share <= 1:
+        raise ValueError(f"--sheets-share must lie in [0, 1], got {sheets_share:g}.")
+    usual = sum(layout.weight for layout in LAYOUTS if layout.columns)
+    return [layout.weight * sheets_share / usual if layout.columns else 1 - sheets_share for layout in LAYOUTS]
 
 
 def position_ids(layout: Layout) -> Tensor:

@@ -150,6 +150,7 @@ class BaseTraining:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.run_dir, self.device = arguments, arguments.run_dir / self.subfolder, torch.device(arguments.device)
+        self.layout_weights = torch.tensor(base_data.layout_weights(arguments.sheets_share), device=self.device)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.components = self.build()
         for part in self.components.values():
@@ -210,8 +211,7 @@ class BaseTraining:
     def step(self) -> tuple[str, float]:
         """One optimiser step on a batch of one layout; everything random follows from seed and step number."""
         generator = torch.Generator(self.device).manual_seed(self.arguments.seed * 1_000_003 + self.clock.step)
-        weights = torch.tensor([layout.weight for layout in LAYOUTS], device=self.device)
-        layout = LAYOUTS[int(torch.multinomial(weights, 1, generator=generator))]
+        layout = LAYOUTS[int(torch.multinomial(self.layout_weights, 1, generator=generator))]
         clean, ids = draw_batch(self.store, layout, self.arguments.batch_size, self.empty, generator)
         loss = self.loss(layout, clean, ids, generator)
         loss.backward()

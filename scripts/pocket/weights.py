@@ -84,6 +84,8 @@ class Weights:
         tiny = self.size.steps is not None
         self.batch_size = arguments.batch_size or (4 if tiny else 1024 if self.on_gpu else 32)
         self.from_shipped = arguments.pixels == 64 and not arguments.from_scratch
+        if not any(base_data.layout_weights(arguments.sheets_share)[1:]) and self.from_shipped:
+            raise ValueError("--sheets-share 0 needs --from-scratch: the shipped weights have learnt from sheets.")
         self.vae_dir, self.base_dir, self.data_dir = self.output / "vae", self.output / "base", self.output / "data"
         self.drawing: subprocess.Popen | None = None  # of the adapter's data, beside the training of the base
 
@@ -174,7 +176,8 @@ class Weights:
         """The flags of the base's training and of the distillation."""
         compiled = ["--compile"] if self.compiled else []
         sizes = ["--batch-size", str(self.batch_size), "--lr", str(self.arguments.lr)]
-        return [*self.common(self.base_dir, seconds), *sizes, *compiled]
+        share = [] if self.arguments.sheets_share is None else ["--sheets-share", str(self.arguments.sheets_share)]
+        return [*self.common(self.base_dir, seconds), *sizes, *share, *compiled]
 
     def config(self, stage: str) -> Config:
         """The config of the adapter's stages: that of the pocket world, with these weights and data, at this size."""

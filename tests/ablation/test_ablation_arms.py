@@ -138,6 +138,20 @@ def test_digests_do_not_depend_on_the_folder_but_on_what_is_trained(plan: Plan, 
     assert [run.digest for run in more_cases.runs] == [run.digest for run in plan.runs]
 
 
+def test_another_base_is_trained_on_measured_and_told_apart(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux/model_index.json").write_text("{}")
+    folder = str(tmp_path / "flux")
+    other = make_plan(SIZE, tmp_path / "trial", base=folder)
+    assert {load_config(run.config).model.pretrained for run in other.runs} == {folder}
+    assert not {run.digest for run in other.runs} & {run.digest for run in plan.runs}
+    first = next(run for run in plan.runs if run.arm == other.runs[0].arm)
+    assert differences(flat(other.runs[0].config), flat(first.config)) == {
+        "model.pretrained", "data.root", "data.latent_cache", "data.text_cache", "training.output_dir"
+    }  # fmt: skip
+    assert main(["--list", "--base", str(tmp_path / "none"), "--output", str(tmp_path / "bad")]) == 2
+
+
 def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation_plan, "WORLD_DIGEST", "f" * 64)
     other = make_plan(SIZE, tmp_path)

@@ -217,6 +217,21 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_share_of_sheets_is_that_of_the_batches(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = base_data.layout_weights()
+    assert usual == [layout.weight for layout in LAYOUTS]
+    assert base_data.layout_weights(0.4) == pytest.approx(usual)
+    assert base_data.layout_weights(1.0) == pytest.approx([0, *(weight / 0.4 for weight in usual[1:])])
+    with pytest.raises(ValueError, match=r"--sheets-share must lie in \[0, 1\], got 1.5"):
+        base_data.layout_weights(1.5)
+    monkeypatch.setattr(train_pocket_base.BaseTraining, "loss", lambda self, *_: sum(value.sum() for value in self.parameters.values()))
+    for share, names in (("0", {"scene"}), ("1", {layout.name for layout in LAYOUTS[1:]})):
+        training = train_pocket_base.BaseTraining(
+            base_arguments(["--run-dir", str(run_folder), "--steps", "9", "--batch-size", "1", "--sheets-share", share])
+        )
+        assert {training.step()[0] for _ in range(8)} <= names
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In float32, because Adam's first steps turn the rounding of tiny gradients into whole steps.
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **settings: contextlib.nullcontext())

@@ -116,6 +116,9 @@ def test_what_the_stages_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert finish.optimizer.learning_rate < usual.config("adapter").optimizer.learning_rate
     base = train_pocket_base.parse_arguments(large.base_settings(90.0))
     assert (base.max_minutes, base.steps, base.batch_size, base.seed, base.compile) == (1.5, None, 64, 3, False)
+    assert base.sheets_share is None
+    without = settings("--pixels", "128", "--sheets-share", "0").base_settings(90.0)
+    assert train_pocket_base.parse_arguments(without).sheets_share == 0
     large.compiled = True
     assert train_pocket_base.parse_arguments(large.base_settings(90.0)).compile
     drawn: list[tuple] = []
@@ -146,9 +149,12 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--minutes", "0"], "--minutes must be more than 0, got 0."),
         (["--batch-size", "2"], "--batch-size must be at least 4, got 2."),
         (["--workers", "0"], "--workers must be at least 1, got 0."),
+        (["--sheets-share", "1.5"], "--sheets-share must lie in [0, 1], got 1.5."),
     ):
         assert command(tmp_path / "weights", *flags) == 2
         assert message in capsys.readouterr().err
+    assert make_pocket_weights.main(["--output", str(tmp_path / "weights"), "--device", "cpu", "--sheets-share", "0"]) == 2
+    assert "--sheets-share 0 needs --from-scratch: the shipped weights have learnt from sheets" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert command(tmp_path / "weights", device="cuda") == 2
         assert "--device cuda: cannot be used here" in capsys.readouterr().err
