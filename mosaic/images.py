@@ -1,5 +1,6 @@
 """Loading pictures from files, and preparing reference pictures. Needs Pillow and numpy only."""
 
+import functools
 import io
 import stat
 from dataclasses import dataclass
@@ -379,6 +380,13 @@ def _facts(picture: Image.Image, data: bytes) -> dict[str | tuple[int, int], Any
     except ValueError as error:
         raise _Unfit(str(error)) from error
     return facts | ({"icc_profile": profile} if profile else {})
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """The endings, such as ".png", of the formats that are read, in small letters; a name may have them in any."""
+    Image.init()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _readable_formats() -> list[str]:

@@ -68,7 +68,7 @@ def known_flags(script: Path) -> set[str]:
     """The flags that a command, or a file from which it imports, hands to argparse."""
     nodes = list(ast.walk(ast.parse(body_of(script).read_text())))
     imported = [ROOT / f"{node.module.replace('.', '/')}.py" for node in nodes if isinstance(node, ast.ImportFrom)]
-    ours = [path for path in imported if path.is_file() and path.parts[len(ROOT.parts)] in ("scripts", "preprocess")]
+    ours = [path for path in imported if path.is_file() and path.parts[len(ROOT.parts)] in ("scripts", "preprocess", "inference.py")]
     nodes += [node for path in ours for node in ast.walk(ast.parse(path.read_text()))]
     calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     added = [call for call in calls if call.func.attr == "add_argument"]

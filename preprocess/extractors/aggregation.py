@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from preprocess.extractors.weights import load_into, read_state_dict
+from mosaic.weights.frozen import load_into, read_state_dict
 
 GROUPS = 32
 UNUSED = ("logit_scale", "self_logit_scale")

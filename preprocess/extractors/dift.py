@@ -10,10 +10,10 @@ from torch import Tensor
 from mosaic.config.schema import Section
 from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
+from mosaic.weights.frozen import file_digest
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding, unet_from_weights
-from preprocess.extractors.weights import file_digest
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution

@@ -9,9 +9,9 @@ from torch import Tensor
 from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Side, Text
 from mosaic.method.grids import Grid
+from mosaic.weights.frozen import file_digest, load_model
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.protocol import IMAGENET_MEAN, IMAGENET_STD, fitted_grid, picture_tensor, require_multiple
-from preprocess.extractors.weights import file_digest, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

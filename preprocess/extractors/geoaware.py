@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from mosaic.config.schema import Section
 from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
+from mosaic.weights.frozen import file_digest
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.dino import load_vit, patch_tokens
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding
-from preprocess.extractors.weights import file_digest
 from preprocess.matching.matching import resize_features
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from preprocess.extractors.weights import call_loader, load_into, load_model, read_state_dict
+from mosaic.weights.frozen import call_loader, load_into, load_model, read_state_dict
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

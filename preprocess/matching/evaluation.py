@@ -13,10 +13,10 @@ from tqdm import tqdm
 from mosaic.data import Manifest, Row
 from mosaic.files import require_file, write_text
 from mosaic.method.grids import Grid
+from mosaic.weights.frozen import DTYPES
 from preprocess.extractors import build_extractor
 from preprocess.extractors.arguments import check_device, extractor_specs
 from preprocess.extractors.protocol import Extractor
-from preprocess.extractors.weights import DTYPES
 from preprocess.matching import matching
 from preprocess.matching.benchmark import benchmark
 from preprocess.matching.benchmark import table as benchmark_table

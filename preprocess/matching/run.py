@@ -15,10 +15,10 @@ from mosaic.data import Manifest, Row
 from mosaic.data.multi_reference.repository import Repository
 from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.reports.figures import contact_sheet, save_picture
+from mosaic.weights.frozen import DTYPES
 from preprocess.extractors import build_extractor, weakness
 from preprocess.extractors.arguments import check_device, extractor_specs
 from preprocess.extractors.protocol import Extractor
-from preprocess.extractors.weights import DTYPES
 from preprocess.matching.layouts import CompactLayout, Layout, ReleaseLayout
 from preprocess.matching.rows import read_pictures
 from preprocess.matching.run_settings import claim_settings, run_settings

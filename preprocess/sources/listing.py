@@ -4,9 +4,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
-
-from mosaic.images import FORMATS
+from mosaic.images import picture_suffixes
 
 logger = logging.getLogger(__name__)
 LITTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"})
@@ -37,12 +35,6 @@ class Listing:
         if self.left_out:
             names = ", ".join(f"{name.strip()} ({count})" for name, count in sorted(self.left_out.items()))
             logger.info("%d hidden files and files of operating systems are ignored: %s", self.left_out.total(), names)
-
-
-def picture_suffixes() -> frozenset[str]:
-    """The endings, such as ".png", of the formats that are read, in small letters; a name may have them in any."""
-    Image.init()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def is_picture(path: Path) -> bool:

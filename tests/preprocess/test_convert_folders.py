@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from mosaic.data import Manifest
-from mosaic.images import FORMATS, load_image
+from mosaic.images import FORMATS, load_image, picture_suffixes
 from preprocess import convert
-from preprocess.sources.listing import picture_suffixes
 from tests.runs import files_below
 
 

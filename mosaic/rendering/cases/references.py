@@ -1,6 +1,5 @@
 """The references of a case: paths, patterns, names that the prompt may use, and strengths."""
 
-import functools
 import glob
 import itertools
 import re
@@ -9,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from mosaic.files import nearest, shown
-from mosaic.images import FORMATS
+from mosaic.images import picture_suffixes
 from mosaic.pipeline.options import check_strength
 
 MAX_REFERENCES = 64  # per case
@@ -133,7 +130,7 @@ def match_pictures(pattern: str, place: str, folder: Path) -> list[str]:
     if "**" in pattern:
         raise ValueError(f'{place}: a pattern must not hold "**", which goes through all folders below: {shown(pattern)}. Name the folder.')
     found = glob.iglob(pattern, root_dir=folder or None)
-    pictures = (path for path in found if Path(path).suffix.lower() in _suffixes() and _is_file(folder / path))
+    pictures = (path for path in found if Path(path).suffix.lower() in picture_suffixes() and _is_file(folder / path))
     matches = sorted(itertools.islice(pictures, MAX_MATCHES + 1))
     if not matches:
         raise ValueError(f"{place}: no picture file matches {shown(pattern)}. Patterns are relative to the cases file.")
@@ -203,9 +200,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name too long for the file system
         return False
-
-
-@functools.cache
-def _suffixes() -> frozenset[str]:
-    """Endings of the names of picture files that can be read."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)

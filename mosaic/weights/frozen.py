@@ -1,4 +1,4 @@
-"""Loading frozen models and the state dicts users bring. Never unpickles objects."""
+"""Loading models that are not trained, and the state dicts users bring. Never unpickles objects."""
 
 import hashlib
 import pickle
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from mosaic.files import in_one_line
 from mosaic.weights.hub import require_model_name
-from preprocess.extractors import arguments
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in arguments.DTYPES}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(cls: Any, name: str, what: str, device: torch.device, dtype: torch.dtype, subfolder: str = "") -> Any:

@@ -1,0 +1,166 @@
+"""Models that turn pictures and texts into embeddings, of transformers' classes, with the preparation of pictures that protocols fix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, CLIPModel, CLIPTokenizer, PreTrainedModel, ViTModel
+
+from mosaic.weights.components import component_revision
+from mosaic.weights.frozen import call_loader
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a value was measured with.
+
+    Attributes:
+        model: Hub id, or the name of a folder.
+        revision: Commit, or SHA-256 of the files.
+        preprocessing: What is done to a picture, in words.
+    """
+
+    model: str
+    revision: str
+    preprocessing: str
+
+
+class ImageEncoder(Protocol):
+    """Pictures as vectors whose cosine says how alike they are."""
+
+    provenance: Provenance
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embeddings [N, D] of length 1, float32, on the CPU, of RGB pictures of any sizes."""
+
+
+class TextEncoder(Protocol):
+    """Texts as vectors whose cosine with a picture's says how well they fit."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [N, D] of length 1, float32, on the CPU; what a model does not read of a long text is cut."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Short side resized (bicubic), the middle cropped, values normalised: what torchvision's transforms do to a PIL picture.
+
+    Attributes:
+        short_side: In px.
+        side: Of the square in px.
+        mean, std: Of red, green and blue in [0, 1].
+    """
+
+    short_side: int
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pixels [N, 3, side, side], float32."""
+        return torch.stack([self._pixels(picture) for picture in pictures])
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        short = min(picture.size)
+        width, height = (self.short_side if side == short else int(self.short_side * side / short) for side in picture.size)
+        resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.side) / 2), round((height - self.side) / 2)
+        values = np.asarray(resized.crop((left, top, left + self.side, top + self.side)), dtype=np.float32) / 255
+        return torch.from_numpy((values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).permute(2, 0, 1)
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"PIL, RGB, short side {self.short_side} bicubic, centre {self.side}, mean {self.mean[0]}, std {self.std[0]}"
+
+
+class ClipEncoder:
+    """CLIP, pictures and texts in one space: OpenAI's ViT-B/32 in DreamBench."""
+
+    def __init__(self, name: str, flag: str = "--clip", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load the model.
+
+        Raises:
+            FileNotFoundError, ValueError: It cannot be had, or is of another architecture.
+        """
+        self.model = load_encoder(CLIPModel, name, flag, device, dtype, "clip")
+        self.tokenizer = call_loader(CLIPTokenizer, name, flag)
+        side = self.model.config.vision_config.image_size
+        self.prepare = Preparation(side, side, CLIP_MEAN, CLIP_STD)
+        self.provenance = provenance_of(self.model, name, self.prepare)
+
+    @torch.inference_mode()
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Projected embeddings."""
+        pixels = self.prepare(pictures).to(self.model.device, self.model.dtype)
+        return unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Projected embeddings; texts are cut at the model's 77 tokens."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.model.device)
+        return unit(self.model.get_text_features(**tokens).pooler_output)
+
+
+class DinoEncoder:
+    """DINO's first version, a ViT: its class token after the last norm; dino_vits16 in DreamBench."""
+
+    def __init__(self, name: str, flag: str = "--dino", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load the model.
+
+        Raises:
+            FileNotFoundError, ValueError: It cannot be had, or is of another architecture.
+        """
+        self.model = load_encoder(ViTModel, name, flag, device, dtype, "vit", add_pooling_layer=False)
+        side = self.model.config.image_size
+        self.prepare = Preparation(round(side * 256 / 224), side, IMAGENET_MEAN, IMAGENET_STD)
+        self.provenance = provenance_of(self.model, name, self.prepare)
+
+    @torch.inference_mode()
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Class tokens."""
+        pixels = self.prepare(pictures).to(self.model.device, self.model.dtype)
+        return unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Vectors [N, D] at length 1, in float32, on the CPU; those that are no numbers stay what they are."""
+    return F.normalize(embeddings.float(), dim=-1).cpu()
+
+
+def load_encoder(cls: Any, name: str, flag: str, device: torch.device | str, dtype: torch.dtype, kind: str, **arguments: Any) -> Any:
+    """Load a frozen model of transformers whose config says that it is of a kind.
+
+    Weights without safetensors, as some of these models have them on the hub, are read without unpickling objects.
+
+    Raises:
+        FileNotFoundError: `name` is neither a folder nor a hub id.
+        ValueError: It cannot be had, is of another kind, or lacks weights that the class has.
+    """
+    config = call_loader(AutoConfig, name, flag)
+    if config.model_type != kind:
+        raise ValueError(f"{flag}: {name} must be a model of the type {kind} ({cls.__name__}), got one of the type {config.model_type}.")
+    model, loaded = call_loader(cls, name, flag, dtype=dtype, output_loading_info=True, **arguments)
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ValueError(
+            f"{flag}: {name} lacks {missing[0]} ({len(missing)} such weights), which {cls.__name__} has. Name a complete model."
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def provenance_of(model: PreTrainedModel, name: str, preprocessing: object) -> Provenance:
+    """Provenance of a loaded model: the commit of a hub id, else a digest of the folder's files."""
+    folder = Path(name)
+    if folder.is_dir():
+        return Provenance(folder.resolve().name, component_revision(folder), str(preprocessing))
+    return Provenance(name, str(model.config._commit_hash), str(preprocessing))

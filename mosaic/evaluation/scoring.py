@@ -1,0 +1,144 @@
+"""Measures the pictures of all cases, each process its share; what is measured already is left alone."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from mosaic.evaluation.entries import Entry, cases_of, check_entries, raise_all
+from mosaic.evaluation.measures import Measure
+from mosaic.evaluation.records import Record, Records
+from mosaic.images import decode_image, read_picture, to_rgb
+from mosaic.locks import FolderLock, acquire_for_all
+from mosaic.weights.digests import file_digest
+
+
+class Scored(NamedTuple):
+    """What a scoring gives.
+
+    Attributes:
+        records: Of all values, case by case.
+        left_out: What was wrong with pictures that are not scored, a sentence each; empty unless that was allowed.
+    """
+
+    records: list[Record]
+    left_out: list[str]
+
+
+def sound_entries(entries: Sequence[Entry], partial: bool) -> tuple[list[Entry], list[str]]:
+    """Look over all pictures before long work.
+
+    Args:
+        entries: All of them.
+        partial: Go on with the sound ones.
+
+    Returns:
+        The sound entries, and a sentence on each of the others and on what else is wrong.
+
+    Raises:
+        ValueError: Something is wrong, and `partial` is false. Every problem is named, up to a number.
+    """
+    problems, sound, taken = check_entries(entries), [], set()
+    checked: dict[Path, str | None] = {}
+    files = [path for entry in entries for path in (entry.picture, *(path for subject in entry.subjects for path in subject.references))]
+    for path in tqdm(list(dict.fromkeys(files)), desc="looking at pictures", unit="picture", leave=False):
+        checked[path] = _problem(path)
+    for entry in entries:
+        wrong = [checked[entry.picture]] if checked[entry.picture] else []
+        wrong += [text for subject in entry.subjects for path in subject.references if (text := checked[path])]
+        if wrong:
+            problems.append(f"{entry.place}: {wrong[0]}")
+        elif (entry.case, entry.run) not in taken:
+            taken.add((entry.case, entry.run))
+            sound.append(entry)
+    if problems and not partial:
+        raise_all([*problems, "Nothing was scored. Mend the list, or score its sound part with --partial."])
+    if not sound:
+        raise_all([*problems, "No picture can be scored."])
+    return sound, problems
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a picture file."""
+    try:
+        decode_image(read_picture(path), str(path))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def score(entries: Sequence[Entry], measures: Sequence[Measure], folder: Path, state: PartialState, *, partial: bool = False) -> Scored:
+    """Measure all pictures; on all processes that were started together, each case on one of them.
+
+    Values do not depend on the number of processes, nor on where an earlier scoring stopped: the pictures of a case are encoded together.
+
+    Args:
+        entries: The pictures.
+        measures: What to measure.
+        folder: Where the records are kept.
+        state: This process among others.
+        partial: As in `sound_entries`.
+
+    Raises:
+        ValueError: As `sound_entries`; another process scores there; a measured value is no number.
+    """
+    with FolderLock(folder, "--output") as lock:
+        acquire_for_all(lock, state)
+        sound, left_out = sound_entries(entries, partial)
+        cases, records = cases_of(sound), Records(folder, state.process_index)
+        share = cases[state.process_index :: state.num_processes]
+        for case in tqdm(share, desc="scoring", unit="case", disable=not state.is_main_process):
+            records.add(_measure(case, measures, records))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            records.write([key for case in cases for measure in measures for key in measure.keys(case)])
+        state.wait_for_everyone()
+        found = list(Records(folder).known.values())
+    return Scored(found, left_out)
+
+
+def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Records) -> list[Record]:
+    """Records of what is not known yet of a case."""
+    contents = [read_picture(entry.picture) for entry in case]
+    content = [hashlib.sha256(data).hexdigest() for data in contents]
+    pictures: list[Image.Image] = []
+    found = []
+    for measure in measures:
+        keys, inputs = measure.keys(case), _inputs(case, content, measure)
+        if all(key in records.known and records.known[key].inputs == inputs for key in keys):
+            continue
+        if not pictures:
+            pictures = [_picture(data, entry) for data, entry in zip(contents, case, strict=True)]
+        made = measure.provenance
+        for key, value in zip(keys, measure(case, pictures), strict=True):
+            found.append(Record(*key, value, made.model, made.revision, made.preprocessing, inputs))
+    return found
+
+
+def _inputs(case: Sequence[Entry], content: Sequence[str], measure: Measure) -> str:
+    """Digest of all that decides a measure's values of a case."""
+    made = measure.provenance
+    parts: list[object] = [made, case[0].prompt, case[0].questions, content, [entry.tile for entry in case]]
+    parts += [(subject.name, subject.kind, [_content(path) for path in subject.references]) for subject in case[0].subjects]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _content(path: Path) -> str:
+    """Digest of a reference picture, read once."""
+    return file_digest(path)
+
+
+def _picture(data: bytes, entry: Entry) -> Image.Image:
+    """A generated picture, cut out of its grid where it lies in one."""
+    picture = to_rgb(decode_image(data, str(entry.picture)))
+    if entry.tile is None:
+        return picture
+    width, height = picture.width // 2, picture.height // 2
+    left, top = entry.tile % 2 * width, entry.tile // 2 * height
+    return picture.crop((left, top, left + width, top + height))

@@ -1,0 +1,66 @@
+"""Benchmarks of multi-subject generation, from their authors' data to a table.
+
+    python scripts/bench.py list
+    python scripts/bench.py prepare dreambench --data dreambooth/dataset --output outputs/dreambench
+    accelerate launch scripts/bench.py render outputs/dreambench --output outputs/dreambench/run --config configs/flux_dev.json
+    accelerate launch scripts/bench.py score dreambench --prepared outputs/dreambench --run outputs/dreambench/run --output outputs/scores
+    python scripts/bench.py score dreambench --pictures pictures.jsonl --output outputs/scores
+
+`render` is inference.py with the prepared cases: further flags go to it. `score` takes a run of it, or anyone's pictures by a JSON Lines
+file. Rendering and scoring go on where they stopped when they are started again. docs/benchmarks.md says how to get the data.
+"""
+
+import argparse
+from pathlib import Path
+
+from mosaic.commands import GOES_ON, command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | prepare | render | score")
+    commands.add_parser("list", help="the benchmarks, how their pictures are made and what is measured")
+    prepare = commands.add_parser("prepare", help="write a cases file for rendering, from the authors' data")
+    prepare.add_argument("name", help="a benchmark of `list`")
+    prepare.add_argument("--data", type=Path, required=True, help="folder of the data as their authors ship them")
+    prepare.add_argument("--list", type=Path, help="a list in UNO's form instead of the rule's")
+    prepare.add_argument("--output", type=Path, required=True, help="folder for the cases")
+    for name, what in (("runs", "pictures per case"), ("size", "sides of the pictures in px"), ("seed", "seed of a case's first picture")):
+        prepare.add_argument(f"--{name}", type=int, help=f"{what} (default: the protocol's)")
+    render = commands.add_parser("render", help="inference.py with the prepared cases; further flags go to it")
+    render.add_argument("prepared", type=Path, help="folder that `prepare` wrote")
+    render.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    score = commands.add_parser("score", help="measure pictures")
+    score.add_argument("name", help="a benchmark of `list`")
+    source = score.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of a finished run of the prepared cases; needs --prepared")
+    source.add_argument("--pictures", type=Path, help="JSON Lines file on anyone's pictures; its paths start at its folder")
+    score.add_argument("--prepared", type=Path, help="folder that `prepare` wrote")
+    score.add_argument("--output", type=Path, required=True, help="folder for records.jsonl and scores.json")
+    score.add_argument("--metrics", nargs="+", help="measure these only (default: the benchmark's)")
+    score.add_argument("--clip", default="openai/clip-vit-base-patch32", help="folder or hub id of a CLIP")
+    score.add_argument("--dino", default="facebook/dino-vits16", help="folder or hub id of a DINO of the first version (ViT)")
+    score.add_argument("--device", help="such as cuda:0 or cpu (default: what there is)")
+    score.add_argument("--partial", action="store_true", help="score what is sound where something is wrong; the scores then say so")
+    arguments, further = parser.parse_known_args(argv)
+    if further and arguments.command != "render":
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    arguments.further = further
+    return arguments
+
+
+@command(GOES_ON)
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = parse_arguments(argv)
+    if arguments.command == "render":
+        from inference import main as inference  # which frames itself
+
+        return inference(["--cases", str(arguments.prepared / "cases.json"), "--output-dir", str(arguments.output), *arguments.further])
+    if arguments.command == "score":
+        from scripts.bench.scoring import run
+    else:
+        from scripts.bench.preparing import run
+    run(arguments)
+    return 0

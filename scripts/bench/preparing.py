@@ -1,0 +1,52 @@
+"""What `bench.py list` and `bench.py prepare` do."""
+
+import argparse
+import dataclasses
+
+from mosaic.evaluation import dreambench
+from mosaic.evaluation.benchmarks import BENCHMARKS, Benchmark
+from mosaic.evaluation.prepared import PreparedCase, write_prepared
+from mosaic.files import nearest, require_folder
+
+LIMITS = {"runs": (1, 64), "size": (16, 8192), "seed": (0, 2**62)}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of a name. Raises ValueError where there is none."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"{name}: is no benchmark.{nearest(name, BENCHMARKS)} There are: {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says. Raises FileNotFoundError or ValueError where data or flags will not do."""
+    if arguments.command == "list":
+        for name, benchmark in BENCHMARKS.items():
+            made = benchmark.protocol
+            pictures = f"{made.runs} pictures a case, {made.size} px, seeds from {made.seed}"
+            print(f"{name:18} {benchmark.about}; {pictures}; {', '.join(benchmark.metrics)}")
+        return
+    benchmark = find_benchmark(arguments.name)
+    require_folder(arguments.output, "--output")
+    changes = {name: getattr(arguments, name) for name in LIMITS if getattr(arguments, name) is not None}
+    for name, value in changes.items():
+        low, high = LIMITS[name]
+        if not low <= value <= high:
+            raise ValueError(f"--{name} must be of {low}..{high}, got {value}.")
+    protocol, cases = dataclasses.replace(benchmark.protocol, **changes), _cases(arguments)
+    write_prepared(arguments.output, arguments.name, protocol, cases)
+    changed = f" ({', '.join(changes)} not the protocol's)" if changes and protocol != benchmark.protocol else ""
+    print(f"{len(cases)} cases of {protocol.runs} pictures, {protocol.size} px, seeds from {protocol.seed}{changed}: {arguments.output}")
+    print(f"Render: accelerate launch scripts/bench.py render {arguments.output} --output {arguments.output / 'run'} --config CONFIG")
+
+
+def _cases(arguments: argparse.Namespace) -> list[PreparedCase]:
+    """The cases of DreamBench, by the rule or of a list."""
+    if arguments.list:
+        return dreambench.prepared_cases(dreambench.read_list(arguments.list), arguments.data, "--data")
+    path = arguments.data / dreambench.CLASSES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"--data: {path} is missing; name the folder `dataset` of google/dreambooth, or give a list with --list.")
+    prompts = dreambench.read_prompts(path)
+    make = dreambench.multi_list if arguments.name == "dreambench_multi" else dreambench.single_list
+    return dreambench.prepared_cases(make(prompts), arguments.data, "--data")
