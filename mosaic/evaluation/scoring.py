@@ -1,8 +1,7 @@
 """Measures the pictures of all cases, each process its share; what is measured already is left alone."""
 
-import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +29,13 @@ class Scored(NamedTuple):
     left_out: list[str]
 
 
-def sound_entries(entries: Sequence[Entry], partial: bool) -> tuple[list[Entry], list[str]]:
+def sound_entries(entries: Sequence[Entry], partial: bool, *, shown: bool = True) -> tuple[list[Entry], list[str]]:
     """Look over all pictures before long work.
 
     Args:
         entries: All of them.
         partial: Go on with the sound ones.
+        shown: Whether to show how far it is.
 
     Returns:
         The sound entries, and a sentence on each of the others and on what else is wrong.
@@ -46,7 +46,7 @@ def sound_entries(entries: Sequence[Entry], partial: bool) -> tuple[list[Entry],
     problems, sound, taken = check_entries(entries), [], set()
     checked: dict[Path, str | None] = {}
     files = [path for entry in entries for path in (entry.picture, *(path for subject in entry.subjects for path in subject.references))]
-    for path in tqdm(list(dict.fromkeys(files)), desc="looking at pictures", unit="picture", leave=False):
+    for path in tqdm(list(dict.fromkeys(files)), desc="looking at pictures", unit="picture", leave=False, disable=not shown):
         checked[path] = _problem(path)
     for entry in entries:
         wrong = [checked[entry.picture]] if checked[entry.picture] else []
@@ -89,11 +89,15 @@ def score(entries: Sequence[Entry], measures: Sequence[Measure], folder: Path, s
     """
     with FolderLock(folder, "--output") as lock:
         acquire_for_all(lock, state)
-        sound, left_out = sound_entries(entries, partial)
+        sound, left_out = sound_entries(entries, partial, shown=state.is_main_process)
         cases, records = cases_of(sound), Records(folder, state.process_index)
         share = cases[state.process_index :: state.num_processes]
+        digests = {
+            path: file_digest(path)
+            for path in dict.fromkeys(p for case in share for subject in case[0].subjects for p in subject.references)
+        }
         for case in tqdm(share, desc="scoring", unit="case", disable=not state.is_main_process):
-            records.add(_measure(case, measures, records))
+            records.add(_measure(case, measures, records, digests))
         state.wait_for_everyone()
         if state.is_main_process:
             records.write([key for case in cases for measure in measures for key in measure.keys(case)])
@@ -102,14 +106,14 @@ def score(entries: Sequence[Entry], measures: Sequence[Measure], folder: Path, s
     return Scored(found, left_out)
 
 
-def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Records) -> list[Record]:
-    """Records of what is not known yet of a case."""
+def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Records, digests: Mapping[Path, str]) -> list[Record]:
+    """Records of what is not known yet of a case; `digests` are those of reference pictures."""
     contents = [read_picture(entry.picture) for entry in case]
     content = [hashlib.sha256(data).hexdigest() for data in contents]
     pictures: list[Image.Image] = []
     found = []
     for measure in measures:
-        keys, inputs = measure.keys(case), _inputs(case, content, measure)
+        keys, inputs = measure.keys(case), _inputs(case, content, digests, measure)
         if all(key in records.known and records.known[key].inputs == inputs for key in keys):
             continue
         if not pictures:
@@ -120,18 +124,12 @@ def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Record
     return found
 
 
-def _inputs(case: Sequence[Entry], content: Sequence[str], measure: Measure) -> str:
+def _inputs(case: Sequence[Entry], content: Sequence[str], digests: Mapping[Path, str], measure: Measure) -> str:
     """Digest of all that decides a measure's values of a case."""
     made = measure.provenance
     parts: list[object] = [made, case[0].prompt, case[0].questions, content, [entry.tile for entry in case]]
-    parts += [(subject.name, subject.kind, [_content(path) for path in subject.references]) for subject in case[0].subjects]
+    parts += [(subject.name, subject.kind, [digests[path] for path in subject.references]) for subject in case[0].subjects]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _content(path: Path) -> str:
-    """Digest of a reference picture, read once."""
-    return file_digest(path)
 
 
 def _picture(data: bytes, entry: Entry) -> Image.Image:
