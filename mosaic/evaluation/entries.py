@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mosaic.config.schema import FieldError
 from mosaic.files import parse_json, read_text, shown
@@ -67,7 +67,19 @@ class Entry:
     place: str = ""
 
 
-def read_lines(path: Path, read: Callable[[Any, str], Iterable[Entry]]) -> list[Entry]:
+class Listed(NamedTuple):
+    """Pictures that a list names.
+
+    Attributes:
+        entries: The sound ones.
+        problems: What is wrong with the others, a sentence each that begins with the place.
+    """
+
+    entries: list[Entry]
+    problems: list[str]
+
+
+def read_lines(path: Path, read: Callable[[Any, str], Iterable[Entry]]) -> Listed:
     """Read a JSON Lines file.
 
     Args:
@@ -76,7 +88,7 @@ def read_lines(path: Path, read: Callable[[Any, str], Iterable[Entry]]) -> list[
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: It is empty or too long, or something is wrong with a line; every bad line is named.
+        ValueError: It is empty or too long.
     """
     entries: list[Entry] = []
     problems: list[str] = []
@@ -95,10 +107,9 @@ def read_lines(path: Path, read: Callable[[Any, str], Iterable[Entry]]) -> list[
             problems.append(str(error))
         if len(entries) > MAX_PICTURES:
             raise ValueError(f"{path}: must name at most {MAX_PICTURES} pictures. Score it in parts.")
-    raise_all(problems)
-    if not entries:
+    if not entries and not problems:
         raise ValueError(f"{path}: must name at least one picture, one a line, got an empty file.")
-    return entries
+    return Listed(entries, problems)
 
 
 def raise_all(problems: Sequence[str]) -> None:

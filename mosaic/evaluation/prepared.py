@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mosaic.evaluation.entries import Entry, Question, Subject, raise_all
+from mosaic.evaluation.entries import Entry, Listed, Question, Subject
 from mosaic.files import read_json, relative_path, shown, write_text
 from mosaic.rendering.notes import MANIFEST, read_manifest
 from mosaic.weights.digests import file_digest
@@ -130,8 +130,8 @@ def read_prepared(folder: Path) -> Prepared:
         raise ValueError(f"{path}: is no benchmark that `bench.py prepare` wrote, or damaged ({error}). Prepare it again.") from error
 
 
-def entries_of_run(run: Path, prepared: Prepared) -> list[Entry]:
-    """The pictures that a run of the prepared cases has made.
+def entries_of_run(run: Path, prepared: Prepared) -> Listed:
+    """Pictures that a run of the prepared cases has made; what is missing, or of other cases, prompts, seeds or references, is a problem.
 
     Args:
         run: The output folder of inference.py.
@@ -139,7 +139,6 @@ def entries_of_run(run: Path, prepared: Prepared) -> list[Entry]:
 
     Raises:
         FileNotFoundError: There is no manifest.
-        ValueError: Pictures are missing, or of other cases, prompts, seeds or references; up to a number are named.
     """
     manifest = run / MANIFEST
     if not manifest.is_file():
@@ -156,15 +155,12 @@ def entries_of_run(run: Path, prepared: Prepared) -> list[Entry]:
             problems.append(f"{place}: {problem}")
             continue
         case = prepared.cases[row["index"]]
-        picture = run / relative_path(row["file"], f"{place}.file", "the run's folder")
-        entries.append(
-            Entry(picture, case.case, row["seed"] - prepared.protocol.seed, case.prompt, case.subjects, case.questions, place=place)
-        )
+        number_of_run = row["seed"] - prepared.protocol.seed
+        entries.append(Entry(run / row["file"], case.case, number_of_run, case.prompt, case.subjects, case.questions, place=place))
     wanted, found = len(prepared.cases) * prepared.protocol.runs, len(entries)
     if found < wanted:
         problems.append(f"{manifest}: {found} of the {wanted} pictures of {prepared.name} are there. Let the run end: it goes on.")
-    raise_all(problems)
-    return entries
+    return Listed(entries, problems)
 
 
 def _problem(row: dict[str, Any], prepared: Prepared, digests: dict[Path, str]) -> str | None:
@@ -185,4 +181,8 @@ def _problem(row: dict[str, Any], prepared: Prepared, digests: dict[Path, str]) 
     given = [reference.get("sha256") for reference in row.get("references", [])]
     if given != [digests[path] for path in case.references]:
         return "its references are others than the case's, or have changed since."
+    try:
+        relative_path(row.get("file"), "file", "the run's folder")
+    except ValueError as error:
+        return str(error)
     return None

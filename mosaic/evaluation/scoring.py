@@ -9,7 +9,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from mosaic.evaluation.entries import Entry, cases_of, check_entries, raise_all
+from mosaic.evaluation.entries import Entry, Listed, cases_of, check_entries, raise_all
 from mosaic.evaluation.measures import Measure
 from mosaic.evaluation.records import Record, Records
 from mosaic.images import decode_image, read_picture, to_rgb
@@ -29,11 +29,11 @@ class Scored(NamedTuple):
     left_out: list[str]
 
 
-def sound_entries(entries: Sequence[Entry], partial: bool, *, shown: bool = True) -> tuple[list[Entry], list[str]]:
+def sound_entries(listed: Listed, partial: bool, *, shown: bool = True) -> tuple[list[Entry], list[str]]:
     """Look over all pictures before long work.
 
     Args:
-        entries: All of them.
+        listed: The pictures, and what is wrong with the list.
         partial: Go on with the sound ones.
         shown: Whether to show how far it is.
 
@@ -43,7 +43,8 @@ def sound_entries(entries: Sequence[Entry], partial: bool, *, shown: bool = True
     Raises:
         ValueError: Something is wrong, and `partial` is false. Every problem is named, up to a number.
     """
-    problems, sound, taken = check_entries(entries), [], set()
+    entries = listed.entries
+    problems, sound, taken = [*listed.problems, *check_entries(entries)], [], set()
     checked: dict[Path, str | None] = {}
     files = [path for entry in entries for path in (entry.picture, *(path for subject in entry.subjects for path in subject.references))]
     for path in tqdm(list(dict.fromkeys(files)), desc="looking at pictures", unit="picture", leave=False, disable=not shown):
@@ -72,13 +73,13 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def score(entries: Sequence[Entry], measures: Sequence[Measure], folder: Path, state: PartialState, *, partial: bool = False) -> Scored:
+def score(listed: Listed, measures: Sequence[Measure], folder: Path, state: PartialState, *, partial: bool = False) -> Scored:
     """Measure all pictures; on all processes that were started together, each case on one of them.
 
     Values do not depend on the number of processes, nor on where an earlier scoring stopped: the pictures of a case are encoded together.
 
     Args:
-        entries: The pictures.
+        listed: The pictures.
         measures: What to measure.
         folder: Where the records are kept.
         state: This process among others.
@@ -89,7 +90,7 @@ def score(entries: Sequence[Entry], measures: Sequence[Measure], folder: Path, s
     """
     with FolderLock(folder, "--output") as lock:
         acquire_for_all(lock, state)
-        sound, left_out = sound_entries(entries, partial, shown=state.is_main_process)
+        sound, left_out = sound_entries(listed, partial, shown=state.is_main_process)
         cases, records = cases_of(sound), Records(folder, state.process_index)
         share = cases[state.process_index :: state.num_processes]
         digests = {

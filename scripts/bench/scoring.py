@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from mosaic.evaluation.benchmarks import Benchmark
 from mosaic.evaluation.encoders import ClipEncoder, DinoEncoder
-from mosaic.evaluation.entries import Entry, read_lines
+from mosaic.evaluation.entries import Entry, Listed, read_lines
 from mosaic.evaluation.measures import ClipSimilarity, Measure, ReferenceSimilarity
 from mosaic.evaluation.prepared import entries_of_run, read_prepared
 from mosaic.evaluation.records import Key, Record
@@ -33,25 +33,25 @@ def run(arguments: argparse.Namespace) -> None:
         if metric not in benchmark.metrics:
             known = ", ".join(benchmark.metrics)
             raise ValueError(f"--metrics: {metric} is not of {arguments.name}.{nearest(metric, known.split(', '))} Its are: {known}.")
-    entries = read_entries(arguments, benchmark)
+    listed = read_entries(arguments, benchmark)
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the first process to end waits for the last one
     try:
         scored = score(
-            entries,
+            listed,
             build_measures(arguments, metrics, arguments.device or state.device),
             arguments.output,
             state,
             partial=arguments.partial,
         )
         if state.is_main_process:
-            write_scores(arguments, benchmark, metrics, entries, scored.records, scored.left_out)
+            write_scores(arguments, benchmark, metrics, listed.entries, scored.records, scored.left_out)
     finally:
         state.destroy_process_group()
 
 
-def read_entries(arguments: argparse.Namespace, benchmark: Benchmark) -> list[Entry]:
+def read_entries(arguments: argparse.Namespace, benchmark: Benchmark) -> Listed:
     """The pictures that the command line names."""
     if arguments.pictures:
         root = arguments.pictures.parent

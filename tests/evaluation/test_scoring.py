@@ -14,7 +14,7 @@ from PIL import Image
 
 from mosaic.evaluation import dreambench
 from mosaic.evaluation.encoders import Provenance
-from mosaic.evaluation.entries import Entry, Subject, cases_of, read_lines
+from mosaic.evaluation.entries import Entry, Listed, Subject, cases_of, read_lines
 from mosaic.evaluation.measures import ReferenceSimilarity
 from mosaic.evaluation.records import RECORDS, Key, Record, Records
 from mosaic.evaluation.reduction import block_mean
@@ -40,13 +40,13 @@ class MeanColour:
         return torch.nn.functional.normalize(torch.stack(colours) - 100, dim=-1)
 
 
-def entries_at(lines: Path) -> list[Entry]:
+def listed_at(lines: Path) -> Listed:
     return read_lines(lines, lambda value, place: dreambench.read_entry(value, place, lines.parent))
 
 
 def measured(lines: Path, folder: Path, encoder: MeanColour | None = None) -> dict[Key, float]:
     measure = ReferenceSimilarity("dino", encoder or MeanColour())
-    return {record.key: record.value for record in score(entries_at(lines), [measure], folder, PartialState(cpu=True)).records}
+    return {record.key: record.value for record in score(listed_at(lines), [measure], folder, PartialState(cpu=True)).records}
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_all_missing_pictures_are_named_at_once(lines: Path, tmp_path: Path) -> 
         row["picture"] += ".gone.png"
     toys.write_lines(lines, rows)
     with pytest.raises(ValueError, match=r"(?s)jsonl:1: file.*jsonl:2: file.*jsonl:3: file.*--partial"):
-        sound_entries(entries_at(lines), partial=False)
-    sound, problems = sound_entries(entries_at(lines), partial=True)
+        sound_entries(listed_at(lines), partial=False)
+    sound, problems = sound_entries(listed_at(lines), partial=True)
     assert (len(sound), len(problems)) == (5, 3)
 
 
