@@ -7,7 +7,8 @@ tables of docs/pocket_world.md; --output also writes JSON, with the digests of a
 of the shipped weights.
 
 With --regime the scenes are of distinct classes, twins (all of one class) or mixed, and subjects are judged by their places: is each
-reference there exactly once, do two subjects bear one look, are palettes and patterns blended?
+reference there exactly once, do two subjects bear one look, are palettes and patterns blended? Several adapters may be named then, which
+are set side by side; assets/pocket/regimes.json is of the shipped ones.
 
 With --interventions rows of attention are replaced instead (scripts/pocket/interventions.py), in scenes of distinct classes and twins at
 K = 2 and 4: how much does L_diff grow without what they carry? A minute on one core.
@@ -32,7 +33,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/pocket.json", help="model, adapter and sampling; from the repository's root")
-    parser.add_argument("--lora", help="reference LoRA to measure (default: the config's inference.lora)")
+    parser.add_argument(
+        "--lora", nargs="+", default=[], help="reference LoRA to measure (default: the config's inference.lora); with --regime one or more"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated")
     parser.add_argument("--num-cases", type=int, help=f"held-out cases per K (default: 200; of interventions {INTERVENTION_CASES})")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of references (default: 1 2 3 4; of regimes 2 3 4; of interventions 2 4)")
@@ -62,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--k must be of {least}..{world.MAX_SUBJECTS}{where}, got {arguments.k}.")
     if arguments.settling and (arguments.interventions or not arguments.regime):
         raise ValueError("--settling is of scenes of a regime: name one with --regime, such as twins, and no --interventions.")
-    lora = [f"inference.lora={json.dumps(arguments.lora)}"] if arguments.lora else []
+    if len(arguments.lora) > 1 and (arguments.interventions or not arguments.regime):
+        raise ValueError(f"--lora takes several adapters with --regime only, got {' '.join(arguments.lora)}.")
+    lora = [f"inference.lora={json.dumps(name)}" for name in arguments.lora[:1]]
     config = load_config(arguments.config, [*arguments.set, *lora])
     if config.inference.lora is None:
         raise ValueError(f"inference.lora is null in {arguments.config}; name a reference LoRA with --lora.")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +99,19 @@ def regime_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def adapter_tables(adapters: list[dict[str, Any]]) -> list[str]:
+    """Markdown tables, one per regime and K, of adapters side by side; their rows are named by their files, the last one is the judge's."""
+    tables = []
+    for regime, entries in adapters[0]["regimes"].items():
+        for k, entry in entries.items():
+            rows = [(Path(adapter["lora"]["name"]).stem, adapter["regimes"][regime][k]) for adapter in adapters]
+            rows.append(("*real renderings*", entry["real_renderings"]))
+            header = [f"{regime}, K = {k}", *(name.replace("_", " ") for name in RegimeOutcome._fields)]
+            lines = [header, ["---"] * len(header), *([name, *(cell(row, m) for m in RegimeOutcome._fields)] for name, row in rows)]
+            tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return tables
+
+
 def settling_tables(found: dict[str, Any]) -> list[str]:
     """Markdown tables of the regimes and K whose settling was measured: shares in percent, contrasts in nats."""
     tables = []
@@ -117,11 +131,18 @@ def settling_tables(found: dict[str, Any]) -> list[str]:
 
 
 def run(config: Config, arguments: argparse.Namespace) -> None:
-    """Measure, print the table, and write the numbers where the command line says so; equal arguments give an equal file."""
-    origin = provenance(config, arguments.seed) if arguments.output else {}
-    origin.pop("date", None)
+    """Measure, print the tables, and write the numbers where the command line says so; equal arguments give an equal file."""
+    configs = [config.replace(inference=config.inference.replace(lora=name)) for name in arguments.lora or [config.inference.lora]]
+    origins = [provenance(of_adapter, arguments.seed) for of_adapter in configs]  # an adapter that is missing is known before any work
     wanted = {name: sorted(set(arguments.k or (k for k in (2, 3, 4) if k >= world.REGIMES[name]))) for name in arguments.regime}
-    found = evaluate_regimes(config, wanted, arguments.num_cases, arguments.batch_size, arguments.seed, arguments.settling)
-    print("\n\n".join([regime_table(found), *settling_tables(found)]))
+    adapters = []
+    for of_adapter, origin in zip(configs, origins, strict=True):
+        found = evaluate_regimes(of_adapter, wanted, arguments.num_cases, arguments.batch_size, arguments.seed, arguments.settling)
+        print("\n\n".join([regime_table(found), *settling_tables(found)]))
+        adapters.append({"lora": origin.pop("lora"), "regimes": found})
+    numbers = {name: value for name, value in origins[0].items() if name != "date"}
+    if len(adapters) > 1:
+        print("\n" + "\n\n".join(adapter_tables(adapters)))
     if arguments.output:
-        write_text(arguments.output, json.dumps(origin | {"regimes": found}, indent=1, allow_nan=False) + "\n")
+        measured = adapters[0] if len(adapters) == 1 else {"adapters": adapters}
+        write_text(arguments.output, json.dumps(numbers | measured, indent=1, allow_nan=False) + "\n")

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mosaic.config.loading import load_config
+from mosaic.config.loading import Config, load_config
+from mosaic.weights.digests import file_digest, model_digest
 from scripts.evaluate import main
 from scripts.pocket import evaluate_regimes, regimes, world
+from scripts.pocket.evaluate_regimes import adapter_tables, percentages
 from scripts.pocket.evaluation import held_out_scenes
 from scripts.pocket.judge import ATTRIBUTES, load_judge
 from scripts.pocket.places import Place
@@ -159,6 +161,36 @@ def test_scenes_of_the_regime_are_drawn_with_their_references(monkeypatch: pytes
     assert found["twins"]["2"]["real_renderings"]["apart"] == 100
 
 
+def test_several_adapters_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = percentages([RegimeOutcome(1, 0, 1, 0, 0, 0)] * 2)
+    shares = {"assets/pocket/arms/scal.safetensors": (1, 0, 0, 1), "assets/pocket/lora.safetensors": (1, 1, 1, 1)}
+
+    def found(config: Config, wanted: dict[str, list[int]], *_: object) -> dict[str, dict]:
+        outcomes = [RegimeOutcome(value, 0, value, math.nan, 0, 0) for value in shares[config.inference.lora]]
+        return {"twins": {"2": {"num_cases": 4, **percentages(outcomes), "real_renderings": real}}}
+
+    monkeypatch.setattr(evaluate_regimes, "evaluate_regimes", found)
+    assert main(["--regime", "twins", "--k", "2", "--lora", *shares, "--output", str(tmp_path / "numbers.json")]) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert [adapter["lora"] for adapter in numbers["adapters"]] == [{"name": name, "digest": file_digest(Path(name))} for name in shares]
+    assert [adapter["regimes"]["twins"]["2"]["apart"] for adapter in numbers["adapters"]] == [50, 100]
+    (table,) = adapter_tables(numbers["adapters"])
+    assert table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert [row[0] for row in rows] == ["twins, K = 2", "---", "scal", "lora", "*real renderings*"]
+    assert (rows[0][2], rows[2][1], rows[2][4]) == ("same look", "50.0 [0.0, 100.0]", "-")
+
+
+def test_the_guide_shows_the_numbers_of_the_shipped_adapters() -> None:
+    """Its table is that of the file; the file is of the weights in this repository."""
+    numbers = json.loads(Path("assets/pocket/regimes.json").read_text())
+    (table,) = adapter_tables(numbers["adapters"])
+    assert f"\n{table}\n" in Path("docs/pocket_world.md").read_text()
+    assert numbers["model"]["digest"] == model_digest("assets/pocket/flux")
+    for adapter in numbers["adapters"]:
+        assert adapter["lora"]["digest"] == file_digest(Path(adapter["lora"]["name"]))
+
+
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_regimes, "evaluate_regimes", lambda *_: pytest.fail("nothing may be computed"))
     for arguments, message in (
@@ -168,6 +200,9 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], monkey
     ):
         assert main(["--regime", *arguments]) == 2
         assert message in capsys.readouterr().err
+    for flags in ([], ["--interventions"]):
+        assert main([*flags, "--lora", "one", "two"]) == 2
+        assert "--lora takes several adapters with --regime only, got one two." in capsys.readouterr().err
     assert main(["--settling"]) == 2
     assert "--settling is of scenes of a regime: name one with --regime" in capsys.readouterr().err
     with pytest.raises(SystemExit):
