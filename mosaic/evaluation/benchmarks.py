@@ -17,30 +17,33 @@ class Benchmark:
 
     Attributes:
         about: What it is, in a line.
+        num_cases: How many cases its authors have.
         protocol: How its authors, or those whose lists are used, make the pictures.
         metrics: What is measured unless less is asked for.
+        models: By metric the hub id of the model that it is defined by.
         read_entry: Entries of a line on anyone's pictures, its place and the folder of its paths (`dreambench.read_entry`).
         reduce: Scores from values by metric and the pictures.
     """
 
     about: str
+    num_cases: int
     protocol: Protocol
     metrics: tuple[str, ...]
+    models: Mapping[str, str]
     read_entry: Callable[[dict[str, Any], str, Path], list[Entry]]
     reduce: Callable[[Mapping[str, Mapping[Key, float]], Sequence[Entry]], dict[str, Any]]
 
 
 _UNO = Protocol(runs=6, size=512, seed=3407)
+_CLIP, _DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+_DREAMBENCH = {"clip_i": _CLIP, "clip_t": _CLIP, "dino": _DINO}
+
+
+def _dreambench(about: str) -> Benchmark:
+    return Benchmark(about, 750, _UNO, dreambench_scores.METRICS, _DREAMBENCH, dreambench.read_entry, dreambench_scores.reduce)
+
 
 BENCHMARKS = {
-    "dreambench": Benchmark(
-        "DreamBench, one subject: 30 subjects x 25 prompts",
-        _UNO,
-        dreambench_scores.METRICS,
-        dreambench.read_entry,
-        dreambench_scores.reduce,
-    ),
-    "dreambench_multi": Benchmark(
-        "DreamBench, two subjects: 30 pairs x 25 prompts", _UNO, dreambench_scores.METRICS, dreambench.read_entry, dreambench_scores.reduce
-    ),
+    "dreambench": _dreambench("DreamBench, one subject: 30 subjects x 25 prompts"),
+    "dreambench_multi": _dreambench("DreamBench, two subjects: 30 pairs x 25 prompts"),
 }

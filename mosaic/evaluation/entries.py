@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from mosaic.config.schema import FieldError
 from mosaic.files import parse_json, read_text, shown
 from mosaic.images import picture_suffixes
@@ -110,6 +112,15 @@ def read_lines(path: Path, read: Callable[[Any, str], Iterable[Entry]]) -> Liste
     if not entries and not problems:
         raise ValueError(f"{path}: must name at least one picture, one a line, got an empty file.")
     return Listed(entries, problems)
+
+
+def tile_of(picture: Image.Image, tile: int | None) -> Image.Image:
+    """The picture at a position of a grid of 2 x 2, row by row; the picture itself where it lies in none."""
+    if tile is None:
+        return picture
+    width, height = picture.width // 2, picture.height // 2
+    left, top = tile % 2 * width, tile // 2 * height
+    return picture.crop((left, top, left + width, top + height))
 
 
 def raise_all(problems: Sequence[str]) -> None:

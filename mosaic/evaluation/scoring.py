@@ -9,7 +9,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from mosaic.evaluation.entries import Entry, Listed, cases_of, check_entries, raise_all
+from mosaic.evaluation.entries import Entry, Listed, cases_of, check_entries, raise_all, tile_of
 from mosaic.evaluation.measures import Measure
 from mosaic.evaluation.records import Record, Records
 from mosaic.images import decode_image, read_picture, to_rgb
@@ -118,7 +118,7 @@ def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Record
         if all(key in records.known and records.known[key].inputs == inputs for key in keys):
             continue
         if not pictures:
-            pictures = [_picture(data, entry) for data, entry in zip(contents, case, strict=True)]
+            pictures = [tile_of(to_rgb(decode_image(data, str(e.picture))), e.tile) for data, e in zip(contents, case, strict=True)]
         made = measure.provenance
         for key, value in zip(keys, measure(case, pictures), strict=True):
             found.append(Record(*key, value, made.model, made.revision, made.preprocessing, inputs))
@@ -131,13 +131,3 @@ def _inputs(case: Sequence[Entry], content: Sequence[str], digests: Mapping[Path
     parts: list[object] = [made, case[0].prompt, case[0].questions, content, [entry.tile for entry in case]]
     parts += [(subject.name, subject.kind, [digests[path] for path in subject.references]) for subject in case[0].subjects]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _picture(data: bytes, entry: Entry) -> Image.Image:
-    """A generated picture, cut out of its grid where it lies in one."""
-    picture = to_rgb(decode_image(data, str(entry.picture)))
-    if entry.tile is None:
-        return picture
-    width, height = picture.width // 2, picture.height // 2
-    left, top = entry.tile % 2 * width, entry.tile // 2 * height
-    return picture.crop((left, top, left + width, top + height))

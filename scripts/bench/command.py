@@ -4,7 +4,8 @@
     python scripts/bench.py prepare dreambench --data dreambooth/dataset --output outputs/dreambench
     accelerate launch scripts/bench.py render outputs/dreambench --output outputs/dreambench/run --config configs/flux_dev.json
     accelerate launch scripts/bench.py score dreambench --prepared outputs/dreambench --run outputs/dreambench/run --output outputs/scores
-    python scripts/bench.py score dreambench --pictures pictures.jsonl --output outputs/scores
+    python scripts/bench.py score dreambench --pictures pictures.jsonl --output outputs/theirs
+    python scripts/bench.py table Ours=outputs/scores Theirs=outputs/theirs --output outputs/table
 
 `render` is inference.py with the prepared cases: further flags go to it. `score` takes a run of it, or anyone's pictures by a JSON Lines
 file. Rendering and scoring go on where they stopped when they are started again. docs/benchmarks.md says how to get the data.
@@ -19,7 +20,7 @@ from mosaic.commands import GOES_ON, command
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | prepare | render | score")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | prepare | render | score | table")
     commands.add_parser("list", help="the benchmarks, how their pictures are made and what is measured")
     prepare = commands.add_parser("prepare", help="write a cases file for rendering, from the authors' data")
     prepare.add_argument("name", help="a benchmark of `list`")
@@ -43,6 +44,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     score.add_argument("--dino", default="facebook/dino-vits16", help="folder or hub id of a DINO of the first version (ViT)")
     score.add_argument("--device", help="such as cuda:0 or cpu (default: what there is)")
     score.add_argument("--partial", action="store_true", help="score what is sound where something is wrong; the scores then say so")
+    table = commands.add_parser("table", help="our scores beside published ones: table.md, and table.html with the worst and best pictures")
+    table.add_argument("scores", nargs="+", help="folder of a scoring, or NAME=FOLDER")
+    table.add_argument("--output", type=Path, required=True, help="folder for both files")
     arguments, further = parser.parse_known_args(argv)
     if further and arguments.command != "render":
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -60,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         return inference(["--cases", str(arguments.prepared / "cases.json"), "--output-dir", str(arguments.output), *arguments.further])
     if arguments.command == "score":
         from scripts.bench.scoring import run
+    elif arguments.command == "table":
+        from scripts.bench.tabulating import run
     else:
         from scripts.bench.preparing import run
     run(arguments)

@@ -14,14 +14,14 @@ from accelerate import PartialState
 from mosaic.evaluation.benchmarks import Benchmark
 from mosaic.evaluation.encoders import ClipEncoder, DinoEncoder
 from mosaic.evaluation.entries import Entry, Listed, read_lines
+from mosaic.evaluation.extremes import extremes
 from mosaic.evaluation.measures import ClipSimilarity, Measure, ReferenceSimilarity
 from mosaic.evaluation.prepared import entries_of_run, read_prepared
 from mosaic.evaluation.records import Key, Record
 from mosaic.evaluation.scoring import score
+from mosaic.evaluation.tables import SCORES
 from mosaic.files import nearest, require_folder, without_nan, write_text
 from scripts.bench.preparing import find_benchmark
-
-SCORES = "scores.json"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -103,6 +103,7 @@ def write_scores(
         "num_runs": len({entry.run for entry in scored}),
         "protocol": dataclasses.asdict(read_prepared(arguments.prepared).protocol) if arguments.run else None,
         "models": models,
+        "extremes": {metric: extremes(found, scored, arguments.output) for metric, found in values.items()},
         "partial": bool(left_out),
         "left_out": list(left_out),
     }
