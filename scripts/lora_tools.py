@@ -1,8 +1,9 @@
-"""LoRA files: look into one, lower its rank, and take it from the key styles of other programs.
+"""LoRA files: look into one, lower its rank, take it from the key styles of other programs, publish it.
 
     python scripts/lora_tools.py info FILE
     python scripts/lora_tools.py reduce FILE --rank 128 --output OUT      (or --energy 0.99)
     python scripts/lora_tools.py import FILE --output OUT
+    python scripts/lora_tools.py push USER/NAME --lora FILE --scores SCORES      (with --dry-run FOLDER nothing is uploaded)
 
 FILE may be in the style of diffusers, kohya's sd-scripts, ComfyUI, fal or XLabs, told by its keys. Files are read as safetensors only.
 """
@@ -31,6 +32,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     bring = commands.add_parser("import", help="write the keys that MOSAIC and diffusers use")
     bring.add_argument("file", type=Path)
     bring.add_argument("--transformer-only", action="store_true", help="leave out what the file has for text encoders")
+    push = commands.add_parser("push", help="upload a reference LoRA with a model card, its scores and examples")
+    push.add_argument("repo", metavar="USER/NAME", help="model on the Hugging Face hub")
+    push.add_argument("--lora", type=Path, required=True, help="the reference LoRA")
+    push.add_argument(
+        "--scores", nargs="*", default=[], metavar="[NAME=]FOLDER", help="scorings of scripts/bench.py, for the card's tables"
+    )
+    push.add_argument("--examples", nargs="*", default=[], type=Path, help="pictures that it made")
+    push.add_argument("--data", type=Path, help="folder of the training data, whose manifest's digest the card states")
+    push.add_argument("--base-model", help="hub id of the base (default: what the LoRA was trained on)")
+    push.add_argument("--license", help="id as the hub writes it (default: the base's, where it is known)")
+    push.add_argument("--private", action="store_true", help="make the model on the hub a private one")
+    push.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the repository into this folder, and upload nothing")
     for writing in (reduce, bring):
         writing.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
         writing.add_argument("--overwrite", action="store_true", help="replace a file that is there")
@@ -41,6 +54,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(argv)
+    if arguments.command == "push":
+        from scripts.loras.publishing import push
+
+        print(push(arguments))
+        return
     from scripts.loras.command import run  # torch and the like only once the arguments stand
 
     run(arguments)
