@@ -1,0 +1,138 @@
+"""The judge that looks: what it is asked, how answers are read, and that it goes on where it stopped."""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from mosaic.evaluation import chat as chat_module
+from mosaic.evaluation.chat import EndpointChat, LocalChat, ask
+from mosaic.evaluation.encoders import Provenance
+from mosaic.evaluation.judging import Judge, Opinion
+from mosaic.evaluation.records import Key
+from mosaic.evaluation.scoring import score
+from tests.evaluation import toys
+from tests.evaluation.test_scoring import listed_at
+from tests.tiny import tokenizers
+
+GOOD = {"prompt_following": 7, "subjects": [{"present": True, "fidelity": 4}]}
+
+
+class Scripted:
+    """Answers from a list, and keeps what it was asked."""
+
+    provenance = Provenance("scripted", "1", "none")
+
+    def __init__(self, *answers: object) -> None:
+        self.answers, self.asked = list(answers), []
+
+    def __call__(self, parts: list[Any]) -> str:
+        self.asked.append(parts)
+        answer = self.answers.pop(0)
+        return answer if isinstance(answer, str) else json.dumps(answer)
+
+
+def two(**changes: Any) -> dict:
+    return {"prompt_following": 9, "subjects": [{"present": True, "fidelity": 8}, {"present": False, "fidelity": 0}]} | changes
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_points_become_records_and_are_kept(tmp_path: Path) -> None:
+    lines = toys.write_benchmark(tmp_path)
+    listed = listed_at(lines)
+    scripted = Scripted(*[GOOD] * 6, two())  # the last case has two subjects, and is stopped before its second picture
+    with pytest.raises(IndexError):
+        score(listed, [Judge(scripted)], tmp_path / "s", PartialState(cpu=True))
+    again = Scripted(two(), two())
+    values = {record.key: record.value for record in score(listed, [Judge(again)], tmp_path / "s", PartialState(cpu=True)).records}
+    assert len(again.asked) == 2  # what was known was not asked again
+    case = listed.entries[-1].case
+    assert values[Key("judge_prompt", case, 1)] == 90
+    assert (values[Key("judge_fidelity", case, 1, "cat")], values[Key("judge_present", case, 1, "mug")]) == (80, 0)
+    text, *pictures, form = again.asked[0]
+    assert "1: cat, 2: mug" in text
+    assert listed.entries[-1].prompt in text
+    assert [picture.size for picture in pictures] == [(40, 40)] * 3
+    assert "prompt_following" in form
+
+
+@pytest.mark.parametrize("answer", [
+    "no JSON", "{", GOOD | {"prompt_following": 11}, GOOD | {"prompt_following": 7.5}, GOOD | {"more": 1}, GOOD | {"subjects": []}, '["a"]',
+])  # fmt: skip
+def test_other_answers_are_refused(answer: object) -> None:
+    with pytest.raises(ValueError, match="scripted: answers with something else than Opinion"):
+        ask(Scripted(answer), ["?"], Opinion)
+
+
+def test_an_answer_in_prose_is_read() -> None:
+    assert ask(Scripted(f"Here it is:\n```json\n{json.dumps(GOOD)}\n```"), ["?"], Opinion).prompt_following == 7
+
+
+def test_answers_about_other_subjects_are_refused(tmp_path: Path) -> None:
+    [entry, *_] = listed_at(toys.write_benchmark(tmp_path)).entries
+    with pytest.raises(ValueError, match=r"pictures\.jsonl:1: scripted was asked about 1 subjects and answers about 2"):
+        Judge(Scripted(two()))([entry], [toys.picture(1)])
+
+
+def test_an_endpoint_is_asked_with_pictures_at_temperature_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def answer(messages: list[dict], **options: Any) -> SimpleNamespace:
+        asked.update(options, content=messages[0]["content"])
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=json.dumps(GOOD)))])
+
+    chat = EndpointChat("http://localhost:8000/v1", "judge", "secret")
+    monkeypatch.setattr(chat.client, "chat_completion", answer)
+    assert ask(chat, ["look", toys.picture(1)], Opinion).subjects[0].fidelity == 4
+    assert (asked["model"], asked["temperature"]) == ("judge", 0)
+    assert [part["type"] for part in asked["content"]] == ["text", "image_url", "text"]
+    assert asked["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert "secret" not in str(chat.provenance)
+
+
+def write_llava(folder: Path) -> Path:
+    """A random model of pictures and texts with its processor."""
+    tokenizer = copy.deepcopy(tokenizers()[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vision = CLIPVisionConfig(**shape, image_size=16, patch_size=8)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token)).save_pretrained(folder)
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}"
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(images, tokenizer, patch_size=8, chat_template=template, vision_feature_select_strategy="default")
+    processor.num_additional_image_tokens = 1
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_transformers_answers_after_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "MAX_TOKENS", 3)
+    chat = LocalChat(str(write_llava(tmp_path / "llava")), dtype=torch.float32)
+    seen: dict[str, Any] = {}
+    generate = chat.model.generate
+
+    def watched(**options: Any) -> torch.Tensor:
+        seen.update(options)
+        seen["found"] = generate(**options)
+        return seen["found"]
+
+    monkeypatch.setattr(chat.model, "generate", watched)
+    text = chat(["a cat", Image.new("RGB", (20, 20)), toys.picture(2)])
+    assert seen["do_sample"] is False
+    assert seen["pixel_values"].shape == (2, 3, 16, 16)
+    new = seen["found"][0, seen["input_ids"].shape[1] :]
+    assert len(new) == 3
+    assert text == chat.processor.tokenizer.decode(new, skip_special_tokens=True)
