@@ -16,6 +16,7 @@ from mosaic.evaluation.entries import Entry
 from mosaic.evaluation.records import Key
 from mosaic.images import load_image, to_rgb
 
+METRICS = ("judge_prompt", "judge_fidelity", "judge_present")
 Points = Annotated[int, Field(ge=0, le=10)]
 
 INSTRUCTION = (

@@ -42,6 +42,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     score.add_argument("--metrics", nargs="+", help="measure these only (default: the benchmark's)")
     score.add_argument("--clip", default="openai/clip-vit-base-patch32", help="folder or hub id of a CLIP")
     score.add_argument("--dino", default="facebook/dino-vits16", help="folder or hub id of a DINO of the first version (ViT)")
+    score.add_argument("--judge", help="also ask a model of pictures and texts: a folder or hub id, such as Qwen/Qwen3-VL-8B-Instruct")
+    score.add_argument("--judge-url", help="endpoint with OpenAI's protocol where the judge is; a key in the environment's JUDGE_API_KEY")
     score.add_argument("--device", help="such as cuda:0 or cpu (default: what there is)")
     score.add_argument("--partial", action="store_true", help="score what is sound where something is wrong; the scores then say so")
     table = commands.add_parser("table", help="our scores beside published ones: table.md, and table.html with the worst and best pictures")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from mosaic.evaluation import judging
 from mosaic.evaluation.benchmarks import Benchmark
+from mosaic.evaluation.chat import EndpointChat, LocalChat
 from mosaic.evaluation.encoders import ClipEncoder, DinoEncoder
 from mosaic.evaluation.entries import Entry, Listed, read_lines
 from mosaic.evaluation.extremes import extremes
@@ -23,6 +26,8 @@ from mosaic.evaluation.tables import SCORES
 from mosaic.files import nearest, require_folder, without_nan, write_text
 from scripts.bench.preparing import find_benchmark
 
+JUDGE_KEY = "JUDGE_API_KEY"  # of the environment: where a key of --judge-url may stand
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line says. Raises FileNotFoundError or ValueError where pictures, models or flags will not do."""
@@ -33,6 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
         if metric not in benchmark.metrics:
             known = ", ".join(benchmark.metrics)
             raise ValueError(f"--metrics: {metric} is not of {arguments.name}.{nearest(metric, known.split(', '))} Its are: {known}.")
+    if arguments.judge_url and not arguments.judge:
+        raise ValueError("--judge-url needs --judge: what the endpoint calls the model.")
+    metrics += judging.METRICS if arguments.judge else ()
     listed = read_entries(arguments, benchmark)
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
@@ -73,6 +81,10 @@ def build_measures(arguments: argparse.Namespace, metrics: Sequence[str], device
         measures.append(ClipSimilarity(ClipEncoder(arguments.clip, "--clip", device)))
     if "dino" in metrics:
         measures.append(ReferenceSimilarity("dino", DinoEncoder(arguments.dino, "--dino", device)))
+    if arguments.judge_url:
+        measures.append(judging.Judge(EndpointChat(arguments.judge_url, arguments.judge, os.environ.get(JUDGE_KEY))))
+    elif arguments.judge:
+        measures.append(judging.Judge(LocalChat(arguments.judge, "--judge", device)))
     return measures
 
 

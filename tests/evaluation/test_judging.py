@@ -18,6 +18,8 @@ from mosaic.evaluation.encoders import Provenance
 from mosaic.evaluation.judging import Judge, Opinion
 from mosaic.evaluation.records import Key
 from mosaic.evaluation.scoring import score
+from scripts.bench import scoring as bench_scoring
+from scripts.bench.command import main
 from tests.evaluation import toys
 from tests.evaluation.test_scoring import listed_at
 from tests.tiny import tokenizers
@@ -136,3 +138,27 @@ def test_a_model_of_transformers_answers_after_the_prompt(tmp_path: Path, monkey
     new = seen["found"][0, seen["input_ids"].shape[1] :]
     assert len(new) == 3
     assert text == chat.processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_the_command_asks_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    keys: list[str | None] = []
+
+    def build(url: str, model: str, key: str | None) -> Scripted:
+        keys.append(key)
+        return Scripted(*[GOOD] * 6, two(), two())
+
+    monkeypatch.setattr(bench_scoring, "EndpointChat", build)
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    flags = ["--pictures", str(toys.write_benchmark(tmp_path)), "--metrics", "dino", "--dino", str(toys.write_dino(tmp_path / "dino"))]
+    command = ["score", "dreambench", *flags, "--output", str(tmp_path / "s"), "--device", "cpu", "--judge-url", "http://localhost"]
+    assert main(command) == 2
+    assert "--judge-url needs --judge" in capsys.readouterr().err
+    assert main([*command, "--judge", "model"]) == 0
+    written = "".join(path.read_text() for path in (tmp_path / "s").iterdir())
+    scores = json.loads((tmp_path / "s" / "scores.json").read_text())
+    # of the blocks cat, mug and cat+mug
+    assert scores["judge_prompt"] == pytest.approx((70 + 70 + 90) / 3)
+    assert scores["judge_present"] == pytest.approx((100 + 100 + 50) / 3)
+    assert scores["models"]["judge_fidelity"]["model"] == "scripted"
+    assert (keys, "secret" in written) == (["secret"], False)
