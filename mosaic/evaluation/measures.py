@@ -45,6 +45,7 @@ class ReferenceSimilarity:
     def __init__(self, metric: str, encoder: ImageEncoder) -> None:
         self.metric, self.encoder = metric, encoder
         self._references: dict[tuple[Path, ...], Tensor] = {}
+        self.num_encoded = 0  # reference pictures
 
     @property
     def provenance(self) -> Provenance:
@@ -73,6 +74,7 @@ class ReferenceSimilarity:
                 if not embedding.isfinite().all():
                     raise ValueError(f"{path}: its embedding by {self.provenance.model} is no number. Look at the picture and the model.")
             self._references[subject.references] = embeddings
+            self.num_encoded += len(pictures)
         return self._references[subject.references]
 
 

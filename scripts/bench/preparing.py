@@ -5,6 +5,7 @@ import dataclasses
 
 from mosaic.evaluation import dreambench
 from mosaic.evaluation.benchmarks import BENCHMARKS, Benchmark
+from mosaic.evaluation.cost import gpu_hours
 from mosaic.evaluation.prepared import PreparedCase, write_prepared
 from mosaic.files import nearest, require_folder
 
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     write_prepared(arguments.output, arguments.name, protocol, cases)
     changed = f" ({', '.join(changes)} not the protocol's)" if changes and protocol != benchmark.protocol else ""
     print(f"{len(cases)} cases of {protocol.runs} pictures, {protocol.size} px, seeds from {protocol.seed}{changed}: {arguments.output}")
+    fast, slow = gpu_hours(cases, protocol)
+    print(f"Rendering with FLUX.1-dev, 28 steps: {fast:.1f} to {slow:.1f} hours of one H100 or H200 (by the FLOP model; half with 2 GPUs).")
     print(f"Render: accelerate launch scripts/bench.py render {arguments.output} --output {arguments.output / 'run'} --config CONFIG")
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from mosaic.evaluation import dreambench
+from mosaic.evaluation.cost import gpu_hours
 from mosaic.evaluation.dreambench import ListItem
 from mosaic.evaluation.prepared import Protocol, entries_of_run, read_prepared, write_prepared
+from mosaic.model.costs import FLUX_DEV, Workload, sampling_flops
 from mosaic.rendering.cases.reading import load_cases
 from mosaic.weights.digests import file_digest
 from scripts.bench.command import main
@@ -106,3 +108,13 @@ def test_prepare_takes_a_list_and_other_numbers(tmp_path: Path, capsys: pytest.C
     assert main([*command[:1], "dreambensch", *command[2:], "--output", str(tmp_path / "again")]) == 2
     assert "Did you mean dreambench" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
+
+
+def test_cost_grows_with_pictures_and_references(prepared: Path) -> None:
+    single, double = read_prepared(prepared).cases
+    fast, slow = gpu_hours([single], Protocol(1, 512, 0))
+    assert fast * 5 == pytest.approx(slow * 3)
+    flops = sampling_flops(FLUX_DEV, Workload(1, 1, 1024, 1024, 512, 128, "target"), 28)
+    assert fast == pytest.approx(flops / 989e12 / 0.5 / 3600)
+    assert gpu_hours([single, single], Protocol(3, 512, 0))[0] == pytest.approx(6 * fast)
+    assert gpu_hours([double], Protocol(1, 512, 0))[0] > 1.2 * fast
