@@ -35,11 +35,12 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def composite(seed: int, size: tuple[int, int] = (1048, 528)) -> Image.Image:
-    """Both panels full of blocks, whose borders make every row and column of a crop count; white around and between them."""
+    """Both panels full of blocks, so that a crop that is off by a pixel shows; white around and between them. Blocks are few: what JPEG
+    makes of their borders is slow to pack as PNG."""
     rng = np.random.default_rng(seed)
     result = Image.new("RGB", size, "white")
     for left in (8, 528):
-        coarse = Image.fromarray(rng.integers(0, 256, (37, 37, 3), dtype=np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
         result.paste(coarse.resize((512, 512), Image.Resampling.NEAREST), (left, 8))
     return result
 

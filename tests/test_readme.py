@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from functools import cache
 from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 
@@ -57,19 +58,26 @@ def script_of(words: list[str]) -> str | None:
     return next((word for word in words if word.endswith((".py", ".sh", ".sbatch"))), None)
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The nodes of a file's syntax tree; most files are asked for by many commands."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def body_of(script: Path) -> Path:
     """The file that holds a command line: of a thin command, the one from which it imports `main`."""
-    imports = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in nodes_of(script) if isinstance(node, ast.ImportFrom)]
     bodies = [node.module for node in imports if "main" in {alias.name for alias in node.names}]
     return ROOT / f"{bodies[0].replace('.', '/')}.py" if bodies else script
 
 
+@cache
 def known_flags(script: Path) -> set[str]:
     """The flags that a command, or a file from which it imports, hands to argparse."""
-    nodes = list(ast.walk(ast.parse(body_of(script).read_text())))
+    nodes = list(nodes_of(body_of(script)))
     imported = [ROOT / f"{node.module.replace('.', '/')}.py" for node in nodes if isinstance(node, ast.ImportFrom)]
     ours = [path for path in imported if path.is_file() and path.parts[len(ROOT.parts)] in ("scripts", "preprocess", "inference.py")]
-    nodes += [node for path in ours for node in ast.walk(ast.parse(path.read_text()))]
+    nodes += [node for path in ours for node in nodes_of(path)]
     calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     added = [call for call in calls if call.func.attr == "add_argument"]
     return {argument.value for call in added for argument in call.args if isinstance(argument, ast.Constant)} | {"--help"}

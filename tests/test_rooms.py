@@ -1,7 +1,10 @@
-"""Imports go one way: from a room to those below it, in the order that CONTRIBUTING.md states, and in no circle of files."""
+"""Rules of the house that hold for every file: imports go one way, from a room to those below it, in the order that CONTRIBUTING.md states,
+and in no circle of files; nothing is replaced from outside.
+"""
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -25,10 +28,17 @@ def order() -> list[str]:
     return [word.removesuffix(".py") for word in re.findall(r"`([\w.]+)`", rule.group(1))]
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The nodes of a file's syntax tree, which is parsed once."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Names of our modules that a file imports, within functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -66,10 +76,34 @@ COMMANDS = sorted(path for room in ("scripts", "preprocess") for path in (ROOT /
 def test_commands_find_our_modules_before_they_import_them() -> None:
     """`python scripts/x.py` has `scripts/` on its path, not the repository."""
     for path in COMMANDS:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.insert(")]
-        for node in tree.body:
+        module = nodes_of(path)[0]
+        assert isinstance(module, ast.Module)
+        found = [node.lineno for node in nodes_of(path) if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.insert(")]
+        for node in module.body:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if found and any(name.partition(".")[0] in ("mosaic", "scripts", "preprocess", "inference") for name in names):
                 assert node.lineno > found[0], f"{path}:{node.lineno}"
+
+
+def test_nothing_is_replaced_from_outside() -> None:
+    """No assignment like `pipeline.encode_prompt = ...` (what encodes is `pipeline.encoders`, and that may be given), `model.forward = ...`
+    or `functional.linear = ...`, by `setattr` neither; settings such as `torch._dynamo.config.x = ...` and `sys.excepthook` are meant to be set.
+    """
+    names = {"encode_prompt", "_encode_references", "vae_scale_factor", "forward"}
+    found = []
+    for path in FILES:
+        nodes = nodes_of(path)
+        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        imported = {(alias.asname or alias.name).split(".")[0] for alias in imports}
+        for node in nodes:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            outside = [(ast.unparse(target.value), target.attr) for target in targets if isinstance(target, ast.Attribute)]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+                name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+                outside.append((ast.unparse(node.args[0]), name))
+            for owner, name in outside:
+                is_setting = owner.endswith(".config") or (owner, name) == ("sys", "excepthook")
+                if owner != "self" and (name in names or (owner.split(".")[0] in imported and not is_setting)):
+                    found.append(f"{path.relative_to(ROOT)}: {owner}.{name}")
+    assert found == []

@@ -46,7 +46,7 @@ class StepMemory:
     base: int
 
 
-def dry_run(config: Config, shape: ModelShape, num_references: int, device_type: str = "cuda", supervised: bool = True) -> StepMemory:
+def dry_run(config: Config, shape: ModelShape, num_references: int, device_type: str = "cuda") -> StepMemory:
     """Run one optimizer step on the meta device, from the second one on, when the optimizer has its state.
 
     Args:
@@ -54,16 +54,14 @@ def dry_run(config: Config, shape: ModelShape, num_references: int, device_type:
         shape: The base model's shape.
         num_references: K.
         device_type: Whose kernels and autocast are followed: "cuda" or "cpu".
-        supervised: False leaves out the captured rows and the losses on them.
 
     Raises:
         ValueError: If a size does not fit the tokens.
     """
     transformer = build_transformer(config, shape)
-    step = StandInStep(config, shape, num_references, transformer, supervised)
+    step = StandInStep(config, shape, num_references, transformer)
     parameters = reference_lora_parameters(transformer)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=config.optimizer.learning_rate)
-    autocast = torch.bfloat16 if config.training.mixed_precision == "bf16" else None
     for parameter in parameters.values():  # the state that the first step would leave
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
@@ -72,7 +70,7 @@ def dry_run(config: Config, shape: ModelShape, num_references: int, device_type:
         optimizer.zero_grad(set_to_none=True)
 
     meter = StorageMeter()
-    with meter, kernels_of(device_type, autocast):
+    with meter, kernels_of(device_type, _autocast(config)):
         meter.mark(BASE, [p for p in transformer.parameters() if not p.requires_grad])
         meter.mark(ADAPTER, parameters.values())
         meter.mark(OPTIMIZER, [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)])
@@ -100,6 +98,30 @@ def dry_run(config: Config, shape: ModelShape, num_references: int, device_type:
     return StepMemory(+peak, saved, base)
 
 
+def saved_bytes(config: Config, shape: ModelShape, num_references: int, device_type: str, supervised: bool) -> int:
+    """`StepMemory.saved` of a step, which ends here after its forward pass.
+
+    Args:
+        config: As in `dry_run`.
+        shape: As in `dry_run`.
+        num_references: As in `dry_run`.
+        device_type: As in `dry_run`.
+        supervised: False leaves out the captured rows and the losses on them.
+    """
+    transformer = build_transformer(config, shape)
+    step = StandInStep(config, shape, num_references, transformer, supervised)
+    with StorageMeter() as meter, kernels_of(device_type, _autocast(config)):
+        meter.mark(BASE, transformer.parameters())
+        loss = step()
+        saved = meter.live[TEMPORARY]
+        del loss
+    return saved
+
+
+def _autocast(config: Config) -> torch.dtype | None:
+    return torch.bfloat16 if config.training.mixed_precision == "bf16" else None
+
+
 def row_bytes(config: Config, shape: ModelShape, num_references: int, device_type: str = "cuda") -> int:
     """Bytes that the captured rows, and the losses on them, add to what is alive between forward and backward pass.
 
@@ -110,7 +132,7 @@ def row_bytes(config: Config, shape: ModelShape, num_references: int, device_typ
 
     def added(count: int) -> int:
         shallow = replace(shape, transformer={**shape.transformer, "num_layers": count, "num_single_layers": count})
-        with_rows, without = (dry_run(every, shallow, num_references, device_type, supervised).saved for supervised in (True, False))
+        with_rows, without = (saved_bytes(every, shallow, num_references, device_type, supervised) for supervised in (True, False))
         return with_rows - without
 
     double, single = shape.transformer["num_layers"], shape.transformer["num_single_layers"]

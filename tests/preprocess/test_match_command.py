@@ -155,7 +155,8 @@ def rewrite(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_changed_pictures_are_matched_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str) -> None:
     """A target, a reference, a mask or a grid of points that were found before: each time one sample, and the doctor's reader refuses it."""
     root = shutil.copytree(data, tmp_path / "data")
-    flags = ["--data", str(root), *FLAGS, "--limit", "3", "--layout", layout]
+    own = ["--layout", "release", "--grid", "16x16"] if layout == "release" else []
+    flags = ["--data", str(root), *FLAGS, "--limit", "2", *own]
     assert match.main(flags) == 0
     name, mask = "train-00000000", Image.new("L", (64, 64), 0)
     mask.paste(255, (10, 10, 30, 30))
@@ -175,13 +176,13 @@ def test_changed_pictures_are_matched_again(data: Path, tmp_path: Path, capsys: 
             with pytest.raises(ValueError, match=f"{name}.safetensors was found in other pictures, or on other grids, than those that"):
                 dataset.inspect(0)
         assert match.main(flags) == 0
-        again = f"1 samples matched, 1 of them again, for their pictures or grids have changed ({name}), 2 were finished before;"
+        again = f"1 samples matched, 1 of them again, for their pictures or grids have changed ({name}), 1 were finished before;"
         assert again in capsys.readouterr().out
         found = {path for path, content in contents(root).items() if before.get(path) != content}
         assert {path for path in found if path.startswith(("points", "coord"))} <= {path for path in before if name in path}
     assert match.main(flags) == 0
-    assert "0 samples matched, 3 were finished before;" in capsys.readouterr().out
-    anew = ["--data", str(root), "--output", str(tmp_path / "anew"), *FLAGS, "--limit", "3", "--layout", layout]
+    assert "0 samples matched, 2 were finished before;" in capsys.readouterr().out
+    anew = ["--data", str(root), "--output", str(tmp_path / "anew"), *FLAGS, "--limit", "2", *own]
     assert match.main(anew) == 0
     assert contents(root).items() >= contents(tmp_path / "anew").items()
 
@@ -348,7 +349,8 @@ def test_contact_sheet(data: Path, tmp_path: Path) -> None:
     assert match.main(arguments(data, tmp_path, "--limit", "3", "--contact-sheet", "2")) == 0
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png").convert("RGB"))
     assert sheet.shape[0] == 2 * 256 + 3 * 12  # the second sample has two references
-    assert {(230, 57, 70), (29, 120, 216)} <= set(map(tuple, sheet.reshape(-1, 3).tolist()))
+    for colour in ((230, 57, 70), (29, 120, 216)):
+        assert (sheet == colour).all(axis=-1).any(), colour
 
 
 def test_results_fit_the_reader(data: Path, tmp_path: Path) -> None:
