@@ -151,9 +151,9 @@ def build_transformer(config: Config, shape: ModelShape, device: str = "meta") -
     blocks = {name: values[name] for name in ("num_layers", "num_single_layers")}
     with torch.device(device):
         transformer = MosaicFluxTransformer2DModel(**{**values, **dict.fromkeys(blocks, 1)})
-    for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(DTYPES[config.model.dtype])
-    attach_reference_lora(transformer, config.lora.rank)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(DTYPES[config.model.dtype])
+        attach_reference_lora(transformer, config.lora.rank)
     for parameter in reference_lora_parameters(transformer).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

@@ -32,7 +32,7 @@ def build(double: int, single: int) -> MosaicFluxTransformer2DModel:
     """FLUX.1-dev with this many blocks, without memory, with a reference LoRA of rank 128."""
     with torch.device("meta"):
         transformer = MosaicFluxTransformer2DModel(**CONFIG | {"num_layers": double, "num_single_layers": single}).to(torch.bfloat16)
-    attach_reference_lora(transformer, RANK)
+        attach_reference_lora(transformer, RANK)
     return transformer
 
 
