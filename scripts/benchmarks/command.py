@@ -11,6 +11,9 @@ attention kernels) with latency, memory, TFLOP, utilisation and the error agains
 `python scripts/benchmark.py shared` measures training steps alone and beside a busy process at several spin counts of OpenMP
 (scripts/benchmarks/shared_cpu.py).
 
+`python scripts/benchmark.py supervision` measures what `loss.supervised_queries` adds to a training step, settings in turns
+(scripts/benchmarks/supervision.py).
+
 `python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/benchmarks/data.py).
 """
 
@@ -67,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_infer_arguments(commands.add_parser("infer", help="sampling: latency, memory, utilisation, error"))
     add_data_arguments(commands.add_parser("data", help="samples per second and memory of the reader"))
     add_shared_arguments(commands.add_parser("shared", help="training steps beside a busy process on the same cores"))
+    add_supervision_arguments(commands.add_parser("supervision", help="what supervising the target's queries costs a training step"))
     args = parser.parse_args(argv)
     if args.command == "train":
         complete_arguments(args, DEFAULTS)
@@ -174,6 +178,21 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps-of-one", action="store_const", const=True, help=argparse.SUPPRESS)
 
 
+def add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command `supervision`."""
+    parser.add_argument(
+        "--model",
+        choices=("pocket", "wide", "flux_dev"),
+        default="wide",
+        help="wide: 3 blocks of width 512, 256 tokens a picture (default)",
+    )
+    parser.add_argument("--k", type=int, default=4, help="references per sample")
+    parser.add_argument("--max-points", type=int, default=128, help="points per sample, at most as many as the references have tokens")
+    parser.add_argument("--rounds", type=int, default=30, help="steps of each setting, in turns")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Name the flag whose value cannot be."""
     lowest, flags = {"workers": 0, "seed": 0}, {"references": "k"}
@@ -227,6 +246,10 @@ def measure(argv: list[str] | None = None) -> dict[str, Any] | None:
         from scripts.benchmarks import shared_cpu
 
         return shared_cpu.run(args)
+    if args.command == "supervision":
+        from scripts.benchmarks import supervision
+
+        return supervision.run(args)
     if args.command == "infer":
         from scripts.benchmarks import infer as infer_benchmark
 

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.costs import Workload, training_step_flops
+from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.planning.model_shape import ModelShape
 from scripts.benchmarks import command as benchmark
+from scripts.benchmarks import supervision
 from scripts.benchmarks import train as train_benchmark
 from scripts.benchmarks import twin as twin_benchmark
 from tests import tiny
@@ -167,3 +170,34 @@ def test_a_model_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("mosaic.planning.preflight.os.sysconf", lambda name: 2**14)
     with pytest.raises(ValueError, match="--model flux_dev needs 29.1 GiB .* Use --model pocket here, or a GPU of 80 GB"):
         benchmark.measure(["train", "--model", "flux_dev"])
+
+
+def test_settings_of_supervision_take_turns(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        supervision, "WIDE_SHAPE", ModelShape(tiny.transformer_config(True, num_layers=1, num_single_layers=1), 4, {}, False)
+    )
+    monkeypatch.setitem(supervision.SIZES, "wide", (32, 16, 4, 1, 2))
+    asked: list[tuple] = []
+    forward = MosaicFluxTransformer2DModel.forward
+
+    def noted(self: MosaicFluxTransformer2DModel, *args: object, capture: CaptureRequest | None = None, **inputs: object) -> object:
+        kind = ("none",) if capture is None else (capture.global_index is not None, capture.target_keys, capture.each_head)
+        asked.append(kind)
+        return forward(self, *args, capture=capture, **inputs)
+
+    monkeypatch.setattr(MosaicFluxTransformer2DModel, "forward", noted)
+    monkeypatch.setattr(supervision, "clocked", lambda step, *_: (step(), float(len(asked)))[1])
+    result = benchmark.measure(["supervision", "--rounds", "2", "--k", "2", "--max-points", "4", "--output", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    first = [(True, None, False), ("none",), (True, "all", False), (True, "all", False), (True, "references", False), (True, "all", True)]
+    assert asked[:6] == first
+    assert asked[6:12] == [*first[1:], first[0]]  # who runs after whom changes
+    rows = {row["supervised"]: row for row in result["rows"]}
+    assert list(rows) == list(supervision.ARMS)
+    assert rows["target"]["seconds"] == (13 + 24) / 2  # of the third and the fourth round, after two to warm up
+    assert "| target, every head | " in capsys.readouterr().out
+
+
+def test_ratios_are_of_one_round() -> None:
+    found = supervision.compared([2.0, 4.0, 9.0, 8.0], [1.0, 4.0, 3.0, 4.0])
+    assert found == {"seconds": 6.0, "ratio": 2.0, "low": 1.25, "high": 2.75}
