@@ -118,6 +118,10 @@ class DataConfig(Section):
     """Side of the square reference pictures in pixels, in training and inference; a multiple of the model's token size."""
     max_references: Annotated[int, Field(ge=1, le=MAX_REFERENCES)] = 6
     """Samples with more references than this are refused."""
+    reference_order: Literal["stored", "left_to_right"] = "stored"
+    """Order of a sample's references. "stored": that of the data; "left_to_right": that in which their subjects stand in the target, by the
+    mean column of their points, those without points last, so that at inference the first reference is the leftmost subject's. Our format
+    only."""
     min_point_coverage: Probability = 0.95
     """Training refuses data of which a smaller share of the references has correspondence points; 0 trains on any."""
     max_points_outside: Probability = 0.05
@@ -149,6 +153,8 @@ class DataConfig(Section):
             raise FieldError("data.image_size", f'must be square where data.format is "semalign", got {shown(self.image_size)}')
         if self.format == "semalign" and self.buckets:
             raise FieldError("data.buckets", f'must be empty where data.format is "semalign" (all square), got {shown(self.buckets)}')
+        if self.format == "semalign" and self.reference_order != "stored":
+            raise FieldError("data.reference_order", f'must be "stored" where data.format is "semalign", got "{self.reference_order}"')
         return self
 
 

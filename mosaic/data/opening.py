@@ -57,4 +57,5 @@ def open_dataset(
         max_references=data.max_references,
         buckets=data.buckets,
         with_masks=with_masks,
+        reference_order=data.reference_order,
     )

@@ -1,5 +1,6 @@
 """What every data set yields, and the batches made of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -67,6 +68,20 @@ class Sample:
     posteriors: Posteriors | None = None
     text: TextEmbeddings | None = None
     masks: Tensor | None = None
+
+
+def left_to_right(sample: Sample, columns: int) -> Sample:
+    """The references in the order in which their subjects stand in the target: by the mean column of their points, then as they stood.
+
+    Args:
+        sample: As read, without cached posteriors; references without points come last.
+        columns: Of the target in tokens.
+    """
+    assert sample.posteriors is None, "they would stay in the old order"
+    places = [float((pairs[:, 1] % columns).double().mean()) if len(pairs) else math.inf for pairs in sample.points]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    masks = None if sample.masks is None else sample.masks[order]
+    return replace(sample, references=sample.references[order], points=[sample.points[k] for k in order], masks=masks)
 
 
 @dataclass(frozen=True)

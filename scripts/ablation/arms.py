@@ -12,8 +12,8 @@ from typing import Any
 from mosaic.config.sections import LOSS_PRESETS
 
 ARMS_FOLDER = Path(__file__).resolve().parents[2] / "assets/pocket/arms"  # adapters of the main arms, as shipped
-PARTS = ("scratch", "selection", "late", "confirmation")
-DEFAULT_PARTS = PARTS[:-1]  # what is to be confirmed is known only then
+PARTS = ("scratch", "selection", "late", "confirmation", "binding")
+DEFAULT_PARTS = PARTS[:3]  # what is to be confirmed is known only then; binding is no part of what decides
 BASELINE = "flow_matching"  # what every arm is compared with, and what late starts start from
 # The release starts MDL at step 10,000 and raises it for 1,000; the share is of the paper's 100,000 steps.
 RELEASE_START, RELEASE_WARMUP = 1 / 10, 1 / 100
@@ -113,6 +113,12 @@ def late_arms(steps: int) -> tuple[Arm, ...]:
         OWN_WEAK,
         Arm("light_then_none", "preset light for half of the run, then flow matching only", {**LIGHT.settings, **until}),
     )
+
+
+def binding_arms() -> tuple[Arm, ...]:
+    """Whether the order of the references can say which of two look-alikes is whose: late starts, measured in their own order."""
+    in_order = {**FLOW_MATCHING.settings, "data.reference_order": "left_to_right"}
+    return (FLOW_MATCHING, Arm("left_to_right", "flow matching only, references from left to right", in_order))
 
 
 def selection_arms() -> tuple[Arm, ...]:

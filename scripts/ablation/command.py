@@ -43,7 +43,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-cases", type=int, help="held-out scenes per regime and K before it, and for interventions")
     parser.add_argument("--real-scenes", type=int, help="real renderings per regime and K, to which pictures are compared")
     parser.add_argument("--inference-steps", type=int, help="sampling steps")
-    parser.add_argument("--parts", nargs="+", choices=DEFAULT_PARTS, default=list(DEFAULT_PARTS), help="default: all")
+    parser.add_argument(
+        "--parts", nargs="+", choices=(*DEFAULT_PARTS, "binding"), default=list(DEFAULT_PARTS), help="default: all but binding"
+    )
     parser.add_argument("--confirm", metavar="ARM", help="also the confirmation of this late arm, on seeds and scenes of its own")
     parser.add_argument("--arms", nargs="+", default=[], help="only these arms, by name")
     parser.add_argument("--list", action="store_true", help="write the config files, list runs and what is left to do, compute nothing")

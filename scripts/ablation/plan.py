@@ -13,7 +13,7 @@ from mosaic.config.loading import Config, load_config
 from mosaic.files import write_text
 from mosaic.training.checkpoints.checkpoint import folder_of
 from mosaic.weights.digests import file_digest, model_digest
-from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, Arm, all_losses, emergence_arms, late_arms, selection_arms
+from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, Arm, all_losses, binding_arms, emergence_arms, late_arms, selection_arms
 from scripts.pocket.judge import WEIGHTS as JUDGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +26,9 @@ WORLD_DIGEST = "a5f9221f1ee27b7e000abc1e0764e796dd2b4abca70562d19e9c2da4b07b2ba5
 TWINS_SHARE = 0.5  # of the scenes with two and more subjects that are trained on
 SOURCES = 2  # runs of flow matching from which late starts start
 #: First training seed of each part. What is chosen in the selection is not measured again at the seeds that chose it.
-FIRST_SEEDS = {"scratch": 10, "selection": 0, "late": 20, "confirmation": 24}
+FIRST_SEEDS = {"scratch": 10, "selection": 0, "late": 20, "confirmation": 24, "binding": 30}
 #: First scene of each part, counted from those of scripts/evaluate.py, on which presets were chosen before.
-FIRST_SCENES = {"scratch": 300_000, "selection": 200_000, "late": 300_000, "confirmation": 400_000}
+FIRST_SCENES = {"scratch": 300_000, "selection": 200_000, "late": 300_000, "confirmation": 400_000, "binding": 600_000}
 
 
 class Cell(NamedTuple):
@@ -173,7 +173,7 @@ def make_plan(
     Args:
         size: How much.
         output: Folder of the trial.
-        parts: Of `DEFAULT_PARTS`.
+        parts: Of `DEFAULT_PARTS`, and "binding".
         only: Names of arms; empty: all. Those runs that the chosen ones start from are there in any case.
         base: Folder of the base; None: that of configs/pocket.json.
         confirmed: Name of the late arm that is confirmed, too, beside flow matching; None: none is.
@@ -189,6 +189,7 @@ def make_plan(
         "scratch": all_losses(size.steps) if size.has_all_losses else emergence_arms(),
         "selection": selection_arms(),
         "late": late,
+        "binding": binding_arms(),
     }
     names = dict.fromkeys(arm.name for part in parts for arm in arms[part])
     unknown = set(only) - names.keys()
@@ -203,7 +204,7 @@ def make_plan(
     runs = list(sources) if is_watched or any(found for part, found in chosen.items() if part != "scratch") else []
     runs += [making.run("scratch", flow_matching, place) for place in range(len(sources), size.seeds) if is_watched]
     runs += [making.run("selection", arm, place, sources[:1]) for arm in chosen["selection"] for place in range(size.selection_seeds)]
-    for part in ("late", "confirmation"):
+    for part in ("late", "confirmation", "binding"):
         runs += [making.run(part, arm, place, sources) for arm in chosen[part] for place in range(size.late_seeds)]
     others = [arm for arm in chosen["scratch"] if arm != flow_matching]
     runs += [making.run("scratch", arm, place) for arm in others for place in range(size.seeds if arm.trained else 1)]

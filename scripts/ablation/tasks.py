@@ -54,6 +54,8 @@ class Task:
         settings = resolved_dict(config)
         rendering = {name: value for name, value in settings["inference"].items() if name not in ("cases", "output_dir", "lora")}
         sizes = {name: settings["data"][name] for name in ("image_size", "reference_size")}
+        if self.lora and config.data.reference_order != "stored":  # without which the digest is that of before the setting
+            sizes["reference_order"] = config.data.reference_order
         what = {name: value for name, value in asdict(self).items() if name not in ("output", "config", "lora")}
         model = {name: value for name, value in settings["model"].items() if name.startswith("reference_")} if self.lora else None
         weights = file_digest(Path(self.lora)) if self.lora else None

@@ -76,9 +76,8 @@ def sample_looks(pipeline: MosaicFluxPipeline, scene: world.Scene, config: Confi
 
         arguments = {**ResolvedOptions.from_config(config).arguments, "reference_cache": False}
         generator = torch.Generator().manual_seed(seed)
-        output = pipeline(
-            [world.caption(scene)], [render_references(scene)], **arguments, generator=[generator], callback_on_step_end=after_step
-        )
+        references = render_references(scene, config.data.reference_order)
+        output = pipeline([world.caption(scene)], [references], **arguments, generator=[generator], callback_on_step_end=after_step)
     picture, weights = output.images[0], torch.stack(found)
     assert isinstance(picture, Image.Image), "the pipeline puts out pictures unless told otherwise"
     return SampledLooks(picture, timesteps, weights / weights.sum(dim=-1, keepdim=True))
@@ -132,7 +131,7 @@ def measure_settling(
     for number, scene in enumerate(scenes):
         looks = sample_looks(pipeline, scene, config, seed + number)
         timesteps = looks.timesteps
-        identities = [scene.placements[k].identity for k in world.reference_order(scene)]
+        identities = [scene.placements[k].identity for k in world.reference_order(scene, config.data.reference_order)]
         names = [identity.class_name for identity in identities]
         places = [place for place in find_places(judge, [looks.picture])[0] if place.class_name in names]
         if sorted(place.class_name for place in places) != sorted(names) or len(places) < 2:

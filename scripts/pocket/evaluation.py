@@ -85,9 +85,9 @@ def held_out_scenes(num_references: int, count: int, regime: str = "distinct", f
     return [world.sample_scene(seed + i, "heldout", num_references, regime) for i in range(count)]
 
 
-def render_references(scene: world.Scene, size: int = world.REFERENCE_SIZE) -> list[Image.Image]:
-    """The reference pictures of a scene's subjects, in `world.reference_order`."""
-    return [world.render_reference(scene.placements[k].identity, size) for k in world.reference_order(scene)]
+def render_references(scene: world.Scene, ordered: str, size: int = world.REFERENCE_SIZE) -> list[Image.Image]:
+    """The reference pictures of a scene's subjects, in the `world.reference_order` that a config's `data.reference_order` names."""
+    return [world.render_reference(scene.placements[k].identity, size) for k in world.reference_order(scene, ordered)]
 
 
 def generate(
@@ -97,7 +97,7 @@ def generate(
     pictures: list[Image.Image] = []
     for start in range(0, len(scenes), batch_size):
         part = scenes[start : start + batch_size]
-        references = [render_references(scene) for scene in part]
+        references = [render_references(scene, config.data.reference_order) for scene in part]
         pictures += pipeline(
             [world.caption(scene) for scene in part],
             references if with_references else None,
@@ -174,21 +174,21 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequen
 
 def scene_batch(scenes: Sequence[world.Scene], pipeline: MosaicFluxPipeline, config: Config) -> MosaicBatch:
     """Rendered scenes of one K as a training batch."""
-    height, size = config.data.image_size[0], config.data.reference_size
+    height, size, ordered = config.data.image_size[0], config.data.reference_size, config.data.reference_order
     grids = run_grids(config.data, pipeline.encoders.vae_scale_factor)
     images = [world.render_scene(scene, height).image for scene in scenes]
     return MosaicBatch(
         ids=[str(scene.seed) for scene in scenes],
         prompts=[world.caption(scene) for scene in scenes],
         targets=images_to_tensor(images),
-        references=torch.stack([images_to_tensor(render_references(scene, size)) for scene in scenes]),
-        points=[_token_points(scene, height, size, grids.reference, grids.target) for scene in scenes],
+        references=torch.stack([images_to_tensor(render_references(scene, ordered, size)) for scene in scenes]),
+        points=[_token_points(scene, ordered, height, size, grids.reference, grids.target) for scene in scenes],
     )
 
 
-def _token_points(scene: world.Scene, height: int, size: int, reference_grid: Grid, target_grid: Grid) -> list[Tensor]:
+def _token_points(scene: world.Scene, ordered: str, height: int, size: int, reference_grid: Grid, target_grid: Grid) -> list[Tensor]:
     fine_reference, fine_target = Grid(REFERENCE_GRID, REFERENCE_GRID), Grid(height, height)
-    fine = [torch.as_tensor(world.correspondences(scene, k, REFERENCE_GRID, height, size)) for k in world.reference_order(scene)]
+    fine = [torch.as_tensor(world.correspondences(scene, k, REFERENCE_GRID, height, size)) for k in world.reference_order(scene, ordered)]
     return make_disjoint([reduce_points(pairs, fine_reference, fine_target, reference_grid, target_grid) for pairs in fine])
 
 

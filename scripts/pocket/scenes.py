@@ -240,11 +240,14 @@ def count_phrase(identities: list[Identity]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def reference_order(scene: Scene) -> list[int]:
-    """The subject that each reference of a scene shows.
+def reference_order(scene: Scene, ordered: str = "stored") -> list[int]:
+    """The subject that each reference of a scene shows, by `data.reference_order`.
 
-    References come in any order, not in that of the caption, so that an adapter cannot tell by their order which subject is which.
+    As stored in a data set references come in any order, not in that of the caption, so that an adapter cannot tell by their order which
+    subject is which.
     """
+    if ordered == "left_to_right":
+        return sorted(range(len(scene.placements)), key=lambda k: scene.placements[k].x)
     return np.random.default_rng([scene.seed, len(scene.placements)]).permutation(len(scene.placements)).tolist()
 
 

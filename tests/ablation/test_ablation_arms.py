@@ -12,6 +12,7 @@ from scripts.ablation import plan as ablation_plan
 from scripts.ablation.arms import BASELINE, DEFAULT_PARTS, PARTS, Arm, all_losses, emergence_arms, late_arms, selection_arms
 from scripts.ablation.command import main
 from scripts.ablation.plan import FIRST_SCENES, SIZES, WARMUP, Plan, make_plan
+from scripts.ablation.tasks import run_tasks
 
 SIZE = dataclasses.replace(SIZES["short"], seeds=2, late_seeds=3, selection_seeds=2)
 
@@ -128,6 +129,25 @@ def test_only_what_is_asked_for_and_what_it_starts_from(tmp_path: Path) -> None:
     assert [run.arm.name for run in confirmation.of_part("late")] == ["scal_0.04"] * 3
 
 
+def test_binding_is_a_late_start_on_scenes_of_its_own(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not plan.of_part("binding")
+    binding = make_plan(SIZE, tmp_path, ("binding",))
+    runs = binding.of_part("binding")
+    assert [(run.arm.name, run.seed) for run in runs] == [(name, seed) for name in (BASELINE, "left_to_right") for seed in (30, 31, 32)]
+    assert binding.runs[0].adapter(SIZE.late_from) == runs[0].start == runs[3].start
+    assert differences(flat(runs[0].config), flat(runs[3].config)) == {"data.reference_order", "training.output_dir"}
+    for number in (0, 3):
+        Path(binding.runs[0].lora).parent.mkdir(parents=True, exist_ok=True)
+        Path(binding.runs[0].lora).touch()
+        runs[number].lora.parent.mkdir(parents=True, exist_ok=True)
+        runs[number].lora.touch()
+    plain, ordered = (run_tasks(binding, runs[number])[20, "pictures", SIZE.cells[1]] for number in (0, 3))
+    assert plain.first_scene == ordered.first_scene == 600_000
+    assert plain.digest() != ordered.digest()  # of equal adapters
+    assert main(["--list", "--parts", "binding", "--output", str(tmp_path / "list")]) == 0
+    assert "binding_left_to_right_seed30_" in capsys.readouterr().out
+
+
 def test_digests_do_not_depend_on_the_folder_but_on_what_is_trained(plan: Plan, tmp_path: Path) -> None:
     elsewhere = make_plan(SIZE, tmp_path / "other")
     assert [run.digest for run in elsewhere.runs] == [run.digest for run in plan.runs]
@@ -161,7 +181,7 @@ def test_another_world_makes_other_runs_and_data(plan: Plan, tmp_path: Path, mon
 
 def test_warm_ups_are_shares_of_a_run() -> None:
     assert round(3000 * WARMUP) == load_config("configs/pocket.json").optimizer.warmup_steps
-    assert set(PARTS) - set(DEFAULT_PARTS) == {"confirmation"}
+    assert set(PARTS) - set(DEFAULT_PARTS) == {"confirmation", "binding"}
 
 
 def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from mosaic.data import BucketBatchSampler, MultiReferenceDataset, Sample, collate
+from mosaic.config.sections import DataConfig
+from mosaic.data import BucketBatchSampler, MultiReferenceDataset, Sample, collate, open_dataset
+from mosaic.data.samples import left_to_right
 from mosaic.method.correspondence import validate_points
+from mosaic.method.grids import Grid
 
 NUM_REFERENCES = [1, 2, 2, 3, 2]
 OPTIONS: dict[str, Any] = {
@@ -98,6 +102,26 @@ def test_points_are_reduced_to_the_token_grids_and_disjoint(writer: Writer) -> N
     assert points[0].tolist() == [[0, 0], [3, 4]]
     assert points[1].tolist() == []  # column 1 shares token column 0 with reference 0, which keeps it
     assert points[2].tolist() == [[0, 1], [3, 5]]
+
+
+def test_references_from_left_to_right(writer: Writer) -> None:
+    """Of four references the first stands in token column 3, the second has no points, the third and the fourth stand in columns 1 and 2."""
+    data = DataConfig(root=str(writer.root), image_size=(16, 32), reference_size=16)
+    writer.rows[3] = writer._sample(3, 4)
+    points = [[[5, 6]], [], [[5, 2]], [[5, 3], [9, 12]]]  # of the fine columns 3 and 4 the third owns the first's token
+    arrays = {str(k): torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2) for k, pairs in enumerate(points)}
+    save_file(arrays, writer.write() / "points/3.safetensors")
+    stored = open_dataset(data, "train", Grid(2, 4), Grid(2, 2))[3]
+    assert [sorted(pairs[:, 1].remainder(4).tolist()) for pairs in stored.points] == [[3], [], [1], [2]]
+    ordered = open_dataset(data.replace(reference_order="left_to_right"), "train", Grid(2, 4), Grid(2, 2)).of_split("train")[3]
+    for k, old in enumerate((2, 3, 0, 1)):
+        assert torch.equal(ordered.references[k], stored.references[old])
+        assert torch.equal(ordered.points[k], stored.points[old])
+    assert torch.equal(ordered.target, stored.target)
+    masks = torch.arange(4.0)[:, None].expand(4, 8)
+    assert left_to_right(replace(stored, masks=masks), 4).masks[:, 0].tolist() == [2, 3, 0, 1]
+    turned = replace(stored, points=[torch.tensor([[0, v]]) for v in (4, 3, 1, 1)])  # the first token of the second row is the leftmost
+    assert [pairs[0, 1] for pairs in left_to_right(turned, 4).points] == [4, 1, 1, 3]
 
 
 def test_points_follow_the_frame_of_their_own_picture(writer: Writer) -> None:

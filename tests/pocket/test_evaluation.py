@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from mosaic.config.loading import from_dict, load_config
+from mosaic.data import open_dataset
+from mosaic.method.grids import Grid
 from mosaic.pipeline.latents import images_to_tensor
 from mosaic.weights.digests import file_digest, model_digest
 from scripts.evaluate import main
 from scripts.pocket import evaluate, world
-from scripts.pocket.evaluation import Proportion, held_out_scenes, judge_pictures, judge_scenes, proportion, scene_batch
+from scripts.pocket.dataset import write_dataset
+from scripts.pocket.evaluation import Proportion, generate, held_out_scenes, judge_pictures, judge_scenes, proportion, scene_batch
 from scripts.pocket.judge import NUM_CANDIDATES
 from tests import tiny
 
@@ -139,6 +143,32 @@ def test_hidden_subjects_are_left_out_on_request() -> None:
     judge = FakeJudge({identity.class_name: identity for identity in identities_of(scene)})
     assert judge_pictures(judge, [Image.new("RGB", (64, 64))], [scene], limit).identification.count == visible < 4
     assert judge_pictures(judge, [Image.new("RGB", (64, 64))], [scene]).identification.count == 4
+
+
+def test_references_from_left_to_right_are_those_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins as a data set has them, as they are measured and as they are drawn: the first reference is the left one's."""
+    write_dataset(tmp_path / "data", 8, 0, 2, 0, shares=world.RegimeShares(twins=1.0))
+    data = {"root": str(tmp_path / "data"), "image_size": [64, 64], "reference_size": 32, "reference_order": "left_to_right"}
+    config = from_dict({"data": data})
+    dataset = open_dataset(config.data, "train", Grid(16, 16), Grid(8, 8))
+    scenes = [world.sample_scene(seed, "train", 2, "twins") for seed in (1, 3, 5, 7)]
+    assert {tuple(world.reference_order(scene)) for scene in scenes} == {(0, 1), (1, 0)}
+    batch = scene_batch(scenes, tiny.build_pipeline(), config)
+    asked = []
+
+    def draw(prompts: list[str], references: list[list[Image.Image]], **_: object) -> SimpleNamespace:
+        asked.extend(references)
+        return SimpleNamespace(images=[Image.new("RGB", (64, 64))] * len(prompts))
+
+    generate(draw, scenes, config, True, 2, 0)
+    for number, scene in enumerate(scenes):
+        stored = next(sample for sample in dataset if sample.id == f"train-{scene.seed:08d}")
+        left, right = sorted(scene.placements, key=lambda placement: placement.x)
+        for found in (stored.references, batch.references[number], images_to_tensor(asked[number])):
+            drawn = images_to_tensor([world.render_reference(placement.identity, found.shape[-1]) for placement in (left, right)])
+            assert torch.cdist(found.flatten(1), drawn.flatten(1)).argmin(dim=1).tolist() == [0, 1]  # stored ones have been resized
+        for points in (stored.points, batch.points[number]):
+            assert points[0][:, 1].remainder(16).double().mean() < points[1][:, 1].remainder(16).double().mean()
 
 
 def test_scene_batch_is_what_training_sees() -> None:

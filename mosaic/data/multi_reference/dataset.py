@@ -17,7 +17,7 @@ from mosaic.data.masks import mask_picture, mask_problem
 from mosaic.data.multi_reference.framing import COARSEST_CELL, Frame, cover, fit, nearest_bucket
 from mosaic.data.multi_reference.manifest import Manifest
 from mosaic.data.multi_reference.rows import Row
-from mosaic.data.samples import Sample
+from mosaic.data.samples import Sample, left_to_right
 from mosaic.method.correspondence import majority_points, make_disjoint
 from mosaic.method.grids import Grid
 
@@ -48,6 +48,7 @@ class MultiReferenceDataset(Dataset[Sample]):
         max_references: int = 6,
         buckets: Sequence[tuple[int, int]] = (),
         with_masks: bool = False,
+        reference_order: str = "stored",
     ) -> None:
         """Read the manifest; pictures and points are read when a sample is asked for.
 
@@ -61,6 +62,7 @@ class MultiReferenceDataset(Dataset[Sample]):
             max_references: Largest K.
             buckets: Heights and widths of targets; none: every target becomes `image_size`.
             with_masks: Whether samples bring their masks.
+            reference_order: "stored" or "left_to_right" (`left_to_right`).
 
         Raises:
             FileNotFoundError: The data set is missing.
@@ -68,6 +70,7 @@ class MultiReferenceDataset(Dataset[Sample]):
                 `max_references` references, or its points' grids are coarser than the tokens.
         """
         self.reference_size, self.max_references, self.with_masks = reference_size, max_references, with_masks
+        self.reference_order = reference_order
         self.reference_token_grid = Grid(*reference_token_grid)
         self.buckets = [(height, width) for height, width in buckets or [image_size]]
         token = (image_size[0] // target_token_grid[0], image_size[1] // target_token_grid[1])
@@ -149,7 +152,8 @@ class MultiReferenceDataset(Dataset[Sample]):
             found = [self.manifest.read_mask(row, k, stored_target) for k in range(len(row.references))]
             masks = token_masks([None if mask is None else frame.apply(mask_picture(mask)) for mask in found], self._token_grids[bucket])
         missing = () if stored is not None else ("points",)
-        return Sample(row.id, row.prompt, target, torch.stack(references), points, missing, masks=masks)
+        sample = Sample(row.id, row.prompt, target, torch.stack(references), points, missing, masks=masks)
+        return left_to_right(sample, self._token_grids[bucket].columns) if self.reference_order == "left_to_right" else sample
 
     def inspect(self, index: int) -> Inspection:
         """Look at one sample as it is stored. Raises as `__getitem__`, and for a mask that cannot be read, or points of other pictures."""
