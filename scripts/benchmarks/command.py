@@ -14,6 +14,8 @@ attention kernels) with latency, memory, TFLOP, utilisation and the error agains
 `python scripts/benchmark.py supervision` measures what `loss.supervised_queries` adds to a training step, settings in turns
 (scripts/benchmarks/supervision.py).
 
+`python scripts/benchmark.py scoring` measures CPU time per picture and memory of scoring (scripts/benchmarks/scoring.py).
+
 `python scripts/benchmark.py data` times the reader of our format and weighs its memory (scripts/benchmarks/data.py).
 """
 
@@ -71,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_data_arguments(commands.add_parser("data", help="samples per second and memory of the reader"))
     add_shared_arguments(commands.add_parser("shared", help="training steps beside a busy process on the same cores"))
     add_supervision_arguments(commands.add_parser("supervision", help="what supervising the target's queries costs a training step"))
+    add_scoring_arguments(commands.add_parser("scoring", help="CPU time and memory of scoring many pictures"))
     args = parser.parse_args(argv)
     if args.command == "train":
         complete_arguments(args, DEFAULTS)
@@ -193,6 +196,14 @@ def add_supervision_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="write the result as JSON")
 
 
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command `scoring`."""
+    parser.add_argument("--pictures", type=int, nargs="+", default=[450, 4500], help="numbers of pictures, six a case")
+    parser.add_argument("--size", type=int, default=512, help="sides of pictures and references in px")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Name the flag whose value cannot be."""
     lowest, flags = {"workers": 0, "seed": 0}, {"references": "k"}
@@ -250,6 +261,10 @@ def measure(argv: list[str] | None = None) -> dict[str, Any] | None:
         from scripts.benchmarks import supervision
 
         return supervision.run(args)
+    if args.command == "scoring":
+        from scripts.benchmarks import scoring as scoring_benchmark
+
+        return scoring_benchmark.run(args)
     if args.command == "infer":
         from scripts.benchmarks import infer as infer_benchmark
 
