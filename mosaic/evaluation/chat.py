@@ -59,8 +59,15 @@ def ask(chat: Chat, parts: Sequence[Part], form: type[Answer]) -> Answer:
 class LocalChat:
     """A model of transformers that takes pictures and texts, such as Qwen/Qwen3-VL-8B-Instruct."""
 
-    def __init__(self, name: str, flag: str = "--judge", device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> None:
-        """Load the model.
+    def __init__(
+        self,
+        name: str,
+        flag: str = "--judge",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        """Load the model, which is to write a number of tokens at most.
 
         Raises:
             FileNotFoundError, ValueError: It cannot be had, or is no model of pictures and texts.
@@ -68,17 +75,18 @@ class LocalChat:
         call_loader(AutoConfig, name, flag)
         self.processor: Any = call_loader(AutoProcessor, name, flag)
         self.model: Any = call_loader(AutoModelForImageTextToText, name, flag, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.max_tokens = max_tokens
         self.provenance = provenance_of(self.model, name, type(self.processor).__name__)
 
     @torch.inference_mode()
     def __call__(self, parts: Sequence[Part]) -> str:
-        """Greedy, at most `MAX_TOKENS` tokens."""
+        """Greedy."""
         content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts]
         messages = [{"role": "user", "content": content}]
         tokens = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device, self.model.dtype)
-        found = self.model.generate(**tokens, do_sample=False, max_new_tokens=MAX_TOKENS)
+        found = self.model.generate(**tokens, do_sample=False, max_new_tokens=self.max_tokens)
         return str(self.processor.batch_decode(found[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 
 

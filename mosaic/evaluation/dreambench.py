@@ -215,6 +215,26 @@ def block_name(subjects: Sequence[Subject]) -> str:
     return "+".join(subject.name for subject in subjects)
 
 
+def cases_of_data(data: Path, listed: Path | None, *, multi: bool) -> list[PreparedCase]:
+    """The cases of a folder of data, by the rule or of a list.
+
+    Args:
+        data: DreamBooth's `dataset`.
+        listed: A list in UNO's form to take instead of the rule's.
+        multi: Two subjects.
+
+    Raises:
+        FileNotFoundError, ValueError: The prompts, the list or pictures will not do.
+    """
+    if listed:
+        return prepared_cases(read_list(listed), data, "--data")
+    path = data / CLASSES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"--data: {path} is missing; name the folder `dataset` of google/dreambooth, or give a list with --list.")
+    prompts = read_prompts(path)
+    return prepared_cases(multi_list(prompts) if multi else single_list(prompts), data, "--data")
+
+
 def prepared_cases(items: Sequence[ListItem], data: Path, place: str) -> list[PreparedCase]:
     """The cases of a list, with all pictures of a subject's folder to compare with.
 

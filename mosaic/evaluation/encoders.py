@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, CLIPModel, CLIPTokenizer, PreTrainedModel, ViTModel
+from transformers import AutoConfig, CLIPModel, CLIPTokenizer, Dinov2Model, PreTrainedModel, ViTModel
 
 from mosaic.weights.components import component_revision
 from mosaic.weights.frozen import call_loader
@@ -74,12 +74,42 @@ class Preparation:
         width, height = (self.short_side if side == short else int(self.short_side * side / short) for side in picture.size)
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - self.side) / 2), round((height - self.side) / 2)
-        values = np.asarray(resized.crop((left, top, left + self.side, top + self.side)), dtype=np.float32) / 255
-        return torch.from_numpy((values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).permute(2, 0, 1)
+        return normalised(resized.crop((left, top, left + self.side, top + self.side)), self.mean, self.std)
 
     def __str__(self) -> str:
         """In words."""
         return f"PIL, RGB, short side {self.short_side} bicubic, centre {self.side}, mean {self.mean[0]}, std {self.std[0]}"
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """Resized to a square, whatever the shape, values normalised.
+
+    Attributes:
+        side: Of the square in px.
+        mean, std: Of red, green and blue in [0, 1].
+        resample: How pixels are weighed.
+    """
+
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pixels [N, 3, side, side], float32."""
+        sides = (self.side, self.side)
+        return torch.stack([normalised(picture.convert("RGB").resize(sides, self.resample), self.mean, self.std) for picture in pictures])
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"PIL, RGB, {self.side} x {self.side} {self.resample.name.lower()}, mean {self.mean[0]}, std {self.std[0]}"
+
+
+def normalised(picture: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """Pixels [3, H, W], float32, of an RGB picture: values in [0, 1], less the mean, by the standard deviation."""
+    values = np.asarray(picture, dtype=np.float32) / 255
+    return torch.from_numpy((values - np.array(mean, np.float32)) / np.array(std, np.float32)).permute(2, 0, 1)
 
 
 class ClipEncoder:
@@ -132,13 +162,33 @@ class DinoEncoder:
         return unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
 
 
+class Dinov2Encoder:
+    """DINO's second version: its class token after the last norm, prepared as for the first one."""
+
+    def __init__(self, name: str, flag: str = "--dinov2", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load the model.
+
+        Raises:
+            FileNotFoundError, ValueError: It cannot be had, or is of another architecture.
+        """
+        self.model = load_encoder(Dinov2Model, name, flag, device, dtype, "dinov2")
+        self.prepare = Preparation(256, 224, IMAGENET_MEAN, IMAGENET_STD)
+        self.provenance = provenance_of(self.model, name, self.prepare)
+
+    @torch.inference_mode()
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Class tokens."""
+        pixels = self.prepare(pictures).to(self.model.device, self.model.dtype)
+        return unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
+
+
 def unit(embeddings: Tensor) -> Tensor:
     """Vectors [N, D] at length 1, in float32, on the CPU; those that are no numbers stay what they are."""
     return F.normalize(embeddings.float(), dim=-1).cpu()
 
 
-def load_encoder(cls: Any, name: str, flag: str, device: torch.device | str, dtype: torch.dtype, kind: str, **arguments: Any) -> Any:
-    """Load a frozen model of transformers whose config says that it is of a kind.
+def load_encoder(cls: Any, name: str, flag: str, device: torch.device | str, dtype: torch.dtype, *kinds: str, **arguments: Any) -> Any:
+    """Load a frozen model of transformers whose config says that it is of one of some kinds.
 
     Weights without safetensors, as some of these models have them on the hub, are read without unpickling objects.
 
@@ -147,8 +197,10 @@ def load_encoder(cls: Any, name: str, flag: str, device: torch.device | str, dty
         ValueError: It cannot be had, is of another kind, or lacks weights that the class has.
     """
     config = call_loader(AutoConfig, name, flag)
-    if config.model_type != kind:
-        raise ValueError(f"{flag}: {name} must be a model of the type {kind} ({cls.__name__}), got one of the type {config.model_type}.")
+    if config.model_type not in kinds:
+        raise ValueError(
+            f"{flag}: {name} must be a model of the type {kinds[0]} ({cls.__name__}), got one of the type {config.model_type}."
+        )
     model, loaded = call_loader(cls, name, flag, dtype=dtype, output_loading_info=True, **arguments)
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])

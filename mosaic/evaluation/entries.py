@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from mosaic.images import picture_suffixes
 
 MAX_PICTURES = 1_000_000
 MAX_SHOWN = 10  # problems that one message lists
+TILES = 4  # pictures of a grid, two by two
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,17 @@ def read_lines(path: Path, read: Callable[[Any, str], Iterable[Entry]]) -> Liste
     if not entries and not problems:
         raise ValueError(f"{path}: must name at least one picture, one a line, got an empty file.")
     return Listed(entries, problems)
+
+
+def tiles_of(entry: Entry) -> list[Entry]:
+    """The four pictures of a grid, given as one entry: runs 0 to 3, row by row."""
+    return [replace(entry, run=tile, tile=tile) for tile in range(TILES)]
+
+
+def subject_labels(subjects: Sequence[Subject]) -> list[str]:
+    """The subjects' names; what would be the same name twice, two men of a case, is told apart by a number: "man", "man (2)"."""
+    names = [subject.name for subject in subjects]
+    return [name if names.index(name) == k else f"{name} ({names[: k + 1].count(name)})" for k, name in enumerate(names)]
 
 
 def tile_of(picture: Image.Image, tile: int | None) -> Image.Image:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mosaic.evaluation.entries import Entry, Listed, Question, Subject
+from mosaic.evaluation.entries import TILES, Entry, Listed, Question, Subject, tiles_of
 from mosaic.files import read_json, relative_path, shown, write_text
+from mosaic.images import picture_suffixes
 from mosaic.rendering.notes import MANIFEST, read_manifest
 from mosaic.weights.digests import file_digest
 
@@ -160,6 +162,45 @@ def entries_of_run(run: Path, prepared: Prepared) -> Listed:
     wanted, found = len(prepared.cases) * prepared.protocol.runs, len(entries)
     if found < wanted:
         problems.append(f"{manifest}: {found} of the {wanted} pictures of {prepared.name} are there. Let the run end: it goes on.")
+    return Listed(entries, problems)
+
+
+def entries_of_grids(folder: Path, prepared: Prepared) -> Listed:
+    """Pictures as XVerse saves them: of a case one file of its four pictures, two by two, whose name begins with the case's number and "_".
+
+    A case without a file or with two, and a file of no case, are problems.
+
+    Args:
+        folder: The folder of the files; others in it, whose names begin otherwise, are left alone.
+        prepared: The cases; they are found by the number before the "_".
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: The protocol has another number of pictures.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--grids: there is no folder {folder}.")
+    if prepared.protocol.runs != TILES:
+        raise ValueError(f"--grids: a file holds {TILES} pictures of a case, but the prepared cases have {prepared.protocol.runs}.")
+    files: dict[str, list[Path]] = {case.case: [] for case in prepared.cases}
+    problems = []
+    for path in sorted(folder.iterdir()):
+        number = re.match(r"(\d+)_", path.name)
+        if not number or path.suffix.lower() not in picture_suffixes():
+            continue
+        case = str(int(number[1]))
+        if case in files:
+            files[case].append(path)
+        else:
+            problems.append(f"{path}: is of the case {case}, which {prepared.name} does not have.")
+    entries = []
+    for one in prepared.cases:
+        found = files[one.case]
+        if len(found) == 1:
+            entries += tiles_of(Entry(found[0], one.case, 0, one.prompt, one.subjects, one.questions, place=str(found[0])))
+        else:
+            named = " and ".join(str(path) for path in found) or "none"
+            problems.append(f"{folder}: must hold one file whose name begins with {one.case}_, got {named}.")
     return Listed(entries, problems)
 
 

@@ -1,5 +1,6 @@
 """From records to scores: means in the order in which protocols take them, beside them the plain mean, and intervals."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
@@ -58,6 +59,53 @@ def interval(table: np.ndarray) -> tuple[float | None, float | None]:
     blocks = np.nanmean(table, axis=1)
     found = stats.bootstrap((blocks,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def case_mean(values: Mapping[Key, float]) -> Mean:
+    """Mean over all values at once, with an interval over cases, which are drawn with all their values.
+
+    Args:
+        values: At least one.
+    """
+    mean = float(np.mean(list(values.values())))
+    low, high = interval_of_average([values])
+    return Mean(mean, low, high, mean, len(values))
+
+
+def interval_of_average(metrics: Sequence[Mapping[Key, float]]) -> tuple[float | None, float | None]:
+    """95 % interval of the average of metrics, each a mean over all its values, by a bootstrap over cases.
+
+    Cases are drawn with all their values of all metrics; those without values of a metric count for the others.
+    """
+    cases = list(dict.fromkeys(key.case for values in metrics for key in values))
+    if len(cases) < 2:
+        return None, None
+    row = {case: number for number, case in enumerate(cases)}
+    sums, counts = np.zeros((2, len(metrics), len(cases)))
+    for metric, values in enumerate(metrics):
+        for key, value in values.items():
+            sums[metric, row[key.case]] += value
+            counts[metric, row[key.case]] += 1
+
+    def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
+        of_cases = drawn.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # a draw may have no case with a metric's values; such draws are left out
+            means = sums[:, of_cases].sum(axis=axis) / counts[:, of_cases].sum(axis=axis)
+        return means.mean(axis=0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # that draws are left out
+        found = stats.bootstrap(
+            (np.arange(len(cases)),),
+            statistic,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+            batch=1000,
+            vectorized=True,
+        )
+    low, high = np.nanpercentile(found.bootstrap_distribution, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def group_means(values: Mapping[Key, float], group_of: Callable[[Key], str]) -> dict[str, float]:

@@ -22,10 +22,12 @@ class Scored(NamedTuple):
 
     Attributes:
         records: Of all values, case by case.
+        entries: The pictures that were scored.
         left_out: What was wrong with pictures that are not scored, a sentence each; empty unless that was allowed.
     """
 
     records: list[Record]
+    entries: list[Entry]
     left_out: list[str]
 
 
@@ -47,8 +49,9 @@ def sound_entries(listed: Listed, partial: bool, *, shown: bool = True) -> tuple
     problems, sound, taken = [*listed.problems, *check_entries(entries)], [], set()
     checked: dict[Path, str | None] = {}
     files = [path for entry in entries for path in (entry.picture, *(path for subject in entry.subjects for path in subject.references))]
+    grids = {entry.picture for entry in entries if entry.tile is not None}
     for path in tqdm(list(dict.fromkeys(files)), desc="looking at pictures", unit="picture", leave=False, disable=not shown):
-        checked[path] = _problem(path)
+        checked[path] = _problem(path, path in grids)
     for entry in entries:
         wrong = [checked[entry.picture]] if checked[entry.picture] else []
         wrong += [text for subject in entry.subjects for path in subject.references if (text := checked[path])]
@@ -64,13 +67,17 @@ def sound_entries(listed: Listed, partial: bool, *, shown: bool = True) -> tuple
     return sound, problems
 
 
-def _problem(path: Path) -> str | None:
+def _problem(path: Path, is_grid: bool) -> str | None:
     """What is wrong with a picture file."""
     try:
-        decode_image(read_picture(path), str(path))
+        width, height = decode_image(read_picture(path), str(path)).size
     except (ValueError, OSError) as error:
         return str(error)
-    return None
+    return (
+        f"a grid of two by two pictures must have even sides, got {width} x {height} px: {path}."
+        if is_grid and (width | height) % 2
+        else None
+    )
 
 
 def score(listed: Listed, measures: Sequence[Measure], folder: Path, state: PartialState, *, partial: bool = False) -> Scored:
@@ -104,7 +111,7 @@ def score(listed: Listed, measures: Sequence[Measure], folder: Path, state: Part
             records.write([key for case in cases for measure in measures for key in measure.keys(case)])
         state.wait_for_everyone()
         found = list(Records(folder).known.values())
-    return Scored(found, left_out)
+    return Scored(found, sound, left_out)
 
 
 def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Records, digests: Mapping[Path, str]) -> list[Record]:

@@ -122,7 +122,9 @@ def protocol_in_words(scores: Mapping[str, Any]) -> str:
     made = scores["protocol"]
     pictures = f"{scores['num_cases']} cases x {scores['num_runs']} pictures"
     size = f"{made['size']} px, seeds from {made['seed']}" if made else "sizes and seeds of another generator"
-    models = "; ".join(f"{NAMES.get(metric, metric)} by {of['model']} ({of['revision'][:8]})" for metric, of in scores["models"].items())
+    models = "; ".join(
+        f"{NAMES[metric]} by {of['model']} ({of['revision'][:8]})" for metric, of in scores["models"].items() if metric in NAMES
+    )
     said = f"DIFFERS from the protocol in {', '.join(differences)}: " if differences else ""
     return f"measured here: {said}{pictures}, {size}; {models}"
 

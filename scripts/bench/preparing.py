@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 
-from mosaic.evaluation import dreambench
 from mosaic.evaluation.benchmarks import BENCHMARKS, Benchmark
 from mosaic.evaluation.cost import gpu_hours
-from mosaic.evaluation.prepared import PreparedCase, write_prepared
+from mosaic.evaluation.prepared import write_prepared
 from mosaic.files import nearest, require_folder
 
 LIMITS = {"runs": (1, 64), "size": (16, 8192), "seed": (0, 2**62)}
@@ -34,22 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
         low, high = LIMITS[name]
         if not low <= value <= high:
             raise ValueError(f"--{name} must be of {low}..{high}, got {value}.")
-    protocol, cases = dataclasses.replace(benchmark.protocol, **changes), _cases(arguments)
+    protocol, cases = dataclasses.replace(benchmark.protocol, **changes), benchmark.cases_of_data(arguments.data, arguments.list)
     write_prepared(arguments.output, arguments.name, protocol, cases)
     changed = f" ({', '.join(changes)} not the protocol's)" if changes and protocol != benchmark.protocol else ""
     print(f"{len(cases)} cases of {protocol.runs} pictures, {protocol.size} px, seeds from {protocol.seed}{changed}: {arguments.output}")
     fast, slow = gpu_hours(cases, protocol)
     print(f"Rendering with FLUX.1-dev, 28 steps: {fast:.1f} to {slow:.1f} hours of one H100 or H200 (by the FLOP model; half with 2 GPUs).")
     print(f"Render: accelerate launch scripts/bench.py render {arguments.output} --output {arguments.output / 'run'} --config CONFIG")
-
-
-def _cases(arguments: argparse.Namespace) -> list[PreparedCase]:
-    """The cases of DreamBench, by the rule or of a list."""
-    if arguments.list:
-        return dreambench.prepared_cases(dreambench.read_list(arguments.list), arguments.data, "--data")
-    path = arguments.data / dreambench.CLASSES_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"--data: {path} is missing; name the folder `dataset` of google/dreambooth, or give a list with --list.")
-    prompts = dreambench.read_prompts(path)
-    make = dreambench.multi_list if arguments.name == "dreambench_multi" else dreambench.single_list
-    return dreambench.prepared_cases(make(prompts), arguments.data, "--data")

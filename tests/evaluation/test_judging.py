@@ -18,7 +18,7 @@ from mosaic.evaluation.encoders import Provenance
 from mosaic.evaluation.judging import Judge, Opinion
 from mosaic.evaluation.records import Key
 from mosaic.evaluation.scoring import score
-from scripts.bench import scoring as bench_scoring
+from scripts.bench import models as bench_models
 from scripts.bench.command import main
 from tests.evaluation import toys
 from tests.evaluation.test_scoring import listed_at
@@ -148,7 +148,7 @@ def test_the_command_asks_an_endpoint(tmp_path: Path, monkeypatch: pytest.Monkey
         keys.append(key)
         return Scripted(*[GOOD] * 6, two(), two())
 
-    monkeypatch.setattr(bench_scoring, "EndpointChat", build)
+    monkeypatch.setattr(bench_models, "EndpointChat", build)
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
     flags = ["--pictures", str(toys.write_benchmark(tmp_path)), "--metrics", "dino", "--dino", str(toys.write_dino(tmp_path / "dino"))]
     command = ["score", "dreambench", *flags, "--output", str(tmp_path / "s"), "--device", "cpu", "--judge-url", "http://localhost"]
