@@ -12,7 +12,6 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from mosaic.evaluation import chat as chat_module
 from mosaic.evaluation.chat import EndpointChat, LocalChat, ask
 from mosaic.evaluation.encoders import Provenance
 from mosaic.evaluation.judging import Judge, Opinion
@@ -121,8 +120,7 @@ def write_llava(folder: Path) -> Path:
 
 
 def test_a_model_of_transformers_answers_after_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_module, "MAX_TOKENS", 3)
-    chat = LocalChat(str(write_llava(tmp_path / "llava")), dtype=torch.float32)
+    chat = LocalChat(str(write_llava(tmp_path / "llava")), dtype=torch.float32, max_tokens=3)
     seen: dict[str, Any] = {}
     generate = chat.model.generate
 

@@ -1,7 +1,9 @@
 """XVerseBench: its lists and lines, what its metrics are by rule, and a whole scoring with tiny models."""
 
+import dataclasses
 import itertools
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,10 +18,11 @@ from PIL import Image
 
 from mosaic.evaluation import xversebench
 from mosaic.evaluation.dpg import cascading, one_step, share
-from mosaic.evaluation.entries import Question, subject_labels, tile_of
-from mosaic.evaluation.prepared import read_prepared
+from mosaic.evaluation.entries import Listed, Question, subject_labels, tile_of
+from mosaic.evaluation.prepared import Protocol, entries_of_grids, read_prepared
 from mosaic.evaluation.records import Key
 from mosaic.evaluation.reduction import case_mean, interval_of_average
+from mosaic.evaluation.scoring import sound_entries
 from scripts.bench.command import main
 from tests.evaluation import tiny_models, toys, xverse_toys
 
@@ -212,25 +215,22 @@ def test_what_cannot_be_scored_is_told_before_models_are_loaded(tmp_path: Path, 
     assert "pip install pyfacer" in capsys.readouterr().err
 
 
-def test_grids_are_found_by_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grids_are_found_by_their_numbers(tmp_path: Path) -> None:
     xverse_toys.write_references(tmp_path)
     xverse_toys.write_lists(tmp_path, "single", {"O": 3})
     prepare("xversebench", tmp_path, tmp_path / "prepared")
-    grids = tmp_path / "grids"
+    prepared, grids = read_prepared(tmp_path / "prepared"), tmp_path / "grids"
     grids.mkdir()
-    for name in ("1_a.png", "01_b.png", "7_c.png", "0_d.png", "d.png"):
-        Image.new("RGB", (8, 8)).save(grids / name)
-    arguments = ["score", "xversebench", "--grids", str(grids), "--prepared", str(tmp_path / "prepared"), "--output", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert all(words in said for words in ("7_c.png is of the case 7", "01_b.png and", "begins with 2_, got none"))
-    assert "0_d.png" not in said
-    for name, size in (("1_a.png", 8), ("2_a.png", 9)):
-        Image.new("RGB", (size, 8)).save(grids / name)
-    for name in ("01_b.png", "7_c.png"):
-        (grids / name).unlink()
-    assert main([*arguments, "--metrics", "aes", "--device", "cpu"]) == 2
-    assert "--aesthetic" in capsys.readouterr().err
+    for name, width in (("1_a.png", 8), ("01_b.png", 8), ("7_c.png", 8), ("0_d.png", 9), ("d.png", 8)):
+        Image.new("RGB", (width, 8)).save(grids / name)
+    entries, problems = entries_of_grids(grids, prepared)
+    assert [(entry.picture.name, entry.case, entry.run, entry.tile) for entry in entries] == [("0_d.png", "0", k, k) for k in range(4)]
+    for problem, words in zip(problems, ("7_c.png: is of the case 7", "1_, got .*01_b.png and .*1_a.png", "2_, got none"), strict=True):
+        assert re.search(words, problem)
+    with pytest.raises(ValueError, match="must have even sides, got 9 x 8 px: .*0_d.png"):
+        sound_entries(Listed(entries, []), partial=False, shown=False)
+    with pytest.raises(ValueError, match="holds 4 pictures of a case, but the prepared cases have 6"):
+        entries_of_grids(grids, dataclasses.replace(prepared, protocol=Protocol(6, 8, 0)))
 
 
 def test_tiles_are_numbered_row_by_row(tmp_path: Path) -> None:
