@@ -28,6 +28,7 @@ TITLES = {
     "selection": "Selection of settings",
     "late": "From flow matching's adapter",
     "confirmation": "Confirmation",
+    "binding": "References from left to right",
 }
 STATISTICS = """All numbers are of identities that training never saw, as means over scenes. In brackets 95 % intervals for other training
 seeds and other scenes (two crossed random factors, `scripts/pocket/statistics.py`); of an arm with one seed they are for other scenes only,

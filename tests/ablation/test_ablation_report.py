@@ -12,7 +12,8 @@ from mosaic.reports.charts import COLOURS, Point, Row, Series, line_chart, nice_
 from scripts import ablation_figures
 from scripts.ablation import readme as ablation_readme
 from scripts.ablation import tables
-from scripts.ablation.figures import draw
+from scripts.ablation.arms import PARTS
+from scripts.ablation.figures import TITLES, draw
 from scripts.ablation.plots import mean_curve
 from scripts.ablation.readme import MARKER
 from scripts.ablation.results import CURVE_POINTS, FORMAT, VERSION, curves_of
@@ -198,6 +199,10 @@ def test_rows_of_the_tables(results: dict[str, Any]) -> None:
     assert table[3].startswith("| arm flow_matching | 3 | 25.0 [")
     assert tables.summary_table(results, "scratch", "distinct_k2").splitlines()[3].endswith("| 2.50 [0.02, 4.98] |")
     assert FRECHET.title not in tables.summary_table(results, "scratch", "distinct_k3")
+
+
+def test_every_part_has_a_title() -> None:
+    assert list(TITLES) == list(PARTS)
 
 
 def test_the_report_is_drawn_from_the_file_alone(results: dict[str, Any], tmp_path: Path) -> None:
