@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(world: Path, tm
     monkeypatch.setattr(training, "load_base", pytest.fail)
     with pytest.raises(ValueError, match=r"data.image_size must be square where data.format is \"semalign\", got \[64, 32\]"):
         from_dict({"data": {"format": "semalign", "image_size": [64, 32]}})
+    with pytest.raises(ValueError, match=r'data.reference_order must be "stored" where data.format is "semalign", got "left_to_right"'):
+        runs.make_config(world, tmp_path, **SIZES, data__reference_order="left_to_right")
     shutil.copytree(world / "data/data", tmp_path / "data")
     config = runs.make_config(world, tmp_path / "run", **SIZES, data__root=str(tmp_path), data__heldout_share=0, validation__every=1)
     with pytest.raises(ValueError, match='has no sample of the split "heldout" with a heldout_share of 0'):
