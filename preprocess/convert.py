@@ -3,6 +3,7 @@
 python preprocess/convert.py folder   SRC DEST    one folder per sample: target.png, ref_*.png, prompt.txt; or pictures with captions
 python preprocess/convert.py uno      SRC DEST    UNO-style JSON list
 python preprocess/convert.py musar    SRC DEST    MUSAR-Gen-style Parquet
+python preprocess/convert.py mapped   SRC DEST    a JSON list, JSON Lines or Parquet of any columns, by --mapping
 python preprocess/convert.py semalign SRC DEST    SemAlign-MS-Subjects200K as released
 python preprocess/convert.py repository SRC DEST  a data set of our format on the Hugging Face hub, or a folder of its layout
 """
@@ -28,11 +29,13 @@ from mosaic.data import SampleRecord
 from mosaic.locks import new_folder
 from preprocess.sources import flat
 from preprocess.sources.invalid import InvalidSamples
+from preprocess.sources.mapping import Mapping, load_mapping, ready
 
 SOURCES = {
     "folder": "one folder per sample: target.png, ref_*.png, prompt.txt (mask_*.png if known); or pictures with captions",
     "uno": "UNO-style JSON list of prompt, image_paths (or image_path), image_tgt_path",
     "musar": "MUSAR-Gen-style Parquet: tgt_img, prompt, cond_img_k, cond_prompt_k",
+    "mapped": "a JSON list, JSON Lines or Parquet of any columns: a mapping says which is what",
     "semalign": "SemAlign-MS-Subjects200K as released, with its points",
     "repository": "a data set of our format on the Hugging Face hub, or a folder of its layout; splits are kept",
 }
@@ -70,7 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 "--config", help="config of the training that is planned, whose sizes decide how fine the points' grids are"
             )
             command.add_argument("--grid", type=int, help="cells per side of the points' grids instead (default: 64, enough up to 1024 px)")
-        if name == "uno":
+        if name == "mapped":
+            command.add_argument("--mapping", required=True, help=f"a mapping file, or one of {', '.join(ready())}")
+        if name in ("uno", "mapped"):
             command.add_argument("--image-root", type=Path, help="folder that the list's paths are relative to (default: that of SRC)")
     args = parser.parse_args(argv)
     if not 0 <= args.heldout_share < 1:
@@ -93,6 +98,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
     """
     from mosaic.data import DatasetWriter  # and with it torch
 
+    mapping = load_mapping(args.mapping) if hasattr(args, "mapping") else None
     if hasattr(args, "grid"):
         args.grid = chosen_grid(args)
     invalid = InvalidSamples(args.skip_invalid)
@@ -101,7 +107,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
         source = importlib.import_module(f"preprocess.sources.{args.source}")  # its packages are needed by this command alone
         total = source.count(args.src) if hasattr(source, "count") else None
         total = min(filter(None, (total, args.limit)), default=None)
-        for sample in tqdm(read(source, args, invalid), desc="converting", unit="sample", total=total):
+        for sample in tqdm(read(source, args, invalid, mapping), desc="converting", unit="sample", total=total):
             with invalid.at(f"{args.src}, sample {sample.id}"):
                 writer.add(replace(sample, split=split_of(sample, args)))
                 written += 1
@@ -148,10 +154,11 @@ def prepare(args: argparse.Namespace) -> tuple[int, int]:
     return written, len(invalid.problems)
 
 
-def read(source: ModuleType, args: argparse.Namespace, invalid: InvalidSamples) -> Iterator[SampleRecord]:
+def read(source: ModuleType, args: argparse.Namespace, invalid: InvalidSamples, mapping: Mapping | None) -> Iterator[SampleRecord]:
     """The samples of a source, which gets those of the options that it knows."""
     options = {
         "invalid": invalid,
+        "mapping": mapping,
         "split": getattr(args, "split", None),
         "grid": getattr(args, "grid", None),
         "image_root": getattr(args, "image_root", None),

@@ -106,7 +106,14 @@ def _first_error(section: type[Section], error: ValidationError, given: dict[str
 
 
 RANGE = {"minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most", "exclusiveMaximum": "less than"}
-TYPES = {"boolean": "true or false", "integer": "an integer", "number": "a number", "string": "a string", "null": "null"}
+TYPES = {
+    "boolean": "true or false",
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "object": "an object",
+    "null": "null",
+}
 
 
 def _in_words(schema: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Writes configs/schema.json, the JSON Schema of config files, from the models of `mosaic.config.sections`.
 
-Editors that understand the "$schema" key of a config complete names, show what each setting means, and mark what is wrong.
+And preprocess/mappings/schema.json, that of `convert.py`'s mapping files, from `preprocess.sources.mapping`.
+
+Editors that understand the "$schema" key of a file complete names, show what each setting means, and mark what is wrong.
 """
 
 import argparse
@@ -13,29 +15,38 @@ ROOT = Path(__file__).resolve().parents[2]
 from mosaic.commands import NOTHING, command
 from mosaic.config.loading import EXTENDS, Config
 from mosaic.files import write_text
+from preprocess.sources import mapping
 
 FILE = ROOT / "configs" / "schema.json"
+MAPPING_FILE = mapping.FOLDER / "schema.json"
+FOR_EDITORS: dict[str, Any] = {
+    "$schema": {"type": "string", "description": "For editors; without effect."},
+    "$comment": {"type": "string", "description": "For people; without effect."},
+}
 
 
 def config_schema() -> dict[str, Any]:
     """The JSON Schema of a config file: that of `Config`, and the keys that a file may hold beside its sections."""
     schema = Config.model_json_schema()
-    beside: dict[str, Any] = {
-        "$schema": {"type": "string", "description": "For editors; without effect."},
-        "$comment": {"type": "string", "description": "For people; without effect."},
-        EXTENDS: {"type": "string", "description": "Config file, relative to this one, whose settings hold where this one gives none."},
-    }
+    extends = {"type": "string", "description": "Config file, relative to this one, whose settings hold where this one gives none."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Config of MOSAIC for FLUX",
         **schema,
-        "properties": beside | schema["properties"],
+        "properties": FOR_EDITORS | {EXTENDS: extends} | schema["properties"],
     }
 
 
 def schema_text() -> str:
     """What configs/schema.json must hold."""
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def mapping_schema_text() -> str:
+    """What preprocess/mappings/schema.json must hold."""
+    schema = mapping.Mapping.model_json_schema()
+    beside = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Mapping of a list's fields"}
+    return json.dumps(beside | schema | {"properties": FOR_EDITORS | schema["properties"]}, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_schema(file: Path, text: str) -> None:
@@ -46,6 +57,7 @@ def write_schema(file: Path, text: str) -> None:
 
 @command(NOTHING)
 def main(argv: list[str] | None = None) -> None:
-    """Write the file."""
+    """Write the files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     write_schema(FILE, schema_text())
+    write_schema(MAPPING_FILE, mapping_schema_text())
