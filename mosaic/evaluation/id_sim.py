@@ -64,7 +64,7 @@ class FaceSimilarity:
         """All faces of a picture, aligned: each is cut out, and the first face that is found in the cut is it."""
         found = []
         for face in self.detector.faces(picture):
-            cut = picture.crop(grown(face.box, picture))  # type: ignore[arg-type]  # whole px
+            cut = picture.crop(grown(face.box, picture))  # whole px
             again = self.detector.faces(cut) if min(cut.size) else []
             found += [aligned(cut, one) for one in again[:1]]
         return found

@@ -12,7 +12,8 @@ from mosaic.files import nearest, read_json, shown
 SCORES = "scores.json"
 NAMES = {
     "clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO", "dpg": "DPG", "id_sim": "ID-Sim", "ip_sim": "IP-Sim", "aes": "AES",
-    "avg": "AVG", "judge_prompt": "judge: prompt", "judge_fidelity": "judge: fidelity", "judge_present": "judge: present",
+    "avg": "AVG", "instance": "instance", "leakage": "leakage", "missing": "missing", "doubled": "doubled",
+    "judge_prompt": "judge: prompt", "judge_fidelity": "judge: fidelity", "judge_present": "judge: present",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class Reference(NamedTuple):
 class ListItem(NamedTuple):
     """A case of a list."""
 
-    index: int
+    number: int
     prompt: str
     references: tuple[Reference, ...]
     questions: tuple[Question, ...]
@@ -87,7 +87,7 @@ def read_list(path: Path, questions: Path) -> list[ListItem]:
         _read_item(value, questions_of, f"{path}[{number}]", f"{questions}[{number}]")
         for number, (value, questions_of) in enumerate(zip(values, asked, strict=True))
     ]
-    doubled = [index for index, count in Counter(item.index for item in items).items() if count > 1]
+    doubled = [index for index, count in Counter(item.number for item in items).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: every case must have an index of its own, but {doubled[0]} is there twice.")
     return items
@@ -185,7 +185,7 @@ def prepared_cases(items: Sequence[ListItem], data: Path) -> list[PreparedCase]:
             places = [data / path, data / path.removeprefix(f"{PICTURES}/")]
             subjects.append(Subject(name, (next((place for place in places if place.is_file()), places[0]),), kind))
         references = tuple(subject.references[0] for subject in subjects)
-        cases.append(PreparedCase(str(item.index), item.prompt, references, tuple(subjects), item.questions))
+        cases.append(PreparedCase(str(item.number), item.prompt, references, tuple(subjects), item.questions))
     return cases
 
 

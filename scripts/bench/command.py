@@ -46,11 +46,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     models.add_argument("--dino", default="facebook/dino-vits16", help="dino, ip_sim: a DINO of the first version (ViT)")
     models.add_argument("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="dpg: a BLIP or ViLT, or a model of pictures and texts")
     models.add_argument("--arcface", type=Path, help="id_sim: the file model_ir_se50.pth; the package pyfacer finds faces")
-    models.add_argument("--detector", default="florence-community/Florence-2-large", help="ip_sim: a Florence-2 or Grounding DINO")
-    models.add_argument("--segmenter", default="facebook/sam2.1-hiera-large", help="ip_sim: a SAM 2")
+    models.add_argument(
+        "--detector", default="florence-community/Florence-2-large", help="ip_sim, --collapse: a Florence-2 or Grounding DINO"
+    )
+    models.add_argument("--segmenter", default="facebook/sam2.1-hiera-large", help="ip_sim, --collapse: a SAM 2")
     models.add_argument("--dinov2", help="measure ip_sim by this DINOv2, too, such as facebook/dinov2-base")
     models.add_argument("--siglip", default="google/siglip-so400m-patch14-384", help="aes: the SigLIP below the head")
     models.add_argument("--aesthetic", type=Path, help="aes: the file of the head, aesthetic_predictor_v2_5.pth")
+    models.add_argument("--collapse", action="store_true", help="also say which subjects are lost, doubled or of another's looks (DINOv2)")
     models.add_argument("--judge", help="also ask a model of pictures and texts, such as Qwen/Qwen3-VL-8B-Instruct")
     models.add_argument("--judge-url", help="endpoint with OpenAI's protocol where the judge is; a key in the environment's JUDGE_API_KEY")
     score.add_argument("--device", help="such as cuda:0 or cpu (default: what there is)")

@@ -11,6 +11,7 @@ from mosaic.evaluation.aesthetics import AestheticMeasure, SiglipAesthetic
 from mosaic.evaluation.answering import load_answerer
 from mosaic.evaluation.arcface import ArcFace
 from mosaic.evaluation.chat import EndpointChat, LocalChat
+from mosaic.evaluation.collapse import Collapse
 from mosaic.evaluation.detection import load_detector
 from mosaic.evaluation.dpg import DpgScore
 from mosaic.evaluation.encoders import ClipEncoder, DinoEncoder, Dinov2Encoder
@@ -22,6 +23,7 @@ from mosaic.evaluation.ip_sim import InstanceSimilarity
 from mosaic.evaluation.measures import ClipSimilarity, Measure, ReferenceSimilarity
 from mosaic.evaluation.segmentation import Sam2Segmenter
 
+DINOV2 = "facebook/dinov2-base"  # of --collapse
 JUDGE_KEY = "JUDGE_API_KEY"  # of the environment: where a key of --judge-url may stand
 
 #: What a metric needs that has no default: its flag, and what it is and where it is to be had.
@@ -59,13 +61,16 @@ def build_measures(
         measures.append(ReferenceSimilarity("dino", DinoEncoder(arguments.dino, "--dino", device)))
     if "dpg" in needed:
         measures.append(DpgScore(load_answerer(arguments.vqa, "--vqa", device)))
-    if "ip_sim" in needed:
+    if "ip_sim" in needed or arguments.collapse:
         finder = InstanceFinder(
             load_detector(arguments.detector, "--detector", device), Sam2Segmenter(arguments.segmenter, "--segmenter", device)
         )
+    if "ip_sim" in needed:
         measures.append(InstanceSimilarity("ip_sim", DinoEncoder(arguments.dino, "--dino", device), finder))
         if arguments.dinov2:
             measures.append(InstanceSimilarity("ip_sim_dinov2", Dinov2Encoder(arguments.dinov2, "--dinov2", device), finder))
+    if arguments.collapse:
+        measures.append(Collapse(Dinov2Encoder(arguments.dinov2 or DINOV2, "--dinov2", device), finder))
     if arguments.judge_url:
         measures.append(judging.Judge(EndpointChat(arguments.judge_url, arguments.judge, os.environ.get(JUDGE_KEY))))
     elif arguments.judge:

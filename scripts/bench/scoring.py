@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from mosaic.evaluation import judging
 from mosaic.evaluation.benchmarks import Benchmark
+from mosaic.evaluation.collapse import collapsed
 from mosaic.evaluation.entries import Listed, read_lines
 from mosaic.evaluation.extremes import extremes
 from mosaic.evaluation.prepared import entries_of_grids, entries_of_run, read_prepared
@@ -96,6 +97,7 @@ def write_scores(
         "protocol": dataclasses.asdict(read_prepared(arguments.prepared).protocol) if arguments.run else None,
         "models": models,
         "extremes": {metric: extremes(found, scored.entries, arguments.output) for metric, found in values.items()},
+        **({"collapse": collapsed(values)} if "instance" in values else {}),
         "partial": bool(scored.left_out),
         "left_out": scored.left_out,
     }

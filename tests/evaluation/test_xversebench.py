@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mosaic.evaluation import xversebench
+from mosaic.evaluation import collapse, xversebench
 from mosaic.evaluation.dpg import cascading, one_step, share
 from mosaic.evaluation.entries import Listed, Question, subject_labels, tile_of
 from mosaic.evaluation.prepared import Protocol, entries_of_grids, read_prepared
@@ -181,11 +181,12 @@ def test_a_whole_scoring_of_grids(models: list[str], tmp_path: Path, monkeypatch
         grid.save(grids / f"{case}_a_thing_in_a_place.png")
     Image.new("RGB", (8, 8)).save(grids / "overview.png")
     given_to = ["score", "xversebench", "--grids", str(grids), "--prepared", str(prepared), "--device", "cpu", *models]
-    assert main([*given_to, "--output", str(tmp_path / "scores")]) == 0
+    assert main([*given_to, "--collapse", "--output", str(tmp_path / "scores")]) == 0
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "scores/records.jsonl").read_text().splitlines()]
     counts = {"dpg": 8, "dpg_cascading": 8, "dpg_answer": 16, "id_sim": 4, "id_sim_assigned": 4, "ip_sim": 4, "ip_sim_assigned": 4}
     counts |= {"ip_sim_dinov2": 4, "ip_sim_dinov2_assigned": 4, "aes": 2, "aes_picture": 8}
+    counts |= dict.fromkeys(collapse.METRICS, 8)
     assert scores["num_values"] == counts == Counter(record["metric"] for record in records)
     assert (scores["num_pictures"], scores["num_cases"], scores["num_runs"]) == (8, 2, 4)
     assert scores["dpg"] == 100  # the judge says yes to everything
@@ -199,7 +200,9 @@ def test_a_whole_scoring_of_grids(models: list[str], tmp_path: Path, monkeypatch
     assert scores["per_group"]["aes"].keys() == {"H", "O"}
     assert scores["models"]["dpg"]["model"] == "blip"
     assert all(word in scores["models"]["ip_sim"]["preprocessing"] for word in ("florence", "sam2", "white square"))
-    assert scores["models"]["ip_sim_dinov2"]["model"] == "dinov2"
+    assert scores["models"]["ip_sim_dinov2"]["model"] == scores["models"]["instance"]["model"] == "dinov2"
+    shares = [float(scores["collapse"]["instance"]["1"][threshold]) for threshold in ("40", "50", "60")]
+    assert 0 <= shares[0] <= shares[1] <= shares[2] <= 100
 
 
 def test_what_cannot_be_scored_is_told_before_models_are_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
