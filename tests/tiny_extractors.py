@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
 from preprocess.extractors.aggregation import AggregationNetwork
 from scripts.pocket.tokenizers import build_clip_tokenizer
-from tests.tiny import randomise
+from tests.tiny import build_components, build_transformer, randomise
 
 WIDTHS = (32, 32, 64, 64)
 TEXT_WIDTH = 32
@@ -46,6 +46,13 @@ def save_stable_diffusion(folder: Path) -> Path:
         max_position_embeddings=tokenizer.model_max_length,
     )
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_flux(folder: Path, guidance_embeds: bool = True) -> Path:
+    """A FLUX folder: 2 double and 2 single blocks, 4 px per token."""
+    transformer = build_transformer(guidance_embeds, stock=True)
+    FluxPipeline(**build_components(guidance_embeds) | {"transformer": transformer}).save_pretrained(folder)
     return folder
 
 

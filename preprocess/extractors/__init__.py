@@ -20,6 +20,7 @@ EXTRACTORS: dict[str, tuple[str, str, str]] = {
     "dinov2": ("dino", "Dino", "Dinov2Options"),
     "dinov2_diysc": ("dino", "Dinov2Diysc", "Dinov2DiyscOptions"),
     "dinov3": ("dino", "Dino", "Dinov3Options"),
+    "flux": ("flux", "Flux", "FluxOptions"),
     "vae": ("vae", "Vae", "VaeOptions"),
     "pixels": ("pixels", "Pixels", "PixelsOptions"),
 }

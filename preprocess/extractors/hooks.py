@@ -10,20 +10,21 @@ class _AllCaptured(Exception):
     """Ends a forward pass; never leaves this module."""
 
 
-def outputs_until(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:
+def outputs_until(modules: Sequence[nn.Module], run: Callable[[], object], element: int = 0) -> list[Tensor]:
     """Run a forward pass and return the outputs of some of its modules; the pass ends at the last of them.
 
     Args:
         modules: In the order in which the pass meets them, each met once.
         run: Runs the pass.
+        element: Which is wanted of an output that is a tuple.
 
     Returns:
-        One tensor per module: its output, or the first element of it.
+        One tensor per module: its output, or that element of it.
     """
     captured: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-        captured.append(output if isinstance(output, Tensor) else output[0])
+        captured.append(output if isinstance(output, Tensor) else output[element])
         if len(captured) == len(modules):
             raise _AllCaptured
 

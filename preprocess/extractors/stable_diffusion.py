@@ -1,6 +1,6 @@
 """What the Stable Diffusion extractors share: noised latents of a picture and the embedding of a prompt."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from mosaic.weights.frozen import call_loader, load_into, load_model, read_state_dict
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 
 STRIDE = 64
 """Pixels of which both sides must be multiples: the VAE's 8 times three halvings in the U-Net."""
@@ -51,16 +51,20 @@ def unet_from_weights(
     from diffusers import UNet2DConditionModel
 
     state = read_state_dict(weights, weights_what)
-    config = call_loader(_ConfigOf(UNet2DConditionModel), model, what, subfolder="unet")
-    unet = UNet2DConditionModel.from_config(config)
+    unet = UNet2DConditionModel.from_config(load_config(UNet2DConditionModel, model, what, "unet"))
     load_into(unet, state, weights_what)
     return unet.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_config(cls: "type[ConfigMixin]", model: str, what: str, subfolder: str) -> dict[str, Any]:
+    """The config of a model of diffusers, without its weights. Raises as `load_model`."""
+    return call_loader(_ConfigOf(cls), model, what, subfolder=subfolder)
 
 
 class _ConfigOf:
     """Makes a diffusers class's `load_config` look like `from_pretrained`, so that its errors are treated alike."""
 
-    def __init__(self, cls: "type[UNet2DConditionModel]") -> None:
+    def __init__(self, cls: "type[ConfigMixin]") -> None:
         self.__name__ = f"the config of {cls.__name__}"
         self.from_pretrained = cls.load_config
 

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and adapters of every kind."""
     folder = tmp_path_factory.mktemp("models")
     tiny.save_stable_diffusion(folder / "sd")
+    tiny.save_flux(folder / "flux")
     tiny.save_dinov2(folder / "dinov2")
     tiny.save_dinov3(folder / "dinov3")
     tiny.save_aggregation(folder / "diysc.pth", [tiny.DINO_WIDTH])
@@ -57,6 +58,7 @@ def defaults(name: str, folder: Path) -> dict[str, object]:
         "dinov2": {"model": str(folder / "dinov2"), "size": 112},
         "dinov2_diysc": {"model": str(folder / "dinov2"), "size": 112, "weights": str(folder / "diysc.pth")},
         "dinov3": {"model": str(folder / "dinov3"), "size": 128},
+        "flux": {"model": str(folder / "flux"), "size": 32, "ensemble": 3, "batch_size": 2},
         "vae": {"model": str(folder / "sd"), "size": 64},
         "pixels": {"cells": 8},
     }
@@ -81,15 +83,16 @@ def test_every_extractor_keeps_its_protocol(name: str, folder: Path) -> None:
     assert isinstance(extractor.provenance, dict)
 
 
-@pytest.mark.parametrize("name", ["dift", "dinov2", "geoaware", "pixels", "vae"])
+@pytest.mark.parametrize("name", ["dift", "dinov2", "flux", "geoaware", "pixels", "vae"])
 def test_a_picture_matches_itself(name: str, folder: Path) -> None:
     features = usual(name, folder)(tiny.picture(), 5)
     assert match_features(features, features).index.tolist() == list(range(64))
 
 
-def test_seeds_change_dift_only(folder: Path) -> None:
+def test_seeds_change_noised_pictures_only(folder: Path) -> None:
     image = tiny.picture()
-    assert not torch.equal(usual("dift", folder)(image, 1), usual("dift", folder)(image, 2))
+    for name in ("dift", "flux"):
+        assert not torch.equal(usual(name, folder)(image, 1), usual(name, folder)(image, 2)), name
     for name in ("cleandift", "geoaware", "dinov2"):
         assert torch.equal(usual(name, folder)(image, 1), usual(name, folder)(image, 2)), name
 
@@ -133,6 +136,8 @@ def test_hooks_end_the_pass_and_leave_nothing_behind() -> None:
     net(torch.ones(1, 2))
     assert reached == [1]
     assert not net[0]._forward_hooks
+    pair = torch.nn.RNN(2, 3)
+    assert [outputs_until([pair], lambda: pair(torch.ones(4, 1, 2)), k)[0].shape[0] for k in (0, 1)] == [4, 1]
     with pytest.raises(ZeroDivisionError):
         outputs_until([net[0]], lambda: 1 / 0)
     assert not net[0]._forward_hooks
@@ -294,6 +299,7 @@ def test_fitted_grid() -> None:
         ("superglue", {}, "Known: dift"),
         ("dift", {"step": 3}, "dift.step is not a known setting"),
         ("dift", {"ensemble": 0}, "dift.ensemble must be an integer of at least 1"),
+        ("flux", {"timestep": 1}, "flux.timestep must be a number of at least 0 and less than 1"),
         ("pixels", {"scales": "many"}, "pixels.scales must be an integer"),
     ],
 )
@@ -308,6 +314,9 @@ def test_bad_options(name: str, options: dict, message: str) -> None:
         ("dift", {"model": "no/such/folder/here"}, "dift.model: .*no such folder"),
         ("dift", {"size": 100}, "dift.size must be a multiple of 64 px, got 100. Nearest: 128"),
         ("dinov2", {"size": 100}, "dinov2.size must be a multiple of 14 px"),
+        ("flux", {"model": "no/such/folder/here"}, "flux.model: .*no such folder"),
+        ("flux", {"size": 30}, "flux.size must be a multiple of 4 px, got 30. Nearest: 32"),
+        ("flux", {"block": 4}, "flux.block must be at most 3, the last of the 4 blocks of .*flux, got 4"),
         ("dinov2", {"layer": 3}, "dinov2.layer must be at most 2"),
         ("cleandift", {"weights": None}, "cleandift.weights must name"),
         ("geoaware", {"weights": None}, "geoaware.weights must name"),
@@ -323,6 +332,8 @@ def test_bad_models(name: str, options: dict, message: str, folder: Path) -> Non
 def test_a_folder_without_its_parts(folder: Path) -> None:
     with pytest.raises(ValueError, match="dift.model: the unet of .*dinov2 cannot be loaded"):
         build("dift", folder, model=str(folder / "dinov2"))
+    with pytest.raises(ValueError, match="flux.model: the transformer of .*sd cannot be loaded"):
+        build("flux", folder, model=str(folder / "sd"))
     with pytest.raises(ValueError, match="dinov2.model: .* cannot be loaded"):
         build("dinov2", folder, model=str(folder / "sd"))
 
