@@ -15,7 +15,7 @@ from PIL import Image
 from mosaic.evaluation import dreambench
 from mosaic.evaluation.encoders import Provenance
 from mosaic.evaluation.entries import Entry, Listed, Subject, cases_of, read_lines
-from mosaic.evaluation.measures import ReferenceSimilarity
+from mosaic.evaluation.measures import ClipSimilarity, ReferenceSimilarity
 from mosaic.evaluation.records import RECORDS, Key, Record, Records
 from mosaic.evaluation.reduction import block_mean
 from mosaic.evaluation.scoring import score, sound_entries
@@ -160,6 +160,23 @@ def test_a_subject_compared_with_itself_gives_100(tmp_path: Path) -> None:
     assert list(measured(lines, tmp_path / "s").values()) == pytest.approx([100])
 
 
+def test_a_picture_against_its_prompt_has_0_and_no_factor(tmp_path: Path) -> None:
+    class Opposed(MeanColour):
+        cosine = -0.5
+
+        def images(self, pictures: list[Image.Image]) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.0]] * len(pictures))
+
+        def texts(self, texts: list[str]) -> torch.Tensor:
+            return torch.tensor([[self.cosine, (1 - self.cosine**2) ** 0.5]])
+
+    entry = listed_at(toys.write_benchmark(tmp_path)).entries[0]
+    opposed = Opposed()
+    assert ClipSimilarity(opposed)([entry], [toys.picture(0)]) == pytest.approx([100, 0])
+    opposed.cosine = 0.25
+    assert ClipSimilarity(opposed)([entry], [toys.picture(0)]) == pytest.approx([100, 25])
+
+
 def test_what_is_measured_is_left_alone_until_it_changes(lines: Path, tmp_path: Path) -> None:
     folder, encoder = tmp_path / "scores", MeanColour()
     first = measured(lines, folder, encoder)
@@ -205,6 +222,7 @@ def test_two_processes_give_the_scores_of_one(lines: Path, tmp_path: Path) -> No
     assert main([*flags, str(tmp_path / "one")]) == 0
     log = tmp_path / "log.txt"
     assert forks.wait(forks.start("scripts/bench.py", *flags, str(tmp_path / "two"), output=log, processes=2)) == [0, 0], log.read_text()
+    assert "2/2 [" in log.read_text()  # of the four cases, what the main process has measured
     for name in (RECORDS, "scores.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
