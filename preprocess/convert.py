@@ -75,7 +75,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--grid", type=int, help="cells per side of the points' grids instead (default: 64, enough up to 1024 px)")
         if name == "mapped":
             command.add_argument("--mapping", required=True, help=f"a mapping file, or one of {', '.join(ready())}")
-        if name in ("uno", "mapped"):
+        elif name in ready():
+            command.set_defaults(mapping=name)
+        if name == "mapped" or name in ready():
             command.add_argument("--image-root", type=Path, help="folder that the list's paths are relative to (default: that of SRC)")
     args = parser.parse_args(argv)
     if not 0 <= args.heldout_share < 1:
@@ -104,7 +106,9 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
     invalid = InvalidSamples(args.skip_invalid)
     written = 0
     with DatasetWriter(args.dest, args.pictures) as writer:
-        source = importlib.import_module(f"preprocess.sources.{args.source}")  # its packages are needed by this command alone
+        source = importlib.import_module(
+            f"preprocess.sources.{'mapped' if mapping else args.source}"
+        )  # its packages are needed by this command alone
         total = source.count(args.src) if hasattr(source, "count") else None
         total = min(filter(None, (total, args.limit)), default=None)
         for sample in tqdm(read(source, args, invalid, mapping), desc="converting", unit="sample", total=total):

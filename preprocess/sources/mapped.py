@@ -82,12 +82,12 @@ class _Reader:
         kept = [k for k in range(total) if mapping.missing_references == "refuse" or not _is_missing(cells[k].value)]
         prompt, words = self._resolved(prompt, [(phrases[k] or "").strip() if k in kept else None for k in range(total)])
         folder = self._folder(row.path)
+        target = _picture(one(values, mapping.target, place), folder)
         references = []
         for k in kept:
             picture = _picture(cells[k], folder)
             mask = None if _is_missing(masks[k].value) else decode_mask(_picture(masks[k], folder), masks[k].place)
             references.append(ReferenceRecord(picture, self._phrase(phrases[k], words[k], prompt), mask=mask, kind=kinds[k]))
-        target = _picture(one(values, mapping.target, place), folder)
         metadata = {"source": mapping.name, "file": row.path.name, "entry" if isinstance(row.content, str) else "row": row.number}
         metadata |= {name: _kept(values, field, place, total) for name, field in mapping.metadata.items()}
         split = self._split if mapping.split is None else _required_text(one(values, mapping.split, place))
@@ -159,7 +159,7 @@ class _Reader:
         if stripped in prompt and stripped:
             return stripped
         if stripped:
-            self.counts["phrases left empty, which their prompts do not hold"] += 1
+            self.counts["phrases not used, for their prompts do not hold them"] += 1
         return (word or "").strip()
 
     def _folder(self, path: Path) -> Folder:

@@ -177,7 +177,7 @@ def spoil_musar(root: Path) -> str:
     rows = pq.read_table(path).to_pylist()
     rows[1]["cond_img_0"] = None
     pq.write_table(pa.Table.from_pylist(rows), path)
-    return f"{path}[1].cond_img_0: must hold an encoded picture, got null."
+    return f"{path}[1].cond_img_0: must hold an encoded picture or the path of one, got null."
 
 
 SPOILERS = {"folder": spoil_folder, "uno": spoil_uno, "musar": spoil_musar}
@@ -214,8 +214,8 @@ def test_equal_samples_are_invalid(tmp_path: Path, capsys: pytest.CaptureFixture
         (["uno", "none.json", "out"], "none.json: file not found."),
         (["uno", "bad.json", "out"], "bad.json: not valid JSON"),
         (["uno", "object.json", "out"], "object.json: must be a list of"),
-        (["musar", "empty", "out"], "empty: must be a Parquet file or a folder that holds some"),
-        (["musar", "bad.json", "out"], "bad.json: cannot be read as Parquet"),
+        (["musar", "empty", "out"], "empty: must be a list (JSON, JSON Lines, Parquet) or a folder that holds Parquet files or JSON Lines"),
+        (["musar", "bad.parquet", "out"], "bad.parquet: cannot be read as Parquet"),
         (["folder", "none", "empty"], "empty: exists already"),
     ],
 )
@@ -224,7 +224,8 @@ def test_user_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.json").write_text("{")
+    for name in ("bad.json", "bad.parquet"):
+        (tmp_path / name).write_text("{")
     (tmp_path / "object.json").write_text("{}")
     before = sorted(tmp_path.iterdir())
     assert convert.main(arguments) == 2

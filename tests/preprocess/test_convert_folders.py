@@ -233,7 +233,7 @@ def test_flat_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": "b"}\n', "is JSON Lines, an object in every line; it must be one JSON list, [{...}, {...}]. Make it one: `jq -s . "),
+        ('{"data": [\n{"prompt": "a"}]}', "must be a list of objects, as JSON ([{...}, {...}]) or JSON Lines (an object in every line), got "),
         ('[{"prompt": "a", "image_tgt_path": "../t.png", "image_path": "r.png"}]', '"images/1.png", and name the folder that holds all pictures by --image-root'),
         ('[{"prompt": "a", "image_tgt_path": "/t.png", "image_path": "r.png"}]', "are relative to --image-root (now "),
         ('[{"prompt": "a", "image_tgt_path": "t.png", "image_path": "r.png", "image_paths": ["s.png"]}]', "must have image_paths or image_path, got both"),

@@ -345,7 +345,7 @@ def test_phrases_follow_the_prompt(root: Path, caplog: pytest.LogCaptureFixture)
     manifest = converted(root, values, mapping)
     assert [[part.phrase for part in manifest.row(index).references] for index in range(3)] == [["cat", "image 2"], ["", ""], ["", ""]]
     assert manifest.row(0).prompt == "a cat and image 2"
-    assert "2 phrases left empty, which their prompts do not hold" in caplog.text
+    assert "2 phrases not used, for their prompts do not hold them" in caplog.text
 
 
 def test_an_interleaved_conversation(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
