@@ -3,7 +3,7 @@
 The data set's own points must be exact, as those of scripts/make_pocket_world.py are. Prints Markdown tables: PCK per extractor, with and
 without soft-argmax, precision and recall of each filter, and what the doctor's figures (coherence, coverage, cyclic, agreement) are for
 exact, spoilt and matched points. A match is correct if it lies within 0.1 of the subject's box (PCK@0.1);
-recall counts all true correspondences. --benchmark measures time and memory of matching instead.
+recall counts all true correspondences. --sweep compares settings of an extractor; --benchmark measures time and memory of matching instead.
 """
 
 import argparse
@@ -28,6 +28,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=1280, help="channels of the benchmark's features (default: 1280, those of DIFT)")
     parser.add_argument("--repeats", type=int, default=3, help="runs per grid of the benchmark")
     add_extractor_arguments(parser, "pixels,vae")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="EXTRACTOR.OPTION=VALUE,VALUE",
+        help="measure each extractor alone, with each of these values (several options: every combination), in one short table",
+    )
     return parser.parse_args(argv)
 
 

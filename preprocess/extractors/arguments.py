@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from preprocess.extractors import EXTRACTORS, ExtractorSpec, extractor_spec
@@ -28,19 +29,34 @@ def extractor_specs(arguments: argparse.Namespace) -> list[ExtractorSpec]:
     Raises:
         ValueError: A name is unknown or given twice, or an option is unknown, does not fit, or belongs to an extractor that is not used.
     """
-    names = [name.strip() for name in arguments.extractors.split(",")]
+    options = assigned_options(arguments.extractors, arguments.set, "--set")
+    return [extractor_spec(name, {option: json_value(text) for option, text in own.items()}) for name, own in options.items()]
+
+
+def assigned_options(extractors: str, assignments: Sequence[str], flag: str) -> dict[str, dict[str, str]]:
+    """What is assigned to the options of each extractor, as text.
+
+    Args:
+        extractors: Comma-separated names.
+        assignments: Such as dift.size=768.
+        flag: Of the assignments, for messages.
+
+    Raises:
+        ValueError: A name is given twice, or something is assigned to an extractor that is not used.
+    """
+    names = [name.strip() for name in extractors.split(",")]
     if len(set(names)) != len(names):
-        raise ValueError(f"--extractors must name each extractor once, got {arguments.extractors}.")
-    options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for assignment in arguments.set:
+        raise ValueError(f"--extractors must name each extractor once, got {extractors}.")
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for assignment in assignments:
         key, equals, value = assignment.partition("=")
         name, dot, option = key.partition(".")
         if not equals or not dot:
-            raise ValueError(f"--set must look like dift.size=768, got {assignment}.")
+            raise ValueError(f"{flag} must look like dift.size=768, got {assignment}.")
         if name not in options:
-            raise ValueError(f"--set {assignment}: {name} is not among --extractors {arguments.extractors}.")
-        options[name][option] = _value(value)
-    return [extractor_spec(name, options[name]) for name in names]
+            raise ValueError(f"{flag} {assignment}: {name} is not among --extractors {extractors}.")
+        options[name][option] = value
+    return options
 
 
 def check_device(name: str) -> "torch.device":
@@ -55,7 +71,7 @@ def check_device(name: str) -> "torch.device":
     return device
 
 
-def _value(text: str) -> Any:
+def json_value(text: str) -> Any:
     """A JSON value, or the text itself where it is none."""
     try:
         return json.loads(text)

@@ -28,6 +28,7 @@ from preprocess.matching.metrics import ALPHAS, FilterCounts, Truth, cell_positi
 from preprocess.matching.rows import read_pictures
 from preprocess.matching.samples import PairFeatures, ReferencePicture, accepted, masks_of, pair_features, sample_seed
 from preprocess.matching.settings import MatchingSettings
+from preprocess.matching.sweep import sweep_table, swept_specs
 
 CORRECT = 0.1
 SOFT_WINDOW = 2
@@ -196,10 +197,18 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         if arguments.data is None or (arguments.limit is not None and arguments.limit < 1):
             raise ValueError("--data must name a data set, and --limit be at least 1.")
-        specs, manifest = extractor_specs(arguments), Manifest(arguments.data, arguments.split)
-        extractors = [build_extractor(spec, device, DTYPES[arguments.dtype]) for spec in specs]
-        result = evaluate(manifest, [spec.name for spec in specs], extractors, arguments.limit)
-        text = tables(result)
+        manifest, dtype = Manifest(arguments.data, arguments.split), DTYPES[arguments.dtype]
+        if arguments.sweep:
+            result = {
+                label: evaluate(manifest, [label], [build_extractor(spec, device, dtype)], arguments.limit)
+                for label, spec in swept_specs(arguments).items()
+            }
+            text = sweep_table(result)
+        else:
+            specs = extractor_specs(arguments)
+            extractors = [build_extractor(spec, device, dtype) for spec in specs]
+            result = evaluate(manifest, [spec.name for spec in specs], extractors, arguments.limit)
+            text = tables(result)
     print(text)
     if arguments.output:
         write_text(arguments.output, json.dumps(result, indent=2) + "\n")

@@ -102,11 +102,34 @@ def test_command_on_the_pocket_world(data: Path, tmp_path: Path, capsys: pytest.
     assert "| extractor | soft-argmax | PCK@0.05 per point |" in text
 
 
+def test_sweep_measures_each_setting_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every combination once, beside the extractors that are not swept, each with the numbers of a call of its own."""
+    usual = ["--data", str(data), "--limit", "1", "--device", "cpu", "--output", str(tmp_path / "result.json")]
+    flags = ["--extractors", "pixels,vae", "--set", "vae.size=64", "--sweep", "pixels.cells=8,16", "--sweep", "pixels.scales=1,3"]
+    assert evaluate_matching.main([*usual, *flags]) == 0
+    text, swept = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
+    labels = [f"pixels cells={cells} scales={scales}" for cells in (8, 16) for scales in (1, 3)]
+    assert list(swept) == [*labels, "vae"]
+    assert evaluate_matching.main([*usual, "--extractors", "pixels", "--set", "pixels.cells=16", "--set", "pixels.scales=1"]) == 0
+    alone = json.loads((tmp_path / "result.json").read_text())
+    assert [entry | {"extractor": labels[2]} for entry in alone["pck"]] == swept[labels[2]]["pck"]
+    assert len({json.dumps(swept[label]["pck"][0]["per_point"]) for label in labels}) == 4
+    row = next(line for line in text.splitlines() if line.startswith(f"| {labels[2]} |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    found = next(entry for entry in alone["filters"] if entry["filter"] == "cycle within 2")
+    figures = {entry["points"]: entry for entry in alone["figures"]}
+    shares = [*alone["pck"][0]["per_point"].values(), found["precision"], found["recall"]]
+    assert cells[:5] == [f"{100 * share:.1f}" for share in shares]
+    assert cells[5:] == [f"{figures['pixels']['cyclic'][0]:.2f}", f"{figures['pixels, cycle within 2']['coherence'][0]:.2f}"]
+
+
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for argv, message in (
         ([], "--data must name"),
         (["--data", str(tmp_path / "none"), "--extractors", "pixels"], "no such folder"),
         (["--benchmark", "--sides", "0"], "at least 1"),
+        (["--data", str(data), "--sweep", "flux.block=1,2"], "--sweep flux.block=1,2: flux is not among --extractors pixels,vae"),
+        (["--data", str(data), "--sweep", "vae.size=64,"], "vae.size must be an integer"),
     ):
         assert evaluate_matching.main(argv) == 2
         assert message in capsys.readouterr().err
