@@ -11,7 +11,11 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-class ModelMixin(nn.Module):
+class ConfigMixin:
+    @classmethod
+    def load_config(cls, path: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]: ...
+
+class ModelMixin(ConfigMixin, nn.Module):
     dtype: torch.dtype
     device: torch.device
     @classmethod
