@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections import Counter
 
 from mosaic.evaluation.benchmarks import BENCHMARKS, Benchmark
 from mosaic.evaluation.cost import gpu_hours
@@ -37,6 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     write_prepared(arguments.output, arguments.name, protocol, cases)
     changed = f" ({', '.join(changes)} not the protocol's)" if changes and protocol != benchmark.protocol else ""
     print(f"{len(cases)} cases of {protocol.runs} pictures, {protocol.size} px, seeds from {protocol.seed}{changed}: {arguments.output}")
+    kinds = Counter(", ".join(subject.kind for subject in case.subjects) for case in cases if case.subjects[0].kind)
+    for kind, count in kinds.items():
+        print(f"  {count} of {kind}")
     fast, slow = gpu_hours(cases, protocol)
     print(f"Rendering with FLUX.1-dev, 28 steps: {fast:.1f} to {slow:.1f} hours of one H100 or H200 (by the FLOP model; half with 2 GPUs).")
     print(f"Render: accelerate launch scripts/bench.py render {arguments.output} --output {arguments.output / 'run'} --config CONFIG")

@@ -130,15 +130,19 @@ def test_florence_and_grounding_dino_give_boxes_in_pixels(folder: Path) -> None:
         load_detector(str(toys.write_dino(folder / "dino")))
 
 
-def test_sam2_gives_a_mask_per_box_in_the_pictures_size(folder: Path) -> None:
+def test_sam2_gives_a_mask_per_box_in_the_pictures_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, boxes = tiny_models.write_sam2(folder / "sam2"), [Box(10, 10, 100, 100), Box(60, 20, 80, 110)]
     segmenter, picture = Sam2Segmenter(str(path)), toys.picture(1, 160, 120)
+    seen: dict[str, Tensor] = {}
+    forward = segmenter.model.forward
+    monkeypatch.setattr(segmenter.model, "forward", lambda **given: seen.update(given) or forward(**given))
     masks = segmenter.masks(picture, boxes)
     assert (masks.shape, masks.dtype) == ((2, 120, 160), bool)
     model = Sam2Model.from_pretrained(path).eval()
     resized = torch.from_numpy(np.array(picture.resize((128, 128), Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
     pixels = (resized - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     scaled = torch.tensor([[[8.0, 10 * 128 / 120, 80, 100 * 128 / 120]]])
+    torch.testing.assert_close(seen["input_boxes"][:, :1], scaled)  # a random model hardly heeds boxes
     with torch.no_grad():
         logits = model(pixel_values=pixels[None].float(), input_boxes=scaled, multimask_output=False).pred_masks[0]
     wanted = torch.nn.functional.interpolate(logits, (120, 160), mode="bilinear")[0, 0] > 0

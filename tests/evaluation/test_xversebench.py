@@ -41,7 +41,7 @@ def prepare(name: str, data: Path, output: Path, *flags: str) -> list[dict[str, 
     return json.loads((output / "cases.json").read_text())
 
 
-def test_both_lists_become_cases(tmp_path: Path) -> None:
+def test_both_lists_become_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xverse_toys.write_references(tmp_path)
     for name, listed, groups in (("xversebench", "single", xverse_toys.SINGLE), ("xversebench_multi", "multi", xverse_toys.MULTI)):
         xverse_toys.write_lists(tmp_path, listed, groups)
@@ -51,6 +51,9 @@ def test_both_lists_become_cases(tmp_path: Path) -> None:
         assert len(cases) == sum(groups.values())
         assert {(case["height"], case["width"], tuple(case["seeds"])) for case in cases} == {(768, 768, (42, 43, 44, 45))}
         assert [len(case["image_paths"]) for case in cases] == [len(case.subjects) for case in prepared.cases]
+    said = capsys.readouterr().out
+    assert "  20 of human\n" in said
+    assert "  10 of human, animal, object\n" in said
     last = prepared.cases[119]
     assert (last.case, last.prompt) == ("119", "a object 0 and a object 1 in place 119\n")  # word for word, with its line break
     assert last.questions[2] == Question("is it in a place?", (0, 1))
