@@ -348,6 +348,11 @@ def test_phrases_follow_the_prompt(root: Path, caplog: pytest.LogCaptureFixture)
     assert "2 phrases not used, for their prompts do not hold them" in caplog.text
 
 
+def test_a_mapping_says_how_placeholders_are_written(root: Path) -> None:
+    mapping = MAPPING | {"placeholder_words": "image {number}", "placeholder_form": "[IMG{number}]", "placeholder_start": 0}
+    assert converted(root, [entry(text="a [IMG1] by [IMG0]")], mapping).row(0).prompt == "a image 2 by image 1"
+
+
 def test_an_interleaved_conversation(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = [{"type": "text", "text": "Put"}, {"type": "image", "image": "r0_0.png"}, {"type": "text", "text": "beside"}]
     content += [{"type": "image", "image": "r0_1.png"}, {"type": "text", "text": "on a beach."}]
