@@ -17,30 +17,25 @@ from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.weights.digests import file_digest
 
 
-class Scored(NamedTuple):
-    """What a scoring gives.
+class Sound(NamedTuple):
+    """Pictures that can be scored.
 
     Attributes:
-        records: Of all values, case by case.
-        entries: The pictures that were scored.
-        left_out: What was wrong with pictures that are not scored, a sentence each; empty unless that was allowed.
+        entries: The pictures.
+        left_out: What was wrong with others, a sentence each; empty unless that was allowed.
     """
 
-    records: list[Record]
     entries: list[Entry]
     left_out: list[str]
 
 
-def sound_entries(listed: Listed, partial: bool, *, shown: bool = True) -> tuple[list[Entry], list[str]]:
+def sound_entries(listed: Listed, partial: bool, *, shown: bool = True) -> Sound:
     """Look over all pictures before long work.
 
     Args:
         listed: The pictures, and what is wrong with the list.
         partial: Go on with the sound ones.
         shown: Whether to show how far it is.
-
-    Returns:
-        The sound entries, and a sentence on each of the others and on what else is wrong.
 
     Raises:
         ValueError: Something is wrong, and `partial` is false. Every problem is named, up to a number.
@@ -64,7 +59,7 @@ def sound_entries(listed: Listed, partial: bool, *, shown: bool = True) -> tuple
         raise_all([*problems, "Nothing was scored. Mend the list, or score its sound part with --partial."])
     if not sound:
         raise_all([*problems, "No picture can be scored."])
-    return sound, problems
+    return Sound(sound, problems)
 
 
 def _problem(path: Path, is_grid: bool) -> str | None:
@@ -80,25 +75,26 @@ def _problem(path: Path, is_grid: bool) -> str | None:
     )
 
 
-def score(listed: Listed, measures: Sequence[Measure], folder: Path, state: PartialState, *, partial: bool = False) -> Scored:
+def score(entries: Sequence[Entry], measures: Sequence[Measure], folder: Path, state: PartialState) -> list[Record]:
     """Measure all pictures; on all processes that were started together, each case on one of them.
 
     Values do not depend on the number of processes, nor on where an earlier scoring stopped: the pictures of a case are encoded together.
 
     Args:
-        listed: The pictures.
+        entries: The pictures, each sound (`sound_entries`).
         measures: What to measure.
         folder: Where the records are kept.
         state: This process among others.
-        partial: As in `sound_entries`.
+
+    Returns:
+        The records of all values, case by case.
 
     Raises:
-        ValueError: As `sound_entries`; another process scores there; a measured value is no number.
+        ValueError: Another process scores there, or a measured value is no number.
     """
     with FolderLock(folder, "--output") as lock:
         acquire_for_all(lock, state)
-        sound, left_out = sound_entries(listed, partial, shown=state.is_main_process)
-        cases, records = cases_of(sound), Records(folder, state.process_index)
+        cases, records = cases_of(entries), Records(folder, state.process_index)
         share = cases[state.process_index :: state.num_processes]
         digests = {
             path: file_digest(path)
@@ -110,8 +106,7 @@ def score(listed: Listed, measures: Sequence[Measure], folder: Path, state: Part
         if state.is_main_process:
             records.write([key for case in cases for measure in measures for key in measure.keys(case)])
         state.wait_for_everyone()
-        found = list(Records(folder).known.values())
-    return Scored(found, sound, left_out)
+        return list(Records(folder).known.values())
 
 
 def _measure(case: Sequence[Entry], measures: Sequence[Measure], records: Records, digests: Mapping[Path, str]) -> list[Record]:

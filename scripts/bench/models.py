@@ -33,22 +33,36 @@ FILES = {
 }
 
 
-def build_measures(
-    arguments: argparse.Namespace, metrics: Sequence[str], entries: Sequence[Entry], device: torch.device | str
-) -> list[Measure]:
-    """What measures the metrics; models that no picture needs are not loaded.
+def needed_metrics(metrics: Sequence[str], entries: Sequence[Entry]) -> set[str]:
+    """The metrics of which pictures have any value: without humans no ID-Sim, with humans alone no IP-Sim."""
+    kinds = {subject.kind for entry in entries for subject in entry.subjects}
+    return set(metrics) - ({"id_sim"} if "human" not in kinds else set()) - ({"ip_sim"} if kinds <= {"human"} else set())
+
+
+def require_files(arguments: argparse.Namespace, metrics: Sequence[str], entries: Sequence[Entry]) -> None:
+    """Check that the files are named which have no default; nothing is read.
 
     Raises:
-        FileNotFoundError, ValueError: A file or a package is missing, or a model cannot be loaded.
+        ValueError: One is not.
     """
-    kinds = {subject.kind for entry in entries for subject in entry.subjects}
-    needed = set(metrics) - ({"id_sim"} if "human" not in kinds else set()) - ({"ip_sim"} if kinds <= {"human"} else set())
+    needed = needed_metrics(metrics, entries)
     missing = [
         f"{metric} needs --{flag}: {what}" for metric, (flag, what) in FILES.items() if metric in needed and not getattr(arguments, flag)
     ]
     if missing:
         others = " ".join(metric for metric in metrics if metric not in FILES)
         raise ValueError(f"{'; '.join(missing)}. Name the files, or measure without them: --metrics {others}.")
+
+
+def build_measures(
+    arguments: argparse.Namespace, metrics: Sequence[str], entries: Sequence[Entry], device: torch.device | str
+) -> list[Measure]:
+    """What measures the metrics; models that no picture needs are not loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: A package is missing, or a model cannot be loaded.
+    """
+    needed = needed_metrics(metrics, entries)
     measures: list[Measure] = []
     # The likeliest to lack something come first.
     if "id_sim" in needed:

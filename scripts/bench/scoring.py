@@ -17,11 +17,11 @@ from mosaic.evaluation.collapse import collapsed
 from mosaic.evaluation.entries import Listed, read_lines
 from mosaic.evaluation.extremes import extremes
 from mosaic.evaluation.prepared import entries_of_grids, entries_of_run, read_prepared
-from mosaic.evaluation.records import Key
-from mosaic.evaluation.scoring import Scored, score
+from mosaic.evaluation.records import Key, Record
+from mosaic.evaluation.scoring import Sound, score, sound_entries
 from mosaic.evaluation.tables import SCORES
 from mosaic.files import nearest, require_folder, without_nan, write_text
-from scripts.bench.models import build_measures
+from scripts.bench.models import build_measures, require_files
 from scripts.bench.preparing import find_benchmark
 
 
@@ -38,19 +38,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--judge-url needs --judge: what the endpoint calls the model.")
     metrics += judging.METRICS if arguments.judge else ()
     listed = read_entries(arguments, benchmark)
+    require_files(arguments, metrics, listed.entries)
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the first process to end waits for the last one
     try:
-        scored = score(
-            listed,
-            build_measures(arguments, metrics, listed.entries, arguments.device or state.device),
-            arguments.output,
-            state,
-            partial=arguments.partial,
-        )
+        sound = sound_entries(listed, arguments.partial, shown=state.is_main_process)
+        measures = build_measures(arguments, metrics, sound.entries, arguments.device or state.device)
+        records = score(sound.entries, measures, arguments.output, state)
         if state.is_main_process:
-            write_scores(arguments, benchmark, metrics, len(listed.entries), scored)
+            write_scores(arguments, benchmark, metrics, len(listed.entries), sound, records)
     finally:
         state.destroy_process_group()
 
@@ -76,13 +73,14 @@ def write_scores(
     benchmark: Benchmark,
     metrics: Sequence[str],
     num_entries: int,
-    scored: Scored,
+    sound: Sound,
+    records: Sequence[Record],
 ) -> None:
     """Reduce records to scores.json, and print them."""
     values: defaultdict[str, dict[Key, float]] = defaultdict(dict)
     models: dict[str, dict[str, str]] = {}
     left = set(benchmark.metrics) - set(metrics)  # what a model measures beside what it was asked for; other metrics stand beside these
-    for record in scored.records:
+    for record in records:
         if record.metric not in left:
             values[record.metric][record.key] = record.value
             models[record.metric] = {"model": record.model, "revision": record.revision, "preprocessing": record.preprocessing}
@@ -90,22 +88,22 @@ def write_scores(
         "format": "mosaic-scores",
         "version": 1,
         "benchmark": arguments.name,
-        **benchmark.reduce(values, scored.entries),
-        "num_pictures": len(scored.entries),
-        "num_cases": len({entry.case for entry in scored.entries}),
-        "num_runs": len({entry.run for entry in scored.entries}),
+        **benchmark.reduce(values, sound.entries),
+        "num_pictures": len(sound.entries),
+        "num_cases": len({entry.case for entry in sound.entries}),
+        "num_runs": len({entry.run for entry in sound.entries}),
         "protocol": dataclasses.asdict(read_prepared(arguments.prepared).protocol) if arguments.run else None,
         "models": models,
-        "extremes": {metric: extremes(found, scored.entries, arguments.output) for metric, found in values.items()},
+        "extremes": {metric: extremes(found, sound.entries, arguments.output) for metric, found in values.items()},
         **({"collapse": collapsed(values)} if "instance" in values else {}),
-        "partial": bool(scored.left_out),
-        "left_out": scored.left_out,
+        "partial": bool(sound.left_out),
+        "left_out": sound.left_out,
     }
     path = Path(arguments.output) / SCORES
     write_text(path, json.dumps(without_nan(scores), indent=2, ensure_ascii=False) + "\n")
     for metric, (low, high) in scores["intervals"].items():
         print(f"{metric:16} {scores[metric]:6.2f}" + ("" if low is None else f"  [{low:.2f}, {high:.2f}]"))
-    if scored.left_out:
+    if sound.left_out:
         of_all = f"{scores['num_pictures']} of {num_entries} pictures"
-        print(f"PARTIAL: {len(scored.left_out)} problems; scores are of {of_all}. scores.json names them.")
+        print(f"PARTIAL: {len(sound.left_out)} problems; scores are of {of_all}. scores.json names them.")
     print(path)

@@ -47,9 +47,9 @@ def test_points_become_records_and_are_kept(tmp_path: Path) -> None:
     listed = listed_at(lines)
     scripted = Scripted(*[GOOD] * 6, two())  # the last case has two subjects, and is stopped before its second picture
     with pytest.raises(IndexError):
-        score(listed, [Judge(scripted)], tmp_path / "s", PartialState(cpu=True))
+        score(listed.entries, [Judge(scripted)], tmp_path / "s", PartialState(cpu=True))
     again = Scripted(two(), two())
-    values = {record.key: record.value for record in score(listed, [Judge(again)], tmp_path / "s", PartialState(cpu=True)).records}
+    values = {record.key: record.value for record in score(listed.entries, [Judge(again)], tmp_path / "s", PartialState(cpu=True))}
     assert len(again.asked) == 2  # what was known was not asked again
     case = listed.entries[-1].case
     assert values[Key("judge_prompt", case, 1)] == 90

@@ -45,8 +45,8 @@ def listed_at(lines: Path) -> Listed:
 
 
 def measured(lines: Path, folder: Path, encoder: MeanColour | None = None) -> dict[Key, float]:
-    measure = ReferenceSimilarity("dino", encoder or MeanColour())
-    return {record.key: record.value for record in score(listed_at(lines), [measure], folder, PartialState(cpu=True)).records}
+    measure, sound = ReferenceSimilarity("dino", encoder or MeanColour()), sound_entries(listed_at(lines), partial=False).entries
+    return {record.key: record.value for record in score(sound, [measure], folder, PartialState(cpu=True))}
 
 
 @pytest.fixture

@@ -217,6 +217,9 @@ def test_what_cannot_be_scored_is_told_before_models_are_loaded(tmp_path: Path, 
     said = capsys.readouterr().err
     assert all(word in said for word in ("--arcface", "model_ir_se50.pth", "--aesthetic", "--metrics dpg ip_sim"))
     (tmp_path / "none.pth").touch()
+    for name in (LINE["picture"], LINE["references"][0]["path"], "m.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        toys.picture(0).save(tmp_path / name)
     assert main([*arguments, "--metrics", "id_sim", "--arcface", str(tmp_path / "none.pth")]) == 2
     assert "pip install pyfacer" in capsys.readouterr().err
 
