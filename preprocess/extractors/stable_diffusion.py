@@ -8,8 +8,7 @@ from torch import Tensor
 from mosaic.weights.frozen import call_loader, load_into, load_model, read_state_dict
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.configuration_utils import ConfigMixin
+    from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 
 STRIDE = 64
 """Pixels of which both sides must be multiples: the VAE's 8 times three halvings in the U-Net."""
