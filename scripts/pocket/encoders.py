@@ -1,0 +1,171 @@
+"""Encoders of the pocket world: a CLIP and a ViT of the real classes at toy size, and how well they tell its identities apart.
+
+CLIP knows pictures and captions, also captions that name looks; the ViT (in DINO's place) knows which individuals a picture shows. They
+stand where CLIP ViT-B/32 and DINO ViT-S/16 stand in a benchmark, and read pictures that are prepared as theirs are.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mosaic.files import replacing, save_tensors, write_text
+from scripts.pocket import world
+from scripts.pocket.evaluation import MIN_VISIBLE, held_out_scenes, proportion
+from scripts.pocket.judge import make_candidates
+from scripts.pocket.scenes import count_phrase
+from scripts.pocket.tokenizers import build_clip_tokenizer, caption_words
+
+SIDE = 64  # px, pictures as the encoders read them
+TEXT_LENGTH = 48  # tokens; a caption of four subjects that names their looks has 45 at most
+KINDS = ("clip", "dino")
+#: Short side to which a picture is resized before the middle is cut out, mean and deviation of its channels: those of CLIP and of DINO.
+PREPARATION = {
+    "clip": (SIDE, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "dino": (round(SIDE * 256 / 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+_TOWER = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 256}
+_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 96, "intermediate_size": 192}
+
+
+def looks_phrase(identity: world.Identity) -> str:
+    """Name one individual by its looks, e.g. "an ember cat with stripes and a hat"."""
+    article = "an" if identity.palette[0] in "aeiou" else "a"
+    marking = "" if identity.marking == "none" else f" and a {identity.marking}"
+    return f"{article} {identity.palette} {identity.class_name} with {identity.pattern}{marking}"
+
+
+def looks_caption(identities: Sequence[world.Identity], background: str) -> str:
+    """A scene's caption that names the looks of all its subjects."""
+    return f"{', '.join(looks_phrase(identity) for identity in identities)} {background}"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """One token for each word of captions, with looks and without."""
+    numbers = range(1, world.MAX_SUBJECTS + 1)
+    counted = [count_phrase([world.Identity(name, "", "", "")] * number) for name in world.CLASSES for number in numbers]
+    looks = ["an", "with", "and", ",", *world.PALETTES, *world.PATTERNS, *world.MARKINGS, *world.BACKGROUNDS]
+    return build_clip_tokenizer(caption_words([*counted, *looks]), TEXT_LENGTH)
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP at toy size with fresh weights."""
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = _TEXT | special | {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH, "projection_dim": 128}
+    vision = _TOWER | {"image_size": SIDE, "patch_size": 8, "projection_dim": 128}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def build_dino() -> ViTModel:
+    """A ViT at toy size with fresh weights."""
+    return ViTModel(ViTConfig(image_size=SIDE, patch_size=8, **_TOWER), add_pooling_layer=False)
+
+
+def prepare(pictures: Sequence[Image.Image], kind: str) -> np.ndarray:
+    """Resize the short side (bicubic), cut out the middle: uint8 `[N, SIDE, SIDE, 3]`."""
+    short, prepared = PREPARATION[kind][0], np.empty((len(pictures), SIDE, SIDE, 3), np.uint8)
+    for row, picture in enumerate(pictures):
+        scale = short / min(picture.size)
+        wide, tall = (max(short, round(side * scale)) for side in picture.size)
+        left, top = (wide - SIDE) // 2, (tall - SIDE) // 2
+        resized = picture.convert("RGB").resize((wide, tall), Image.Resampling.BICUBIC)
+        prepared[row] = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)))
+    return prepared
+
+
+def normalize(pictures: Tensor, kind: str) -> Tensor:
+    """Pictures float32 `[N, 3, SIDE, SIDE]` in [-1, 1] as the encoder reads them."""
+    _, mean, std = PREPARATION[kind]
+    return ((pictures + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def embed_pixels(model: CLIPModel | ViTModel, pixels: Tensor) -> Tensor:
+    """Embeddings `[N, 128]` of pictures as the encoder reads them, not normalised."""
+    if isinstance(model, CLIPModel):
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Embeddings `[N, 128]` of captions, not normalised."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    return model.text_projection(model.text_model(**tokens).pooler_output)
+
+
+@torch.no_grad()
+def embed_pictures(model: CLIPModel | ViTModel, pictures: Sequence[Image.Image]) -> Tensor:
+    """Embeddings `[N, 128]` of length 1, in evaluation mode."""
+    kind = "clip" if isinstance(model, CLIPModel) else "dino"
+    pixels = torch.from_numpy(prepare(pictures, kind)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return F.normalize(embed_pixels(model.eval(), normalize(pixels, kind)), dim=-1)
+
+
+def save_encoder(folder: Path, kind: str, model: CLIPModel | ViTModel, tokenizer: CLIPTokenizer | None) -> None:
+    """Write a folder as the Hub has them. Weights are float16; the config says float32, so that they are loaded as such."""
+    short, mean, std = PREPARATION[kind]
+    processor = {
+        "image_processor_type": "CLIPImageProcessor" if kind == "clip" else "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": short},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": True,
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+        "do_convert_rgb": True,
+    }
+    with replacing(folder) as aside:
+        aside.mkdir()
+        model.save_pretrained(aside)
+        weights = {name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+        save_tensors(weights, aside / "model.safetensors", {"format": "pt"})
+        write_text(aside / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+
+
+def identification(model: CLIPModel | ViTModel, num_subjects: int, count: int) -> dict[str, float]:
+    """Which share of the subjects of held-out scenes is, by the cosine to the whole picture, recognised by its reference?
+
+    The candidates are the judge's: eight of the class, that share palette or pattern with the true one. Chance is 12.5 %.
+    """
+    scenes, hits = held_out_scenes(num_subjects, count), []
+    drawn = embed_pictures(model, [world.render_scene(scene, SIDE).image for scene in scenes])
+    for scene, embedding in zip(scenes, drawn, strict=True):
+        rng, visible = np.random.default_rng([17, scene.seed]), world.visible_fractions(scene, SIDE)
+        for placement, seen in zip(scene.placements, visible, strict=True):
+            candidates = make_candidates(placement.identity, rng)
+            if seen >= MIN_VISIBLE:
+                views = embed_pictures(model, [world.render_reference(candidate, world.REFERENCE_SIZE) for candidate in candidates])
+                hits.append(candidates[int((views @ embedding).argmax())] == placement.identity)
+    share = proportion(hits)
+    return {"share": share.share, "low": share.low, "high": share.high, "count": share.count}
+
+
+@torch.no_grad()
+def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, count: int, looks: bool) -> dict[str, float]:
+    """Of held-out scenes of one to four subjects: share of captions that are nearest to their picture, and of pictures, among `count`.
+
+    Captions that several scenes have count as each one's own.
+    """
+    scenes = [scene for k in range(1, 5) for scene in held_out_scenes(k, count // 4)]
+    captions = [
+        looks_caption([p.identity for p in scene.placements], scene.background) if looks else world.caption(scene) for scene in scenes
+    ]
+    pictures = embed_pictures(model, [world.render_scene(scene, SIDE).image for scene in scenes])
+    texts = F.normalize(embed_texts(model.eval(), tokenizer, captions), dim=-1)
+    similarity = pictures @ texts.T
+    own = torch.tensor([[a == b for b in captions] for a in captions])
+    caption_right = own[torch.arange(len(scenes)), similarity.argmax(1)].float().mean().item()
+    picture_right = own[similarity.argmax(0), torch.arange(len(scenes))].float().mean().item()
+    return {"captions_of_pictures": caption_right, "pictures_of_captions": picture_right, "count": len(scenes)}
