@@ -6,6 +6,7 @@ mirror, then rotate, then scale, then move.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, radians, sin
 
@@ -214,7 +215,19 @@ def sample_scene(
     count = num_subjects or int(rng.integers(least, 5))
     drawn = "distinct" if rng.random() < DISTINCT_SHARE else "repeated"
     identities = _sample_identities(rng, split, count, regime or drawn)
-    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    return arrange(rng, identities, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], seed)
+
+
+def arrange(rng: np.random.Generator, identities: Sequence[Identity], background: str, seed: int) -> Scene:
+    """Draw poses, in the order in which the caption names the subjects, until each is visible enough.
+
+    Args:
+        rng: Source of the draws.
+        identities: 1..6 subjects.
+        background: of `BACKGROUNDS`.
+        seed: of the scene, which decides the background's details.
+    """
+    count = len(identities)
     shrink, wanted = 1.0, rng.uniform(MIN_VISIBLE, 0.95)
     while True:
         for _ in range(30):

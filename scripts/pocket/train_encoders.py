@@ -232,7 +232,8 @@ class Trained(nn.Module):
         if isinstance(self.model, CLIPModel):
             assert self.tokenizer is not None, "CLIP has one"
             texts, positive = caption_pairs(batch, rng)
-            captions = F.normalize(encoders.embed_texts(self.model, self.tokenizer, texts), dim=-1)
+            parts = (texts[: len(scenes)], texts[len(scenes) :])  # by themselves, for the latter are much shorter
+            captions = F.normalize(torch.cat([encoders.embed_texts(self.model, self.tokenizer, part) for part in parts]), dim=-1)
             scale = self.model.logit_scale.clamp(max=np.log(100)).exp()
             loss = loss + matching_loss(scale * unit @ captions.T, positive)
         return loss
