@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from mosaic.evaluation.encoders import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ClipEncoder, ImageEncoder, Preparation
 from mosaic.files import replacing, save_tensors, write_text
 from scripts.pocket import world
 from scripts.pocket.evaluation import MIN_VISIBLE, held_out_scenes, proportion
@@ -26,10 +25,9 @@ from scripts.pocket.tokenizers import build_clip_tokenizer, caption_words
 SIDE = 64  # px, pictures as the encoders read them
 TEXT_LENGTH = 48  # tokens; a caption of four subjects that names their looks has 45 at most
 KINDS = ("clip", "dino")
-#: Short side to which a picture is resized before the middle is cut out, mean and deviation of its channels: those of CLIP and of DINO.
 PREPARATION = {
-    "clip": (SIDE, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "dino": (round(SIDE * 256 / 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "clip": Preparation(SIDE, SIDE, CLIP_MEAN, CLIP_STD),
+    "dino": Preparation(round(SIDE * 256 / 224), SIDE, IMAGENET_MEAN, IMAGENET_STD),
 }
 _TOWER = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 256}
 _TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 96, "intermediate_size": 192}
@@ -69,21 +67,16 @@ def build_dino() -> ViTModel:
 
 
 def prepare(pictures: Sequence[Image.Image], kind: str) -> np.ndarray:
-    """Resize the short side (bicubic), cut out the middle: uint8 `[N, SIDE, SIDE, 3]`."""
-    short, prepared = PREPARATION[kind][0], np.empty((len(pictures), SIDE, SIDE, 3), np.uint8)
-    for row, picture in enumerate(pictures):
-        scale = short / min(picture.size)
-        wide, tall = (max(short, round(side * scale)) for side in picture.size)
-        left, top = (wide - SIDE) // 2, (tall - SIDE) // 2
-        resized = picture.convert("RGB").resize((wide, tall), Image.Resampling.BICUBIC)
-        prepared[row] = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)))
-    return prepared
+    """Pictures resized and cut as an encoder of a kind reads them, before their values are normalised: uint8 `[N, SIDE, SIDE, 3]`."""
+    made = PREPARATION[kind]
+    values = made(pictures).permute(0, 2, 3, 1) * torch.tensor(made.std) + torch.tensor(made.mean)
+    return (values * 255).round().byte().numpy()
 
 
 def normalize(pictures: Tensor, kind: str) -> Tensor:
     """Pictures float32 `[N, 3, SIDE, SIDE]` in [-1, 1] as the encoder reads them."""
-    _, mean, std = PREPARATION[kind]
-    return ((pictures + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    made = PREPARATION[kind]
+    return ((pictures + 1) / 2 - torch.tensor(made.mean).view(3, 1, 1)) / torch.tensor(made.std).view(3, 1, 1)
 
 
 def embed_pixels(model: CLIPModel | ViTModel, pixels: Tensor) -> Tensor:
@@ -99,29 +92,21 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]
     return model.text_projection(model.text_model(**tokens).pooler_output)
 
 
-@torch.no_grad()
-def embed_pictures(model: CLIPModel | ViTModel, pictures: Sequence[Image.Image]) -> Tensor:
-    """Embeddings `[N, 128]` of length 1, in evaluation mode."""
-    kind = "clip" if isinstance(model, CLIPModel) else "dino"
-    pixels = torch.from_numpy(prepare(pictures, kind)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return F.normalize(embed_pixels(model.eval(), normalize(pixels, kind)), dim=-1)
-
-
 def save_encoder(folder: Path, kind: str, model: CLIPModel | ViTModel, tokenizer: CLIPTokenizer | None) -> None:
     """Write a folder as the Hub has them. Weights are float16; the config says float32, so that they are loaded as such."""
-    short, mean, std = PREPARATION[kind]
+    made = PREPARATION[kind]
     processor = {
         "image_processor_type": "CLIPImageProcessor" if kind == "clip" else "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": short},
+        "size": {"shortest_edge": made.short_side},
         "resample": int(Image.Resampling.BICUBIC),
         "do_center_crop": True,
         "crop_size": {"height": SIDE, "width": SIDE},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
+        "image_mean": made.mean,
+        "image_std": made.std,
         "do_convert_rgb": True,
     }
     with replacing(folder) as aside:
@@ -134,37 +119,34 @@ def save_encoder(folder: Path, kind: str, model: CLIPModel | ViTModel, tokenizer
             tokenizer.save_pretrained(aside)
 
 
-def identification(model: CLIPModel | ViTModel, num_subjects: int, count: int) -> dict[str, float]:
+def identification(encoder: ImageEncoder, num_subjects: int, count: int) -> dict[str, float]:
     """Which share of the subjects of held-out scenes is, by the cosine to the whole picture, recognised by its reference?
 
     The candidates are the judge's: eight of the class, that share palette or pattern with the true one. Chance is 12.5 %.
     """
     scenes, hits = held_out_scenes(num_subjects, count), []
-    drawn = embed_pictures(model, [world.render_scene(scene, SIDE).image for scene in scenes])
+    drawn = encoder.images([world.render_scene(scene, SIDE).image for scene in scenes])
     for scene, embedding in zip(scenes, drawn, strict=True):
         rng, visible = np.random.default_rng([17, scene.seed]), world.visible_fractions(scene, SIDE)
         for placement, seen in zip(scene.placements, visible, strict=True):
             candidates = make_candidates(placement.identity, rng)
             if seen >= MIN_VISIBLE:
-                views = embed_pictures(model, [world.render_reference(candidate, world.REFERENCE_SIZE) for candidate in candidates])
+                views = encoder.images([world.render_reference(candidate, world.REFERENCE_SIZE) for candidate in candidates])
                 hits.append(candidates[int((views @ embedding).argmax())] == placement.identity)
     share = proportion(hits)
     return {"share": share.share, "low": share.low, "high": share.high, "count": share.count}
 
 
-@torch.no_grad()
-def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, count: int, looks: bool) -> dict[str, float]:
-    """Of held-out scenes of one to four subjects: share of captions that are nearest to their picture, and of pictures, among `count`.
+def retrieval(encoder: ClipEncoder, count: int, looks: bool) -> dict[str, float]:
+    """Of `count` held-out scenes of one to four subjects: share of pictures whose caption is the nearest, and of captions whose picture is.
 
-    Captions that several scenes have count as each one's own.
+    Where several scenes have one caption, each of their pictures is its own. With `looks` captions name them.
     """
     scenes = [scene for k in range(1, 5) for scene in held_out_scenes(k, count // 4)]
     captions = [
         looks_caption([p.identity for p in scene.placements], scene.background) if looks else world.caption(scene) for scene in scenes
     ]
-    pictures = embed_pictures(model, [world.render_scene(scene, SIDE).image for scene in scenes])
-    texts = F.normalize(embed_texts(model.eval(), tokenizer, captions), dim=-1)
-    similarity = pictures @ texts.T
+    similarity = encoder.images([world.render_scene(scene, SIDE).image for scene in scenes]) @ encoder.texts(captions).T
     own = torch.tensor([[a == b for b in captions] for a in captions])
     caption_right = own[torch.arange(len(scenes)), similarity.argmax(1)].float().mean().item()
     picture_right = own[similarity.argmax(0), torch.arange(len(scenes))].float().mean().item()

@@ -1,8 +1,8 @@
 """Training of the pocket world's encoders: pictures drawn once, and losses that bring what belongs together closer than all else."""
 
 import argparse
+import datetime
 import json
-import time
 from dataclasses import dataclass
 from itertools import product, starmap
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from mosaic.evaluation.encoders import ClipEncoder, DinoEncoder
 from mosaic.files import replacing, save_tensors, write_text
 from mosaic.locks import FolderLock
 from mosaic.weights.digests import weights_digest
@@ -272,13 +273,13 @@ def train(kind: str, arguments: argparse.Namespace, pictures: Pictures, folder: 
     return trained.eval(), clock.elapsed()
 
 
-def measure(trained: Trained, count: int) -> dict[str, Any]:
-    """What an encoder can do on held-out identities."""
-    found: dict[str, Any] = {"identification": {str(k): encoders.identification(trained.model, k, count) for k in range(1, 5)}}
-    if isinstance(trained.model, CLIPModel):
-        assert trained.tokenizer is not None, "CLIP has one"
+def measure(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    """What a saved encoder can do on held-out identities."""
+    encoder = ClipEncoder(str(folder)) if kind == "clip" else DinoEncoder(str(folder))
+    found: dict[str, Any] = {"identification": {str(k): encoders.identification(encoder, k, count) for k in range(1, 5)}}
+    if isinstance(encoder, ClipEncoder):
         for name, looks in (("retrieval", False), ("retrieval_with_looks", True)):
-            found[name] = encoders.retrieval(trained.model, trained.tokenizer, count, looks)
+            found[name] = encoders.retrieval(encoder, count, looks)
     return found
 
 
@@ -307,12 +308,18 @@ def run(arguments: argparse.Namespace) -> None:
     work = arguments.output / "work"
     with FolderLock(arguments.output, "--output") as lock:
         lock.acquire()
-        work.mkdir(exist_ok=True)
         settings = check_settings(work / "settings.json", arguments)
-        start = time.monotonic()
         draw_pictures(work / "pictures", arguments.num_scenes)
-        record: dict[str, Any] = {"settings": settings, "drawing_seconds": round(time.monotonic() - start, 1)}
-        record |= {"hardware": hardware(), "commit": commit(), "versions": versions(), "world_digest": WORLD_DIGEST, "encoders": {}}
+        record: dict[str, Any] = {
+            "command": "python scripts/make_pocket_encoders.py",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "settings": settings,
+            "hardware": hardware(),
+            "commit": commit(),
+            "versions": versions(),
+            "world_digest": WORLD_DIGEST,
+            "encoders": {},
+        }
         for kind in encoders.KINDS:
             pictures = load_pictures(work / "pictures", arguments.num_scenes, kind)
             trained, seconds = train(kind, arguments, pictures, work / kind)
@@ -320,7 +327,7 @@ def run(arguments: argparse.Namespace) -> None:
             record["encoders"][kind] = {
                 "seconds": round(seconds, 1),
                 "digest": weights_digest(arguments.output / kind / "model.safetensors"),
-                **measure(trained, arguments.test_scenes),
+                **measure(arguments.output / kind, kind, arguments.test_scenes),
             }
             print(kind, json.dumps(record["encoders"][kind]), flush=True)
         write_text(arguments.output / RECORD, json.dumps(record, indent=1) + "\n")
