@@ -6,12 +6,14 @@
     accelerate launch scripts/bench.py score dreambench --prepared outputs/dreambench --run outputs/dreambench/run --output outputs/scores
     python scripts/bench.py score dreambench --pictures pictures.jsonl --output outputs/theirs
     python scripts/bench.py table Ours=outputs/scores Theirs=outputs/theirs --output outputs/table
+    python scripts/bench.py pocket --output outputs/pocket_bench
 
 `render` is inference.py with the prepared cases: further flags go to it. `score` takes a run of it, or anyone's pictures by a JSON Lines
 file. Rendering and scoring go on where they stopped when they are started again. docs/benchmarks.md says how to get the data.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from mosaic.commands import GOES_ON, command
@@ -20,7 +22,7 @@ from mosaic.commands import GOES_ON, command
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | prepare | render | score | table")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | prepare | render | score | table | pocket")
     commands.add_parser("list", help="the benchmarks, how their pictures are made and what is measured")
     prepare = commands.add_parser("prepare", help="write a cases file for rendering, from the authors' data")
     prepare.add_argument("name", help="a benchmark of `list`")
@@ -61,6 +63,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     table = commands.add_parser("table", help="our scores beside published ones: table.md, and table.html with the worst and best pictures")
     table.add_argument("scores", nargs="+", help="folder of a scoring, or NAME=FOLDER")
     table.add_argument("--output", type=Path, required=True, help="folder for both files")
+    pocket = commands.add_parser("pocket", help="all of it on the pocket world, with what is in this repository")
+    pocket.add_argument("--output", type=Path, required=True, help="folder for data, pictures, scores and the page")
+    pocket.add_argument("--lora", help="another adapter of the pocket base than the shipped one: a .safetensors file")
+    pocket.add_argument("--size", choices=("tiny", "full"), default="full", help="tiny: a few cases at one step, a trial")
+    pocket.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="that render and score (default: two)")
     arguments, further = parser.parse_known_args(argv)
     if further and arguments.command != "render":
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -80,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         from scripts.bench.scoring import run
     elif arguments.command == "table":
         from scripts.bench.tabulating import run
+    elif arguments.command == "pocket":
+        from scripts.bench.pocket import run
     else:
         from scripts.bench.preparing import run
     run(arguments)

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mosaic.files import replacing
+from mosaic.files import replacing, write_text
 
 
 @dataclass
@@ -169,6 +170,24 @@ def average_gradients(parameters: dict[str, Tensor], loss: float, progress: floa
     parts = flat[2:].split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
     return flat[0].item(), flat[1].item()
+
+
+def check_begun(file: Path, settings: Mapping[str, Any], folder: str) -> None:
+    """Keep the flags that a folder was begun with, and refuse others later.
+
+    Args:
+        file: Where they are kept.
+        settings: By name of the flag, as JSON has them.
+        folder: What --output says, for the message.
+
+    Raises:
+        ValueError: The folder was begun with others.
+    """
+    if not file.exists():
+        write_text(file, json.dumps(dict(settings), indent=2) + "\n")
+    elif (begun := json.loads(file.read_text())) != settings:
+        differing = ", ".join(f"--{name.replace('_', '-')} {begun.get(name)}" for name in settings if begun.get(name) != settings[name])
+        raise ValueError(f"--output: {folder} was begun with {differing}. Give the same flags, or another folder.")
 
 
 def append_log(file: Path, **entry: float | int | str) -> None:

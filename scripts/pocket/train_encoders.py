@@ -283,21 +283,6 @@ def measure(folder: Path, kind: str, count: int) -> dict[str, Any]:
     return found
 
 
-def check_settings(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that decide the weights, as the folder was begun with.
-
-    Raises:
-        ValueError: The folder was begun with others.
-    """
-    settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
-    if not file.exists():
-        write_text(file, json.dumps(settings, indent=2) + "\n")
-    elif (begun := json.loads(file.read_text())) != settings:
-        differing = ", ".join(f"--{name.replace('_', '-')} {begun.get(name)}" for name in settings if begun.get(name) != settings[name])
-        raise ValueError(f"--output: {file.parent.parent} was begun with {differing}. Give the same flags, or another folder.")
-    return settings
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Draw, train both, measure, write.
 
@@ -308,7 +293,8 @@ def run(arguments: argparse.Namespace) -> None:
     work = arguments.output / "work"
     with FolderLock(arguments.output, "--output") as lock:
         lock.acquire()
-        settings = check_settings(work / "settings.json", arguments)
+        settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
+        runs.check_begun(work / "settings.json", settings, str(arguments.output))
         draw_pictures(work / "pictures", arguments.num_scenes)
         record: dict[str, Any] = {
             "command": "python scripts/make_pocket_encoders.py",
