@@ -15,7 +15,7 @@ from mosaic.files import write_text
 from mosaic.locks import FolderLock
 from scripts.bench import pocket_data as data
 from scripts.bench.pocket_numbers import ARMS, GENERATED
-from scripts.bench.pocket_page import PAGE, write_page
+from scripts.bench.pocket_page import PAGE, TABLE, write_page
 from scripts.launching.launch import make_plan, process_environments
 from scripts.launching.processes import run_processes
 from scripts.pocket.runs import check_begun
@@ -33,7 +33,8 @@ class Chain:
 
     def prepare(self) -> None:
         """Draw subjects and the scenes as they should be, write the lists, and prepare them for rendering."""
-        data.write_subjects(self.folder.subjects)
+        named = {name for wanted in self.folder.lists.values() for item in wanted for name in item.subjects}
+        data.write_subjects(self.folder.subjects, named | {data.other_of_class(name) for name in named})
         for name, wanted in self.folder.lists.items():
             data.write_real(self.folder.rendered("real", name), wanted)
             for of_others in (False, True):
@@ -60,6 +61,11 @@ class Chain:
             source = ["--pictures", self._write_pictures(arm, name)]
         given = ["--clip", CLIP, "--dino", DINO, "--device", "cpu", "--output", self.folder.scores(arm, name)]
         self._start("score", name, *source, *given)
+
+    def table(self) -> None:
+        """Put the arms beside published rows, with the worst and the best pictures of each."""
+        scored = [f"{title}={self.folder.scores(arm, name)}" for name in self.folder.lists for arm, title in ARMS.items()]
+        self._call("table", *scored, "--output", self.folder.output / TABLE)
 
     def _write_pictures(self, arm: str, name: str) -> Path:
         """Say what the pictures should show."""
@@ -125,5 +131,6 @@ def run(arguments: argparse.Namespace) -> None:
             if arm in GENERATED:
                 chain.render(arm, name)
             chain.score(arm, name)
+        chain.table()
         write_page(folder)
     print(f"{arguments.output / PAGE} after {time.monotonic() - start:.0f} s")

@@ -5,7 +5,7 @@ Subjects are held-out individuals. As DreamBench has a cat and a cat2, each clas
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -110,14 +110,14 @@ def scene_of(item: Item) -> world.Scene:
     return world.arrange(np.random.default_rng([seed, 0xBE7C]), identities, item.background, seed)
 
 
-def write_subjects(folder: Path) -> None:
-    """Draw the subjects' folders: 00.png is the reference, then come other poses on white, then scenes of the subject alone."""
+def write_subjects(folder: Path, names: Collection[str]) -> None:
+    """Draw the folders of some subjects: 00.png is the reference, then come other poses on white, then scenes of the subject alone."""
     for number, (name, identity) in enumerate(SUBJECTS.items()):
-        if (folder / name).is_dir():
+        if name not in names or (folder / name).is_dir():
             continue
         rng = np.random.default_rng([FIRST_SEED, number])
         views = [world.render_reference(identity, world.REFERENCE_SIZE)]
-        views += [render_pose(sample_pose(rng, identity, PANEL_SCALES, PANEL_LATTICE), world.REFERENCE_SIZE) for _ in range(POSES)]
+        views += [render_pose(sample_pose(rng, identity, PANEL_SCALES, PANEL_LATTICE), SIDE) for _ in range(POSES)]
         for background in rng.choice(world.BACKGROUNDS, ALONE, replace=False):
             scene = world.arrange(rng, [identity], str(background), FIRST_SEED + number)
             views.append(world.render_scene(scene, SIDE).image)

@@ -12,7 +12,7 @@ from mosaic.evaluation.records import Key, Records
 from mosaic.evaluation.reduction import Mean, block_mean
 from mosaic.images import load_image, to_rgb
 from scripts.bench import pocket_data as data
-from scripts.pocket.evaluation import judge_scenes
+from scripts.pocket.evaluation import identified
 from scripts.pocket.judge import load_judge
 
 ARMS = {
@@ -45,8 +45,8 @@ def read_values(folder: data.Folder) -> Values:
             for key, record in Records(folder.scores(arm, name)).known.items():
                 values[key.metric][key] = record.value
             pictures = [to_rgb(load_image(path)) for path in folder.pictures(arm, name)]
-            for item, outcome in zip(items, judge_scenes(judge, pictures, [data.scene_of(item) for item in items]), strict=True):
-                for subject, hit in zip(item.subjects, outcome.identification, strict=True):
+            for item, hits in zip(items, identified(judge, pictures, [data.scene_of(item) for item in items]), strict=True):
+                for subject, hit in zip(item.subjects, hits, strict=True):
                     values["identification"][Key("identification", f"{block_of(item)}: {item.prompt}", 0, subject)] = 100.0 * hit
         found[arm] = dict(values)
     return found

@@ -13,7 +13,7 @@ from scripts.bench import pocket_data as data
 from scripts.bench import pocket_numbers as numbers
 
 TEMPLATES = Path(__file__).resolve().parent
-NUMBERS, PAGE = "pocket.json", "index.html"
+NUMBERS, PAGE, TABLE = "pocket.json", "index.html", "table"
 THUMBNAIL = 96  # px
 SHOWN = 2  # cases of each number of subjects
 
@@ -29,6 +29,7 @@ def write_page(folder: data.Folder) -> None:
         "steps": folder.size.steps,
         "cases": sum(len(items) for items in folder.lists.values()),
         "examples": examples(folder),
+        "table": f"{TABLE}/table.html",
     }
     write_text(folder.output / PAGE, page("pocket.html.jinja", TEMPLATES, title="The pocket bench", **values))
 

@@ -17,8 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTMod
 from mosaic.evaluation.encoders import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ClipEncoder, ImageEncoder, Preparation
 from mosaic.files import replacing, save_tensors, write_text
 from scripts.pocket import world
-from scripts.pocket.evaluation import MIN_VISIBLE, held_out_scenes, proportion
-from scripts.pocket.judge import make_candidates
+from scripts.pocket.evaluation import MIN_VISIBLE, candidate_lists, held_out_scenes, proportion
 from scripts.pocket.scenes import count_phrase
 from scripts.pocket.tokenizers import build_clip_tokenizer, caption_words
 
@@ -127,9 +126,8 @@ def identification(encoder: ImageEncoder, num_subjects: int, count: int) -> dict
     scenes, hits = held_out_scenes(num_subjects, count), []
     drawn = encoder.images([world.render_scene(scene, SIDE).image for scene in scenes])
     for scene, embedding in zip(scenes, drawn, strict=True):
-        rng, visible = np.random.default_rng([17, scene.seed]), world.visible_fractions(scene, SIDE)
-        for placement, seen in zip(scene.placements, visible, strict=True):
-            candidates = make_candidates(placement.identity, rng)
+        visible = world.visible_fractions(scene, SIDE)
+        for placement, candidates, seen in zip(scene.placements, candidate_lists(scene), visible, strict=True):
             if seen >= MIN_VISIBLE:
                 views = encoder.images([world.render_reference(candidate, world.REFERENCE_SIZE) for candidate in candidates])
                 hits.append(candidates[int((views @ embedding).argmax())] == placement.identity)

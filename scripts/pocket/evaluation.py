@@ -129,6 +129,26 @@ class Outcome:
 MEASURES = tuple(field.name for field in fields(Outcome))
 
 
+def judged_tensors(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures as the judge reads them, `[N, 3, JUDGE_SIZE, JUDGE_SIZE]`."""
+    return images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
+
+
+def candidate_lists(scene: world.Scene) -> list[list[world.Identity]]:
+    """The candidates among whom each subject of a scene is to be recognised, the same ones each time."""
+    rng = np.random.default_rng([17, scene.seed])
+    return [make_candidates(placement.identity, rng) for placement in scene.placements]
+
+
+def identified(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene]) -> list[list[bool]]:
+    """Whether the judge recognises each subject of each scene in its picture; the first of what `judge_scenes` asks, by itself."""
+    found = []
+    for picture, scene in zip(judged_tensors(pictures).split(1), scenes, strict=True):
+        asked = zip(scene.placements, candidate_lists(scene), strict=True)
+        found.append([listed[int(judge.identify(picture, who.identity.class_name, listed))] == who.identity for who, listed in asked])
+    return found
+
+
 def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence[world.Scene], min_visible: float = 0.0) -> list[Outcome]:
     """Ask the judge about every subject; it sees the whole picture and the class, never the layout.
 
@@ -139,16 +159,16 @@ def judge_scenes(judge: Judge, pictures: Sequence[Image.Image], scenes: Sequence
         min_visible: Leave out subjects of which less is visible in the scene as drawn (for real renderings).
     """
     outcomes = []
-    tensors = images_to_tensor([picture.resize((JUDGE_SIZE, JUDGE_SIZE), Image.Resampling.LANCZOS) for picture in pictures])
+    tensors = judged_tensors(pictures)
     for index, scene in enumerate(scenes):
         hits, leaks, present, counted = [], [], [], []
         identities = [placement.identity for placement in scene.placements]
         visible = world.visible_fractions(scene, JUDGE_SIZE) if min_visible else [1.0] * len(identities)
-        picture, rng = tensors[index : index + 1], np.random.default_rng([17, scene.seed])
+        picture, of_subjects = tensors[index : index + 1], candidate_lists(scene)
         probabilities, counts = judge.presence_probability(picture)[0], judge.counts(picture)[0]
         names = [identity.class_name for identity in identities]
         for k, identity in enumerate(identities):
-            candidates = make_candidates(identity, rng)
+            candidates = of_subjects[k]
             if visible[k] < min_visible:
                 continue
             hits.append(candidates[int(judge.identify(picture, identity.class_name, candidates))] == identity)

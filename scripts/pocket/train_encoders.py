@@ -33,6 +33,7 @@ FIRST_SEED = 300_000_000  # scenes of the training; far from the seeds of data s
 POSES = 3  # of each identity, on white, beside its reference
 RECORD = "encoders.json"
 _SHARD = 500
+_CHECKPOINT_EVERY = 100  # steps
 _FREE = ("output", "threads", "test_scenes")  # flags that may change when the command goes on
 _TEMPERATURE = 0.1  # of cosines between scenes and views; CLIP learns that of captions
 
@@ -264,7 +265,7 @@ def train(kind: str, arguments: argparse.Namespace, pictures: Pictures, folder: 
         if clock.step % 50 == 0 or clock.step == arguments.steps:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             runs.append_log(folder / "log.jsonl", step=clock.step, loss=loss.item(), seconds=clock.elapsed())
-        if clock.step % 100 == 0 or clock.step == arguments.steps:
+        if clock.step % _CHECKPOINT_EVERY == 0 or clock.step == arguments.steps:
             runs.save_checkpoint(file, {"trained": trained}, optimizer, average, clock)
     bar.close()
     with torch.no_grad():
