@@ -111,9 +111,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if not 1 <= arguments.processes <= 64:
         raise ValueError(f"--processes must be of 1..64, got {arguments.processes}.")
-    for folder in (CLIP, DINO):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is missing; it comes with the repository, and scripts/make_pocket_encoders.py makes it.")
+    for encoder in (CLIP, DINO):
+        if not encoder.is_dir():
+            raise FileNotFoundError(f"{encoder} is missing; it comes with the repository, and scripts/make_pocket_encoders.py makes it.")
     if arguments.processes == 1:
         import torch
 

@@ -33,7 +33,7 @@ class Correlation(NamedTuple):
 
     value: float
     p_value: float
-    count: int
+    num_cases: int
 
 
 def read_values(folder: data.Folder) -> Values:

@@ -94,7 +94,7 @@ def test_numbers_are_taken_by_number_of_subjects_and_case_by_case() -> None:
     assert (difference.value, difference.low, difference.high) == (17.5, 5, 30)  # 5 in one block, 30 in the other
     assert numbers.correlation(values, "dino", ["adapter"], 1)[::2] == (pytest.approx(0.894, abs=1e-3), 4)
     assert numbers.correlation(values, "dino", ["base"], 1).value < 0
-    assert numbers.correlation(values, "dino", ["adapter", "base"]).count == 10
+    assert numbers.correlation(values, "dino", ["adapter", "base"]).num_cases == 10
     assert np.isnan(numbers.correlation(values, "dino", ["adapter"], 2).value)  # one case
 
 
@@ -155,7 +155,7 @@ def test_the_whole_chain_and_that_it_goes_on(
             assert by_arm["real"] > by_arm["base"]
             assert by_arm["real"] > by_arm["other"]
             assert found["differences"][metric][k]["real - adapter"]["value"] == pytest.approx(by_arm["real"] - by_arm["adapter"])
-    assert found["correlations"]["dino"]["generated"]["count"] == 12
+    assert found["correlations"]["dino"]["generated"]["num_cases"] == 12
     page = (folder / "index.html").read_text()
     assert page.count("adapter, references of others") >= 8
     assert (folder / "table" / "table.html").is_file()
