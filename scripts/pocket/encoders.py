@@ -112,7 +112,9 @@ def save_encoder(folder: Path, kind: str, model: CLIPModel | ViTModel, tokenizer
         aside.mkdir()
         model.save_pretrained(aside)
         weights = {name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
-        save_tensors(weights, aside / "model.safetensors", {"format": "pt"})
+        file = aside / "model.safetensors"
+        file.unlink()  # with it the permissions, which were the owner's alone
+        save_tensors(weights, file, {"format": "pt"})
         write_text(aside / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
