@@ -13,9 +13,9 @@ from PIL import Image
 import inference
 from mosaic.evaluation.records import Key
 from mosaic.weights.digests import file_digest
+from scripts.bench import models
 from scripts.bench import pocket_data as data
 from scripts.bench import pocket_numbers as numbers
-from scripts.bench import scoring
 from scripts.bench.command import main
 from scripts.pocket import world
 from scripts.pocket.evaluation import identified, judge_scenes
@@ -127,8 +127,8 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return 0
 
     monkeypatch.setattr(inference, "main", render)
-    monkeypatch.setattr(scoring, "ClipEncoder", functools.cache(scoring.ClipEncoder))
-    monkeypatch.setattr(scoring, "DinoEncoder", functools.cache(scoring.DinoEncoder))
+    monkeypatch.setattr(models, "ClipEncoder", functools.cache(models.ClipEncoder))
+    monkeypatch.setattr(models, "DinoEncoder", functools.cache(models.DinoEncoder))
     monkeypatch.setattr(data, "lists", lambda size: {"dreambench": data.items(1, size), "dreambench_multi": data.items(2, size)})
     return asked
 
