@@ -139,7 +139,7 @@ def test_the_shipped_encoders_recognise_held_out_individuals() -> None:
     """By the cosine alone, beside another subject, among eight of a class; chance is one in eight."""
     clip = ClipEncoder(str(ASSETS / "clip"))
     for encoder in (clip, DinoEncoder(str(ASSETS / "dino"))):
-        assert encoders.identification(encoder, 2, 10)["share"] > 0.4
+        assert encoders.identification(encoder, 2, 10)["share"] > 0.3
     assert encoders.retrieval(clip, 16, looks=True)["captions_of_pictures"] > 0.8
 
 

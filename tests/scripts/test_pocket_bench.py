@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import inference
+from mosaic.evaluation import reduction
 from mosaic.evaluation.records import Key
 from mosaic.weights.digests import file_digest
 from scripts.bench import models
@@ -129,6 +130,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(inference, "main", render)
     monkeypatch.setattr(models, "ClipEncoder", functools.cache(models.ClipEncoder))
     monkeypatch.setattr(models, "DinoEncoder", functools.cache(models.DinoEncoder))
+    monkeypatch.setattr(reduction, "RESAMPLES", 99)
     monkeypatch.setattr(data, "lists", lambda size: {"dreambench": data.items(1, size), "dreambench_multi": data.items(2, size)})
     return asked
 
