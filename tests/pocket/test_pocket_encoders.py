@@ -136,11 +136,11 @@ def test_every_word_of_a_caption_is_one_token() -> None:
 
 
 def test_the_shipped_encoders_recognise_held_out_individuals() -> None:
-    """By the cosine alone, beside another subject, among eight of a class; chance is one in eight."""
+    """By the cosine alone, among eight of a class; chance is one in eight."""
     clip = ClipEncoder(str(ASSETS / "clip"))
     for encoder in (clip, DinoEncoder(str(ASSETS / "dino"))):
-        assert encoders.identification(encoder, 2, 10)["share"] > 0.3
-    assert encoders.retrieval(clip, 16, looks=True)["captions_of_pictures"] > 0.8
+        assert encoders.identification(encoder, 1, 12)["share"] > 0.5
+    assert encoders.retrieval(clip, 16, looks=True)["captions_of_pictures"] > 0.6
 
 
 def test_the_shipped_encoders_are_those_that_were_measured_and_small() -> None:
