@@ -83,12 +83,15 @@ def main(argv: list[str] | None = None) -> int:
         from inference import main as inference  # which frames itself
 
         return inference(["--cases", str(arguments.prepared / "cases.json"), "--output-dir", str(arguments.output), *arguments.further])
+    if arguments.command == "pocket":
+        from scripts.bench.pocket import run as run_pocket
+
+        run_pocket(arguments, main)
+        return 0
     if arguments.command == "score":
         from scripts.bench.scoring import run
     elif arguments.command == "table":
         from scripts.bench.tabulating import run
-    elif arguments.command == "pocket":
-        from scripts.bench.pocket import run
     else:
         from scripts.bench.preparing import run
     run(arguments)

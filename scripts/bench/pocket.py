@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mosaic.files import write_text
@@ -25,11 +26,14 @@ CLIP, DINO = ROOT / "assets" / "pocket" / "clip", ROOT / "assets" / "pocket" / "
 SEED = 3407
 
 
+Give = Callable[[list[str]], int]  # gives a command of bench.py in this process; returns its exit code
+
+
 class Chain:
     """The commands in their order; what is done already takes no time when they are given again."""
 
-    def __init__(self, folder: data.Folder, lora: str | None, processes: int) -> None:
-        self.folder, self.lora, self.processes = folder, lora, processes
+    def __init__(self, folder: data.Folder, lora: str | None, processes: int, give: Give) -> None:
+        self.folder, self.lora, self.processes, self.give = folder, lora, processes, give
 
     def prepare(self) -> None:
         """Draw subjects and the scenes as they should be, write the lists, and prepare them for rendering."""
@@ -84,9 +88,7 @@ class Chain:
 
     def _call(self, *words: object) -> None:
         """Give a command of bench.py in this process."""
-        from scripts.bench.command import main
-
-        self._check(main([str(word) for word in words]), words)
+        self._check(self.give([str(word) for word in words]), words)
 
     def _start(self, *words: object) -> None:
         """Give a command of bench.py to all processes; one process is this one."""
@@ -103,8 +105,8 @@ class Chain:
             raise ValueError(f"bench.py {words[0]} {words[1]} ended with exit code {code}, for the reason above. The same command goes on.")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Render and score all arms, write the page.
+def run(arguments: argparse.Namespace, give: Give) -> None:
+    """Render and score all arms by commands of bench.py, which `give` gives in this process, and write the page.
 
     Raises:
         OSError, ValueError: A flag will not do, the folder is in use or was begun with other flags, or a command failed.
@@ -123,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         lock.acquire()
         check_begun(arguments.output / "settings.json", {"size": arguments.size, "lora": arguments.lora}, str(arguments.output))
         folder = data.Folder(arguments.output, data.SIZES[arguments.size])
-        chain = Chain(folder, arguments.lora, arguments.processes)
+        chain = Chain(folder, arguments.lora, arguments.processes, give)
         chain.prepare()
         parts = [(arm, name) for arm in ARMS for name in folder.lists]
         for number, (arm, name) in enumerate(parts, start=1):

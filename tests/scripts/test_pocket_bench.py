@@ -175,7 +175,7 @@ def test_several_processes_are_started_for_what_renders_and_scores(tmp_path: Pat
 
     started: list[tuple[list[str], list[dict[str, str]]]] = []
     monkeypatch.setattr(pocket, "run_processes", lambda command, environments: started.append((command, environments)) or 0)
-    chain = pocket.Chain(data.Folder(tmp_path, data.SIZES["tiny"]), None, 3)
+    chain = pocket.Chain(data.Folder(tmp_path, TINY), None, 3, main)
     chain.render("base", "dreambench")
     ((command, environments),) = started
     assert command[2:4] == ["render", str(tmp_path / "lists" / "dreambench")]
