@@ -110,7 +110,8 @@ def test_training_goes_on_bit_for_bit(pictures: train_encoders.Pictures, tmp_pat
         patch.setattr(train_encoders, "draw_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             train_encoders.train("clip", arguments, pictures, tmp_path / "killed")
-    again = train_encoders.train("clip", arguments, pictures, tmp_path / "killed")[0].state_dict()
+        again = train_encoders.train("clip", arguments, pictures, tmp_path / "killed")[0].state_dict()
+    assert len(calls) == 3  # the first step was not done again
     assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
     torch.manual_seed(0)
     fresh = train_encoders.Trained("clip").state_dict()

@@ -148,6 +148,11 @@ def test_the_whole_chain_and_that_it_goes_on(
     folder = tmp_path / "bench"
     asked = {(Path(argv[3]).parent.name, Path(argv[3]).name): argv[4:] for argv in rendered}
     assert len(asked) == 6
+    assert {(arm, Path(argv[1]).parent.name.endswith("_of_others")) for (arm, _), argv in zip(asked, rendered, strict=True)} == {
+        ("adapter", False),
+        ("other", True),
+        ("base", False),
+    }
     for (arm, _), flags in asked.items():
         assert flags == ["--steps", "1", *(["--set", "inference.lora=null"] if arm == "base" else ["--lora", "my.safetensors"])]
     found: dict[str, Any] = json.loads((folder / "pocket.json").read_text())
