@@ -74,16 +74,19 @@ def read_scores(path: Path) -> dict[str, Any]:
     return values
 
 
-def make_tables(scored: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Table]:
+def make_tables(scored: Sequence[tuple[str, Mapping[str, Any]]], *, with_published: bool = True) -> list[Table]:
     """A table for each benchmark.
 
     Args:
         scored: Name of the method, and its scores as `read_scores` gives them.
+        with_published: Whether published rows come first.
     """
     tables = []
     for name in dict.fromkeys(scores["benchmark"] for _, scores in scored):
         ours = [_our_row(method, scores) for method, scores in scored if scores["benchmark"] == name]
-        published = [Row(row.method, row.values, {}, f"{row.source}: {row.protocol}", False) for row in published_for(name)]
+        published = [
+            Row(row.method, row.values, {}, f"{row.source}: {row.protocol}", False) for row in published_for(name) if with_published
+        ]
         metrics = [metric for metric in NAMES if any(metric in row.values for row in (*published, *ours))]
         tables.append(Table(name, BENCHMARKS[name].about, tuple(metrics), (*published, *ours)))
     return tables

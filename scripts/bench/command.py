@@ -63,6 +63,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     table = commands.add_parser("table", help="our scores beside published ones: table.md, and table.html with the worst and best pictures")
     table.add_argument("scores", nargs="+", help="folder of a scoring, or NAME=FOLDER")
     table.add_argument("--output", type=Path, required=True, help="folder for both files")
+    table.add_argument("--ours-alone", action="store_true", help="without published rows")
     pocket = commands.add_parser("pocket", help="all of it on the pocket world, with what is in this repository")
     pocket.add_argument("--output", type=Path, required=True, help="folder for data, pictures, scores and the page")
     pocket.add_argument("--lora", help="another adapter of the pocket base than the shipped one: a .safetensors file")

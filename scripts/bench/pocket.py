@@ -67,9 +67,9 @@ class Chain:
         self._start("score", name, *source, *given)
 
     def table(self) -> None:
-        """Put the arms beside published rows, with the worst and the best pictures of each."""
+        """Put the arms side by side, with the worst and the best pictures of each; published rows are of other pictures and models."""
         scored = [f"{title}={self.folder.scores(arm, name)}" for name in self.folder.lists for arm, title in ARMS.items()]
-        self._call("table", *scored, "--output", self.folder.output / TABLE)
+        self._call("table", *scored, "--ours-alone", "--output", self.folder.output / TABLE)
 
     def _write_pictures(self, arm: str, name: str) -> Path:
         """Say what the pictures should show."""

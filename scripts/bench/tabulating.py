@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled:
         raise ValueError(f"two scores of {doubled[1]} would both be {doubled[0]}. Name them: NAME=FOLDER.")
-    tables = make_tables(scored)
+    tables = make_tables(scored, with_published=not arguments.ours_alone)
     markdown = "\n".join(f"### {table.about}\n\n{to_markdown(table)}" for table in tables)
     sections = [_section(method, scores, folder) for (method, scores), folder in zip(scored, folders, strict=True)]
     notes = [list(dict.fromkeys(row.protocol for row in table.rows)) for table in tables]

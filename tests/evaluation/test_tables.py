@@ -78,6 +78,9 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Ours &lt;b&gt;" in html
     assert html.count("data:image/jpeg") == 2 * (8 + 10)  # eight pictures with their references, of which two have two
     assert "Ours <b>" in (tmp_path / "table" / "table.md").read_text()
+    assert "UNO" in html
+    assert main(["table", str(tmp_path), "--ours-alone", "--output", str(tmp_path / "alone")]) == 0
+    assert "UNO" not in (tmp_path / "alone" / "table.md").read_text() + (tmp_path / "alone" / "table.html").read_text()
     assert main(["table", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "again")]) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("{}")
