@@ -18,6 +18,8 @@ from pathlib import Path
 
 from mosaic.commands import GOES_ON, command
 
+JUDGE = "Qwen/Qwen3-VL-8B-Instruct"
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -56,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     models.add_argument("--siglip", default="google/siglip-so400m-patch14-384", help="aes: the SigLIP below the head")
     models.add_argument("--aesthetic", type=Path, help="aes: the file of the head, aesthetic_predictor_v2_5.pth")
     models.add_argument("--collapse", action="store_true", help="also say which subjects are lost, doubled or of another's looks (DINOv2)")
-    models.add_argument("--judge", help="also ask a model of pictures and texts, such as Qwen/Qwen3-VL-8B-Instruct")
+    models.add_argument("--judge", nargs="?", const=JUDGE, help=f"also ask a model of pictures and texts (without a name: {JUDGE})")
     models.add_argument("--judge-url", help="endpoint with OpenAI's protocol where the judge is; a key in the environment's JUDGE_API_KEY")
     score.add_argument("--device", help="such as cuda:0 or cpu (default: what there is)")
     score.add_argument("--partial", action="store_true", help="score what is sound where something is wrong; the scores then say so")
