@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
-from mosaic.evaluation.encoders import Provenance, Squeeze, load_encoder, provenance_of, unit
+from mosaic.evaluation.encoders import Provenance, load_encoder, provenance_of, unit
 from mosaic.evaluation.entries import TILES, Entry
+from mosaic.evaluation.pixels import HALF, Squeeze
 from mosaic.evaluation.records import Key
-from mosaic.weights.frozen import file_digest, load_into, read_state_dict
+from mosaic.weights.frozen import load_into, read_state_dict, short_digest
 
 LAYERS = (0, 2, 4, 6, 8)  # of the head's sequence; dropout, which does nothing here, stands between them
-HALF = (0.5, 0.5, 0.5)
 
 
 class AestheticScorer(Protocol):
@@ -84,7 +84,7 @@ class SiglipAesthetic:
         self.head = load_head(head, self.model.config.hidden_size)
         self.prepare = Squeeze(self.model.config.image_size, HALF, HALF)
         made = provenance_of(self.model, siglip, self.prepare)
-        self.provenance = Provenance(f"{made.model} + {head.name}", f"{made.revision} + {file_digest(str(head))}", made.preprocessing)
+        self.provenance = Provenance(f"{made.model} + {head.name}", f"{made.revision} + {short_digest(str(head))}", made.preprocessing)
 
     @torch.inference_mode()
     def scores(self, pictures: Sequence[Image.Image]) -> list[float]:

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mosaic.evaluation.encoders import Provenance, normalised, unit
-from mosaic.weights.frozen import file_digest, load_into, read_state_dict
+from mosaic.evaluation.encoders import Provenance, unit
+from mosaic.evaluation.pixels import HALF, normalised
+from mosaic.weights.frozen import load_into, read_state_dict, short_digest
 
 SIDE = 112  # px of an aligned face
 EMBEDDING = 512
 STAGES = ((64, 3), (128, 4), (256, 14), (512, 3))  # width and blocks
 SQUEEZE = 16
-HALF = (0.5, 0.5, 0.5)
 
 
 class FaceEmbedder(Protocol):
@@ -102,7 +102,7 @@ class ArcFace:
         load_into(self.model, _with_counts(read_state_dict(str(path), flag), self.model), f"{flag} {path}")
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.device = device
-        self.provenance = Provenance(f"ArcFace IR-SE50 ({path.name})", file_digest(str(path)), f"RGB, {SIDE} x {SIDE}, mean 0.5, std 0.5")
+        self.provenance = Provenance(f"ArcFace IR-SE50 ({path.name})", short_digest(str(path)), f"RGB, {SIDE} x {SIDE}, mean 0.5, std 0.5")
 
     @torch.inference_mode()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -1,6 +1,5 @@
 """The pictures at both ends of each metric: people look before they believe a mean."""
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mosaic.evaluation.entries import Entry
+from mosaic.evaluation.prepared import relative
 from mosaic.evaluation.records import Key
 
 SHOWN = 10  # pictures at each end
@@ -40,13 +40,9 @@ def extremes(values: Mapping[Key, float], entries: Sequence[Entry], folder: Path
             "run": entry.run,
             "value": float(np.mean(of_picture[picture])),
             "prompt": entry.prompt,
-            "picture": _relative(entry.picture, folder),
+            "picture": relative(entry.picture, folder),
             "tile": entry.tile,
-            "references": [_relative(subject.references[0], folder) for subject in entry.subjects],
+            "references": [relative(subject.references[0], folder) for subject in entry.subjects],
         }
 
     return {"worst": [shown(one) for one in order[:SHOWN]], "best": [shown(one) for one in reversed(order[-SHOWN:])]}
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()

@@ -66,14 +66,11 @@ def write_prepared(folder: Path, name: str, protocol: Protocol, cases: Sequence[
         raise FileNotFoundError(f"--data: {len(missing)} of {len(paths)} pictures are missing:\n{named}")
     seeds = [protocol.seed + run for run in range(protocol.runs)]
 
-    def relative(path: Path) -> str:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-
     rendered = [
         {
             "index": index,
             "prompt": case.prompt,
-            "image_paths": [relative(path) for path in case.references],
+            "image_paths": [relative(path, folder) for path in case.references],
             "seeds": seeds,
             "height": protocol.size,
             "width": protocol.size,
@@ -84,8 +81,10 @@ def write_prepared(folder: Path, name: str, protocol: Protocol, cases: Sequence[
         {
             "case": case.case,
             "prompt": case.prompt,
-            "references": [relative(path) for path in case.references],
-            "subjects": [{**asdict(subject), "references": [relative(path) for path in subject.references]} for subject in case.subjects],
+            "references": [relative(path, folder) for path in case.references],
+            "subjects": [
+                {**asdict(subject), "references": [relative(path, folder) for path in subject.references]} for subject in case.subjects
+            ],
             "questions": [asdict(question) for question in case.questions],
         }
         for case in cases
@@ -94,6 +93,11 @@ def write_prepared(folder: Path, name: str, protocol: Protocol, cases: Sequence[
     values = {"format": "mosaic-benchmark", "version": 1, "benchmark": name, "protocol": asdict(protocol), "cases": described}
     write_text(folder / BENCHMARK, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / CASES, json.dumps(rendered, indent=1, ensure_ascii=False) + "\n")
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as seen from a folder, with "/" and, where it lies elsewhere, ".."."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import Sam2Model
 
 from mosaic.evaluation.detection import Box
-from mosaic.evaluation.encoders import IMAGENET_MEAN, IMAGENET_STD, Provenance, Squeeze, load_encoder, provenance_of
+from mosaic.evaluation.encoders import Provenance, load_encoder, provenance_of
+from mosaic.evaluation.pixels import IMAGENET_MEAN, IMAGENET_STD, Squeeze
 
 
 class Segmenter(Protocol):

@@ -1,18 +1,19 @@
 """Tables of scores: ours beside those that were published, each with what it was measured by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mosaic.evaluation.benchmarks import BENCHMARKS
-from mosaic.evaluation.published import published_for
+from mosaic.evaluation.published import AVERAGED, overall, published_for
 from mosaic.files import nearest, read_json, shown
 
 SCORES = "scores.json"
+SINGLE, MULTI = "xversebench", "xversebench_multi"  # the lists of which Overall is the mean
 NAMES = {
     "clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO", "dpg": "DPG", "id_sim": "ID-Sim", "ip_sim": "IP-Sim", "aes": "AES",
-    "avg": "AVG", "instance": "instance", "leakage": "leakage", "missing": "missing", "doubled": "doubled",
+    "avg": "AVG", "overall": "Overall", "instance": "instance", "leakage": "leakage", "missing": "missing", "doubled": "doubled",
     "judge_prompt": "judge: prompt", "judge_fidelity": "judge: fidelity", "judge_present": "judge: present",
 }  # fmt: skip
 
@@ -87,9 +88,20 @@ def make_tables(scored: Sequence[tuple[str, Mapping[str, Any]]], *, with_publish
         published = [
             Row(row.method, row.values, {}, f"{row.source}: {row.protocol}", False) for row in published_for(name) if with_published
         ]
+        if name == MULTI:
+            published = [_with_overall(row, {one.method: one.values for one in published_for(SINGLE)}) for row in published]
+            ours = [_with_overall(row, {method: scores for method, scores in scored if scores["benchmark"] == SINGLE}) for row in ours]
         metrics = [metric for metric in NAMES if any(metric in row.values for row in (*published, *ours))]
         tables.append(Table(name, BENCHMARKS[name].about, tuple(metrics), (*published, *ours)))
     return tables
+
+
+def _with_overall(row: Row, single: Mapping[str, Mapping[str, Any]]) -> Row:
+    """A row of XVerseBench's second list with Overall, where all four metrics of both lists are known of the method."""
+    both = (single.get(row.method, {}), row.values)
+    if not all(values.get(metric) is not None for values in both for metric in AVERAGED):
+        return row
+    return replace(row, values={**row.values, "overall": overall(*both)})
 
 
 def to_markdown(table: Table) -> str:

@@ -1,6 +1,5 @@
 """Loading models that are not trained, and the state dicts users bring. Never unpickles objects."""
 
-import hashlib
 import pickle
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mosaic.files import in_one_line
+from mosaic.weights.digests import file_digest
 from mosaic.weights.hub import require_model_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +107,6 @@ def load_into(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     module.load_state_dict(state)
 
 
-def file_digest(path: str) -> str:
+def short_digest(path: str | Path) -> str:
     """First 16 hex digits of the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_digest(Path(path))[:16]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mosaic.config.schema import Section
 from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
-from mosaic.weights.frozen import file_digest
+from mosaic.weights.frozen import short_digest
 from preprocess.extractors.hooks import outputs_until
 from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 from preprocess.extractors.stable_diffusion import STRIDE, load_unet, load_vae, noise_latents, prompt_embedding, unet_from_weights
@@ -111,7 +111,7 @@ class CleanDift:
             raise ValueError("cleandift.weights must name the U-Net's state dict, such as cleandift_sd21_unet.safetensors, got null.")
         self.options, self.device, self.dtype = options, device, dtype
         self.unet = unet_from_weights(options.model, "cleandift.model", options.weights, "cleandift.weights", device, dtype)
-        self.provenance = {"weights_sha256": file_digest(options.weights)}
+        self.provenance = {"weights_sha256": short_digest(options.weights)}
         self.vae = load_vae(options.model, "cleandift.model", device, dtype)
         self.embedding = prompt_embedding(options.model, options.prompt, "cleandift.model", device, dtype)
 

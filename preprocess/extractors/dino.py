@@ -8,10 +8,11 @@ from torch import Tensor
 
 from mosaic.config.schema import Section
 from mosaic.config.sections import Count, Side, Text
+from mosaic.evaluation.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mosaic.method.grids import Grid
-from mosaic.weights.frozen import file_digest, load_model
+from mosaic.weights.frozen import load_model, short_digest
 from preprocess.extractors.aggregation import load_aggregation
-from preprocess.extractors.protocol import IMAGENET_MEAN, IMAGENET_STD, fitted_grid, picture_tensor, require_multiple
+from preprocess.extractors.protocol import fitted_grid, picture_tensor, require_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ class Dinov2Diysc(Dino):
         super().__init__(options, device, dtype)
         width = self.model.config.hidden_size
         self.aggregation = load_aggregation(options.weights, "dinov2_diysc.weights", [width], device, dtype)
-        self.provenance = {"weights_sha256": file_digest(options.weights)}
+        self.provenance = {"weights_sha256": short_digest(options.weights)}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mosaic.config.schema import Section
 from mosaic.config.sections import Side, Text
 from mosaic.method.grids import Grid
-from mosaic.weights.frozen import file_digest
+from mosaic.weights.frozen import short_digest
 from preprocess.extractors.aggregation import load_aggregation
 from preprocess.extractors.dino import load_vit, patch_tokens
 from preprocess.extractors.hooks import outputs_until
@@ -70,7 +70,7 @@ class Geoaware:
         widths = self.unet.config.block_out_channels
         channels = [widths[1], widths[-1], widths[-1], self.dino.config.hidden_size]
         self.aggregation = load_aggregation(options.weights, "geoaware.weights", channels, device, dtype)
-        self.provenance = {"weights_sha256": file_digest(options.weights)}
+        self.provenance = {"weights_sha256": short_digest(options.weights)}
 
     def grid(self, height: int, width: int) -> Grid:
         """Cells of 16 px for Stable Diffusion, each of which is a patch for DINOv2."""

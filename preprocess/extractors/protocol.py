@@ -2,17 +2,12 @@
 
 from typing import Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from mosaic.evaluation.pixels import HALF, normalised
 from mosaic.images import to_rgb
 from mosaic.method.grids import Grid
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-"""Mean and standard deviation that carry [0, 1] to [-1, 1]."""
 
 
 class Extractor(Protocol):
@@ -59,8 +54,8 @@ def require_multiple(name: str, size: int, multiple: int) -> None:
 def picture_tensor(
     image: Image.Image,
     size: tuple[int, int],
-    mean: tuple[float, ...] = HALF,
-    std: tuple[float, ...] = HALF,
+    mean: tuple[float, float, float] = HALF,
+    std: tuple[float, float, float] = HALF,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Tensor:
     """A picture as a normalised tensor.
@@ -79,5 +74,4 @@ def picture_tensor(
     image = to_rgb(image)
     if image.size != (width, height):
         image = image.resize((width, height), resample)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return normalised(image, mean, std)[None]

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
 
-from mosaic.evaluation.encoders import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ClipEncoder, ImageEncoder, Preparation
+from mosaic.evaluation.encoders import ClipEncoder, ImageEncoder
+from mosaic.evaluation.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preparation
 from mosaic.files import replacing, save_tensors, write_text
 from scripts.pocket import world
 from scripts.pocket.evaluation import MIN_VISIBLE, candidate_lists, held_out_scenes, proportion

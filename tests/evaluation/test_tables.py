@@ -86,3 +86,15 @@ def test_the_command_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json: must be a file that `bench\.py score` wrote"):
         read_scores(tmp_path / "other.json")
+
+
+def test_overall_stands_beside_the_second_list_where_both_are_known() -> None:
+    four = {"dpg": 90.0, "id_sim": 50.0, "ip_sim": 70.0, "aes": 60.0}
+    rest = {"intervals": {}, "num_cases": 1, "num_runs": 4, "protocol": None, "partial": False, "left_out": [], "models": {}}
+    single, multi = (rest | four | {"benchmark": name} for name in ("xversebench", "xversebench_multi"))
+    multi["dpg"] = 70.0
+    table = make_tables([("both", single), ("both", multi), ("one", multi)])[1]
+    found = {row.method: row.values.get("overall") for row in table.rows}
+    assert found["MOSAIC"] == pytest.approx(76.04, abs=0.0151)
+    assert (found["both"], found["one"]) == ((67.5 + 62.5) / 2, None)
+    assert "Overall" in to_markdown(table).splitlines()[0]
