@@ -11,8 +11,8 @@ from torch import nn
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 INSTALL = "pip install -r requirements-quantization.txt"
-# Small, and at the ends of the network, where rounding shows most.
-FULL_PRECISION = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+# Small, and at the ends of the network, where rounding shows most: of FLUX, then what FLUX.2 and Qwen-Image name otherwise.
+FULL_PRECISION = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out", "time_guidance_embed", "img_in", "txt_in")
 T5_EXIT = "wo"  # T5 casts what goes into this layer to the format of its weight, which packed integers have not
 
 
@@ -45,7 +45,7 @@ def quantize_base(transformer: nn.Module, quantization: str, device: torch.devic
     """Quantise the blocks' matrices in place, one after the other; the model is frozen by this.
 
     Args:
-        transformer: A FLUX transformer without adapters, or a T5 encoder.
+        transformer: A FLUX transformer, or one like it, without adapters, or a T5 encoder.
         quantization: "none", "nf4" (bitsandbytes), "int8" or "fp8" (torchao, weights only).
         device: Where nf4 layers are quantised and stay.
 
