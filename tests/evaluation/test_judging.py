@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from mosaic.evaluation.chat import EndpointChat, LocalChat, ask
+from mosaic.evaluation import chat as chat_module
+from mosaic.evaluation.chat import EndpointChat, LocalChat, LocalTextChat, ask
 from mosaic.evaluation.encoders import Provenance
 from mosaic.evaluation.judging import Judge, Opinion
 from mosaic.evaluation.records import Key
@@ -98,6 +99,60 @@ def test_an_endpoint_is_asked_with_pictures_at_temperature_0(monkeypatch: pytest
 def test_a_model_of_transformers_answers_after_the_prompt(tmp_path: Path) -> None:
     chat = LocalChat(str(tiny_models.write_llava(tmp_path / "llava")), dtype=torch.float32)
     assert chat(["a cat", Image.new("RGB", (20, 20)), toys.picture(2)]) == "Yes . no"
+
+
+def test_a_model_of_texts_answers_after_the_prompt(tmp_path: Path) -> None:
+    chat = LocalTextChat(str(tiny_models.write_llama(tmp_path / "llama")), dtype=torch.float32)
+    assert chat(["a cat", "is there"]) == "Yes . no"
+    with pytest.raises(ValueError, match="llama: reads texts only"):
+        chat(["a cat", toys.picture(2)])
+    tokenizer = tmp_path / "llama" / "chat_template.jinja"
+    tokenizer.unlink()
+    with pytest.raises(ValueError, match="--model: .*llama has no chat template"):
+        LocalTextChat(str(tmp_path / "llama"))
+
+
+def failing(status: int | None, text: str) -> Exception:
+    error = RuntimeError(text)
+    if status is not None:
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(("status", "tries"), [(None, 4), (503, 4), (429, 4), (401, 1), (400, 1)])
+def test_an_endpoint_that_fails_is_asked_again_and_its_key_is_not_told(
+    status: int | None, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(chat_module.time, "sleep", waited.append)
+    chat, asked = EndpointChat("http://localhost:8000/v1", "judge", "secret"), []
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        asked.append(options)
+        raise failing(status, f"{'x' * 280} no such key: secret")
+
+    monkeypatch.setattr(chat.client, "chat_completion", fail)
+    with pytest.raises(OSError, match="endpoint http://localhost:8000/v1 failed") as caught:
+        chat(["?"])
+    assert (len(asked), waited) == (tries, [2, 8, 32][: tries - 1])
+    assert "secr" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    monkeypatch.setattr(chat.client, "chat_completion", lambda *_, **__: SimpleNamespace(choices=[]))
+    assert chat(["?"]) == ""
+
+
+def test_an_endpoint_without_a_key_is_not_sent_that_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    sent = []
+    chat = EndpointChat("http://localhost:8000/v1", "judge")
+
+    def post(request: Any, **options: Any) -> bytes:
+        sent.append(str(request.headers))
+        return json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+
+    monkeypatch.setattr(chat.client, "_inner_post", post)
+    assert chat(["?"]) == "yes"
+    assert "hf_secret" not in sent[0]
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

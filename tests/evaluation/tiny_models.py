@@ -27,6 +27,8 @@ from transformers import (
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
     GroundingDinoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -96,27 +98,50 @@ def write_vilt(folder: Path) -> Path:
     return folder
 
 
-def write_llava(folder: Path) -> Path:
-    """A chatting LLaVA that writes "Yes. no" after its prompt: every word asks for the next, and the layers change nothing."""
+def chat_tokenizer() -> tuple[list[str], PreTrainedTokenizerFast]:
+    """A tokenizer of few words, which also asks and answers."""
     words = ["<s>", "</s>", "<pad>", "<unk>", "<image>", "USER", "ASSISTANT", "Yes", "no", ".", "is", "there", "a", "cat", "?", ":", ","]
     base = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     base.pre_tokenizer = Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, **special, extra_special_tokens={"image_token": "<image>"})
+    return words, tokenizer
+
+
+def say_yes_no(model: Any, language_model: Any, words: list[str]) -> None:
+    """Make a Llama write "Yes. no" after its prompt: every word asks for the next, and the layers change nothing."""
+    with torch.no_grad():
+        for name, parameter in language_model.layers.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+        language_model.embed_tokens.weight.copy_(torch.eye(len(words), 32))
+        model.lm_head.weight.zero_()
+        for word, following in (("ASSISTANT", "Yes"), ("Yes", "."), (".", "no"), ("no", "</s>")):
+            model.lm_head.weight[words.index(following), words.index(word)] = 1
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 2
+
+
+def write_llama(folder: Path) -> Path:
+    """A chatting Llama that writes "Yes. no" after its prompt."""
+    words, tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}USER {{ m.content }}{% endfor %} ASSISTANT"
+    shape = SHAPE | {"hidden_size": 32, "vocab_size": len(words), "tie_word_embeddings": False, "eos_token_id": 1, "pad_token_id": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    say_yes_no(model, model.model, words)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_llava(folder: Path) -> Path:
+    """A chatting LLaVA that writes "Yes. no" after its prompt."""
+    words, tokenizer = chat_tokenizer()
     text = SHAPE | {"model_type": "llama", "hidden_size": 32, "vocab_size": len(words), "tie_word_embeddings": False}
     vision = {"model_type": "clip_vision_model", **SHAPE, **PICTURE}
     config = LlavaConfig(text_config=text | {"eos_token_id": 1, "pad_token_id": 2}, vision_config=vision, image_token_index=4)
     config.vision_feature_layer = -1
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, parameter in model.model.language_model.layers.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter.zero_()
-        model.model.language_model.embed_tokens.weight.copy_(torch.eye(len(words), 32))
-        model.lm_head.weight.zero_()
-        for word, following in (("ASSISTANT", "Yes"), ("Yes", "."), (".", "no"), ("no", "</s>")):
-            model.lm_head.weight[words.index(following), words.index(word)] = 1
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 2
+    say_yes_no(model, model.model.language_model, words)
     model.save_pretrained(folder)
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
     template = (
