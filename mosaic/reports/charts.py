@@ -1,4 +1,4 @@
-"""Charts as plain SVG: lines of several series, and rows of values; with intervals where they are known."""
+"""Charts as plain SVG: lines of several series, rows of values, with intervals where they are known, and histograms."""
 
 import html
 import math
@@ -149,6 +149,74 @@ def row_chart(rows: Sequence[Row], title: str, x_label: str) -> str:
             parts.append(_line(place(row.point.low), y, place(row.point.high), y, colour, 2))
         parts.append(f'<circle cx="{place(row.point.x):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
     return _svg(parts, height + 42, names + PLOT + RIGHT)
+
+
+class Bar(NamedTuple):
+    """A bar of a histogram.
+
+    Attributes:
+        low: Where it begins.
+        high: Where it ends.
+        counts: What is stacked in it, from below.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+def histogram_chart(
+    bars: Sequence[Bar],
+    title: str,
+    y_label: str,
+    names: Sequence[str],
+    marks: Sequence[tuple[str, float]] = (),
+    logarithmic: bool = False,
+    alt: str = "",
+) -> str:
+    """An SVG picture of bars side by side.
+
+    Args:
+        bars: From left to right; all have as many counts as there are names.
+        title: Above the chart.
+        y_label: At its left end.
+        names: What the counts are, from below; the first has the strongest colour, and the others are lighter.
+        marks: Names and values to draw a dashed line at, such as limits.
+        logarithmic: Whether the axis is; all values must be positive then.
+        alt: As of `line_chart`.
+    """
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    left, right = scale(bars[0].low), scale(bars[-1].high)
+    y_ticks = nice_ticks(0, max(1, *(sum(bar.counts) for bar in bars)))
+    x_ticks = [tick for tick in nice_ticks(left, right) if left <= tick <= right and (not logarithmic or tick == round(tick))]
+    floor, colours = HEIGHT - BOTTOM, (colour_name(1), "#b9bcc6", "#dfe1e6")
+
+    def x_of(value: float) -> float:
+        return LEFT + (scale(value) - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+
+    def height_of(count: float) -> float:
+        return count / y_ticks[-1] * (floor - TOP)
+
+    parts = [_text(LEFT, 20, title, 15, "600"), _text(4, 20, y_label, 11)]
+    for tick in y_ticks:
+        y = floor - height_of(tick)
+        parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#e2e2e8", 1), _text(LEFT - 6, y + 4, f"{tick:g}", 11, anchor="end")]
+    for value in (10**tick if logarithmic else tick for tick in x_ticks):
+        parts.append(_text(x_of(value), floor + 16, f"{value:g}", 11, anchor="middle"))
+    for bar in bars:
+        y, x = float(floor), x_of(bar.low)
+        for count, colour in zip(bar.counts, colours, strict=False):
+            y -= height_of(count)
+            size = f'width="{max(0.5, x_of(bar.high) - x - 1):.1f}" height="{height_of(count):.1f}"'
+            parts += [f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{colour}"/>'] if count else []
+    for number, (name, value) in enumerate(marks):
+        x, anchor = x_of(value), "start" if x_of(value) < WIDTH / 2 else "end"
+        parts.append(_line(x, TOP - 4, x, floor, "#22242a", 1.5, "4 3"))
+        parts.append(_text(x + (4 if anchor == "start" else -4), TOP + 8 + 14 * number, name, 11, "600", anchor))
+    for number, (name, colour) in enumerate(zip(names, colours, strict=False)):
+        x = LEFT + 150 * number
+        parts += [f'<rect x="{x}" y="{HEIGHT - 18}" width="11" height="11" fill="{colour}"/>', _text(x + 16, HEIGHT - 8, name, 12)]
+    return _svg(parts, HEIGHT, alt=alt)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

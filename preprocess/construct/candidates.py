@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from mosaic.images import decode_image, read_picture
-from preprocess.construct.rows import PointsRow, PromptRow, ReferencesRow, SegmentationRow, SynthesisRow
+from preprocess.construct.rows import PointsRow, PromptRow, ReferencesRow, Row, SegmentationRow, SynthesisRow
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Candidate:
     segmentation: SegmentationRow | None = None
     references: ReferencesRow | None = None
     points: PointsRow | None = None
+
+
+def row_of(candidate: Candidate, stage: str) -> Row | None:
+    """What a stage, by its name, knows of a candidate."""
+    return candidate.prompt if stage == "prompts" else getattr(candidate, stage)
 
 
 def picture_name(number: int, name: str = "") -> str:

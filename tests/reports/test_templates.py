@@ -12,7 +12,7 @@ import pytest
 from mosaic.reports.html import TEMPLATES, environment, page, percent
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (TEMPLATES, ROOT / "scripts/app", ROOT / "scripts/doctor")
+FOLDERS = (TEMPLATES, ROOT / "scripts/app", ROOT / "scripts/doctor", ROOT / "preprocess/construct/page")
 
 
 @pytest.mark.parametrize("path", [path for folder in FOLDERS for path in sorted(folder.glob("*.jinja"))], ids=lambda path: path.name)
