@@ -1,0 +1,1 @@
+"""Stage 1: what shall be in each picture, in words."""
