@@ -9,9 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, CLIPModel, CLIPTokenizer, Dinov2Model, PreTrainedModel, ViTModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Model,
+    PreTrainedModel,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    SiglipModel,
+    ViTModel,
+)
 
-from mosaic.evaluation.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preparation
+from mosaic.evaluation.pixels import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preparation, Squeeze
 from mosaic.weights.components import component_revision
 from mosaic.weights.frozen import call_loader
 
@@ -47,6 +58,15 @@ class TextEncoder(Protocol):
         """Embeddings [N, D] of length 1, float32, on the CPU; what a model does not read of a long text is cut."""
 
 
+class PictureText(Protocol):
+    """Says how well a text fits a picture."""
+
+    provenance: Provenance
+
+    def fit(self, picture: Image.Image, text: str) -> float:
+        """The larger, the better; on the model's own scale."""
+
+
 class ClipEncoder:
     """CLIP, pictures and texts in one space: OpenAI's ViT-B/32 in DreamBench."""
 
@@ -74,6 +94,54 @@ class ClipEncoder:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.model.device)
         return unit(self.model.get_text_features(**tokens).pooler_output)
+
+    def fit(self, picture: Image.Image, text: str) -> float:
+        """The cosine."""
+        return float(self.images([picture])[0] @ self.texts([text])[0])
+
+
+class SiglipFit:
+    """SigLIP, or SigLIP 2 of one size or of any (NaFlex): how probable it is that a text belongs to a picture."""
+
+    def __init__(self, name: str, flag: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load the model.
+
+        Raises:
+            FileNotFoundError, ValueError: It cannot be had, or is of another architecture.
+        """
+        self.flexible = call_loader(AutoConfig, name, flag).model_type == "siglip2"
+        self.model = load_encoder(Siglip2Model if self.flexible else SiglipModel, name, flag, device, dtype, "siglip", "siglip2")
+        self.tokenizer = call_loader(AutoTokenizer, name, flag)
+        if self.flexible:
+            self.prepare: Any = call_loader(Siglip2ImageProcessorPil, name, flag)
+            patches = f"Siglip2ImageProcessorPil, {self.prepare.max_num_patches} patches of {self.prepare.patch_size}"
+        else:
+            self.prepare = Squeeze(self.model.config.vision_config.image_size, HALF, HALF)
+            patches = str(self.prepare)
+        self.provenance = provenance_of(self.model, name, patches)
+
+    @torch.inference_mode()
+    def fit(self, picture: Image.Image, text: str) -> float:
+        """The sigmoid of the logit. Texts are small letters, padded and cut to the model's length, as it was trained."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([text.lower()], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        pixels = dict(self.prepare(picture, return_tensors="pt")) if self.flexible else {"pixel_values": self.prepare([picture])}
+        pixels["pixel_values"] = pixels["pixel_values"].to(self.model.dtype)
+        pixels = {key: value.to(self.model.device) for key, value in pixels.items()}
+        return float(self.model(input_ids=tokens["input_ids"].to(self.model.device), **pixels).logits_per_image[0, 0].float().sigmoid())
+
+
+def load_picture_text(name: str, flag: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PictureText:
+    """Load a CLIP or a SigLIP of a folder or a hub id; its config says which it is.
+
+    Raises:
+        FileNotFoundError, ValueError: It cannot be had, or is none of them.
+    """
+    kinds: dict[str, Any] = {"clip": ClipEncoder, "siglip": SiglipFit, "siglip2": SiglipFit}
+    kind = call_loader(AutoConfig, name, flag).model_type
+    if kind not in kinds:
+        raise ValueError(f"{flag}: {name} must be a model of one of the types {', '.join(kinds)}, got one of the type {kind}.")
+    return kinds[kind](name, flag, device, dtype)
 
 
 class DinoEncoder:

@@ -35,6 +35,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Sam2Config,
     Sam2Model,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViltConfig,
@@ -242,6 +248,28 @@ def write_sam2(folder: Path) -> Path:
 def write_siglip(folder: Path) -> Path:
     """A random SigLIP vision tower."""
     return _write(SiglipVisionModel(SiglipVisionConfig(**SHAPE, **PICTURE)), folder, 8)
+
+
+def siglip_processor(flexible: bool = False) -> Any:
+    """What prepares pictures for a SigLIP of `write_siglip_pair`."""
+    if flexible:
+        return Siglip2ImageProcessorPil(patch_size=8, max_num_patches=12)
+    return SiglipImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def write_siglip_pair(folder: Path, flexible: bool = False) -> Path:
+    """A random SigLIP of pictures and texts; SigLIP 2 of any size where it is flexible."""
+    text = SHAPE | {"vocab_size": len(WORDS), "max_position_embeddings": 16, "projection_size": 16, "bos_token_id": 2, "eos_token_id": 3}
+    text |= {"pad_token_id": 0}
+    if flexible:
+        config: Any = Siglip2Config(text_config=text, vision_config=SHAPE | {"patch_size": 8, "num_patches": 16})
+        _write(Siglip2Model(config), folder, 11)
+    else:
+        config = SiglipConfig(text_config=text, vision_config=SHAPE | PICTURE)
+        _write(SiglipModel(config), folder, 11)
+    siglip_processor(flexible).save_pretrained(folder)
+    bert_tokenizer(folder).save_pretrained(folder)
+    return folder
 
 
 def write_dinov2(folder: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Stage 2: a picture of each prompt, and what speaks against it."""
