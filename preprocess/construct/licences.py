@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 FLUX_DEV = "FLUX.1 [dev] Non-Commercial License"
-FLUX_NOTE = "non-commercial use; what it makes may not train a model that competes with it"
+FLUX_NOTE = "FLUX's non-commercial licences forbid, as far as known here, to train competing models on what the models make"
 APACHE = "Apache-2.0"
 
 
