@@ -114,7 +114,7 @@ def plan_of(config: Any, mean_subjects: float) -> list[StagePlan]:
     pixels = sum(height * width for height, width in heights_widths) / len(heights_widths)
     target_cells = config.points.target_cells**2
     side = config.points.reference_cells
-    reference_pixels, tries = config.references.size**2, config.references.num_tries
+    reference_pixels, tries = config.references.size[0] * config.references.size[1], config.references.tries
     return [
         StagePlan("prompts", list(prompt_parts(config.prompts, assumed)), ROW_BYTES),
         StagePlan(
@@ -186,15 +186,18 @@ def segmentation_parts(settings: Any, mean_subjects: float) -> Iterator[Part]:
 
 def reference_parts(settings: Any, mean_subjects: float, assumed: EstimateSettings) -> Iterator[Part]:
     """Stage 4: every try of every subject, and what compares it with the cut-out."""
-    calls = mean_subjects * settings.num_tries
-    if settings.kind != "none":
-        found = painter(settings.model)
-        use = None if found is None else found.call(settings.size, settings.size, settings.num_inference_steps, pictures=1)
+    calls, pixels = mean_subjects * settings.tries, settings.size[0] * settings.size[1]
+    if settings.editor != "none":
+        found = painter(settings.model, settings.max_sequence_length)
+        passes = 2 if settings.negative_prompt is not None else 1
+        use = None if found is None else found.call(*settings.size, settings.num_inference_steps, pictures=1, passes=passes)
         yield Part(f"edits, {settings.num_inference_steps} steps", settings.model, calls, use, True)
     if settings.encoder is not None:
         yield Part("identity", settings.encoder, calls + mean_subjects, picture_use(settings.encoder))
+    if settings.detector is not None:
+        yield Part("boxes in the references", settings.detector, calls, picture_use(settings.detector))
     if settings.judge is not None:
-        yield _chat("judge of the references", settings.judge, calls, 2 * settings.size**2, assumed)
+        yield _chat("judge of the references", settings.judge, calls, 2 * pixels, assumed)
 
 
 def point_parts(settings: Any, mean_subjects: float) -> Iterator[Part]:

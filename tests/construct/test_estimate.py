@@ -51,8 +51,8 @@ def config(**changes: Any) -> SimpleNamespace:
         "synthesis": synthesis,
         "segmentation": SimpleNamespace(detector="IDEA-Research/grounding-dino-base", model="facebook/sam2.1-hiera-large"),
         "references": SimpleNamespace(
-            kind="kontext", model="black-forest-labs/FLUX.1-Kontext-dev", num_tries=2, size=1024, num_inference_steps=28,
-            encoder="facebook/dinov2-base", judge=None,
+            editor=None, model="black-forest-labs/FLUX.1-Kontext-dev", tries=2, size=(1024, 1024), num_inference_steps=28,
+            max_sequence_length=None, negative_prompt=None, encoder="facebook/dinov2-base", detector=None, judge=None,
         ),
         "points": SimpleNamespace(extractors={"dift": {}, "dinov2": {}}, target_cells=64, reference_cells=64),
     }  # fmt: skip
