@@ -107,6 +107,18 @@ class StageCost:
         return [part.model for part in self.plan.parts if part.use is None and part.is_here]
 
 
+def dry_run(config: Any, measured: Mapping[str, float] | None = None) -> str:
+    """What a run of a `ConstructConfig` will cost, in words.
+
+    Args:
+        config: The settings.
+        measured: Yields by stage, of what has been computed of it.
+    """
+    mean_subjects = mean_number_of_subjects(config.prompts.num_subjects)
+    found = costs(plan_of(config, mean_subjects), config.num_samples, config.estimate, measured)
+    return in_words(found, config.num_samples, mean_subjects, config.estimate)
+
+
 def plan_of(config: Any, mean_subjects: float) -> list[StagePlan]:
     """The stages of a `ConstructConfig`."""
     assumed: EstimateSettings = config.estimate

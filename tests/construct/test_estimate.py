@@ -12,6 +12,7 @@ from preprocess.construct.estimate import (
     Part,
     StagePlan,
     costs,
+    dry_run,
     in_words,
     mean_number_of_subjects,
     plan_of,
@@ -47,7 +48,8 @@ def config(**changes: Any) -> SimpleNamespace:
     )  # fmt: skip
     sections = {
         "estimate": ASSUMED,
-        "prompts": SimpleNamespace(chat=None),
+        "num_samples": 1_200_000,
+        "prompts": SimpleNamespace(chat=None, num_subjects=(0.25, 0.35, 0.2, 0.1, 0.05, 0.05)),
         "synthesis": synthesis,
         "segmentation": SimpleNamespace(detector="IDEA-Research/grounding-dino-base", model="facebook/sam2.1-hiera-large"),
         "references": SimpleNamespace(
@@ -174,7 +176,8 @@ def test_the_whole_estimate_in_words() -> None:
     mean = mean_number_of_subjects((0.25, 0.35, 0.2, 0.1, 0.05, 0.05))
     assert mean == pytest.approx(2.5)
     found = costs(plan_of(config(), mean), 1_200_000, ASSUMED)
-    text = in_words(found, 1_200_000, mean, ASSUMED)
+    text = dry_run(config())
+    assert text == in_words(found, 1_200_000, mean, ASSUMED)
     synthesis = next(line for line in text.splitlines() if line.startswith("2 synthesis"))
     assert f"{1_200_000 / 0.9 / 0.6 / 0.6 / 0.5:,.0f}" in synthesis
     assert "~50%" in synthesis
@@ -184,6 +187,9 @@ def test_the_whole_estimate_in_words() -> None:
     edits = found[3].plan.parts[0]
     assert edits.calls == pytest.approx(5.0)
     assert max(map(len, text.splitlines())) <= 140
+    measured = dry_run(config(), {plan.plan.name: 0.5 for plan in found})
+    assert "~" not in measured
+    assert "all yields are measured" in measured
 
 
 def test_the_card_must_be_known() -> None:

@@ -15,7 +15,7 @@ from mosaic.reports.charts import Bar, histogram_chart
 from mosaic.reports.figures import LINE_COLOURS, save_picture
 from preprocess.construct.candidates import Candidate, picture_path, row_of
 from preprocess.construct.page.cards import make_card, outlined
-from preprocess.construct.page.counting import Outcome, Passage, outcome
+from preprocess.construct.page.counting import Outcome, Passage, measured_yields, outcome
 from preprocess.construct.page.histograms import BINS, Histogram, Range
 from preprocess.construct.page.looking import even, look
 from preprocess.construct.page.samples import Samples
@@ -60,6 +60,7 @@ def test_every_number_of_the_funnel_is_that_of_a_naive_count(everybody: list[Can
         left = [one for one in seen if not reasons[one.number]]
         assert passage.passed == len(left)
         assert found.funnel.yields()[stage.name] == len(left) / len(seen)
+    assert measured_yields(STAGES, everybody, stage_reasons) == found.funnel.yields()
     assert 3 < len(left) == found.funnel.passed
     assert all(passage.dropped > 0 for passage in found.funnel.passages)
     assert found.funnel.passages[1].costs["min_blur"].all > found.funnel.passages[1].costs["min_blur"].first > 0

@@ -119,6 +119,14 @@ class Funnel:
         return {passage.name: passage.passed / passage.seen for passage in self.passages if passage.seen}
 
 
+def measured_yields(stages: Sequence[Stage], candidates: Iterable[Candidate], reasons: Reasons) -> dict[str, float]:
+    """What each stage has let through so far, as `Funnel.yields`."""
+    funnel = Funnel(stages)
+    for candidate in candidates:
+        funnel.add(outcome(candidate, stages, reasons))
+    return funnel.yields()
+
+
 @dataclass
 class Cast:
     """Who is in the samples.
