@@ -40,9 +40,13 @@ class Sam2Segmenter:
         self.prepare = Squeeze(side, IMAGENET_MEAN, IMAGENET_STD, Image.Resampling.BILINEAR)
         self.provenance = provenance_of(self.model, name, self.prepare)
 
-    @torch.inference_mode()
     def masks(self, picture: Image.Image, boxes: Sequence[Box]) -> np.ndarray:
         """Masks; logits are resized to the picture, bilinear, then those above 0 taken."""
+        return self.logits(picture, boxes) > 0
+
+    @torch.inference_mode()
+    def logits(self, picture: Image.Image, boxes: Sequence[Box]) -> np.ndarray:
+        """Logits of the pixels to belong to what each box holds, float32 [N, H, W]; at least one box."""
         scale = torch.tensor([self.prepare.side / side for side in picture.size * 2])
         found = self.model(
             pixel_values=self.prepare([picture]).to(self.model.device, self.model.dtype),
@@ -50,4 +54,4 @@ class Sam2Segmenter:
             multimask_output=False,
         ).pred_masks[0]  # [boxes, 1, h, w]
         resized = F.interpolate(found.float(), (picture.height, picture.width), mode="bilinear", align_corners=False)
-        return (resized[:, 0] > 0).cpu().numpy()
+        return resized[:, 0].cpu().numpy()

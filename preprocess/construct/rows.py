@@ -87,6 +87,7 @@ class Found(BaseModel):
         area: Share of the picture that the mask covers.
         truncated: Share of the mask's outline that lies on the picture's frame.
         overlap: Largest IoU of its box with that of another subject.
+        rival: Score of the surest thing that answers to its phrase and that no subject was given; 0: there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,6 +98,7 @@ class Found(BaseModel):
     area: float
     truncated: float
     overlap: float
+    rival: float = 0.0
 
 
 class SegmentationRow(Row):

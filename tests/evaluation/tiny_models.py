@@ -18,6 +18,9 @@ from transformers import (
     BlipImageProcessorPil,
     BlipProcessor,
     CLIPImageProcessorPil,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
     Dinov2Config,
     Dinov2Model,
     Florence2Config,
@@ -32,9 +35,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
+    Owlv2Processor,
     PreTrainedTokenizerFast,
     Sam2Config,
     Sam2Model,
+    Sam3Config,
+    Sam3Model,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -47,11 +58,12 @@ from transformers import (
     ViltForQuestionAnswering,
     ViltImageProcessorPil,
     ViltProcessor,
+    ViTImageProcessorPil,
 )
 
 from mosaic.evaluation.aesthetics import LAYERS
 from mosaic.evaluation.arcface import IrSe
-from tests.tiny import randomise
+from tests.tiny import randomise, tokenizers
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "is", "there", "a", "?", ".", "cat", "mug", "on", "the"]
 SHAPE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -205,11 +217,11 @@ def write_florence(folder: Path, boxes: Sequence[tuple[int, int, int, int]]) -> 
     return folder
 
 
-def write_grounding_dino(folder: Path) -> Path:
-    """A random Grounding DINO; it finds five things, of any sureness above the threshold."""
+def write_grounding_dino(folder: Path, mm: bool = False) -> Path:
+    """A random Grounding DINO, or MM Grounding DINO; it finds five things, of any sureness above the threshold."""
     tokenizer = bert_tokenizer(folder)
     swin = {"model_type": "swin", "embed_dim": 12, "depths": [1] * 4, "num_heads": [1, 2, 2, 2], "window_size": 4}
-    config = GroundingDinoConfig(
+    config = (MMGroundingDinoConfig if mm else GroundingDinoConfig)(
         backbone_config=swin | {"image_size": 128, "out_indices": [2, 3, 4]},
         text_config={"model_type": "bert", **SHAPE, "vocab_size": len(WORDS), "max_position_embeddings": 32},
         d_model=32,
@@ -224,7 +236,7 @@ def write_grounding_dino(folder: Path) -> Path:
         max_text_len=16,
         disable_custom_kernels=True,
     )
-    _write(GroundingDinoForObjectDetection(config), folder, 6, 0.02)
+    _write((MMGroundingDinoForObjectDetection if mm else GroundingDinoForObjectDetection)(config), folder, 6, 0.02)
     pictures = GroundingDinoImageProcessorPil(size={"shortest_edge": 128, "longest_edge": 160})
     GroundingDinoProcessor(pictures, tokenizer).save_pretrained(folder)
     return folder
@@ -243,6 +255,58 @@ def write_sam2(folder: Path) -> Path:
         mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
     )
     return _write(Sam2Model(config), folder, 7)
+
+
+def write_owlv2(folder: Path) -> Path:
+    """A random OWLv2 of 16 boxes, most of them sure enough."""
+    tokenizer = tokenizers()[0]
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = SHAPE | special | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    config = Owlv2Config(text_config=text, vision_config=SHAPE | PICTURE, projection_dim=16)
+    model = Owlv2ForObjectDetection(config)
+    randomise(model.parameters(), 11, 0.2)
+    model.class_head.logit_shift.bias.data.fill_(2)
+    model.save_pretrained(folder)
+    Owlv2Processor(Owlv2ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_sam3(folder: Path) -> Path:
+    """A random SAM 3 of seven things."""
+    tokenizer = tokenizers()[0]
+    vit = SHAPE | {"model_type": "sam3_vit_model", "num_hidden_layers": 2, "image_size": 112, "patch_size": 14, "window_size": 4}
+    vit |= {"global_attn_indexes": [1], "pretrain_image_size": 56}
+    layers = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = Sam3Config(
+        vision_config={
+            "model_type": "sam3_vision_model",
+            "backbone_config": vit,
+            "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        },
+        text_config=SHAPE | special | {"model_type": "clip_text_model", "vocab_size": len(tokenizer), "max_position_embeddings": 12},
+        geometry_encoder_config=layers,
+        detr_encoder_config=layers,
+        detr_decoder_config=layers | {"num_queries": 7},
+        mask_decoder_config={"hidden_size": 32, "num_upsampling_stages": 2, "num_attention_heads": 2},
+    )
+    _write(Sam3Model(config), folder, 12)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_clipseg(folder: Path) -> Path:
+    """A random CLIPSeg."""
+    tokenizer = tokenizers()[0]
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = SHAPE | special | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    vision = SHAPE | PICTURE | {"num_hidden_layers": 2}
+    decoder = {"extract_layers": [0, 1], "reduce_dim": 8, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+    config = CLIPSegConfig(text_config=text, vision_config=vision, projection_dim=12, **decoder)
+    _write(CLIPSegForImageSegmentation(config), folder, 13)
+    CLIPSegProcessor(ViTImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
 
 
 def write_siglip(folder: Path) -> Path:

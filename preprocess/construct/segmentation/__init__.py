@@ -1,0 +1,1 @@
+"""Stage 3: where the subjects stand in the picture."""
