@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
@@ -19,7 +19,7 @@ from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from mosaic.files import replacing, save_tensors, write_text
 from mosaic.locks import FolderLock
 from mosaic.weights.digests import weights_digest
-from preprocess.construct.segmentation.clipseg import ClipSegSegmenter, heat_maps
+from preprocess.construct.segmentation.clipseg import ClipSegSegmenter, answers, read_pictures
 from preprocess.construct.segmentation.settings import SegmentationSettings
 from scripts.ablation.plan import WORLD_DIGEST
 from scripts.pocket import encoders, runs, segmenter, world
@@ -35,6 +35,7 @@ SHARES = world.RegimeShares(twins=0.3, mixed=0.15)
 MOST_NOISE, REDRAWING_STEPS, GUIDANCE = 0.5, 3, 2.5
 PHRASES, MOST_PRESENT = 3, 2  # of a picture in a batch
 SEAM_WEIGHT = 6.0
+WORD_STEPS, WORD_RATE = 300, 2e-3
 _SHARD = 250
 _CHECKPOINT_EVERY = 100  # steps
 _FREE = ("output", "threads", "test_scenes")  # flags that may change when the command goes on
@@ -134,6 +135,7 @@ class Batch:
         pictures: int64 `[B * PHRASES]`, the picture of each phrase.
         masks: float32 `[B * PHRASES, SIDE, SIDE]`, 1 where the answer is yes; nowhere for a class that is absent.
         weights: float32 of the same shape, of the pixels in the loss.
+        labels: int64 `[B, SIDE, SIDE]`, the class that is seen at a pixel, from 1, 0 for the background.
     """
 
     pixels: Tensor
@@ -141,13 +143,15 @@ class Batch:
     pictures: Tensor
     masks: Tensor
     weights: Tensor
+    labels: Tensor
 
 
 def draw_batch(pictures: Pictures, size: int, rng: np.random.Generator) -> Batch:
     """Scenes, rendered or drawn over, some mirrored, and for each up to two classes that it shows beside some that it does not."""
     rows = rng.choice(len(pictures.front), size, replace=False)
-    phrases, masks, weights = [], [], []
+    phrases, masks, weights, labels = [], [], [], []
     for row in rows:
+        labels.append(np.array([0, *(1 + world.CLASSES.index(name) for name in pictures.classes[row])])[1 + pictures.front[row]])
         shown = list(dict.fromkeys(pictures.classes[row]))
         absent = [name for name in world.CLASSES if name not in shown]
         asked = [shown[i] for i in rng.permutation(len(shown))[:MOST_PRESENT]]
@@ -170,7 +174,41 @@ def draw_batch(pictures: Pictures, size: int, rng: np.random.Generator) -> Batch
         numbers,
         torch.where(turned, wanted.flip(-1), wanted),
         torch.where(turned, weighed.flip(-1), weighed),
+        torch.where(mirror[:, None, None], (seen := torch.from_numpy(np.stack(labels))).flip(-1), seen),
     )
+
+
+class ClassHead(nn.Module):
+    """Which class each pixel of a patch shows, by the last layer's token; it helps the training and is left behind."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.linear = nn.Linear(width, (1 + len(world.CLASSES)) * patch**2)
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of tokens `[B, N, width]` and labels `[B, SIDE, SIDE]`, the mean over pixels."""
+        grid = segmenter.SIDE // self.patch
+        logits = F.pixel_shuffle(self.linear(tokens).transpose(1, 2).unflatten(-1, (grid, grid)), self.patch)
+        return F.cross_entropy(logits.float(), labels)
+
+
+def teach_words(model: CLIPSegForImageSegmentation, tokenizer: CLIPTokenizer) -> None:
+    """Bring the embeddings of a class's phrases to one point of the cube [-1, 1]^D, drawn for each class.
+
+    With fresh weights all phrases are embedded alike, for they differ in a word or two; the decoder then learns to heed none of them.
+    """
+    points = torch.randint(2, (len(world.CLASSES), model.config.projection_dim)).float() * 2 - 1
+    tokens = tokenizer([form for name in world.CLASSES for form in segmenter.phrases(name)], padding=True, return_tensors="pt")
+    wanted = points.repeat_interleave(len(segmenter.phrases(world.CLASSES[0])), dim=0)
+    parameters = [*model.clip.text_model.parameters(), *model.clip.text_projection.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=WORD_RATE)
+    for _ in range(WORD_STEPS):
+        loss = F.mse_loss(model.clip.get_text_features(**tokens).pooler_output, wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    print(f"words: a mean squared error of {loss.item():.4f}", flush=True)
 
 
 def mask_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
@@ -187,31 +225,36 @@ def train(
     """Train the segmenter, or go on; returns it with averaged weights, and the seconds that it took."""
     torch.manual_seed(arguments.seed)
     model = segmenter.build_segmenter(tokenizer).train()
+    head = ClassHead(model.config.vision_config.hidden_size, model.config.vision_config.patch_size)
+    modules: dict[str, nn.Module] = {"segmenter": model, "head": head}
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.02)
     average, clock = runs.MovingAverage(parameters, 0.995), runs.Clock(arguments.steps, None)
     file = folder / "checkpoint.pt"
-    runs.load_checkpoint(file, {"segmenter": model}, optimizer, average, clock)
+    if not runs.load_checkpoint(file, modules, optimizer, average, clock):
+        teach_words(model, tokenizer)
     bar = tqdm(initial=clock.step, total=arguments.steps, desc="segmenter", unit="step", mininterval=5.0)
     while clock.step < arguments.steps:
         optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(clock.step, clock.progress(), 100, 0.3)
         batch = draw_batch(pictures, arguments.batch_size, np.random.default_rng([arguments.seed, clock.step]))
         tokens = tokenizer(batch.phrases, padding=True, return_tensors="pt")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = heat_maps(model, segmenter.normalize(batch.pixels), tokens, batch.pictures)
-        loss = mask_loss(logits.float(), batch.masks, batch.weights)
+            states = read_pictures(model, segmenter.normalize(batch.pixels))
+            logits = answers(model, states, tokens, batch.pictures)
+            known = head.loss(states[-1][:, 1:], batch.labels)
+        loss = mask_loss(logits.float(), batch.masks, batch.weights) + known
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
         optimizer.step()
         average.update(parameters)
         clock.step += 1
         bar.update()
         if clock.step % 25 == 0 or clock.step == arguments.steps:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            runs.append_log(folder / "log.jsonl", step=clock.step, loss=loss.item(), seconds=clock.elapsed())
+            bar.set_postfix(loss=f"{loss.item():.3f}", classes=f"{known.item():.3f}")
+            runs.append_log(folder / "log.jsonl", step=clock.step, loss=loss.item(), classes=known.item(), seconds=clock.elapsed())
         if clock.step % _CHECKPOINT_EVERY == 0 or clock.step == arguments.steps:
-            runs.save_checkpoint(file, {"segmenter": model}, optimizer, average, clock)
+            runs.save_checkpoint(file, modules, optimizer, average, clock)
     bar.close()
     with torch.no_grad():
         for name, value in average.values.items():

@@ -1,5 +1,6 @@
 """IP-Sim: which instances count and how they are shown, what they count for, and the models that find them."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import Sam2Model
 
 from mosaic.evaluation.assignment import assigned, best
-from mosaic.evaluation.detection import Box, load_detector
+from mosaic.evaluation.detection import Box, ScoringDetector, load_detector
 from mosaic.evaluation.encoders import Dinov2Encoder, Provenance
 from mosaic.evaluation.entries import Entry, Subject
 from mosaic.evaluation.instances import InstanceFinder, cut_out, inside, is_large, overlap, places
@@ -128,6 +129,29 @@ def test_florence_and_grounding_dino_give_boxes_in_pixels(folder: Path) -> None:
     np.testing.assert_allclose(boxes, torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1), atol=1e-3)
     with pytest.raises(ValueError, match="--detector: .* florence2, .*got one of the type vit"):
         load_detector(str(toys.write_dino(folder / "dino")))
+
+
+@pytest.mark.parametrize("kind", ["mm-grounding-dino", "owlv2"])
+def test_detections_are_the_surest_boxes_first(folder: Path, kind: str) -> None:
+    picture, path = toys.picture(1, 160, 120), folder / kind
+    write: Any = tiny_models.write_owlv2 if kind == "owlv2" else functools.partial(tiny_models.write_grounding_dino, mm=True)
+    detector: Any = load_detector(str(write(path)))
+    found = detector.detections(picture, "a mug")
+    assert isinstance(detector, ScoringDetector)
+    assert len(found) > 1
+    assert detector.boxes(picture, "a mug") == [one.box for one in found]
+    text = [["a photo of a mug"]] if kind == "owlv2" else "a mug."
+    raw = detector.model(**detector.processor(images=picture, text=text, return_tensors="pt"))
+    sure = raw.logits[0].sigmoid().max(dim=1).values
+    order = sure.argsort(descending=True, stable=True)[: len(found)]
+    assert len(found) == (sure > (0.1 if kind == "owlv2" else 0.3)).sum()
+    np.testing.assert_allclose([one.score for one in found], sure[order].tolist(), atol=1e-5)
+    # OWLv2 sees the picture as the upper left of a square.
+    x, y, width, height = (raw.pred_boxes[0][order] * torch.tensor([160, 160 if kind == "owlv2" else 120] * 2)).T
+    corners = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1)
+    np.testing.assert_allclose([one.box for one in found], corners.detach(), atol=1e-3)
+    back = torch.stack([corners[:, ::2].mean(1), corners[:, 1::2].mean(1), corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1]])
+    torch.testing.assert_close(back, torch.stack([x, y, width, height]), atol=1e-3, rtol=0)
 
 
 def test_sam2_gives_a_mask_per_box_in_the_pictures_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,24 +38,28 @@ class ClipSegSegmenter:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(list(phrases), padding=True, truncation=True, max_length=length, return_tensors="pt")
         everywhere = torch.zeros(len(phrases), dtype=torch.int64, device=self.model.device)
-        logits = heat_maps(self.model, pixels, tokens.to(self.model.device), everywhere)
+        logits = answers(self.model, read_pictures(self.model, pixels), tokens.to(self.model.device), everywhere)
         resized = F.interpolate(logits[None].float(), (picture.height, picture.width), mode="bilinear", align_corners=False)[0]
         return [things(shares, self.mask_threshold) for shares in resized.sigmoid().cpu().numpy()]
 
 
-def heat_maps(model: CLIPSegForImageSegmentation, pixels: Tensor, tokens: BatchEncoding, pictures: Tensor) -> Tensor:
-    """Logits of pixels to answer to phrases: what the model's own `forward` gives, but each picture is read once, and with gradients.
+def read_pictures(model: CLIPSegForImageSegmentation, pixels: Tensor) -> tuple[Tensor, ...]:
+    """What the layers of CLIPSeg's picture tower say of prepared pictures `[N, 3, H, W]`: `[N, 1 + patches, width]`, with gradients."""
+    return model.clip.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
+
+
+def answers(model: CLIPSegForImageSegmentation, states: Sequence[Tensor], tokens: BatchEncoding, pictures: Tensor) -> Tensor:
+    """Logits of pixels to answer to phrases, as the model's `forward` gives them, but each picture is read once, and with gradients.
 
     Args:
         model: CLIPSeg.
-        pixels: `[N, 3, H, W]`, prepared.
+        states: Of `read_pictures`.
         tokens: Of Q phrases.
         pictures: int64 `[Q]`, the picture in which each phrase is looked for.
 
     Returns:
         `[Q, H, W]`.
     """
-    states = model.clip.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
     condition = model.clip.get_text_features(**tokens).pooler_output
     return model.decoder([states[layer + 1][pictures] for layer in model.extract_layers], condition).logits
 
