@@ -20,7 +20,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the segmenter and of all that leads to it")
     parser.add_argument("--num-scenes", type=int, default=3500, help="drawn for the training")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=16, help="scenes per step; three phrases are asked of each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--test-scenes", type=int, default=100, help="held-out scenes per number of subjects")

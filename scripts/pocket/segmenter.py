@@ -9,25 +9,20 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
-from mosaic.evaluation.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mosaic.evaluation.pixels import CLIP_MEAN, CLIP_STD
 from mosaic.files import replacing, save_tensors, write_text
 from preprocess.construct.segmentation.masks import overlap_of_masks
 from preprocess.construct.segmentation.protocol import PhraseSegmenter
 from preprocess.construct.segmentation.stage import find_subjects
-from scripts.pocket import creatures, world
-from scripts.pocket.encoders import TEXT_LENGTH
+from scripts.pocket import creatures, encoders, world
 from scripts.pocket.evaluation import held_out_scenes
 from scripts.pocket.statistics import over_seeds_and_scenes
 
-SIDE = 64  # px, pictures as the segmenter reads them
-# ReLU and few heads: on a CPU core a step then takes half of the time.
-_TOWER = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 128, "intermediate_size": 384, "hidden_act": "relu"}
-_VISION = _TOWER | {"image_size": SIDE, "patch_size": 4}
-_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
-_DECODER = {"extract_layers": [1, 3], "reduce_dim": 64, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 192}
-_PROJECTION = 64
+SIDE = encoders.SIDE  # px, pictures as the segmenter reads them
+CLIP = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "clip"
+_DECODER = {"extract_layers": [0, 2, 3], "reduce_dim": 96, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 192}
 
 
 def phrases(class_name: str) -> tuple[str, ...]:
@@ -36,17 +31,19 @@ def phrases(class_name: str) -> tuple[str, ...]:
     return class_name, f"a {class_name}", f"the {class_name}", plural, f"two {plural}"
 
 
-def build_segmenter(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
-    """A CLIPSeg at toy size with fresh weights."""
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = _TEXT | special | {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH}
-    return CLIPSegForImageSegmentation(CLIPSegConfig(text_config=text, vision_config=_VISION, projection_dim=_PROJECTION, **_DECODER))
+def build_segmenter() -> CLIPSegForImageSegmentation:
+    """A CLIPSeg whose towers are those of the pocket CLIP, as the published ones are CLIP's, and whose decoder has fresh weights."""
+    clip = CLIPModel.from_pretrained(CLIP)
+    text, vision = clip.config.text_config.to_dict(), clip.config.vision_config.to_dict()
+    config = CLIPSegConfig(text_config=text, vision_config=vision, projection_dim=clip.config.projection_dim, **_DECODER)
+    model = CLIPSegForImageSegmentation(config)
+    model.clip.load_state_dict(clip.state_dict())
+    return model
 
 
 def normalize(pictures: Tensor) -> Tensor:
     """Pictures float32 `[N, 3, SIDE, SIDE]` in [-1, 1] as the segmenter reads them."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pictures + 1) / 2 - mean) / std
+    return encoders.normalize(pictures, "clip")
 
 
 def save_segmenter(folder: Path, model: CLIPSegForImageSegmentation, tokenizer: CLIPTokenizer) -> None:
@@ -60,8 +57,8 @@ def save_segmenter(folder: Path, model: CLIPSegForImageSegmentation, tokenizer: 
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": IMAGENET_MEAN,
-        "image_std": IMAGENET_STD,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
     }
     with replacing(folder) as aside:
         aside.mkdir()

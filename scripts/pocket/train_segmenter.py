@@ -22,7 +22,7 @@ from mosaic.weights.digests import weights_digest
 from preprocess.construct.segmentation.clipseg import ClipSegSegmenter, answers, read_pictures
 from preprocess.construct.segmentation.settings import SegmentationSettings
 from scripts.ablation.plan import WORLD_DIGEST
-from scripts.pocket import encoders, runs, segmenter, world
+from scripts.pocket import runs, segmenter, world
 from scripts.pocket.base_data import LAYOUTS, SUBJECT_SHARES, caption_ids, decode_tokens, encode_pictures
 from scripts.pocket.provenance import commit, hardware, versions
 from scripts.pocket.sampling import predict_velocity
@@ -35,7 +35,6 @@ SHARES = world.RegimeShares(twins=0.3, mixed=0.15)
 MOST_NOISE, REDRAWING_STEPS, GUIDANCE = 0.5, 3, 2.5
 PHRASES, MOST_PRESENT = 3, 2  # of a picture in a batch
 SEAM_WEIGHT = 6.0
-WORD_STEPS, WORD_RATE = 300, 2e-3
 _SHARD = 250
 _CHECKPOINT_EVERY = 100  # steps
 _FREE = ("output", "threads", "test_scenes")  # flags that may change when the command goes on
@@ -190,25 +189,7 @@ class ClassHead(nn.Module):
         """Cross-entropy of tokens `[B, N, width]` and labels `[B, SIDE, SIDE]`, the mean over pixels."""
         grid = segmenter.SIDE // self.patch
         logits = F.pixel_shuffle(self.linear(tokens).transpose(1, 2).unflatten(-1, (grid, grid)), self.patch)
-        return F.cross_entropy(logits.float(), labels)
-
-
-def teach_words(model: CLIPSegForImageSegmentation, tokenizer: CLIPTokenizer) -> None:
-    """Bring the embeddings of a class's phrases to one point of the cube [-1, 1]^D, drawn for each class.
-
-    With fresh weights all phrases are embedded alike, for they differ in a word or two; the decoder then learns to heed none of them.
-    """
-    points = torch.randint(2, (len(world.CLASSES), model.config.projection_dim)).float() * 2 - 1
-    tokens = tokenizer([form for name in world.CLASSES for form in segmenter.phrases(name)], padding=True, return_tensors="pt")
-    wanted = points.repeat_interleave(len(segmenter.phrases(world.CLASSES[0])), dim=0)
-    parameters = [*model.clip.text_model.parameters(), *model.clip.text_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=WORD_RATE)
-    for _ in range(WORD_STEPS):
-        loss = F.mse_loss(model.clip.get_text_features(**tokens).pooler_output, wanted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    print(f"words: a mean squared error of {loss.item():.4f}", flush=True)
+        return F.cross_entropy(logits, labels)
 
 
 def mask_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
@@ -224,25 +205,22 @@ def train(
 ) -> tuple[CLIPSegForImageSegmentation, float]:
     """Train the segmenter, or go on; returns it with averaged weights, and the seconds that it took."""
     torch.manual_seed(arguments.seed)
-    model = segmenter.build_segmenter(tokenizer).train()
+    model = segmenter.build_segmenter().train()
     head = ClassHead(model.config.vision_config.hidden_size, model.config.vision_config.patch_size)
     modules: dict[str, nn.Module] = {"segmenter": model, "head": head}
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.02)
     average, clock = runs.MovingAverage(parameters, 0.995), runs.Clock(arguments.steps, None)
     file = folder / "checkpoint.pt"
-    if not runs.load_checkpoint(file, modules, optimizer, average, clock):
-        teach_words(model, tokenizer)
+    runs.load_checkpoint(file, modules, optimizer, average, clock)
     bar = tqdm(initial=clock.step, total=arguments.steps, desc="segmenter", unit="step", mininterval=5.0)
     while clock.step < arguments.steps:
         optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(clock.step, clock.progress(), 100, 0.3)
         batch = draw_batch(pictures, arguments.batch_size, np.random.default_rng([arguments.seed, clock.step]))
         tokens = tokenizer(batch.phrases, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            states = read_pictures(model, segmenter.normalize(batch.pixels))
-            logits = answers(model, states, tokens, batch.pictures)
-            known = head.loss(states[-1][:, 1:], batch.labels)
-        loss = mask_loss(logits.float(), batch.masks, batch.weights) + known
+        states = read_pictures(model, segmenter.normalize(batch.pixels))
+        known = head.loss(states[-1][:, 1:], batch.labels)
+        loss = mask_loss(answers(model, states, tokens, batch.pictures), batch.masks, batch.weights) + known
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
@@ -275,7 +253,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
         runs.check_begun(work / "settings.json", settings, str(arguments.output))
         draw_pictures(work / "pictures", arguments.num_scenes)
-        tokenizer, folder = encoders.build_tokenizer(), arguments.output / "segmenter"
+        tokenizer, folder = CLIPTokenizer.from_pretrained(segmenter.CLIP), arguments.output / "segmenter"
         model, seconds = train(arguments, load_pictures(work / "pictures", arguments.num_scenes), tokenizer, work)
         segmenter.save_segmenter(folder, model, tokenizer)
         record: dict[str, Any] = {
