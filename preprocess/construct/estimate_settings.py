@@ -35,9 +35,9 @@ class EstimateSettings(Section):
 
     gpu: Text = "H100"
     """Card by whose data sheet hours are counted, of those that `preflight.py` knows."""
-    utilisation: Share = 0.4
-    """Share of the card's bf16 rate that pipelines reach; others published 0.31 to 0.4 for FLUX.1-dev on H100s and H200s, 0.47 to 0.6
-    with compiled blocks."""
+    utilisation: Share = 0.33
+    """Share of the card's bf16 rate that pipelines reach; others published 0.31 to 0.4 for FLUX.1-dev on H100s and H200s with blocks that
+    are not compiled, as here."""
     small_utilisation: Share = 0.15
     """Share that encoders, detectors and language models reach, which work on one picture at a time."""
     answer_tokens: Count = 150

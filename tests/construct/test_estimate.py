@@ -124,7 +124,7 @@ def test_hours_by_hand() -> None:
     found = costs(plans(), 1000, ASSUMED)
     assert [cost.candidates for cost in found] == pytest.approx([1000 / 0.98 / 0.5 / 0.9, 1000 / 0.5 / 0.9, 1000 / 0.9])
     candidates = 1000 / 0.45
-    by_hand = candidates * 2 * 1e15 / (989e12 * 0.4) / 3600, candidates * (1e12 / (989e12 * 0.15) + 1e10 / 3.35e12) / 3600
+    by_hand = candidates * 2 * 1e15 / (989e12 * 0.33) / 3600, candidates * (1e12 / (989e12 * 0.15) + 1e10 / 3.35e12) / 3600
     assert found[1].hours == pytest.approx(by_hand)
     assert found[1].known_hours == pytest.approx(sum(by_hand))
 
@@ -186,6 +186,7 @@ def test_the_whole_estimate_in_words() -> None:
     assert "unknown" not in text
     edits = found[3].plan.parts[0]
     assert edits.calls == pytest.approx(5.0)
+    assert found[3].plan.parts[1].calls == pytest.approx(7.5)  # the cut-outs, too
     assert max(map(len, text.splitlines())) <= 140
     measured = dry_run(config(), {plan.plan.name: 0.5 for plan in found})
     assert "~" not in measured

@@ -183,6 +183,24 @@ def test_the_page(everybody: list[Candidate], passing: list[Candidate], tmp_path
         assert f"Dropped for {reason}: " in text
 
 
+def test_what_decides_and_what_is_chosen_is_passed_on(everybody: list[Candidate], tmp_path: Path) -> None:
+    write_page(
+        tmp_path / "index.html",
+        STAGES,
+        lambda: iter(everybody),
+        reasons=lambda stage, one: ["odd"] * (stage is STAGES[4] and one.number % 2),
+        chosen=lambda one: [0] * len(one.prompt.subjects),
+        num_samples=2,
+        num_dropped=1,
+    )
+    text = (tmp_path / "index.html").read_text()
+    assert "Dropped for odd: " in text
+    assert "Dropped for min_points: " not in text
+    tries = re.findall(r'<figure( class="chosen")?>.*?similarity', text)
+    assert tries == [' class="chosen"', ""] * (len(tries) // 2) != []
+    assert text.count('<article class="card candidate">') == 3
+
+
 def test_without_a_data_set_those_that_passed_are_shown(everybody: list[Candidate], tmp_path: Path) -> None:
     write_page(tmp_path / "index.html", STAGES[:2], lambda: iter(everybody), num_samples=3, num_dropped=1)
     text = (tmp_path / "index.html").read_text()
