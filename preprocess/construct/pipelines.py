@@ -119,13 +119,12 @@ def place_pipeline(pipeline: Any, means: Means, device: torch.device) -> None:
 def place_groups(pipeline: Any, device: torch.device) -> None:
     """The denoiser comes to the device block by block, text encoders layer by layer; the VAE stays on it."""
     streams = device.type == "cuda"
-    for name, model in pipeline.components.items():
-        if not isinstance(model, nn.Module):
-            continue
+    models: dict[str, Any] = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    for name, model in models.items():
         if name in (TRANSFORMER, "unet"):
             model.enable_group_offload(device, torch.device("cpu"), "block_level", num_blocks_per_group=1, use_stream=streams)
         elif name.startswith("text_encoder"):
-            from diffusers.hooks import apply_group_offloading
+            from diffusers.hooks.group_offloading import apply_group_offloading
 
             apply_group_offloading(model, device, torch.device("cpu"), "leaf_level", use_stream=streams)
         else:

@@ -121,4 +121,4 @@ def cells_of(settings: PromptsSettings, templates: Templates) -> list[tuple[list
 
 def _one(rng: np.random.Generator, values: Sequence[T]) -> T:
     """One of some values, evenly."""
-    return values[rng.integers(len(values))]
+    return values[int(rng.integers(len(values)))]

@@ -63,7 +63,7 @@ class TemplateSource:
             subjects = self.templates.joined(assignment.phrases(hide))
             texts.append(assignment.form.replace(SCENE, assignment.scene).replace(SUBJECTS, subjects))
         phrases = assignment.phrases(self.settings.hide_looks)
-        return row_of(number, assignment, texts[0], texts[1], phrases, 1, problem_of(*texts, phrases))
+        return row_of(number, assignment, texts[0], texts[1], phrases, 1, problem_of(texts[0], texts[1], phrases))
 
 
 class ChatSource:

@@ -126,7 +126,7 @@ def synthesis_stage(settings: SynthesisSettings, base_seed: int, dtype: torch.dt
         key_of(settings.judge)
 
     def load(device: torch.device) -> SynthesisWorker:
-        from diffusers import AutoPipelineForText2Image
+        from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 
         pipeline = load_pipeline(AutoPipelineForText2Image, settings, device, dtype)
         provenance = pipeline_provenance(pipeline, settings, dtype)
