@@ -114,14 +114,17 @@ def save_stable_diffusion(folder: Path) -> Path:
 def test_another_class_and_arguments_that_it_does_not_take(flux: Path, tmp_path: Path) -> None:
     folder = save_stable_diffusion(tmp_path / "sd")
     plain = settings_of(folder, max_sequence_length=None, sizes=((64, 64),), guidance_scale=5.0, num_inference_steps=2, batch_size=2)
-    files = []
-    for k, settings in enumerate((plain, plain.replace(negative_prompt="a mug"), plain.replace(guidance_scale=1.5))):
-        worker = synthesis_stage(settings, 0).load(CPU)
-        assert worker.provenance["pipeline"] == "StableDiffusionPipeline"
-        files.append(made(worker, range(2), tmp_path / str(k))[1])
-    assert len({file for pair in files for file in pair}) == 6
+    worker = synthesis_stage(plain, 0).load(CPU)
+    assert worker.provenance["pipeline"] == "StableDiffusionPipeline"
+
+    def with_settings(**changes: Any) -> SynthesisWorker:
+        return SynthesisWorker(worker.pipeline, [], plain.replace(**changes), 0, {})  # type: ignore[attr-defined]
+
+    workers = [worker, with_settings(negative_prompt="a mug"), with_settings(guidance_scale=1.5)]
+    files = {file for k, each in enumerate(workers) for file in made(each, range(2), tmp_path / str(k))[1]}
+    assert len(files) == 6
     with pytest.raises(FieldError, match=r"synthesis\.max_sequence_length is none of the arguments of StableDiffusionPipeline"):
-        synthesis_stage(plain.replace(max_sequence_length=8), 0).load(CPU)
+        with_settings(max_sequence_length=8)
     with pytest.raises(FieldError, match=r"synthesis\.sizes must hold sizes that FluxPipeline makes; asked for 26 x 16, it gave 24 x 16"):
         made(synthesis_stage(settings_of(flux, sizes=((26, 16),)), 0).load(CPU), [0], tmp_path / "odd")
     with pytest.raises(FieldError, match=r"synthesis\.quantization needs a pipeline with a transformer"):
@@ -167,22 +170,28 @@ def test_models_measure_and_are_named(flux: Path, tmp_path: Path) -> None:
     siglip, head = tiny_models.write_siglip(tmp_path / "siglip"), tmp_path / "head.pth"
     torch.save(tiny_models.head_state(), head)
     both = tiny_models.write_siglip_pair(tmp_path / "pair")
+    detector = tiny_models.write_grounding_dino(tmp_path / "dino")
     judge = SynthesisJudge(model=str(tiny_models.write_llava(tmp_path / "llava")), max_tokens=8)
     stage = synthesis_stage(
         settings_of(
-            flux, siglip=str(siglip), aesthetic_head=str(head), prompt_fit=str(both), judge=judge,
+            flux, siglip=str(siglip), aesthetic_head=str(head), prompt_fit=str(both), text_detector=str(detector), judge=judge,
             sizes=((128, 128),), limits={"min_judge": 0.5},
         ),
         0,
     )  # fmt: skip
     worker = stage.load(CPU)
     [row], _ = made(worker, [3], tmp_path / "out")
-    assert row.scores.keys() == {"contrast", "uniformity", "sharpness", "aesthetics", "prompt_fit", "judge"}
+    assert row.scores.keys() == {"contrast", "uniformity", "sharpness", "aesthetics", "prompt_fit", "text", "judge"}
     assert 0 < row.scores["prompt_fit"] < 1
+    assert 0.3 <= row.scores["text"] <= 1
+    assert row.remarks["text"] in ("text", "watermark")
     assert row.scores["judge"] == 0
     assert row.remarks["judge"].startswith("no answer: llava: answers with something else")
-    assert {"aesthetics", "prompt_fit", "judge"} < worker.provenance.keys()
+    assert {"aesthetics", "prompt_fit", "text", "judge"} < worker.provenance.keys()
     json.dumps(worker.provenance)
+    florence = tiny_models.write_florence(tmp_path / "florence", [])
+    with pytest.raises(ValueError, match=r"synthesis\.text_detector: .*florence does not say how sure it is"):
+        synthesis_stage(settings_of(flux, text_detector=str(florence)), 0).load(CPU)
     assert stage.reasons(Candidate(3, {}, candidate(3).prompt, row)) == ["min_judge"]
 
 
@@ -211,7 +220,7 @@ def test_clip_gives_the_cosine() -> None:
 
 def test_text_is_the_surest_of_all_words() -> None:
     found = {"text": [0.4, 0.5], "watermark": [0.7]}
-    detector = SimpleNamespace(
+    detector: Any = SimpleNamespace(
         provenance=Provenance("d", "1", "none"),
         detections=lambda picture, word: [SimpleNamespace(box=Box(0, 0, 1, 1), score=score) for score in found[word]],
     )

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mosaic.evaluation.aesthetics import SiglipAesthetic
-from mosaic.evaluation.detection import load_detector
+from mosaic.evaluation.detection import ScoringDetector, load_detector
 from mosaic.evaluation.encoders import load_picture_text
 from preprocess.construct.candidates import Candidate
 from preprocess.construct.chats import load_chat
@@ -114,14 +114,14 @@ class WrittenText:
 
     name = "text"
 
-    def __init__(self, detector: Any, words: tuple[str, ...]) -> None:
+    def __init__(self, detector: ScoringDetector, words: tuple[str, ...]) -> None:
         self.detector, self.words = detector, words
         self.provenance: dict[str, Any] = asdict(detector.provenance)
 
     def score(self, picture: Image.Image, candidate: Candidate) -> Scored:
         """0 where it finds none; with what was found."""
         found = [(one.score, word) for word in self.words for one in self.detector.detections(picture, word)]
-        return Scored(*max(found)) if found else Scored(0.0)
+        return Scored(*max(found, key=lambda one: one[0])) if found else Scored(0.0)
 
 
 def load_criteria(settings: SynthesisSettings, device: torch.device, dtype: torch.dtype) -> list[Criterion]:
@@ -137,7 +137,7 @@ def load_criteria(settings: SynthesisSettings, device: torch.device, dtype: torc
         criteria.append(PromptFit(settings.prompt_fit, device, dtype))
     if settings.text_detector is not None:
         detector = load_detector(settings.text_detector, "synthesis.text_detector", device, dtype)
-        if not hasattr(detector, "detections"):
+        if not isinstance(detector, ScoringDetector):
             raise ValueError(
                 f"synthesis.text_detector: {settings.text_detector} does not say how sure it is. Name a GroundingDINO or an OWLv2."
             )
