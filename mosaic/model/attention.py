@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mosaic.model.attention_rows import CapturedRows, CaptureRequest, TargetTokens, capture_rows
-from mosaic.model.recomputation import recompute_copies
+from mosaic.model.recomputation import made_anew
 from mosaic.model.strength import Attend, attend_with_bias
 
 ReferenceAttention = Literal["target", "joint", "isolated"]
@@ -140,10 +140,8 @@ def branch_attention(
             alone = layout._replace(log_strength=None)
             references = _attend_per_reference(attend, alone, reference_query, [], reference_key, [], reference_value)
         else:
-            # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
-            per_reference = partial(_attend_per_reference, attend, layout)
             main_keys = [text_key, target_key]
-            references = recompute_copies(per_reference, reference_query, main_keys, reference_key, [main_value], reference_value)
+            references = _attend_per_reference(attend, layout, reference_query, main_keys, reference_key, [main_value], reference_value)
         main = attend_with_bias(attend, main_query, key, value, layout.key_bias)
     if layout.edit is not None:
         main, references = layout.edit(AttentionInputs(query, key, value, layout, text_length), main, references)
@@ -196,13 +194,20 @@ def _attend_per_reference(
     and in any attention kernel.
     """
     bias = layout.key_bias
-    folded = attend_with_bias(
-        attend,
-        _per_reference([], query, layout),
-        _per_reference(shared_keys, key, layout),
-        _per_reference(shared_values, value, layout),
-        None if bias is None else bias.unflatten(1, (layout.num_references, -1)).flatten(0, 1),
-    )  # (B * K, N_ref, H, D)
+    keys, values = _per_reference(shared_keys, key, layout), _per_reference(shared_values, value, layout)
+    # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
+    copies = [
+        (keys, partial(_per_reference, [piece.detach() for piece in shared_keys], key.detach(), layout)),
+        (values, partial(_per_reference, [piece.detach() for piece in shared_values], value.detach(), layout)),
+    ]
+    with made_anew(copies if shared_keys else []):
+        folded = attend_with_bias(
+            attend,
+            _per_reference([], query, layout),
+            keys,
+            values,
+            None if bias is None else bias.unflatten(1, (layout.num_references, -1)).flatten(0, 1),
+        )  # (B * K, N_ref, H, D)
     return folded.reshape(query.shape)
 
 

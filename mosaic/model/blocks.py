@@ -150,12 +150,22 @@ def _attend(
     capture: CaptureRequest | None,
 ) -> AttentionOutput:
     """RoPE, then attention in the layout's mode, its outputs as [B, S, H * D]."""
-    query = apply_rotary_emb(query, rotary, sequence_dim=1)
-    key = apply_rotary_emb(key, rotary, sequence_dim=1)
+    query, key = rotate(query, key, rotary)
     attend = partial(dispatch_attention_fn, backend=attn.processor._attention_backend, parallel_config=attn.processor._parallel_config)
     output = branch_attention(query, key, value, layout, attend, text_length, capture)
     references = None if output.references is None else output.references.flatten(2, 3).to(query.dtype)
     return output._replace(main=output.main.flatten(2, 3).to(query.dtype), references=references)
+
+
+def rotate(query: Tensor, key: Tensor, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+    """RoPE of queries and keys [B, S, H, D], in float32: what diffusers' `apply_rotary_emb` does in six passes, as one complex product."""
+    if torch.compiler.is_compiling():  # which knows no complex numbers, and fuses the passes
+        return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1)
+    cosine, sine = rotary
+    turn = torch.complex(cosine[:, ::2].float(), sine[:, ::2].float())[:, None]  # (S, 1, D / 2); pairs of channels have one angle
+    pairs = (torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn for x in (query, key))
+    turned_query, turned_key = (torch.view_as_real(pair).flatten(-2).to(query.dtype) for pair in pairs)
+    return turned_query, turned_key
 
 
 class MosaicFluxTransformerBlock(FluxTransformerBlock):

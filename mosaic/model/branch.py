@@ -4,8 +4,13 @@
 slice, every other adapter (a style LoRA) on the rest. Nothing is switched at run time.
 """
 
+from typing import Any
+
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from mosaic.model.attention_rows import no_autocast
 
 ADAPTER_NAME = "reference"
 
@@ -27,13 +32,15 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, reference
     """
     if not isinstance(layer, LoraLayer):
         return layer(hidden_states)
-    output = layer.base_layer(hidden_states)
+    # Token by token, not sample by sample: the product then is no view, and what is added to it costs the backward pass no copy.
+    output = layer.base_layer(hidden_states.flatten(0, 1))
     if type(layer.base_layer) is not nn.Linear:  # what a quantised layer returns may be a view that must not be written to
         output = output.clone()
     length = hidden_states.shape[1]
     if ADAPTER_NAME in layer.lora_A and start < length:
         tokens = hidden_states[:, start:] if references is None else references
-        output.narrow(1, start, length - start).add_(_delta(layer, ADAPTER_NAME, tokens).to(output.dtype))
+        output = _add_delta(layer, ADAPTER_NAME, tokens, output)
+    output = output.unflatten(0, hidden_states.shape[:2])
     for name in _style_adapters(layer):
         output.narrow(1, 0, start).add_(_delta(layer, name, hidden_states[:, :start]).to(output.dtype))
     return output
@@ -65,6 +72,49 @@ def _style_adapters(layer: LoraLayer) -> list[str]:
     """The active adapters of a layer beside the reference LoRA; those that are fused are in the base layer already."""
     apart = [name for name in layer.active_adapters if name in layer.lora_A and name not in layer.merged_adapters]
     return [] if layer.disable_adapters else [name for name in apart if name != ADAPTER_NAME]
+
+
+def _add_delta(layer: LoraLayer, name: str, tokens: Tensor, output: Tensor) -> Tensor:
+    """Adds s B A x to the last rows of every sample's output [B * S, d_out], in place."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # nothing to be saved, but maybe hooks that bring the weights
+        output.unflatten(0, (len(tokens), -1))[:, -tokens.shape[1] :].add_(_delta(layer, name, tokens).to(output.dtype))
+        return output
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    device = "cpu" if tokens.is_meta else tokens.device.type  # the meta device knows no autocast
+    # Under autocast the products run in its type, straight from the tokens'; else in the adapter's own, as PEFT does it.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else down.dtype
+    return _AddDelta.apply(output, tokens.to(dtype), down.to(dtype), up.to(dtype), layer.scaling[name])
+
+
+class _AddDelta(torch.autograd.Function):
+    """output[b, S - R:] += s B A tokens[b]; the gradient of the output goes on as it is, which autograd by itself copies."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, tokens: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """output [B * S, d_out] (written to), tokens [B, R, d_in], down [r, d_in], up [d_out, r]."""
+        with no_autocast(tokens):
+            flat = tokens.flatten(0, 1)
+            inner = flat @ down.T
+            delta = inner @ up.T if scale == 1 else (inner @ up.T).mul_(scale)
+        last = output.unflatten(0, (len(tokens), -1))[:, -tokens.shape[1] :]
+        last.add_(delta.unflatten(0, tokens.shape[:2]).to(output.dtype))
+        ctx.save_for_backward(flat, inner, down, up)
+        ctx.shape, ctx.scale = tokens.shape, scale
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Through the two products, for the last rows of every sample."""
+        flat, inner, down, up = ctx.saved_tensors
+        last = gradient.unflatten(0, (ctx.shape[0], -1))[:, -ctx.shape[1] :].reshape(-1, gradient.shape[1]).to(flat.dtype)
+        with no_autocast(flat):
+            inner_gradient = last @ up
+            up_gradient = last.T @ inner
+            if ctx.scale != 1:
+                inner_gradient, up_gradient = inner_gradient * ctx.scale, up_gradient * ctx.scale
+            tokens_gradient = (inner_gradient @ down).unflatten(0, ctx.shape[:2]) if ctx.needs_input_grad[1] else None
+            return gradient, tokens_gradient, inner_gradient.T @ flat, up_gradient, None
 
 
 def _delta(layer: LoraLayer, name: str, tokens: Tensor) -> Tensor:

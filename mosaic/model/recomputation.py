@@ -3,13 +3,15 @@
 The modes are those of `model.gradient_checkpointing`. All give the same numbers: the same operations run again on the same inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # Every kernel behind scaled_dot_product_attention; the plain matrix products of its "math" backend are computed anew.
@@ -36,14 +38,33 @@ def recompute_around_attention(function: Callable[..., Any], *inputs: Any) -> An
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def recompute_copies(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call an attention that copies its inputs first, and make the copies again in the backward pass instead of keeping them.
+@contextmanager
+def made_anew(copies: Sequence[tuple[Tensor, Callable[[], Tensor]]]) -> Iterator[None]:
+    """Within it, operations that keep one of these tensors for the backward pass keep how it is made instead.
 
-    A plain call where nothing is kept anyway, and in a compiled block, where the compiler decides.
+    Changes nothing in a compiled block, where the compiler decides, and in one that is computed again as a whole.
+
+    Args:
+        copies: Tensors that are copies of what is kept anyway, and what makes each again, bit for bit and in the same order in memory.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _in_a_checkpoint.get():
-        return function(*inputs)
-    return recompute_around_attention(function, *inputs)
+        yield
+        return
+    makers = {tensor.untyped_storage().data_ptr(): maker for tensor, maker in copies}
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], tuple[Any, ...]]:
+        maker = makers.get(tensor.untyped_storage().data_ptr())
+        return tensor if maker is None else (maker, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+
+    def unpack(kept: Tensor | tuple[Callable[[], Tensor], tuple[Any, ...]]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        maker, view = kept
+        with torch.no_grad():
+            return maker().as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def _inside(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -153,7 +153,11 @@ def test_text_and_target_projections_do_not_see_the_lora(transformer: MosaicFlux
     # In block 0 nothing has been mixed yet: all projections of text and target are bit-equal for any LoRA.
     first, captured = transformer.transformer_blocks[0], []
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-        getattr(first.attn, name).register_forward_hook(lambda module, args, output: captured.append(output[:, :24].clone()))
+        getattr(first.attn, name).register_forward_hook(
+            lambda module, args, output: captured.append(
+                output.unflatten(0, (2, -1))[:, :24].clone() if output.ndim == 2 else output[:, :24].clone()
+            )
+        )
     run(transformer, batch)
     bare = list(captured)
     for seed in (1, 2):

@@ -196,18 +196,11 @@ def test_equals_the_operations_of_skipped_steps(cached: bool) -> None:
 
 
 def test_follows_the_operations_of_the_real_backward() -> None:
-    """Plain attention keeps its softmax, so that its backward is four products and not five; deep enough for the edges not to count.
-
-    Where references see the main tokens, their attention is recomputed around its kernel. Plain attention has none: its first product is
-    computed again, its second not, since nothing of it is kept.
-    """
+    """Plain attention keeps its softmax, so that its backward is four products and not five; deep enough for the edges not to count."""
     config = tiny.transformer_config(num_layers=6, num_single_layers=12)
     forward = costs.forward_flops(config, load_of("target"))
     expected = costs.training_step_flops(config, load_of("target"), "none")
-    main, references = GEOMETRY["text_tokens"] + GEOMETRY["target_tokens"], GEOMETRY["num_references"] * GEOMETRY["reference_tokens"]
-    pairs = costs.attention_pairs(load_of("target"))
-    again = forward.attention / 2 * (1 - main * (main + references) / pairs)
-    assert count(config, "target") == pytest.approx(expected - forward.attention / 2 + again, rel=0.02)
+    assert count(config, "target") == pytest.approx(expected - forward.attention / 2, rel=0.02)
 
 
 def test_captured_rows_equal_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
