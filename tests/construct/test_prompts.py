@@ -50,6 +50,7 @@ def test_prompts_and_captions_of_the_shipped_file() -> None:
     told = rows(range(200), twins=0.5)
     assert all(row.caption == row.prompt and not row.problem for row in told)
     assert all(any(look in subject.phrase for look in looks) for row in told for subject in row.subjects)
+    assert all(sum(row.prompt.count(look) for look in looks) == len({look for look in looks if look in row.prompt}) for row in told)
     plain = rows(range(50), looks=0.0)
     assert not any(look in row.prompt for row in plain for look in looks)
     names = [[subject.name for subject in row.subjects] for row in told]

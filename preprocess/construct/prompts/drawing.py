@@ -68,11 +68,9 @@ class Drawer:
         seed = seed_of(self.base_seed, "prompts", number)
         rng = np.random.default_rng(seed)
         drawn = self._subjects(rng, [kinds[k] for k in rng.permutation(len(kinds))])
-        looks = [self._look(rng, subject) for subject in drawn]
-        for k, subject in enumerate(drawn):  # twins differ in looks where they can
-            if subject in drawn[:k]:
-                others = [look for look in self.templates.looks_of(subject) if look not in looks[:k]]
-                looks[k] = others[rng.integers(len(others))] if looks[k] in looks[:k] and looks[k] and others else looks[k]
+        looks: list[str] = []
+        for subject in drawn:
+            looks.append(self._look(rng, subject, looks))
         forms = self.templates.forms + (self.templates.forms_of_several if len(drawn) > 1 else ())
         return Assignment(seed, tuple(drawn), tuple(looks), _one(rng, self.templates.scenes), _one(rng, forms))
 
@@ -89,9 +87,11 @@ class Drawer:
             drawn[k] = drawn[i]
         return drawn
 
-    def _look(self, rng: np.random.Generator, subject: Named) -> str:
-        looks, told = self.templates.looks_of(subject), rng.random() < self.settings.looks
-        return _one(rng, looks) if looks and told else ""
+    def _look(self, rng: np.random.Generator, subject: Named, others: Sequence[str]) -> str:
+        """Another look than the others of the prompt, as long as there are any."""
+        told, looks = rng.random() < self.settings.looks, self.templates.looks_of(subject)
+        free = [look for look in looks if look not in others] or looks
+        return _one(rng, free) if free and told else ""
 
 
 def cells_of(settings: PromptsSettings, templates: Templates) -> list[tuple[list[str], float]]:

@@ -21,7 +21,7 @@ class Named(BaseModel):
         name: A word or two, such as "cat".
         kind: What it is.
         article: Before the name; "": by the name's first letter.
-        looks: Words that come after the name, such as "with white paws"; none: those of its kind.
+        looks: Words that come after the name, such as "with white patches"; none: those of its kind.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
