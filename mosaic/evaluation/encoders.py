@@ -185,6 +185,19 @@ class Dinov2Encoder:
         return unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
 
 
+def load_image_encoder(name: str, flag: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ImageEncoder:
+    """Load a CLIP, DINO or DINOv2 of a folder or a hub id; its config says which it is.
+
+    Raises:
+        FileNotFoundError, ValueError: It cannot be had, or is none of them.
+    """
+    kinds: dict[str, Any] = {"clip": ClipEncoder, "vit": DinoEncoder, "dinov2": Dinov2Encoder}
+    kind = call_loader(AutoConfig, name, flag).model_type
+    if kind not in kinds:
+        raise ValueError(f"{flag}: {name} must be a model of one of the types {', '.join(kinds)}, got one of the type {kind}.")
+    return kinds[kind](name, flag, device, dtype)
+
+
 def unit(embeddings: Tensor) -> Tensor:
     """Vectors [N, D] at length 1, in float32, on the CPU; those that are no numbers stay what they are."""
     return F.normalize(embeddings.float(), dim=-1).cpu()

@@ -1,6 +1,7 @@
 """Pipelines of diffusers, of any class, loaded and placed as their settings say."""
 
 import hashlib
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def load_pipeline(cls: Any, settings: PipelineSettings, device: torch.device, dt
     pipeline = call_loader(cls, settings.model, f"{place}.model", dtype=dtype, use_safetensors=True, **revision)
     pipeline.set_progress_bar_config(disable=True)
     if settings.lora is not None:
-        merge_lora(pipeline, settings.lora, f"{place}.lora")
+        merge_lora(pipeline, settings.lora, settings.lora_scale, f"{place}.lora")
     if means.quantization != "none":
         if not isinstance(getattr(pipeline, TRANSFORMER, None), nn.Module):
             raise FieldError(
@@ -83,8 +84,8 @@ def load_pipeline(cls: Any, settings: PipelineSettings, device: torch.device, dt
     return pipeline
 
 
-def merge_lora(pipeline: Any, source: str, flag: str) -> None:
-    """Add a LoRA to the weights of a pipeline.
+def merge_lora(pipeline: Any, source: str, scale: float, flag: str) -> None:
+    """Add a LoRA, times a scale, to the weights of a pipeline.
 
     Raises:
         FileNotFoundError, OSError: It cannot be had.
@@ -95,7 +96,7 @@ def merge_lora(pipeline: Any, source: str, flag: str) -> None:
         raise ValueError(f"{flag}: {type(pipeline).__name__} takes no LoRA; use null.")
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
-        pipeline.fuse_lora()
+        pipeline.fuse_lora(lora_scale=scale)
         pipeline.unload_lora_weights()
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{flag}: {file} is no LoRA of {type(pipeline).__name__} ({in_one_line(error, 300, with_kind=True)}).") from error
@@ -129,6 +130,21 @@ def place_groups(pipeline: Any, device: torch.device) -> None:
             apply_group_offloading(model, device, torch.device("cpu"), "leaf_level", use_stream=streams)
         else:
             model.to(device)
+
+
+def call_arguments(pipeline: Any, settings: PipelineSettings) -> dict[str, Any]:
+    """What a pipeline is called with of its stage's settings, beside prompts, sizes and noise.
+
+    Raises:
+        FieldError: It does not take one of them.
+    """
+    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
+    found = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    taken = inspect.signature(pipeline.__call__).parameters
+    for name in found:
+        if name not in taken:
+            raise FieldError(f"{settings.path}.{name}", f"is none of the arguments of {type(pipeline).__name__}; use null")
+    return found
 
 
 def pipeline_provenance(pipeline: Any, settings: PipelineSettings, dtype: torch.dtype) -> dict[str, Any]:

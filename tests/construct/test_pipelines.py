@@ -73,6 +73,8 @@ def test_a_lora_is_merged(folder: Path, tmp_path: Path) -> None:
     matrices = [tensors[f"transformer.{name}.lora_{side}.weight"] for side in "BA"]
     weights = [pipeline.transformer.get_submodule(name).weight for pipeline in (plain, found)]
     torch.testing.assert_close(weights[1], weights[0] + matrices[0] @ matrices[1])
+    half = load(FluxPipeline, folder, lora=str(tmp_path / "lora.safetensors"), lora_scale=0.5)
+    torch.testing.assert_close(half.transformer.get_submodule(name).weight, weights[0] + 0.5 * matrices[0] @ matrices[1])
     assert not np.array_equal(picture(found), picture(plain))
     settings = [Settings(model=str(folder), lora=lora) for lora in (None, str(tmp_path / "lora.safetensors"))]
     assert len({pipeline_provenance(found, each, torch.float32)["lora"] for each in settings}) == 2

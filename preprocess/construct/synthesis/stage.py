@@ -1,6 +1,5 @@
 """Stage 2 as the pipeline runs it."""
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from mosaic.config.schema import FieldError
 from mosaic.images import load_image
 from preprocess.construct.candidates import Candidate, picture_name, seed_of
 from preprocess.construct.chats import key_of
-from preprocess.construct.pipelines import load_pipeline, means_of, pipeline_provenance
+from preprocess.construct.pipelines import call_arguments, load_pipeline, means_of, pipeline_provenance
 from preprocess.construct.rows import SynthesisRow
 from preprocess.construct.stage import Stage
 from preprocess.construct.synthesis.criteria import Criterion, load_criteria
@@ -35,7 +34,7 @@ class SynthesisWorker:
             FieldError: The pipeline does not take an argument that the settings have.
         """
         self.pipeline, self.criteria, self.settings, self.base_seed = pipeline, criteria, settings, base_seed
-        self.arguments = arguments_of(pipeline, settings)
+        self.arguments = call_arguments(pipeline, settings)
         self.provenance = provenance | {criterion.name: criterion.provenance for criterion in criteria if criterion.provenance}
 
     def __call__(self, candidates: Sequence[Candidate], folder: Path) -> Iterator[SynthesisRow]:
@@ -93,21 +92,6 @@ class SynthesisWorker:
         return SynthesisRow(
             number=candidate.number, seed=self._seed(candidate), height=size[0], width=size[1], scores=scores, remarks=remarks
         )
-
-
-def arguments_of(pipeline: Any, settings: SynthesisSettings) -> dict[str, Any]:
-    """What the pipeline is called with beside prompts, sizes and noise.
-
-    Raises:
-        FieldError: It does not take one of them.
-    """
-    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
-    found = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    taken = inspect.signature(pipeline.__call__).parameters
-    for name in found:
-        if name not in taken:
-            raise FieldError(f"{settings.path}.{name}", f"is none of the arguments of {type(pipeline).__name__}; use null")
-    return found
 
 
 def synthesis_stage(settings: SynthesisSettings, base_seed: int, dtype: torch.dtype = torch.float32) -> Stage:
