@@ -190,7 +190,7 @@ def test_what_decides_and_what_is_chosen_is_passed_on(everybody: list[Candidate]
         STAGES,
         lambda: iter(everybody),
         reasons=lambda stage, one: ["odd"] * (stage is STAGES[4] and one.number % 2),
-        chosen=lambda one: [0] * len(one.prompt.subjects),
+        chosen=lambda one: [0 for _ in one.references.subjects],
         num_samples=2,
         num_dropped=1,
     )

@@ -100,7 +100,7 @@ def make_card(
         except (FileNotFoundError, ValueError):
             problem = "the picture, or a mask, is gone or damaged"
     synthesis = candidate.synthesis
-    picks = chosen(candidate)
+    picks = chosen(candidate) if candidate.references is not None else ()
     return Card(
         number=candidate.number,
         prompt=prompt.prompt,

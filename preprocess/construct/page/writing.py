@@ -50,7 +50,7 @@ def write_page(
         dataset: Folder of the finished data set; None: there is none yet.
         title: Of the page.
         reasons: Why a stage drops a candidate whose row it has.
-        chosen: For each subject of a candidate the try that is its reference.
+        chosen: For each subject of a candidate that has been through stage 4 the try that is its reference.
         provenance: What computed each stage, as JSON values.
         num_samples: Samples shown.
         num_dropped: Candidates shown for each reason of dropping.
