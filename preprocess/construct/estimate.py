@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mosaic.planning.cards import find_card
@@ -270,7 +271,7 @@ def in_words(found: Sequence[StageCost], num_samples: int, mean_subjects: float,
     rows = [("stage", "candidates", "yield", "GPU hours", "disk", "")]
     for number, cost in enumerate(found, 1):
         sign = "" if cost.measured else "~"
-        hours = f"{cost.known_hours:,.0f}" + (" + unknown" if cost.unknown else "")
+        hours = _hours(cost.known_hours) + (" + unknown" if cost.unknown else "")
         rows.append(
             (
                 f"{number} {cost.plan.name}",
@@ -282,12 +283,12 @@ def in_words(found: Sequence[StageCost], num_samples: int, mean_subjects: float,
             )
         )
         for part, own in zip(cost.plan.parts, cost.hours, strict=True):
-            words = "by the endpoint" if not part.is_here else "unknown" if own is None else f"{own:,.0f}"
+            words = "by the endpoint" if not part.is_here else "unknown" if own is None else _hours(own)
             rows.append((f"  {part.what}", f"x {part.calls:.3g}", "", words, "", part.model))
     total, work = sum(cost.known_hours for cost in found), sum(cost.candidates * cost.plan.bytes for cost in found)
     kept = num_samples * sum(cost.plan.kept_bytes for cost in found)
     rows.append(("6 data set", f"{num_samples:,}", "", "", _size(kept), ""))
-    rows.append(("all", "", "", f"{total:,.0f}", _size(work + kept), ""))
+    rows.append(("all", "", "", _hours(total), _size(work + kept), ""))
     unknown = list(dict.fromkeys(model for cost in found for model in cost.unknown))
     lines = [*_aligned(rows), ""]
     if unknown:
@@ -302,7 +303,7 @@ def _models(found: Sequence[StageCost]) -> Iterator[str]:
     for model in named:
         known = licence_of(model)
         if known is None:
-            yield f"  {model}: its licence is not known here; read its card"
+            yield f"  {model}: {'a folder of yours' if Path(model).is_dir() else 'its licence is not known here; read its card'}"
         else:
             yield f"  {model}: {known.licence}{'; gated' if known.gated else ''}"
             notes[known.note] = None
@@ -339,6 +340,10 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(
             [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:], strict=False)), last]
         ).rstrip()
+
+
+def _hours(number: float) -> str:
+    return "<1" if 0 < number < 0.5 else f"{number:,.0f}"
 
 
 def _size(number: float) -> str:

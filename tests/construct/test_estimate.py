@@ -1,6 +1,7 @@
 """What a construction will cost: hand-computed uses of models, how hours grow, and what is said of models that are not known."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,10 @@ def test_a_model_that_is_not_known_is_named() -> None:
     assert "not known: somebody/new." in text
     assert "somebody/new: its licence is not known here" in text
     assert " + unknown" in text
+    found = costs([StagePlan("points", [Part("features", "assets/pocket/flux", 1, Use(1e12))])], 1, ASSUMED)
+    text = in_words(found, 1, 1.0, ASSUMED)
+    assert "assets/pocket/flux: a folder of yours" in text
+    assert re.search(r"^all +<1 ", text, re.MULTILINE)
 
 
 def test_an_endpoint_costs_no_hours_here() -> None:
