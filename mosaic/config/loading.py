@@ -8,7 +8,7 @@ directory, as in a shell, not to the config file.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -42,8 +42,12 @@ __all__ = [
     "config_to_json",
     "from_dict",
     "load_config",
+    "load_settings",
     "resolved_dict",
 ]
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class Config(Section):
@@ -67,9 +71,6 @@ class Config(Section):
     """Rendering of a cases file."""
 
 
-SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
-"""The sections by the name under which they stand in a file."""
-
 EXTENDS = "extends"
 """Top-level key of a config file: another config file, whose settings hold where this one gives none."""
 
@@ -83,16 +84,21 @@ IGNORED_KEYS = ("$schema", "$comment")
 class _Override(NamedTuple):
     """One `--set section.field=value`."""
 
-    section: str
-    field: str
+    names: tuple[str, ...]
     value: Any
     source: str
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the config file of a run. Arguments and errors as of `load_settings`."""
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """Read a config file, apply overrides, validate everything.
 
     Args:
+        kind: What the file holds: sections, and maybe fields beside them.
         path: A JSON file: an object of sections. "extends" in it names another one, relative to it, on which it builds field by field.
         overrides: Strings "section.field=value" in the order given on the command line; the last one for a field wins. The value is read as
             JSON where it is JSON, else as a string: "training.max_steps=100", "loss.capture_blocks=[0, 1]", "data.root=data/pocket".
@@ -105,13 +111,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: Not JSON, an unknown key, a wrong type, a value out of range, or files that extend each other in a circle. The message
             names the dotted path and the file or override.
     """
-    parsed = [_parse_override(text) for text in overrides]
-    values, sources = _read_extended(Path(path), ())
-    for section, field, value, source in parsed:
-        if isinstance(values.setdefault(section, {}), dict):
-            values[section][field] = value
-            sources[f"{section}.{field}"] = source
-    return _build(values, str(path), sources)
+    parsed = [_parse_override(kind, text) for text in overrides]
+    values, sources = _read_extended(kind, Path(path), ())
+    for names, value, source in parsed:
+        within: Any = values
+        for name in names[:-1]:
+            within = within.setdefault(name, {}) if isinstance(within, dict) else None
+        if isinstance(within, dict):  # else a section that is none, refused when the config is built
+            within[names[-1]] = value
+            sources[".".join(names)] = source
+    return _build(kind, values, str(path), sources)
 
 
 def from_dict(values: object, source: str = "config") -> Config:
@@ -124,7 +133,7 @@ def from_dict(values: object, source: str = "config") -> Config:
     Raises:
         ValueError: An unknown key, a wrong type or a value out of range; the message names the dotted path and the source.
     """
-    return _build(values, source, {})
+    return _build(Config, values, source, {})
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
@@ -137,28 +146,35 @@ def config_to_json(config: Config) -> str:
     return json.dumps(resolved_dict(config), indent=2, ensure_ascii=False) + "\n"
 
 
-def _parse_override(text: str) -> _Override:
+def _parse_override(kind: type[Section], text: str) -> _Override:
     """Split "section.field=value" and read the value.
 
     Raises:
-        ValueError: It does not have that form, or names no known section.
+        ValueError: It does not have that form, or begins with what is no section.
     """
     source = f"--set {text if len(text) < LONG_OVERRIDE else text[:LONG_OVERRIDE] + '...'}"
     key, equals, raw = text.partition("=")
-    section, dot, field = key.strip().partition(".")
-    if not (equals and dot and section and field):
+    names = tuple(key.strip().split("."))
+    if not equals or not all(names) or (len(names) == 1 and (names[0] not in kind.model_fields or _section(kind, names[0]))):
         raise ValueError(f"--set must have the form section.field=value, such as lora.rank=32, got {shown(text)}.")
-    if section not in SECTIONS:
-        raise unknown_setting(key.strip(), section, SECTIONS, source)
+    if names[0] not in kind.model_fields:
+        raise unknown_setting(key.strip(), names[0], kind.model_fields, source)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
         value = raw
-    return _Override(section, field, value, source)
+    return _Override(names, value, source)
 
 
-def _read_extended(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The sections of a file over those of the file it extends, and which file each section and "section.field" comes from."""
+def _section(kind: type[Section], name: str) -> type[Section] | None:
+    """The section that a field of this name holds; None: it holds something else."""
+    field = kind.model_fields.get(name)
+    held = field.annotation if field is not None else None
+    return held if isinstance(held, type) and issubclass(held, Section) else None
+
+
+def _read_extended(kind: type[Section], path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a file over those of the file it extends, and which file each dotted path comes from."""
     here = path.resolve()
     if here in extending:
         raise ValueError(f'{path}: "{EXTENDS}" leads in a circle: {" -> ".join(file.name for file in (*extending, here))}.')
@@ -172,22 +188,29 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, A
         raise FieldError(EXTENDS, f"must be the path of a config file, relative to this one, got {shown(base)}", str(path))
     if base and not (path.parent / base).is_file():
         raise FileNotFoundError(f'{path}: "{EXTENDS}" names {base!r}, relative to this file, but {path.parent / base} is no file.')
-    values, sources = _read_extended(path.parent / base, (*extending, here)) if base else ({}, {})
-    for section, fields in given.items():
-        sources[section] = str(path)
-        if not isinstance(fields, dict) or not isinstance(values.get(section, {}), dict):
-            values[section] = fields  # no section at all: refused when the config is built
-            continue
-        values.setdefault(section, {}).update(fields)
-        sources.update({f"{section}.{field}": str(path) for field in fields})
+    values, sources = _read_extended(kind, path.parent / base, (*extending, here)) if base else ({}, {})
+    _lay_over(kind, values, given, sources, str(path))
     return values, sources
 
 
-def _build(values: object, source: str, sources: Mapping[str, str]) -> Config:
+def _lay_over(
+    kind: type[Section], values: dict[str, Any], given: dict[str, Any], sources: dict[str, str], source: str, path: str = ""
+) -> None:
+    """Put given values in place of those there, section within section field by field, and note where each comes from."""
+    for name, value in given.items():
+        here, section = f"{path}{name}", _section(kind, name)
+        sources[here] = source
+        if section is None or not isinstance(value, dict) or not isinstance(values.get(name, {}), dict):
+            values[name] = value
+        else:
+            _lay_over(section, values.setdefault(name, {}), value, sources, source, f"{here}.")
+
+
+def _build(kind: type[Kind], values: object, source: str, sources: Mapping[str, str]) -> Kind:
     """Make and validate the config; `sources` gives the place of single dotted paths, `source` that of all others."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{source}: must be a JSON object of sections, got {shown(values)}.")
     try:
-        return Config(**{name: value for name, value in values.items() if name not in IGNORED_KEYS})
+        return kind(**{name: value for name, value in values.items() if name not in IGNORED_KEYS})
     except FieldError as error:
         raise FieldError(error.path, error.problem, sources.get(error.path, source)) from error
