@@ -27,6 +27,8 @@ class ReferenceRecord:
         grid: Rows and columns of u over this picture; None: the sample's `reference_grid`.
         scores: Numbers by name, e.g. of filters.
         kind: What it is, e.g. "human", "animal", "object"; None: unknown.
+        similarity: [P], how alike the two ends of each point are; None: unknown.
+        match_scores: How far the matches can be trusted, by the names of `points_file.MATCH_SCORES`.
     """
 
     image: Picture
@@ -36,6 +38,8 @@ class ReferenceRecord:
     grid: tuple[int, int] | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     kind: str | None = None
+    similarity: np.ndarray | None = None
+    match_scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,13 @@ class DatasetWriter:
     Use as a context manager; an exception leaves nothing under `root` and removes what was written.
     """
 
-    def __init__(self, root: Path, pictures: Literal["given", "png"] = "given") -> None:
+    def __init__(self, root: Path, pictures: Literal["given", "png"] = "given", provenance: Mapping[str, object] | None = None) -> None:
         """Name the folder; it is made when the context is entered.
 
         Args:
             root: Folder of the dataset; it must not exist yet.
             pictures: "given": picture files are copied byte by byte, once they are seen to decode; "png": all are stored as RGB PNG.
+            provenance: What made the data set, JSON values by name, for its description beside format and version.
 
         Raises:
             FileExistsError: `root` exists. When the context is entered also ValueError: another process is writing it.
@@ -73,6 +74,7 @@ class DatasetWriter:
         refuse_existing(root)
         self._replacing = new_folder(root, "folder")
         self._pictures = pictures
+        self._header = {"format": FORMAT, "version": VERSION, **(provenance or {})}
         self._rows: list[dict[str, object]] = []
         self._ids: set[str] = set()
         self._notes: Counter[str] = Counter()
@@ -92,8 +94,7 @@ class DatasetWriter:
             self._flush()
         self._table.close()
         if kind is None:
-            header = {"format": FORMAT, "version": VERSION}
-            (self._aside / DESCRIPTION).write_text(json.dumps(header, indent=2) + "\n")
+            (self._aside / DESCRIPTION).write_text(json.dumps(self._header, indent=2) + "\n")
         self._replacing.__exit__(kind, error, trace)
 
     def __contains__(self, sample_id: str) -> bool:
@@ -155,9 +156,7 @@ class DatasetWriter:
             "scores": _to_json(sample.scores),
             "metadata": metadata,
         }
-        points = {str(k): r.points for k, r in enumerate(sample.references) if r.points is not None}
-        if points:
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for name, array in points.items()}
+        if tensors := points_tensors(sample):
             save_tensors(tensors, self._aside / "points" / f"{sample.id}.safetensors")
         self._rows.append(row)
         if len(self._rows) == ROWS_PER_GROUP:
@@ -194,6 +193,18 @@ class DatasetWriter:
         picture = decoded if decoded.mode in ("L", "RGB") and isinstance(given, Image.Image) else to_rgb(decoded)
         picture.save(self._aside / name, format="PNG", compress_level=4)
         return name
+
+
+def points_tensors(sample: SampleRecord) -> dict[str, torch.Tensor]:
+    """What the points file of a sample holds; nothing where it is not matched."""
+    tensors: dict[str, torch.Tensor] = {}
+    for k, reference in enumerate(sample.references):
+        if reference.points is not None:
+            tensors[f"{k}"] = torch.from_numpy(np.ascontiguousarray(reference.points, dtype=np.int32))
+        if reference.similarity is not None:
+            tensors[f"{k}.similarity"] = torch.from_numpy(np.ascontiguousarray(reference.similarity, dtype=np.float16))
+        tensors |= {f"{k}.{name}": torch.tensor([score]) for name, score in reference.match_scores.items()}
+    return tensors
 
 
 def decode_picture(picture: Picture) -> Image.Image:
