@@ -26,7 +26,7 @@ PAGES = ("README.md", "configs/README.md", "preprocess/README.md", "preprocess/F
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 GUIDES = {page: (ROOT / page).read_text(encoding="utf-8") for page in (*PAGES, *DOCS)}
 EXTRACTORS = ("pixels.", "vae.", "flux.", "cleandift.", "geoaware.", "dinov2_diysc.")  # --set of preprocess/match.py
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if "schema" not in path.name)
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if "schema" not in path.name and "construct" not in path.name)
 VARIABLE = re.compile(r"[A-Z_]+=")
 
 

@@ -3,11 +3,14 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from mosaic.images import decode_image, read_picture
 from preprocess.construct.rows import PointsRow, PromptRow, ReferencesRow, Row, SegmentationRow, SynthesisRow
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class Candidate:
     points: PointsRow | None = None
 
 
+def known(row: T | None) -> T:
+    """A row, or a part of one, that a candidate must have by now."""
+    assert row is not None, "the candidate has come this far"
+    return row
+
+
 def row_of(candidate: Candidate, stage: str) -> Row | None:
     """What a stage, by its name, knows of a candidate."""
     return candidate.prompt if stage == "prompts" else getattr(candidate, stage)
@@ -56,6 +65,11 @@ def read_stage_picture(candidate: Candidate, stage: str, name: str = "") -> Imag
     """
     path = picture_path(candidate, stage, name)
     return decode_image(read_picture(path), str(path))
+
+
+def points_name(number: int) -> str:
+    """Name of a candidate's points file in the folder of stage 5."""
+    return f"{number:08d}.safetensors"
 
 
 def seed_of(base: int, stage: str, number: int, *more: int) -> int:

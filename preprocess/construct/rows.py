@@ -11,6 +11,9 @@ Kind = Literal["human", "animal", "object"]
 KINDS: tuple[Kind, ...] = ("human", "animal", "object")
 
 
+STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # numbers that are none fit no limit and no JSON
+
+
 class Row(BaseModel):
     """Base of all rows.
 
@@ -18,7 +21,7 @@ class Row(BaseModel):
         number: Of the candidate, from 0.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = STRICT
 
     number: int
 
@@ -32,7 +35,7 @@ class Subject(BaseModel):
         kind: What it is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = STRICT
 
     phrase: str
     name: str
@@ -90,7 +93,7 @@ class Found(BaseModel):
         rival: Score of the surest thing that answers to its phrase and that no subject was given; 0: there is none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = STRICT
 
     box: tuple[float, float, float, float]
     score: float
@@ -121,7 +124,7 @@ class Edit(BaseModel):
         remarks: What a judge said in words.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = STRICT
 
     seed: int
     instruction: str
@@ -148,7 +151,7 @@ class Matched(BaseModel):
         scores: Mean similarity, share that is cyclic, agreement of the extractors, as far as they are known.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = STRICT
 
     edit: int
     number_of_points: int

@@ -1,6 +1,7 @@
 """Writes configs/schema.json, the JSON Schema of config files, from the models of `mosaic.config.sections`.
 
-And preprocess/mappings/schema.json, that of `convert.py`'s mapping files, from `preprocess.sources.mapping`.
+And preprocess/mappings/schema.json, that of `convert.py`'s mapping files, from `preprocess.sources.mapping`, and
+configs/construct.schema.json, that of `construct.py`'s config files, from `preprocess.construct.config`.
 
 Editors that understand the "$schema" key of a file complete names, show what each setting means, and mark what is wrong.
 """
@@ -14,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from mosaic.commands import NOTHING, command
 from mosaic.config.loading import EXTENDS, Config
+from mosaic.config.schema import Section
 from mosaic.files import write_text
 from preprocess.sources import mapping
 
 FILE = ROOT / "configs" / "schema.json"
+CONSTRUCT_FILE = ROOT / "configs" / "construct.schema.json"
 MAPPING_FILE = mapping.FOLDER / "schema.json"
 FOR_EDITORS: dict[str, Any] = {
     "$schema": {"type": "string", "description": "For editors; without effect."},
@@ -25,13 +28,13 @@ FOR_EDITORS: dict[str, Any] = {
 }
 
 
-def config_schema() -> dict[str, Any]:
-    """The JSON Schema of a config file: that of `Config`, and the keys that a file may hold beside its sections."""
-    schema = Config.model_json_schema()
+def config_schema(kind: type[Section] = Config, title: str = "Config of MOSAIC for FLUX") -> dict[str, Any]:
+    """The JSON Schema of a config file: that of its settings, and the keys that a file may hold beside its sections."""
+    schema = kind.model_json_schema()
     extends = {"type": "string", "description": "Config file, relative to this one, whose settings hold where this one gives none."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Config of MOSAIC for FLUX",
+        "title": title,
         **schema,
         "properties": FOR_EDITORS | {EXTENDS: extends} | schema["properties"],
     }
@@ -40,6 +43,13 @@ def config_schema() -> dict[str, Any]:
 def schema_text() -> str:
     """What configs/schema.json must hold."""
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def construct_schema_text() -> str:
+    """What configs/construct.schema.json must hold."""
+    from preprocess.construct.config import ConstructConfig  # and torch, which a look at the help does without
+
+    return json.dumps(config_schema(ConstructConfig, "Config of construct.py"), indent=2, ensure_ascii=False) + "\n"
 
 
 def mapping_schema_text() -> str:
@@ -60,4 +70,5 @@ def main(argv: list[str] | None = None) -> None:
     """Write the files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     write_schema(FILE, schema_text())
+    write_schema(CONSTRUCT_FILE, construct_schema_text())
     write_schema(MAPPING_FILE, mapping_schema_text())

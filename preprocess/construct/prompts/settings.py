@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mosaic.config.schema import FieldError, Section
-from mosaic.config.sections import NotNegative, Probability, Text
+from mosaic.config.sections import Count, NotNegative, Probability, Text
 from preprocess.construct.chats import ChatSettings
 
 MAX_SUBJECTS = 6
@@ -20,9 +20,12 @@ class PromptChat(ChatSettings):
 
 
 class PromptLimits(Section):
-    """What decides: nothing; a prompt is valid or not."""
+    """What decides, beside whether a prompt is valid."""
 
     path: ClassVar[str] = "prompts.limits"
+
+    max_uses: Count | None = 1
+    """How many candidates may have one prompt, by its words alone; null: any number, where only few prompts are known to the model."""
 
 
 class PromptsSettings(Section):

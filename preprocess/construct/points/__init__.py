@@ -1,0 +1,1 @@
+"""Stage 5: correspondences of the picture with each reference, disjoint over the references (Eq. 2)."""

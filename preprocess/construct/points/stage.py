@@ -1,0 +1,116 @@
+"""Stage 5: the matchers of `match.py` on the pictures that stages 2 to 4 have made."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mosaic.data.multi_reference.records import reference_grid_of, target_grid_of
+from mosaic.files import save_tensors
+from mosaic.method.grids import Grid
+from preprocess.construct.candidates import Candidate, known, points_name, read_stage_picture
+from preprocess.construct.points.settings import PointsSettings
+from preprocess.construct.rows import Matched, PointsRow, Row
+from preprocess.construct.stage import Stage
+from preprocess.extractors import build_extractor, extractor_spec
+from preprocess.matching.samples import FoundPoints, ReferencePicture, SamplePictures, match_sample, sample_seed
+
+Choose = Callable[[Candidate], tuple[int | None, ...]]
+
+
+def points_stage(settings: PointsSettings, seed: int, dtype: torch.dtype, chosen: Choose) -> Stage:
+    """The stage.
+
+    Args:
+        settings: Its section.
+        seed: Of the run.
+        dtype: Of the extractors' models.
+        chosen: Which try of stage 4 is a subject's reference, for each of its subjects; None: it has none.
+    """
+    return Stage(
+        name="points",
+        row=PointsRow,
+        settings=settings,
+        load=partial(PointsWorker, settings, seed, dtype, chosen),
+        reasons=partial(reasons, settings),
+        inputs=lambda candidate: list(chosen(candidate)),
+    )
+
+
+def good_references(settings: PointsSettings, candidate: Candidate) -> list[int]:
+    """The subjects of a candidate, by their places, whose reference has points within the limits."""
+    return [k for k, _ in enumerate(candidate.prompt.subjects) if not _problem(settings, candidate, k)]
+
+
+def reasons(settings: PointsSettings, candidate: Candidate) -> list[str]:
+    """Why the sample is dropped: what its references miss, where too few are left."""
+    if len(good_references(settings, candidate)) >= settings.limits.min_references:
+        return []
+    problems = [_problem(settings, candidate, k) for k, _ in enumerate(candidate.prompt.subjects)]
+    return sorted({problem for problem in problems if problem}) or ["min_references"]
+
+
+def _problem(settings: PointsSettings, candidate: Candidate, k: int) -> str:
+    """The limit that the reference of subject k misses; "": none."""
+    matched, limits = known(candidate.points).subjects[k], settings.limits
+    if matched is None:
+        return "no reference"
+    if matched.number_of_points < limits.min_points:
+        return "min_points"
+    for name in ("similarity", "cyclic", "agreement"):
+        limit = getattr(limits, f"min_{name}")
+        if limit is not None and matched.scores.get(name, -1.0) < limit:
+            return f"min_{name}"
+    return ""
+
+
+class PointsWorker:
+    """The extractors, loaded."""
+
+    def __init__(self, settings: PointsSettings, seed: int, dtype: torch.dtype, chosen: Choose, device: torch.device) -> None:
+        """Load them.
+
+        Raises:
+            FileNotFoundError, ValueError: A model cannot be had, or an option does not fit it.
+        """
+        self.settings, self.seed, self.chosen = settings, seed, chosen
+        specs = [extractor_spec(name, options) for name, options in settings.extractors.items()]
+        self.extractors = [build_extractor(spec, device, dtype) for spec in specs]
+        self.provenance: dict[str, Any] = {
+            spec.name: {**spec.options.model_dump(mode="json"), **extractor.provenance}
+            for spec, extractor in zip(specs, self.extractors, strict=True)
+        }
+
+    def __call__(self, candidates: Sequence[Candidate], folder: Path) -> Iterator[Row]:
+        """Match candidate after candidate."""
+        for candidate in candidates:
+            chosen = self.chosen(candidate)
+            matched: list[Matched | None] = [None] * len(chosen)
+            tensors = {}
+            places = [k for k, edit in enumerate(chosen) if edit is not None]
+            for k, found in zip(places, self._match(candidate, places), strict=True):
+                scores = found.scores | ({"similarity": float(found.similarity.mean())} if len(found.pairs) else {})
+                matched[k] = Matched(edit=chosen[k], number_of_points=len(found.pairs), scores=scores)
+                tensors |= {f"{k}": found.pairs.int().contiguous(), f"{k}.similarity": found.similarity.half()}
+            save_tensors(tensors, folder / points_name(candidate.number))
+            yield PointsRow(number=candidate.number, subjects=tuple(matched))
+
+    def _match(self, candidate: Candidate, places: Sequence[int]) -> list[FoundPoints]:
+        """Points of the subjects at these places."""
+        pictures = sample_pictures(self.settings, candidate, self.chosen(candidate), places)
+        return match_sample(pictures, self.extractors, self.settings.matching, sample_seed(self.seed, f"{candidate.number}"))
+
+
+def sample_pictures(settings: PointsSettings, candidate: Candidate, chosen: Sequence[int | None], places: Sequence[int]) -> SamplePictures:
+    """The target and the references of the subjects at some places, with the grids of their points."""
+    target = read_stage_picture(candidate, "synthesis")
+    references = []
+    for k in places:
+        image = read_stage_picture(candidate, "references", f"ref{k}_{chosen[k]}")
+        mask = np.asarray(read_stage_picture(candidate, "segmentation", f"mask{k}").convert("L")) > 127
+        grid = Grid(*reference_grid_of((image.height, image.width), settings.reference_cells))
+        references.append(ReferencePicture(image, grid, mask))
+    return SamplePictures(target, Grid(*target_grid_of((target.height, target.width), settings.target_cells)), references)
