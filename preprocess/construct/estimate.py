@@ -203,7 +203,8 @@ def reference_parts(settings: Any, mean_subjects: float, assumed: EstimateSettin
     if settings.editor != "none":
         found = painter(settings.model, settings.max_sequence_length)
         passes = 2 if settings.negative_prompt is not None else 1
-        use = None if found is None else found.call(*settings.size, settings.num_inference_steps, pictures=1, passes=passes)
+        height, width = settings.size
+        use = None if found is None else found.call(height, width, settings.num_inference_steps, pictures=1, passes=passes)
         yield Part(f"edits, {settings.num_inference_steps} steps", settings.model, calls, use, True)
     if settings.encoder is not None:
         yield Part("identity", settings.encoder, calls + mean_subjects, picture_use(settings.encoder))

@@ -32,7 +32,7 @@ class PointsSettings(Section):
 
     path: ClassVar[str] = "points"
 
-    extractors: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"dift": {}, "dinov2": {}})
+    extractors: dict[str, dict[str, Any]] = Field(default_factory=lambda: dict[str, dict[str, Any]](dift={}, dinov2={}))
     """Extractors of features by name, as of `match.py`, each with its options; matches on which all agree stay."""
     matching: MatchingSettings = Field(default_factory=MatchingSettings)
     """How features become points."""

@@ -1,6 +1,6 @@
 """Stage 5: the matchers of `match.py` on the pictures that stages 2 to 4 have made."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from preprocess.construct.points.settings import PointsSettings
 from preprocess.construct.rows import Matched, PointsRow, Row
 from preprocess.construct.stage import Stage
 from preprocess.extractors import build_extractor, extractor_spec
-from preprocess.matching.samples import FoundPoints, ReferencePicture, SamplePictures, match_sample, sample_seed
+from preprocess.matching.samples import ReferencePicture, SamplePictures, match_sample, sample_seed
 
 Choose = Callable[[Candidate], tuple[int | None, ...]]
 
@@ -87,29 +87,25 @@ class PointsWorker:
     def __call__(self, candidates: Sequence[Candidate], folder: Path) -> Iterator[Row]:
         """Match candidate after candidate."""
         for candidate in candidates:
-            chosen = self.chosen(candidate)
-            matched: list[Matched | None] = [None] * len(chosen)
-            tensors = {}
-            places = [k for k, edit in enumerate(chosen) if edit is not None]
-            for k, found in zip(places, self._match(candidate, places), strict=True):
+            edits = {k: edit for k, edit in enumerate(self.chosen(candidate)) if edit is not None}
+            matched: list[Matched | None] = [None] * len(candidate.prompt.subjects)
+            tensors: dict[str, torch.Tensor] = {}
+            pictures = sample_pictures(self.settings, candidate, edits)
+            points = match_sample(pictures, self.extractors, self.settings.matching, sample_seed(self.seed, f"{candidate.number}"))
+            for (k, edit), found in zip(edits.items(), points, strict=True):
                 scores = found.scores | ({"similarity": float(found.similarity.mean())} if len(found.pairs) else {})
-                matched[k] = Matched(edit=chosen[k], number_of_points=len(found.pairs), scores=scores)
+                matched[k] = Matched(edit=edit, number_of_points=len(found.pairs), scores=scores)
                 tensors |= {f"{k}": found.pairs.int().contiguous(), f"{k}.similarity": found.similarity.half()}
             save_tensors(tensors, folder / points_name(candidate.number))
             yield PointsRow(number=candidate.number, subjects=tuple(matched))
 
-    def _match(self, candidate: Candidate, places: Sequence[int]) -> list[FoundPoints]:
-        """Points of the subjects at these places."""
-        pictures = sample_pictures(self.settings, candidate, self.chosen(candidate), places)
-        return match_sample(pictures, self.extractors, self.settings.matching, sample_seed(self.seed, f"{candidate.number}"))
 
-
-def sample_pictures(settings: PointsSettings, candidate: Candidate, chosen: Sequence[int | None], places: Sequence[int]) -> SamplePictures:
-    """The target and the references of the subjects at some places, with the grids of their points."""
+def sample_pictures(settings: PointsSettings, candidate: Candidate, edits: Mapping[int, int]) -> SamplePictures:
+    """The target and the references, with the grids of their points; `edits` are the chosen tries of the subjects that have a reference."""
     target = read_stage_picture(candidate, "synthesis")
     references = []
-    for k in places:
-        image = read_stage_picture(candidate, "references", f"ref{k}_{chosen[k]}")
+    for k, edit in edits.items():
+        image = read_stage_picture(candidate, "references", f"ref{k}_{edit}")
         mask = np.asarray(read_stage_picture(candidate, "segmentation", f"mask{k}").convert("L")) > 127
         grid = Grid(*reference_grid_of((image.height, image.width), settings.reference_cells))
         references.append(ReferencePicture(image, grid, mask))

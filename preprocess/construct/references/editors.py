@@ -1,7 +1,7 @@
 """What makes a reference of a cut-out: pipelines of diffusers that edit pictures, or nothing."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from PIL import Image
@@ -163,4 +163,4 @@ class _Index:
         """The name of its class."""
         from diffusers import DiffusionPipeline
 
-        return str(DiffusionPipeline.load_config(name, **arguments)["_class_name"])
+        return str(cast(Any, DiffusionPipeline).load_config(name, **arguments)["_class_name"])

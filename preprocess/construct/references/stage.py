@@ -178,7 +178,8 @@ def reasons(settings: ReferencesSettings, candidate: Candidate) -> list[str]:
     found = set()
     for one, tries in zip(chosen, candidate.references.subjects, strict=True):
         if one is None and tries:
-            found |= set(min((missed(settings, edit) for edit in tries), key=len))
+            problems = [missed(settings, edit) for edit in tries]
+            found |= set(min(problems, key=len))
     return [name for name in type(settings.limits).model_fields if name in found] or ["min_references"]
 
 

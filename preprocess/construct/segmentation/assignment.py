@@ -52,12 +52,12 @@ def assign(phrases: Sequence[str], found: Mapping[str, Sequence[Instance]]) -> l
             if phrase in thing.found:
                 scores[k, number] = thing.found[phrase].score
     given: list[int | None] = [None] * len(phrases)
-    for k, number in zip(*linear_sum_assignment(scores, maximize=True), strict=True):
-        given[k] = int(number) if scores[k, number] > 0 else None
+    for k, column in zip(*linear_sum_assignment(scores, maximize=True), strict=True):
+        given[k] = int(column) if scores[k, column] > 0 else None
     for phrase in set(phrases):
         own = [k for k, other in enumerate(phrases) if other == phrase]
-        numbers = [number for k in own if (number := given[k]) is not None]
-        ordered = sorted(numbers, key=lambda number: mask_box(things[number].found[phrase].mask))
+        columns = [column for column in (given[k] for k in own) if column is not None]
+        ordered = sorted(columns, key=lambda column: mask_box(things[column].found[phrase].mask))
         for place, k in enumerate(own):
             given[k] = ordered[place] if place < len(ordered) else None
     return [

@@ -1,6 +1,6 @@
 """What a model must do that finds what phrases name: one call for a picture, all things that answer to each phrase."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class PhraseSegmenter(Protocol):
         provenance: Its models, by what each does.
     """
 
-    provenance: Mapping[str, Provenance]
+    provenance: dict[str, Provenance]
 
     def find(self, picture: Image.Image, phrases: Sequence[str]) -> list[list[Instance]]:
         """All things in an RGB picture that answer to each of some phrases, in the phrases' order, each phrase asked for by itself.

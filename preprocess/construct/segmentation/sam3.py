@@ -37,7 +37,7 @@ class Sam3Segmenter:
         """Instances surer than the threshold; the score is that of the thing times that of the phrase to be there at all."""
         seen = self.model.get_vision_features(pixel_values=self.prepare([picture]).to(self.model.device, self.model.dtype))
         length = self.model.config.text_config.max_position_embeddings
-        found = []
+        found: list[list[Instance]] = []
         for phrase in phrases:
             tokens = self.tokenizer(phrase, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
             ids, attended = (tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask"))

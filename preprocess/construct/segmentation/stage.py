@@ -123,7 +123,7 @@ def find_subjects(segmenter: PhraseSegmenter, picture: Image.Image, texts: Seque
             found.append(None)
             continue
         known = Found(
-            box=tuple(boxes[k]),
+            box=(boxes[k].left, boxes[k].top, boxes[k].right, boxes[k].bottom),
             score=one.instance.score,
             number_found=one.number_found,
             area=float(masks[k].mean()),
