@@ -20,8 +20,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the segmenter and of all that leads to it")
     parser.add_argument("--num-scenes", type=int, default=3500, help="drawn for the training")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=16, help="scenes per step; three phrases are asked of each")
+    parser.add_argument("--tower-steps", type=int, default=900, help="in which the picture tower learns classes")
+    parser.add_argument("--decoder-steps", type=int, default=500, help="in which the decoder learns to answer phrases")
+    parser.add_argument("--batch-size", type=int, default=48, help="scenes per step; one phrase is asked of each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--test-scenes", type=int, default=100, help="held-out scenes per number of subjects")
     parser.add_argument("--threads", type=int, default=1)
@@ -33,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(argv)
-    for name in ("steps", "batch_size", "test_scenes", "threads"):
+    for name in ("tower_steps", "decoder_steps", "batch_size", "test_scenes", "threads"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}.")
     if arguments.num_scenes < arguments.batch_size:

@@ -22,6 +22,8 @@ from scripts.pocket.statistics import over_seeds_and_scenes
 
 SIDE = encoders.SIDE  # px, pictures as the segmenter reads them
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "clip"
+_TOWER = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 256, "hidden_act": "relu"}
+_VISION = _TOWER | {"image_size": SIDE, "patch_size": 8}
 _DECODER = {"extract_layers": [0, 2, 3], "reduce_dim": 96, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 192}
 
 
@@ -32,12 +34,17 @@ def phrases(class_name: str) -> tuple[str, ...]:
 
 
 def build_segmenter() -> CLIPSegForImageSegmentation:
-    """A CLIPSeg whose towers are those of the pocket CLIP, as the published ones are CLIP's, and whose decoder has fresh weights."""
+    """A CLIPSeg at toy size that reads texts as the pocket CLIP does; all else has fresh weights.
+
+    CLIP's picture tower knows which classes a whole picture shows, not where each stands.
+    """
     clip = CLIPModel.from_pretrained(CLIP)
-    text, vision = clip.config.text_config.to_dict(), clip.config.vision_config.to_dict()
-    config = CLIPSegConfig(text_config=text, vision_config=vision, projection_dim=clip.config.projection_dim, **_DECODER)
+    config = CLIPSegConfig(
+        text_config=clip.config.text_config.to_dict(), vision_config=_VISION, projection_dim=clip.config.projection_dim, **_DECODER
+    )
     model = CLIPSegForImageSegmentation(config)
-    model.clip.load_state_dict(clip.state_dict())
+    model.clip.text_model.load_state_dict(clip.text_model.state_dict())
+    model.clip.text_projection.load_state_dict(clip.text_projection.state_dict())
     return model
 
 

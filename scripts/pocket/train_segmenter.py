@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from mosaic.files import replacing, save_tensors, write_text
 from mosaic.locks import FolderLock
 from mosaic.weights.digests import weights_digest
-from preprocess.construct.segmentation.clipseg import ClipSegSegmenter, answers, read_pictures
+from preprocess.construct.segmentation.clipseg import ClipSegSegmenter
 from preprocess.construct.segmentation.settings import SegmentationSettings
 from scripts.ablation.plan import WORLD_DIGEST
 from scripts.pocket import runs, segmenter, world
@@ -33,7 +34,7 @@ RECORD = "segmenter.json"
 FLUX = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "flux"
 SHARES = world.RegimeShares(twins=0.3, mixed=0.15)
 MOST_NOISE, REDRAWING_STEPS, GUIDANCE = 0.5, 3, 2.5
-PHRASES, MOST_PRESENT = 3, 2  # of a picture in a batch
+PRESENT = 0.7  # share of the phrases whose class is in the picture
 SEAM_WEIGHT = 6.0
 _SHARD = 250
 _CHECKPOINT_EVERY = 100  # steps
@@ -124,57 +125,57 @@ def class_mask(front: np.ndarray, subjects: list[int]) -> tuple[np.ndarray, np.n
     return shown & ~seam, seam
 
 
+def class_labels(front: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """The class that is seen at each pixel, from 1, int64 `[SIDE, SIDE]`; 0 for the background and for seams."""
+    labels = np.array([0, *(1 + world.CLASSES.index(name) for name in classes)])[1 + front]
+    for name in {name for name in classes if classes.count(name) > 1}:
+        labels[class_mask(front, [k for k, other in enumerate(classes) if other == name])[1]] = 0
+    return labels
+
+
 @dataclass(frozen=True)
 class Batch:
     """Pictures of one step and what is asked of them.
 
     Attributes:
         pixels: float32 `[B, 3, SIDE, SIDE]` in [-1, 1].
-        phrases: B * PHRASES.
-        pictures: int64 `[B * PHRASES]`, the picture of each phrase.
-        masks: float32 `[B * PHRASES, SIDE, SIDE]`, 1 where the answer is yes; nowhere for a class that is absent.
+        phrases: B, one of each.
+        masks: float32 `[B, SIDE, SIDE]`, 1 where the answer is yes; nowhere for a class that is absent.
         weights: float32 of the same shape, of the pixels in the loss.
-        labels: int64 `[B, SIDE, SIDE]`, the class that is seen at a pixel, from 1, 0 for the background.
+        labels: int64 `[B, SIDE, SIDE]`, the class that is seen at a pixel, see `class_labels`.
     """
 
     pixels: Tensor
     phrases: list[str]
-    pictures: Tensor
     masks: Tensor
     weights: Tensor
     labels: Tensor
 
 
 def draw_batch(pictures: Pictures, size: int, rng: np.random.Generator) -> Batch:
-    """Scenes, rendered or drawn over, some mirrored, and for each up to two classes that it shows beside some that it does not."""
+    """Scenes, rendered or drawn over, some mirrored, and for each a class that it shows or one that it does not."""
     rows = rng.choice(len(pictures.front), size, replace=False)
     phrases, masks, weights, labels = [], [], [], []
     for row in rows:
-        labels.append(np.array([0, *(1 + world.CLASSES.index(name) for name in pictures.classes[row])])[1 + pictures.front[row]])
-        shown = list(dict.fromkeys(pictures.classes[row]))
-        absent = [name for name in world.CLASSES if name not in shown]
-        asked = [shown[i] for i in rng.permutation(len(shown))[:MOST_PRESENT]]
-        asked += [absent[i] for i in rng.permutation(len(absent))[: PHRASES - len(asked)]]
-        for name in asked:
-            mask, seam = class_mask(pictures.front[row], [k for k, other in enumerate(pictures.classes[row]) if other == name])
-            forms = segmenter.phrases(name)
-            phrases.append(forms[rng.integers(len(forms))])
-            masks.append(mask)
-            weights.append(1 + SEAM_WEIGHT * seam)
+        labels.append(class_labels(pictures.front[row], pictures.classes[row]))
+        present = rng.random() < PRESENT
+        names = [name for name in world.CLASSES if (name in pictures.classes[row]) == present]
+        name = names[rng.integers(len(names))]
+        mask, seam = class_mask(pictures.front[row], [k for k, other in enumerate(pictures.classes[row]) if other == name])
+        forms = segmenter.phrases(name)
+        phrases.append(forms[rng.integers(len(forms))])
+        masks.append(mask)
+        weights.append(1 + SEAM_WEIGHT * seam)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     pixels = torch.from_numpy(pictures.pixels[rows, rng.integers(2, size=size)]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    mirror = torch.rand(size, generator=generator) < 0.5
-    numbers = torch.arange(size).repeat_interleave(PHRASES)
-    wanted, weighed = (torch.from_numpy(np.stack(values)).float() for values in (masks, weights))
-    turned = mirror[numbers, None, None]
-    return Batch(
-        augment(torch.where(mirror[:, None, None, None], pixels.flip(-1), pixels), generator),
-        phrases,
-        numbers,
-        torch.where(turned, wanted.flip(-1), wanted),
-        torch.where(turned, weighed.flip(-1), weighed),
-        torch.where(mirror[:, None, None], (seen := torch.from_numpy(np.stack(labels))).flip(-1), seen),
-    )
+    mirror = (torch.rand(size, generator=generator) < 0.5)[:, None, None]
+
+    def turned(values: Tensor) -> Tensor:
+        """Those of mirrored pictures mirrored, `[B, ..., SIDE, SIDE]`."""
+        return torch.where(mirror if values.ndim == 3 else mirror[:, None], values.flip(-1), values)
+
+    wanted, weighed, seen = (turned(torch.from_numpy(np.stack(values))) for values in (masks, weights, labels))
+    return Batch(augment(turned(pixels), generator), phrases, wanted.float(), weighed.float(), seen)
 
 
 class ClassHead(nn.Module):
@@ -203,24 +204,32 @@ def mask_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
 def train(
     arguments: argparse.Namespace, pictures: Pictures, tokenizer: CLIPTokenizer, folder: Path
 ) -> tuple[CLIPSegForImageSegmentation, float]:
-    """Train the segmenter, or go on; returns it with averaged weights, and the seconds that it took."""
+    """Train the segmenter, or go on: its picture tower by `ClassHead`, then its decoder alone, as CLIPSeg was trained.
+
+    Returns:
+        It with averaged weights, and the seconds that it took.
+    """
     torch.manual_seed(arguments.seed)
     model = segmenter.build_segmenter().train()
     head = ClassHead(model.config.vision_config.hidden_size, model.config.vision_config.patch_size)
     modules: dict[str, nn.Module] = {"segmenter": model, "head": head}
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    average, clock = runs.MovingAverage(parameters, 0.995), runs.Clock(arguments.steps, None)
+    average, clock = runs.MovingAverage(parameters, 0.99), runs.Clock(arguments.tower_steps + arguments.decoder_steps, None)
     file = folder / "checkpoint.pt"
     runs.load_checkpoint(file, modules, optimizer, average, clock)
-    bar = tqdm(initial=clock.step, total=arguments.steps, desc="segmenter", unit="step", mininterval=5.0)
-    while clock.step < arguments.steps:
-        optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(clock.step, clock.progress(), 100, 0.3)
+    bar = tqdm(initial=clock.step, total=clock.steps, desc="segmenter", unit="step", mininterval=5.0)
+    while clock.progress() < 1:
+        at_tower = clock.step < arguments.tower_steps
+        step, length = (clock.step, arguments.tower_steps) if at_tower else (clock.step - arguments.tower_steps, arguments.decoder_steps)
+        optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(step, step / length, 50, 0.3)
         batch = draw_batch(pictures, arguments.batch_size, np.random.default_rng([arguments.seed, clock.step]))
-        tokens = tokenizer(batch.phrases, padding=True, return_tensors="pt")
-        states = read_pictures(model, segmenter.normalize(batch.pixels))
-        known = head.loss(states[-1][:, 1:], batch.labels)
-        loss = mask_loss(answers(model, states, tokens, batch.pictures), batch.masks, batch.weights) + known
+        pixels = segmenter.normalize(batch.pixels)
+        if at_tower:
+            loss = head.loss(model.clip.vision_model(pixel_values=pixels).last_hidden_state[:, 1:], batch.labels)
+        else:  # CLIPSeg's own forward lets no gradient into its towers
+            tokens = tokenizer(batch.phrases, padding=True, return_tensors="pt")
+            loss = mask_loss(model(pixel_values=pixels, **tokens).logits, batch.masks, batch.weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
@@ -228,10 +237,10 @@ def train(
         average.update(parameters)
         clock.step += 1
         bar.update()
-        if clock.step % 25 == 0 or clock.step == arguments.steps:
-            bar.set_postfix(loss=f"{loss.item():.3f}", classes=f"{known.item():.3f}")
-            runs.append_log(folder / "log.jsonl", step=clock.step, loss=loss.item(), classes=known.item(), seconds=clock.elapsed())
-        if clock.step % _CHECKPOINT_EVERY == 0 or clock.step == arguments.steps:
+        if clock.step % 25 == 0 or clock.progress() == 1:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            runs.append_log(folder / "log.jsonl", step=clock.step, loss=loss.item(), seconds=clock.elapsed())
+        if clock.step % _CHECKPOINT_EVERY == 0 or clock.progress() == 1:
             runs.save_checkpoint(file, modules, optimizer, average, clock)
     bar.close()
     with torch.no_grad():
@@ -247,6 +256,7 @@ def run(arguments: argparse.Namespace) -> None:
         OSError, ValueError: A flag will not do, or the folder is in use or was begun with other flags.
     """
     torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)  # numbers near 0 would make steps slow
     work = arguments.output / "work"
     with FolderLock(arguments.output, "--output") as lock:
         lock.acquire()

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoProcessor, BatchEncoding, CLIPSegForImageSegmentation
+from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
 from mosaic.evaluation.encoders import Provenance, load_encoder, provenance_of
 from mosaic.weights.frozen import call_loader
@@ -37,31 +36,9 @@ class ClipSegSegmenter:
         pixels = self.processor(images=picture, return_tensors="pt").pixel_values.to(self.model.device, self.model.dtype)
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(list(phrases), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        everywhere = torch.zeros(len(phrases), dtype=torch.int64, device=self.model.device)
-        logits = answers(self.model, read_pictures(self.model, pixels), tokens.to(self.model.device), everywhere)
+        logits = self.model(pixel_values=pixels.expand(len(phrases), -1, -1, -1), **tokens.to(self.model.device)).logits
         resized = F.interpolate(logits[None].float(), (picture.height, picture.width), mode="bilinear", align_corners=False)[0]
         return [things(shares, self.mask_threshold) for shares in resized.sigmoid().cpu().numpy()]
-
-
-def read_pictures(model: CLIPSegForImageSegmentation, pixels: Tensor) -> tuple[Tensor, ...]:
-    """What the layers of CLIPSeg's picture tower say of prepared pictures `[N, 3, H, W]`: `[N, 1 + patches, width]`, with gradients."""
-    return model.clip.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
-
-
-def answers(model: CLIPSegForImageSegmentation, states: Sequence[Tensor], tokens: BatchEncoding, pictures: Tensor) -> Tensor:
-    """Logits of pixels to answer to phrases, as the model's `forward` gives them, but each picture is read once, and with gradients.
-
-    Args:
-        model: CLIPSeg.
-        states: Of `read_pictures`.
-        tokens: Of Q phrases.
-        pictures: int64 `[Q]`, the picture in which each phrase is looked for.
-
-    Returns:
-        `[Q, H, W]`.
-    """
-    condition = model.clip.get_text_features(**tokens).pooler_output
-    return model.decoder([states[layer + 1][pictures] for layer in model.extract_layers], condition).logits
 
 
 def things(shares: np.ndarray, threshold: float) -> list[Instance]:
