@@ -21,7 +21,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the segmenter and of all that leads to it")
     parser.add_argument("--num-scenes", type=int, default=3500, help="drawn for the training")
     parser.add_argument("--tower-steps", type=int, default=900, help="in which the picture tower learns classes")
-    parser.add_argument("--decoder-steps", type=int, default=500, help="in which the decoder learns to answer phrases")
+    parser.add_argument("--decoder-steps", type=int, default=1500, help="in which the decoder learns to answer phrases")
     parser.add_argument("--batch-size", type=int, default=48, help="scenes per step; one phrase is asked of each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--test-scenes", type=int, default=100, help="held-out scenes per number of subjects")
