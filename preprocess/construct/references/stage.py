@@ -178,8 +178,8 @@ def reasons(settings: ReferencesSettings, candidate: Candidate) -> list[str]:
     found = set()
     for one, tries in zip(chosen, candidate.references.subjects, strict=True):
         if one is None and tries:
-            problems = [missed(settings, edit) for edit in tries]
-            found |= set(min(problems, key=len))
+            fewest: list[str] = min((missed(settings, edit) for edit in tries), key=len)
+            found |= set(fewest)
     return [name for name in type(settings.limits).model_fields if name in found] or ["min_references"]
 
 
