@@ -24,6 +24,7 @@ IMPORTS = [
     "mosaic.rendering.runner",
     "mosaic.training",
     "preprocess.encoding",
+    "preprocess.construct.run",
     "preprocess.matching.run",
     "tests.runs",
 ]
