@@ -24,7 +24,7 @@ SIDE = encoders.SIDE  # px, pictures as the segmenter reads them
 CLIP = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "clip"
 _TOWER = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 256, "hidden_act": "relu"}
 _VISION = _TOWER | {"image_size": SIDE, "patch_size": 8}
-_DECODER = {"extract_layers": [0, 2, 3], "reduce_dim": 96, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 192}
+_DECODER = {"extract_layers": [3], "reduce_dim": 192, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 256}
 
 
 def phrases(class_name: str) -> tuple[str, ...]:

@@ -222,7 +222,8 @@ def train(
     while clock.progress() < 1:
         at_tower = clock.step < arguments.tower_steps
         step, length = (clock.step, arguments.tower_steps) if at_tower else (clock.step - arguments.tower_steps, arguments.decoder_steps)
-        optimizer.param_groups[0]["lr"] = arguments.lr * runs.learning_rate(step, step / length, 50, 0.3)
+        rate = arguments.lr if at_tower else 2 * arguments.lr
+        optimizer.param_groups[0]["lr"] = rate * runs.learning_rate(step, step / length, 50, 0.3)
         batch = draw_batch(pictures, arguments.batch_size, np.random.default_rng([arguments.seed, clock.step]))
         pixels = segmenter.normalize(batch.pixels)
         if at_tower:
