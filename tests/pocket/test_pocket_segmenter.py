@@ -1,5 +1,6 @@
 """The pocket world's segmenter: what it is trained on, that training goes on bit for bit, and how well the shipped one finds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from diffusers import FluxPipeline
 from transformers import CLIPTokenizer
 
+from mosaic.weights.digests import weights_digest
+from preprocess.construct.segmentation.clipseg import ClipSegSegmenter
 from preprocess.construct.segmentation.masks import overlap_of_masks
 from scripts import make_pocket_segmenter
 from scripts.pocket import segmenter, train_segmenter, world
 
+ASSETS = Path("assets/pocket")
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of the norms of the pocket FLUX in bfloat16
 FLAGS = ("--num-scenes", "6", "--batch-size", "4", "--tower-steps", "1", "--decoder-steps", "1", "--test-scenes", "4")
 
@@ -118,3 +122,14 @@ def test_subjects_of_one_class_are_told_apart_as_fits_best() -> None:
     one[:2], other[2:] = True, True
     assert segmenter.subject_ious([other, one, none], [one, other, one], ["cat", "cat", "mug"]) == [1, 1, 0]
     assert overlap_of_masks(none, none) == 0
+
+
+def test_the_shipped_segmenter_finds_the_subjects_of_held_out_scenes() -> None:
+    record = json.loads((ASSETS / train_segmenter.RECORD).read_text())
+    assert record["digest"] == weights_digest(ASSETS / "segmenter" / "model.safetensors")
+    assert sum(file.stat().st_size for file in (ASSETS / "segmenter").iterdir()) < 5e6
+    found = ClipSegSegmenter(str(ASSETS / "segmenter"), torch.device("cpu"), torch.float32, 0.5)
+    for k in (1, 3):
+        measured, stated = segmenter.measure(found, k, 8), record["held_out"]["distinct"][str(k)]
+        assert measured["iou"] > stated["iou"] - 0.1
+        assert measured["found"] > 0.9
