@@ -90,7 +90,7 @@ def measure(segmenter: PhraseSegmenter, num_subjects: int, count: int, regime: s
         rendered = world.render_scene(scene, SIDE)
         names = [placement.identity.class_name for placement in scene.placements]
         masks = [one[1] if one else np.zeros((SIDE, SIDE), bool) for one in find_subjects(segmenter, rendered.image, names)]
-        ious.append(float(np.mean(subject_ious(masks, rendered.masks > 0, names))))
+        ious.append(float(np.mean(subject_ious(masks, list(rendered.masks > 0), names))))
         found += [bool(mask.any()) for mask in masks]
     estimate = over_seeds_and_scenes([ious])
     return {"iou": estimate.mean, "half": estimate.half, "found": float(np.mean(found)), "count": count}
