@@ -110,6 +110,9 @@ def test_what_is_known_of_a_mask() -> None:
         box=(0, 4, 8, 16), score=0.8, number_found=1, area=80 / SIDE**2, truncated=12 / 35, overlap=16 / (96 + 120 - 16), rival=0
     )
     assert mug[0].truncated == 0
+    alike = [patch(0, 0, 8, 8, 0.6), patch(4, 0, 12, 8, 0.8)]  # equally sure of the pixels that they share: the surer thing has them
+    assert [int(mask.sum()) for mask in masks.exclusive(alike)] == [32, 64]
+    assert [int(mask.sum()) for mask in masks.exclusive(alike[::-1])] == [64, 32]
     full = np.ones((5, 7), bool)
     assert masks.truncated(full) == 1
     full[0] = False
