@@ -16,6 +16,7 @@ from PIL import Image
 import inference
 from mosaic.config.loading import load_config
 from mosaic.rendering.cases.reading import load_cases
+from preprocess.construct.config import load_construct_config
 from scripts import lora_tools
 from scripts.launching.launch import make_plan
 from scripts.pocket import world
@@ -126,9 +127,8 @@ def test_commands_name_scripts_and_flags_that_exist(words: list[str]) -> None:
     assert [word for word in shipped if not (ROOT / word).exists()] == []
     overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
     config = next((word for word in arguments if word.startswith("configs/")), "configs/pocket.json")
-    load_config(
-        ROOT / config, [re.sub(r'=.*\$\{?STEPS\}?"?', "=60", override) for override in overrides if not override.startswith(EXTRACTORS)]
-    )
+    load = load_construct_config if script.name == "construct.py" else load_config
+    load(ROOT / config, [re.sub(r'=.*\$\{?STEPS\}?"?', "=60", override) for override in overrides if not override.startswith(EXTRACTORS)])
 
 
 @pytest.mark.parametrize("words", [words for words in GUIDE_COMMANDS if script_of(words) == "inference.py"], ids=" ".join)

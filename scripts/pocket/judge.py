@@ -156,7 +156,7 @@ class Judge(nn.Module):
         Returns:
             `[B, N]`, the sum of the palette's, the pattern's and the marking's log-probability.
         """
-        verdict, c = self._look(pictures), class_index(class_name)
+        verdict, c = self.verdict(pictures), class_index(class_name)
         total = torch.zeros(len(pictures), len(identities))
         for attribute, names in ATTRIBUTES.items():
             logits = getattr(verdict, attribute)
@@ -171,24 +171,26 @@ class Judge(nn.Module):
     @torch.no_grad()
     def presence_probability(self, pictures: Tensor) -> Tensor:
         """Probability that each class is in the picture, `[B, C]`."""
-        return self._look(pictures).presence.sigmoid().cpu()
+        return self.verdict(pictures).presence.sigmoid().cpu()
 
     @torch.no_grad()
     def counts(self, pictures: Tensor) -> Tensor:
         """Likeliest number of subjects of each class, int64 `[B, C]`, at most `MAX_COUNT`."""
-        return self._look(pictures).count.argmax(dim=-1).cpu()
+        return self.verdict(pictures).count.argmax(dim=-1).cpu()
 
     @torch.no_grad()
     def backgrounds(self, pictures: Tensor) -> Tensor:
         """Index of the likeliest background, int64 `[B]`."""
-        return self._look(pictures).background.argmax(dim=-1).cpu()
+        return self.verdict(pictures).background.argmax(dim=-1).cpu()
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         """What the last layer of the picture's own head (background) reads: the trunk's mean over places, float32 `[B, coarse]`."""
         return self._evaluate(lambda x: self.trunk(x).mean(dim=(2, 3)), pictures).float().cpu()
 
-    def _look(self, pictures: Tensor) -> Verdict:
+    @torch.no_grad()
+    def verdict(self, pictures: Tensor) -> Verdict:
+        """All that the judge says of pictures `[B, 3, 64, 64]` in [-1, 1], as logits."""
         return self._evaluate(self, pictures)
 
     def _evaluate(self, function: Callable[[Tensor], Any], pictures: Tensor) -> Any:

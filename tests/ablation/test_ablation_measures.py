@@ -119,5 +119,5 @@ def test_features_of_the_judge_feed_its_background_head() -> None:
     pictures = torch.rand(3, 3, 64, 64) * 2 - 1
     features = judge.features(pictures)
     assert features.shape == (3, 16)
-    torch.testing.assert_close(judge.background(features), judge._look(pictures).background)
+    torch.testing.assert_close(judge.background(features), judge.verdict(pictures).background)
     assert judge.training

@@ -203,6 +203,11 @@ def test_the_card_must_be_known() -> None:
         EstimateSettings(gpu="abacus")
 
 
+def test_the_guide_has_the_table_of_licences() -> None:
+    rows = [f"| `{one.model}` | {one.role} | {one.licence} | {'yes' if one.gated else ''} |" for one in LICENCES]
+    assert "\n".join(rows) in Path("docs/construct.md").read_text(encoding="utf-8")
+
+
 def test_every_model_with_a_cost_has_a_licence() -> None:
     assert [model for model in (*PAINTERS, *VITS, *PICTURES, *CHATS) if licence_of(model) is None] == []
     assert len({one.model for one in LICENCES}) == len(LICENCES)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FluxPipeline, QwenImagePipeline, StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageFilter
 from transformers import AutoTokenizer, CLIPTextModel
@@ -24,6 +24,7 @@ from preprocess.construct.synthesis.judge import SubjectJudge
 from preprocess.construct.synthesis.settings import SynthesisJudge, SynthesisLimits, SynthesisSettings
 from preprocess.construct.synthesis.stage import SynthesisWorker, synthesis_stage
 from tests import tiny, tiny_extractors
+from tests.construct import tiny_editors
 from tests.evaluation import tiny_models, toys
 
 CPU = torch.device("cpu")
@@ -109,6 +110,22 @@ def save_stable_diffusion(folder: Path) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("kind", ["Flux2KleinPipeline", "QwenImagePipeline"])
+def test_further_classes(kind: str, tmp_path: Path) -> None:
+    if kind == "Flux2KleinPipeline":
+        tiny_editors.save_klein(tmp_path / "model")
+    else:
+        parts = tiny_editors.build_qwen().components
+        del parts["processor"]
+        QwenImagePipeline(**parts).save_pretrained(tmp_path / "model")
+    settings = settings_of(tmp_path / "model", sizes=((16, 24),), max_sequence_length=16, batch_size=2)
+    worker = synthesis_stage(settings, 0).load(CPU)
+    assert worker.provenance["pipeline"] == kind
+    rows, files = made(worker, range(3), tmp_path / "out")
+    assert len(set(files)) == 3
+    assert all((row.height, row.width) == (16, 24) and row.scores["contrast"] > 0 for row in rows)
 
 
 def test_another_class_and_arguments_that_it_does_not_take(flux: Path, tmp_path: Path) -> None:
