@@ -230,8 +230,8 @@ def run(arguments: argparse.Namespace) -> None:
         settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
         runs.check_begun(work / "settings.json", settings, str(arguments.output))
         pipeline = FluxKontextPipeline.from_pretrained(BASE, dtype=torch.float32)
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            part.eval().requires_grad_(False)
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            pipeline.components[name].eval().requires_grad_(False)
         with fast_attention("cpu"):
             seconds = train(arguments, pipeline, work)
         kontext.save_lora(pipeline.transformer, target)
