@@ -148,7 +148,7 @@ class Matched(BaseModel):
     Attributes:
         edit: Which try they were found in.
         number_of_points: P_k.
-        scores: Mean similarity, share that is cyclic, agreement of the extractors, as far as they are known.
+        scores: Mean similarity, share that is cyclic, agreement of the extractors, spatial order ("coherence"), as far as they are known.
     """
 
     model_config = STRICT

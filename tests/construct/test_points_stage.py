@@ -110,7 +110,12 @@ def test_a_reference_without_points_goes_and_its_sample_stays(candidate: Candida
 
 @pytest.mark.parametrize(
     ("limits", "reason"),
-    [({"min_points": 10_000}, "min_points"), ({"min_similarity": 1.1}, "min_similarity"), ({"min_cyclic": 1.0}, "min_cyclic")],
+    [
+        ({"min_points": 10_000}, "min_points"),
+        ({"min_similarity": 1.1}, "min_similarity"),
+        ({"min_cyclic": 1.0}, "min_cyclic"),
+        ({"min_coherence": 0.9}, "min_coherence"),
+    ],
 )
 def test_limits_of_points(limits: dict[str, float], reason: str, candidate: Candidate) -> None:
     done = matched(candidate, PointsSettings(**SETTINGS), (0, None))

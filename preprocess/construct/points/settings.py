@@ -23,6 +23,9 @@ class PointsLimits(Section):
     """Least share of a reference's matches that come back to where they started (`match.py`); null: not asked for."""
     min_agreement: Probability | None = None
     """Least share on which the extractors agree; null: not asked for. Needs two extractors."""
+    min_coherence: Probability | None = None
+    """Least spatial order of a reference's points, as the doctor measures it (1: that of right ones, 0: none); null: not asked for. Fewer
+    than 16 points have none that could be told, and miss any limit."""
     min_references: Count = 1
     """Fewest references with such points, else the sample is dropped."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mosaic.data.multi_reference.records import reference_grid_of, target_grid_of
+from mosaic.data.quality import coherence
 from mosaic.files import save_tensors
 from mosaic.method.grids import Grid
 from preprocess.construct.candidates import Candidate, known, points_name, read_stage_picture
@@ -60,7 +61,7 @@ def _problem(settings: PointsSettings, candidate: Candidate, k: int) -> str:
         return "no reference"
     if matched.number_of_points < limits.min_points:
         return "min_points"
-    for name in ("similarity", "cyclic", "agreement"):
+    for name in ("similarity", "cyclic", "agreement", "coherence"):
         limit = getattr(limits, f"min_{name}")
         if limit is not None and matched.scores.get(name, -1.0) < limit:
             return f"min_{name}"
@@ -92,8 +93,10 @@ class PointsWorker:
             tensors: dict[str, torch.Tensor] = {}
             pictures = sample_pictures(self.settings, candidate, edits)
             points = match_sample(pictures, self.extractors, self.settings.matching, sample_seed(self.seed, f"{candidate.number}"))
-            for (k, edit), found in zip(edits.items(), points, strict=True):
+            for (k, edit), reference, found in zip(edits.items(), pictures.references, points, strict=True):
                 scores = found.scores | ({"similarity": float(found.similarity.mean())} if len(found.pairs) else {})
+                if (order := coherence(found.pairs, reference.grid, pictures.target_grid)) is not None:
+                    scores["coherence"] = order
                 matched[k] = Matched(edit=edit, number_of_points=len(found.pairs), scores=scores)
                 tensors |= {f"{k}": found.pairs.int().contiguous(), f"{k}.similarity": found.similarity.half()}
             save_tensors(tensors, folder / points_name(candidate.number))
