@@ -19,7 +19,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the LoRA and of all that leads to it")
     parser.add_argument("--num-scenes", type=int, default=4000, help="drawn for the training, of one to six subjects each")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rank", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
