@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     from mosaic.planning.preflight import CURES
     from mosaic.training import train
     from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
+    from mosaic.weights.numbers import without_tiny_numbers
 
-    # Tails of softmax and GELU fall below 1e-38, where a CPU takes a hundred times as long for a number; GPUs have no such numbers.
-    torch.set_flush_denormal(True)
     try:
-        path = train(config, arguments.resume)
+        with without_tiny_numbers():
+            path = train(config, arguments.resume)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return REQUEUE_EXIT_CODE

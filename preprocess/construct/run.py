@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from mosaic.locks import FolderLock, acquire_for_all
 from mosaic.weights.frozen import DTYPES
+from mosaic.weights.numbers import without_tiny_numbers
 from preprocess.construct.candidates import Candidate
 from preprocess.construct.chunks import Chunks
 from preprocess.construct.config import ConstructConfig, load_construct_config
@@ -138,8 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the first process to end waits for the last one
     try:
-        with one_thread():
-            torch.set_flush_denormal(True)  # as in training: on a CPU tails of softmax and GELU cost more than all else
+        with one_thread(), without_tiny_numbers():
             summary = construct(arguments, state)
     finally:
         state.destroy_process_group()

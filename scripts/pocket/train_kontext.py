@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mosaic.files import replacing, save_tensors, write_text
 from mosaic.locks import FolderLock
 from mosaic.weights.digests import weights_digest
+from mosaic.weights.numbers import without_tiny_numbers
 from scripts.ablation.plan import WORLD_DIGEST, base_digest
 from scripts.pocket import kontext, runs, world
 from scripts.pocket.base_data import Layout, decode_tokens, encode_pictures
@@ -223,7 +224,6 @@ def run(arguments: argparse.Namespace) -> None:
         OSError, ValueError: A flag will not do, or the folder is in use or was begun with other flags.
     """
     torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     work, target = arguments.output / "work", arguments.output / "kontext"
     with FolderLock(arguments.output, "--output") as lock:
         lock.acquire()
@@ -232,7 +232,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = FluxKontextPipeline.from_pretrained(BASE, dtype=torch.float32)
         for name in ("vae", "text_encoder", "text_encoder_2"):
             pipeline.components[name].eval().requires_grad_(False)
-        with fast_attention("cpu"):
+        with fast_attention("cpu"), without_tiny_numbers():
             seconds = train(arguments, pipeline, work)
         kontext.save_lora(pipeline.transformer, target)
         pipeline = load_kontext(target)

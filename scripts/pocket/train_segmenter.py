@@ -20,6 +20,7 @@ from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from mosaic.files import replacing, save_tensors, write_text
 from mosaic.locks import FolderLock
 from mosaic.weights.digests import weights_digest
+from mosaic.weights.numbers import without_tiny_numbers
 from preprocess.construct.segmentation.clipseg import ClipSegSegmenter
 from preprocess.construct.segmentation.settings import SegmentationSettings
 from scripts.ablation.plan import WORLD_DIGEST
@@ -257,9 +258,8 @@ def run(arguments: argparse.Namespace) -> None:
         OSError, ValueError: A flag will not do, or the folder is in use or was begun with other flags.
     """
     torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)  # numbers near 0 would make steps slow
     work = arguments.output / "work"
-    with FolderLock(arguments.output, "--output") as lock:
+    with FolderLock(arguments.output, "--output") as lock, without_tiny_numbers():
         lock.acquire()
         settings = {name: value for name, value in vars(arguments).items() if name not in _FREE}
         runs.check_begun(work / "settings.json", settings, str(arguments.output))
