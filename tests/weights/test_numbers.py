@@ -19,5 +19,6 @@ def fail() -> None:
 
 def test_tiny_numbers_are_zero_within_alone() -> None:
     assert tiny().all()
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert tiny().all()
