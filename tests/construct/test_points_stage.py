@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mosaic.config.schema import FieldError
 from mosaic.data import Manifest
@@ -87,6 +88,14 @@ def test_points_are_those_of_matching_on_the_chosen_pictures(candidate: Candidat
     for k, found in enumerate(wanted):
         assert torch.equal(manifest.read_points(row)[k].long(), found.pairs)
         assert np.array_equal(manifest.read_mask(row, k, target) > 0, masks[k])
+    stored = manifest.read_picture(row.references[0].image, "reference")
+    assert np.array_equal(np.asarray(stored), np.asarray(checkerboard(0))), "the second try"
+    assert torch.equal(load_file(tmp_path / "dataset" / row.points)["1.similarity"], wanted[1].similarity.half())
+    counts = [len(found.pairs) for found in wanted]
+    assert counts[0] != counts[1]
+    stricter = config.replace(points=config.points.replace(limits={"min_points": max(counts)}))
+    assert export(stricter, lambda: iter([done]), {"points": {"seed": 0}}, tmp_path / "dataset"), "other references, another data set"
+    export(config, lambda: iter([done]), {"points": {"seed": 0}}, tmp_path / "dataset")
     assert read_match_scores((tmp_path / "dataset" / row.points).read_bytes(), 2)[0].keys() == {"cyclic"}
     assert row.prompt == "a red cat and a mug"
     assert [entry.phrase for entry in row.references] == ["a red cat", "a mug"]
