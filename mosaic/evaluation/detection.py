@@ -13,7 +13,7 @@ from transformers import (
     Owlv2ForObjectDetection,
 )
 
-from mosaic.evaluation.encoders import Provenance, load_encoder, provenance_of
+from mosaic.evaluation.encoders import Provenance, class_of, load_encoder, provenance_of
 from mosaic.weights.frozen import call_loader
 
 TASK = "<OPEN_VOCABULARY_DETECTION>"
@@ -147,7 +147,4 @@ def load_detector(name: str, flag: str = "--detector", device: torch.device | st
     Raises:
         FileNotFoundError, ValueError: It cannot be had, or is none.
     """
-    kind = call_loader(AutoConfig, name, flag).model_type
-    if kind not in DETECTORS:
-        raise ValueError(f"{flag}: {name} must be a model of one of the types {', '.join(DETECTORS)}, got one of the type {kind}.")
-    return DETECTORS[kind](name, flag, device, dtype)
+    return class_of(DETECTORS, name, flag)(name, flag, device, dtype)

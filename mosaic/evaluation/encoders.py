@@ -1,6 +1,6 @@
 """Models that turn pictures and texts into embeddings, of transformers' classes, with the preparation of pictures that protocols fix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,11 +137,7 @@ def load_picture_text(name: str, flag: str, device: torch.device | str = "cpu", 
     Raises:
         FileNotFoundError, ValueError: It cannot be had, or is none of them.
     """
-    kinds: dict[str, Any] = {"clip": ClipEncoder, "siglip": SiglipFit, "siglip2": SiglipFit}
-    kind = call_loader(AutoConfig, name, flag).model_type
-    if kind not in kinds:
-        raise ValueError(f"{flag}: {name} must be a model of one of the types {', '.join(kinds)}, got one of the type {kind}.")
-    return kinds[kind](name, flag, device, dtype)
+    return class_of({"clip": ClipEncoder, "siglip": SiglipFit, "siglip2": SiglipFit}, name, flag)(name, flag, device, dtype)
 
 
 class DinoEncoder:
@@ -191,11 +187,19 @@ def load_image_encoder(name: str, flag: str, device: torch.device | str = "cpu",
     Raises:
         FileNotFoundError, ValueError: It cannot be had, or is none of them.
     """
-    kinds: dict[str, Any] = {"clip": ClipEncoder, "vit": DinoEncoder, "dinov2": Dinov2Encoder}
+    return class_of({"clip": ClipEncoder, "vit": DinoEncoder, "dinov2": Dinov2Encoder}, name, flag)(name, flag, device, dtype)
+
+
+def class_of(kinds: Mapping[str, Any], name: str, flag: str) -> Any:
+    """The class for the type that a model's config states.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such model, or it is of none of these types.
+    """
     kind = call_loader(AutoConfig, name, flag).model_type
     if kind not in kinds:
         raise ValueError(f"{flag}: {name} must be a model of one of the types {', '.join(kinds)}, got one of the type {kind}.")
-    return kinds[kind](name, flag, device, dtype)
+    return kinds[kind]
 
 
 def unit(embeddings: Tensor) -> Tensor:

@@ -61,13 +61,12 @@ def estimate(config: ConstructConfig, output: Path) -> str:
     return dry_run(config, measured)
 
 
-def construct(arguments: argparse.Namespace, state: PartialState) -> str:
+def construct(arguments: argparse.Namespace, config: ConstructConfig, state: PartialState) -> str:
     """Run the stages that are asked for; returns a summary.
 
     Raises:
         FileNotFoundError, ValueError: Settings, models or the folder do not fit, too few candidates pass, or another run is there.
     """
-    config = load_construct_config(arguments.config, arguments.set)
     output, stages = arguments.output, stages_of(config)
     first, last = arguments.stages
     device = check_device(arguments.device or str(state.device))
@@ -88,7 +87,7 @@ def construct(arguments: argparse.Namespace, state: PartialState) -> str:
 
 
 def finish(config: ConstructConfig, rounds: Rounds, passing: int, output: Path, *, exporting: bool) -> str:
-    """Write the data set, if it is asked for, and the page; have the doctor look. Returns a summary.
+    """Write the data set, if it is asked for, and the page. Returns a summary.
 
     Raises:
         ValueError: Fewer candidates passed than samples are wanted.
@@ -132,15 +131,16 @@ def examine(dataset: Path, config: ConstructConfig, page: Path) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code, after stage 6 that of the doctor. Raises as `construct`."""
+    config = load_construct_config(arguments.config, arguments.set)
     if arguments.dry_run:
-        print(estimate(load_construct_config(arguments.config, arguments.set), arguments.output))
+        print(estimate(config, arguments.output))
         return 0
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each.
     on_cpu = arguments.device.startswith("cpu") if arguments.device else not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the first process to end waits for the last one
     try:
         with one_thread(), without_tiny_numbers():
-            summary = construct(arguments, state)
+            summary = construct(arguments, config, state)
     finally:
         state.destroy_process_group()
     if not summary:
@@ -148,5 +148,4 @@ def run(arguments: argparse.Namespace) -> int:
     print(summary)
     if arguments.stages[1] < EXPORT:
         return 0
-    config = load_construct_config(arguments.config, arguments.set)
     return examine(arguments.output / DATASET, config, arguments.output / DOCTOR)

@@ -5,14 +5,15 @@ stand where CLIP ViT-B/32 and DINO ViT-S/16 stand in a benchmark, and read pictu
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedModel, ViTConfig, ViTModel
 
 from mosaic.evaluation.encoders import ClipEncoder, ImageEncoder
 from mosaic.evaluation.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preparation
@@ -109,6 +110,11 @@ def save_encoder(folder: Path, kind: str, model: CLIPModel | ViTModel, tokenizer
         "image_std": made.std,
         "do_convert_rgb": True,
     }
+    save_half(folder, model, processor, tokenizer)
+
+
+def save_half(folder: Path, model: PreTrainedModel, processor: Mapping[str, Any], tokenizer: CLIPTokenizer | None) -> None:
+    """Write a model in half precision, its preprocessor_config.json and its tokenizer as transformers has them, the folder as a whole."""
     with replacing(folder) as aside:
         aside.mkdir()
         model.save_pretrained(aside)

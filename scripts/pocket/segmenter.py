@@ -1,18 +1,15 @@
 """Segmenter of the pocket world: a CLIPSeg of the real class at toy size, that shows where in a scene each class stands."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from mosaic.evaluation.pixels import CLIP_MEAN, CLIP_STD
-from mosaic.files import replacing, save_tensors, write_text
 from preprocess.construct.segmentation.masks import overlap_of_masks
 from preprocess.construct.segmentation.protocol import PhraseSegmenter
 from preprocess.construct.segmentation.stage import find_subjects
@@ -67,15 +64,7 @@ def save_segmenter(folder: Path, model: CLIPSegForImageSegmentation, tokenizer: 
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
     }
-    with replacing(folder) as aside:
-        aside.mkdir()
-        model.save_pretrained(aside)
-        weights = {name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
-        file = aside / "model.safetensors"
-        file.unlink()  # with it the permissions, which were the owner's alone
-        save_tensors(weights, file, {"format": "pt"})
-        write_text(aside / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
-        tokenizer.save_pretrained(aside)
+    encoders.save_half(folder, model, processor, tokenizer)
 
 
 def measure(segmenter: PhraseSegmenter, num_subjects: int, count: int, regime: str = "distinct") -> dict[str, float]:
