@@ -31,6 +31,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--cycle", type=int, metavar="CELLS", help="largest miss on the way there and back; 0: mutual nearest (default: off)"
     )
+    group.add_argument("--affine", type=int, metavar="CELLS", help="largest miss of the affine map that most matches follow (default: off)")
     group.add_argument("--min-similarity", type=float, metavar="COSINE", help="least cosine of a match (default: off)")
     group.add_argument("--min-margin", type=float, metavar="COSINE", help="least lead over the best distant cell (default: off)")
     group.add_argument("--soft-argmax", type=int, metavar="CELLS", help="refine u in a window of this radius (default: off)")

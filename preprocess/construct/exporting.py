@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mosaic.data import DatasetWriter, ReferenceRecord, SampleRecord, sample_id
+from mosaic.data.multi_reference.points_file import MATCH_SCORES
 from mosaic.data.multi_reference.records import reference_grid_of, target_grid_of
 from mosaic.data.multi_reference.storage import DESCRIPTION
 from mosaic.files import read_json, remove_folder
@@ -80,7 +81,7 @@ def sample_of(config: ConstructConfig, candidate: Candidate) -> SampleRecord:
                 },
                 kind=subject.kind,
                 similarity=tensors[f"{k}.similarity"].numpy(),
-                match_scores={name: value for name, value in matched.scores.items() if name in ("cyclic", "agreement")},
+                match_scores={name: value for name, value in matched.scores.items() if name in MATCH_SCORES},
             )
         )
     drawn = seed_of(config.seed, "split", candidate.number) / 2**63

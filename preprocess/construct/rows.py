@@ -148,7 +148,8 @@ class Matched(BaseModel):
     Attributes:
         edit: Which try they were found in.
         number_of_points: P_k.
-        scores: Mean similarity, share that is cyclic, agreement of the extractors, spatial order ("coherence"), as far as they are known.
+        scores: Mean similarity, shares that are cyclic and that follow one affine map, agreement of the extractors, spatial order
+            ("coherence"), as far as they are known.
     """
 
     model_config = STRICT

@@ -58,6 +58,7 @@ def filters() -> list[Filter]:
         masked("both masks"),
         masked("mutual nearest", cycle=0),
         *(masked(f"cycle within {cells}", cycle=cells) for cells in (1, 2, 4)),
+        *(masked(f"affine within {cells}", affine=cells) for cells in (1, 2)),
         *(masked(f"similarity >= {value:g}", min_similarity=value) for value in (0.95, 0.99)),
         *(masked(f"margin >= {value:g}", min_margin=value) for value in (0.002, 0.01)),
         *(masked(f"consensus within {cells}", True, consensus=cells) for cells in (0, 1, 2)),

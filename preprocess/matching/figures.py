@@ -56,7 +56,7 @@ def figures(
         yield name, Figures((pairs[:, 0] == truth.u).float().mean().item(), *told(pairs))
     together = [(" + ".join(names), matches)] if len(names) > 1 else []
     for who, chosen in [*((name, [match]) for name, match in zip(names, matches, strict=True)), *together]:
-        scores = match_scores(chosen, target_grid, truth.grid, MatchingSettings().consensus)
+        scores = match_scores(chosen, target_grid, truth.grid, MatchingSettings())
         for words, settings in _FILTERS.items():
             keep = accepted(chosen, target_grid, truth.grid, settings) & (chosen[0].index != NO_MATCH)
             pairs = points_from_index(chosen[0].index, keep)

@@ -60,8 +60,8 @@ class Layout(Protocol):
 
 
 class CompactLayout:
-    """The points file that the manifest names. Per reference k: "k" int32 [P_k, 2] of (u, v), "k.similarity" float16 [P_k], and "k.cyclic"
-    and "k.agreement" float32 [1] (`match_scores`), as far as they are known.
+    """The points file that the manifest names. Per reference k: "k" int32 [P_k, 2] of (u, v), "k.similarity" float16 [P_k], "k.cyclic",
+    "k.affine" and "k.agreement" float32 [1] (`match_scores`), as far as they are known.
     """
 
     name = "compact"

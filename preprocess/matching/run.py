@@ -26,7 +26,7 @@ from preprocess.matching.samples import sample_seed
 from preprocess.matching.settings import MatchingSettings
 from preprocess.matching.sheets import correspondence_panel
 
-FILTERS = ("consensus", "cycle", "min_similarity", "min_margin", "soft_argmax", "temperature", "unique_u")
+FILTERS = ("consensus", "cycle", "affine", "min_similarity", "min_margin", "soft_argmax", "temperature", "unique_u")
 
 
 def matching_settings(arguments: argparse.Namespace) -> MatchingSettings:

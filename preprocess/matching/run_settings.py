@@ -49,6 +49,8 @@ def claim_settings(layout: Layout, wanted: dict[str, Any], rows: Iterable[Row]) 
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         return
     found = read_json(path)
+    if isinstance(found, dict) and isinstance(found.get("matching"), dict):  # settings that came later had their defaults
+        found["matching"] = MatchingSettings().model_dump(mode="json") | found["matching"]
     difference = first_difference(found, wanted)
     if difference:
         raise ValueError(

@@ -13,6 +13,7 @@ from mosaic.method.correspondence import coarse_index, owned_by_similarity, redu
 from mosaic.method.grids import Grid
 from preprocess.extractors.protocol import Extractor
 from preprocess.matching import matching
+from preprocess.matching.affine import follows_affine
 from preprocess.matching.masks import covered_cells, on_black, subject_mask
 from preprocess.matching.matching import Match, match_features
 from preprocess.matching.settings import MatchingSettings
@@ -142,6 +143,8 @@ def accepted(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, 
     for match in matches:
         if settings.cycle is not None:
             keep &= matching.is_cyclic(match, target_grid, settings.cycle)
+        if settings.affine is not None:
+            keep &= follows_affine(match, target_grid, reference_grid, settings.affine)
         if settings.min_similarity is not None:
             keep &= match.similarity >= settings.min_similarity
         if settings.min_margin is not None:
@@ -149,26 +152,31 @@ def accepted(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, 
     return keep
 
 
-def match_scores(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, tolerance: int) -> dict[str, float]:
+def match_scores(matches: Sequence[Match], target_grid: Grid, reference_grid: Grid, settings: MatchingSettings) -> dict[str, float]:
     """How far the matches of one reference can be trusted, before any filter.
 
     Args:
         matches: Of each extractor, with the same masks.
         target_grid: Grid of v.
         reference_grid: Grid of u.
-        tolerance: Cells by which the extractors may differ.
+        settings: `affine` and `consensus` are used.
 
     Returns:
-        "cyclic": share of the matched target cells that come back to themselves within `CYCLE` cells, the mean over the extractors; and,
-        of several extractors, "agreement": share on which all agree. Nothing where no cell is matched.
+        "cyclic": share of the matched target cells that come back to themselves within `CYCLE` cells, the mean over the extractors; with
+        that filter, "affine": share that follows the affine map, likewise; and, of several extractors, "agreement": share on which all
+        agree. Nothing where no cell is matched.
     """
     matched = matches[0].index != matching.NO_MATCH
     if not matched.any():
         return {}
     cyclic = [matching.is_cyclic(match, target_grid, CYCLE)[matched].float().mean().item() for match in matches]
     scores = {"cyclic": float(np.mean(cyclic))}
+    if settings.affine is not None:
+        follow = [follows_affine(match, target_grid, reference_grid, settings.affine)[matched] for match in matches]
+        scores["affine"] = torch.stack(follow).float().mean().item()
     if len(matches) > 1:
-        scores["agreement"] = matching.agree([match.index for match in matches], reference_grid, tolerance)[matched].float().mean().item()
+        agreeing = matching.agree([match.index for match in matches], reference_grid, settings.consensus)
+        scores["agreement"] = agreeing[matched].float().mean().item()
     return scores
 
 
@@ -206,7 +214,7 @@ def _points(reference: ReferencePicture, features: Sequence[PairFeatures], setti
     keep = accepted(matches, target_grid, reference_grid, settings)
     index = refined_index(features[0], matches[0], reference_mask, settings)
     similarity = torch.stack([match.similarity[keep] for match in matches]).mean(dim=0)
-    scores = match_scores(matches, target_grid, reference_grid, settings.consensus)
+    scores = match_scores(matches, target_grid, reference_grid, settings)
     return FoundPoints(matching.points_from_index(index, keep).cpu(), similarity.cpu(), scores)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mosaic.config.schema import Section
-from mosaic.config.sections import CountOrZero, Positive, Seed
+from mosaic.config.sections import Count, CountOrZero, Positive, Seed
 
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 MAX_GRID = 512  # cells of a side: features of 1280 channels take 1.3 GB there
@@ -23,6 +23,8 @@ class MatchingSettings(Section):
     """Cells (Chebyshev) by which the matches of several extractors may differ; 0: exact equality as in the release."""
     cycle: CountOrZero | None = None
     """Cells by which a target cell may miss itself on the way to its reference cell and back; 0: mutual nearest; null: no such filter."""
+    affine: Count | None = None
+    """Cells by which a match may miss the affine map that most matches of its reference follow; null: no such filter."""
     min_similarity: Cosine | None = None
     """Least cosine of a match, for every extractor."""
     min_margin: Annotated[float, Field(ge=0, le=2)] | None = None

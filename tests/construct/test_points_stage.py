@@ -17,7 +17,7 @@ from preprocess.construct.candidates import Candidate, picture_name
 from preprocess.construct.config import ConstructConfig
 from preprocess.construct.exporting import export
 from preprocess.construct.points.settings import PointsSettings
-from preprocess.construct.points.stage import points_stage
+from preprocess.construct.points.stage import PointsWorker, points_stage
 from preprocess.construct.rows import Edit, Found, PointsRow, PromptRow, ReferencesRow, SegmentationRow, Subject, SynthesisRow
 from preprocess.extractors import build_extractor, extractor_spec
 from preprocess.matching.samples import ReferencePicture, SamplePictures, match_sample, sample_seed
@@ -123,13 +123,15 @@ def test_a_reference_without_points_goes_and_its_sample_stays(candidate: Candida
         ({"min_points": 10_000}, "min_points"),
         ({"min_similarity": 1.1}, "min_similarity"),
         ({"min_cyclic": 1.0}, "min_cyclic"),
+        ({"min_affine": 0.99}, "min_affine"),
         ({"min_coherence": 0.9}, "min_coherence"),
     ],
 )
 def test_limits_of_points(limits: dict[str, float], reason: str, candidate: Candidate) -> None:
-    done = matched(candidate, PointsSettings(**SETTINGS), (0, None))
-    assert points_stage(PointsSettings(**SETTINGS, limits={"min_points": 1}), 0, torch.float32, lambda _: (0, None)).reasons(done) == []
-    found = points_stage(PointsSettings(**SETTINGS, limits={"min_points": 1, **limits}), 0, torch.float32, lambda _: (0, None)).reasons(
+    settings = {**SETTINGS, "matching": SETTINGS.get("matching", {}) | {"affine": 3}}
+    done = matched(candidate, PointsSettings(**settings), (0, None))
+    assert points_stage(PointsSettings(**settings, limits={"min_points": 1}), 0, torch.float32, lambda _: (0, None)).reasons(done) == []
+    found = points_stage(PointsSettings(**settings, limits={"min_points": 1, **limits}), 0, torch.float32, lambda _: (0, None)).reasons(
         done
     )
     assert found == sorted(["no reference", reason])
@@ -140,3 +142,19 @@ def test_settings_of_points_are_checked() -> None:
         PointsSettings(extractors={"diftt": {}})
     with pytest.raises(FieldError, match="needs two extractors"):
         PointsSettings(extractors={"pixels": {}}, limits={"min_agreement": 0.5})
+    with pytest.raises(FieldError, match=r"needs points\.matching\.affine"):
+        PointsSettings(extractors={"pixels": {}}, limits={"min_affine": 0.5})
+
+
+def test_noise_of_extractors_follows_from_the_seed_and_the_candidate(candidate: Candidate) -> None:
+    worker = points_stage(PointsSettings(**SETTINGS), 3, torch.float32, lambda _: (0, None)).load(torch.device("cpu"))
+    assert isinstance(worker, PointsWorker)
+    (extractor,), seeds = worker.extractors, set()
+
+    def listening(image: Image.Image, seed: int) -> torch.Tensor:
+        seeds.add(seed)
+        return extractor(image, seed)
+
+    worker.extractors = [listening]
+    list(worker([candidate], candidate.folders["points"]))
+    assert seeds == {sample_seed(3, f"{candidate.number}")}

@@ -1,5 +1,6 @@
 """Matching of feature maps: constructed maps with known answers, plain loops, and properties of filters and ownership."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +10,10 @@ from torch import Tensor
 from mosaic.method.correspondence import make_disjoint, owned_by_similarity
 from mosaic.method.grids import Grid
 from preprocess.matching import matching
+from preprocess.matching.affine import follows_affine
 from preprocess.matching.matching import Match, match_features, soft_argmax
-from preprocess.matching.samples import FoundPoints, _carried, match_scores
+from preprocess.matching.samples import FoundPoints, _carried, accepted, match_scores
+from preprocess.matching.settings import MatchingSettings
 
 GRIDS = [Grid(6, 6), Grid(5, 9), Grid(9, 4), Grid(1, 7)]
 
@@ -288,6 +291,59 @@ def test_best_per_reference_cell(drawn: tuple[list[Tensor], list[Tensor]]) -> No
         assert keep.tolist() == [best[u] == (value, -v) for (u, v), value in zip(points.tolist(), similarity.tolist(), strict=True)]
 
 
+# --- affine
+
+
+def sent(index: Tensor, num_reference: int) -> Match:
+    """Matches of which only the cells are known; every reference cell takes part."""
+    return Match(index, torch.zeros(len(index)), torch.zeros(len(index)), torch.zeros(num_reference, dtype=torch.long))
+
+
+@pytest.mark.parametrize("matrix", [((0, 1), (1, 0)), ((0.5, 0), (0, -0.5)), ((0.6, 0.35), (-0.35, 0.6))])
+def test_affine_keeps_what_one_map_explains(matrix: tuple[tuple[float, float], ...]) -> None:
+    """Two of three matches go astray; of an exchanged, a shrunk and mirrored, and a turned subject the rest is found, with its tolerance."""
+    target, reference, rng = Grid(20, 24), Grid(22, 18), np.random.default_rng(1)
+    index = torch.full((target.num_tokens,), matching.NO_MATCH)
+    right = torch.zeros(target.num_tokens, dtype=torch.bool)
+    for v in range(target.num_tokens):
+        position = np.array(divmod(v, target.columns), dtype=float) - (10, 12)
+        if np.abs(position).max() > 7:
+            continue
+        row, column = np.rint(np.array(matrix) @ position + (11, 9)).astype(int)
+        row, column = row + int(rng.integers(-1, 2)), column
+        right[v] = rng.random() < 1 / 3
+        u = row * reference.columns + column if right[v] else rng.integers(reference.num_tokens)
+        index[v] = int(np.clip(u, 0, reference.num_tokens - 1))
+    found = follows_affine(sent(index, reference.num_tokens), target, reference, 2)
+    assert (found & right).sum() > 0.9 * right.sum()
+    assert (found & ~right).sum() < 0.3 * right.sum()
+    assert torch.equal(found, follows_affine(sent(index, reference.num_tokens), target, reference, 2))
+    assert follows_affine(sent(index, reference.num_tokens), target, reference, 1).sum() < found.sum()
+
+
+def test_affine_is_not_led_by_one_cell_that_attracts_many_nor_by_few() -> None:
+    grid = Grid(12, 12)
+    index = torch.arange(144)
+    index[torch.randperm(144, generator=torch.Generator().manual_seed(0))[:90]] = 77
+    found = follows_affine(sent(index, 144), grid, grid, 1)
+    assert torch.equal(found & (index != 77), index != 77)
+    assert (found & (index == 77)).sum() <= 9  # those around it
+    assert not follows_affine(sent(torch.full((144,), 77), 144), grid, grid, 1).any()
+    few = torch.where(torch.arange(144) < 11, torch.arange(144), matching.NO_MATCH)
+    assert not follows_affine(sent(few, 144), grid, grid, 1).any()
+
+
+def test_affine_score_is_the_share_that_follows() -> None:
+    grid = Grid(12, 12)
+    index = torch.arange(144)
+    index[::2] = torch.randint(144, (72,), generator=torch.Generator().manual_seed(0))
+    scores = match_scores([sent(index, 144)], grid, grid, MatchingSettings(affine=1))
+    assert 0.5 <= scores["affine"] < 0.6
+    keep = accepted([sent(index, 144)], grid, grid, MatchingSettings(affine=1))
+    assert keep.float().mean().item() == pytest.approx(scores["affine"])
+    assert "affine" not in match_scores([sent(index, 144)], grid, grid, MatchingSettings())
+
+
 # --- grids
 
 
@@ -297,10 +353,10 @@ def test_scores_by_hand() -> None:
     first = Match(torch.tensor([0, 1, 2, 3, -1, -1, -1, -1]), nothing, nothing, torch.tensor([0, 1, 7, 0, 4, 5, 6, 7]))
     second = Match(torch.tensor([1, 3, 2, 7, -1, -1, -1, -1]), nothing, nothing, torch.tensor([5, 5, 5, 5, 5, 5, 5, 1]))
     # First: cells 0 and 1 come back to themselves, 2 to 7, 3 to 0: 1/2. Second: 0 to 5, 1 to 5, 2 to 5, 3 to 1, within 2: 1/4.
-    assert match_scores([first], grid, grid, 1) == {"cyclic": 0.5}
-    assert match_scores([first, second], grid, grid, 1) == {"cyclic": 0.375, "agreement": 0.5}  # 0 and 1, 2 and 2
-    assert match_scores([first, second], grid, grid, 2) == {"cyclic": 0.375, "agreement": 0.75}
-    assert match_scores([Match(torch.full((8,), -1), nothing, nothing, torch.full((8,), -1))], grid, grid, 1) == {}
+    assert match_scores([first], grid, grid, MatchingSettings()) == {"cyclic": 0.5}
+    assert match_scores([first, second], grid, grid, MatchingSettings()) == {"cyclic": 0.375, "agreement": 0.5}  # 0 and 1, 2 and 2
+    assert match_scores([first, second], grid, grid, MatchingSettings(consensus=2)) == {"cyclic": 0.375, "agreement": 0.75}
+    assert match_scores([Match(torch.full((8,), -1), nothing, nothing, torch.full((8,), -1))], grid, grid, MatchingSettings()) == {}
 
 
 def test_points_are_sorted_by_v_with_u_first() -> None:

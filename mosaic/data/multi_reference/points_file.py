@@ -12,8 +12,8 @@ from mosaic.images import MAX_FILE
 from mosaic.method.grids import Grid
 
 PICTURES = "pictures"  # key of the file's metadata
-MATCH_SCORES = ("cyclic", "agreement")
-"""What matching may record of reference k beside its points, as "k.cyclic" and "k.agreement": float32 [1], shares."""
+MATCH_SCORES = ("cyclic", "affine", "agreement")
+"""What matching may record of reference k beside its points, as "k.cyclic" and so on: float32 [1], shares."""
 
 
 def read_match_scores(data: bytes, num_references: int) -> tuple[dict[str, float], ...]:

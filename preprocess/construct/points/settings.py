@@ -21,6 +21,8 @@ class PointsLimits(Section):
     """Least mean cosine of a reference's points; null: not asked for."""
     min_cyclic: Probability | None = None
     """Least share of a reference's matches that come back to where they started (`match.py`); null: not asked for."""
+    min_affine: Probability | None = None
+    """Least share of a reference's matches that follow one affine map; null: not asked for. Needs `points.matching.affine`."""
     min_agreement: Probability | None = None
     """Least share on which the extractors agree; null: not asked for. Needs two extractors."""
     min_coherence: Probability | None = None
@@ -55,6 +57,8 @@ class PointsSettings(Section):
                 extractor_spec(name, options)
             except ValueError as error:
                 raise FieldError("points.extractors", f"must fit: {error}".rstrip(".")) from error
+        if self.limits.min_affine is not None and self.matching.affine is None:
+            raise FieldError("points.limits.min_affine", "needs points.matching.affine, got null there; give it a radius in cells")
         if self.limits.min_agreement is not None and len(self.extractors) < 2:
             raise FieldError("points.limits.min_agreement", "needs two extractors to agree, got one; add another to points.extractors")
         return self

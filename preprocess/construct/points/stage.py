@@ -61,7 +61,7 @@ def _problem(settings: PointsSettings, candidate: Candidate, k: int) -> str:
         return "no reference"
     if matched.number_of_points < limits.min_points:
         return "min_points"
-    for name in ("similarity", "cyclic", "agreement", "coherence"):
+    for name in ("similarity", "cyclic", "affine", "agreement", "coherence"):
         limit = getattr(limits, f"min_{name}")
         if limit is not None and matched.scores.get(name, -1.0) < limit:
             return f"min_{name}"
