@@ -1,7 +1,7 @@
 """Draw the tables and figures of an ablation from its results file: `python scripts/ablation_figures.py outputs/ablation/results.json`.
 
 Writes report.md with all tables, the figures beside it as SVG and PNG, each number of which is in the results file next to its run.
-With --readme FILE the main ones also go into that file, between its two lines "<!-- ablation -->".
+With --readme FILE the main ones also go into that file, between its two lines "<!-- trial -->".
 """
 
 import argparse

@@ -229,11 +229,11 @@ class _Making:
         settings |= {"training.seed": seed}
         config = load_config(common, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
         begun = [source.digest, self.size.late_from] if source else None
-        digest = digest_of({"config": _what_matters(config), "start": begun, "trained": arm.trained, **self.identity})
+        digest = digest_of({"config": what_matters(config), "start": begun, "trained": arm.trained, **self.identity})
         name = f"{part}_{arm.name}_seed{seed}_{digest[:8]}" if arm.trained else f"base_{digest[:8]}"
         folder, path = self.output / "runs" / name, common.parent / f"{name}.json"
         started = {} if start is None else {"lora.pretrained": str(start)}
-        _write_config(path, common, {**settings, **started, "training.output_dir": str(folder)})
+        write_config(path, common, {**settings, **started, "training.output_dir": str(folder)})
         measured = tuple(range(self.size.every, steps + 1, self.size.every)) if part == "scratch" and arm.trained else (steps,)
         return Run(part, arm, seed, path, folder, digest, steps, measured, start)
 
@@ -259,7 +259,7 @@ class _Making:
         if self.base is not None:
             settings["model.pretrained"] = self.base
         path = self.output / "configs" / f"common_{digest_of(settings)[:8]}.json"
-        _write_config(path, BASE_CONFIG, settings)
+        write_config(path, BASE_CONFIG, settings)
         return path
 
 
@@ -268,7 +268,7 @@ def caches_of(data: Path) -> tuple[Path, Path]:
     return data.with_name(f"{data.name}_latents"), data.with_name(f"{data.name}_text")
 
 
-def _write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:
+def write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:
     """Write settings as a config file that extends another; an equal file is left alone."""
     values: dict[str, Any] = {"extends": os.path.relpath(extends, path.parent)}
     for key, value in settings.items():
@@ -280,7 +280,7 @@ def _write_config(path: Path, extends: Path, settings: dict[str, Any]) -> None:
         write_text(path, text)
 
 
-def _what_matters(config: Config) -> dict[str, Any]:
+def what_matters(config: Config) -> dict[str, Any]:
     """The settings that decide what a training makes: no paths, logs or rendering.
 
     Defaults are left out, so that a setting which a later version adds, off by default, does not make finished runs strangers.

@@ -50,8 +50,17 @@ def put_into(page: Path, results: dict[str, Any], report: Path) -> None:
     """
     if not results["complete"]:
         raise ValueError(f"{page}: only a finished trial goes into a page; start the same scripts/ablation.py again to finish it.")
-    parts = page.read_text(encoding="utf-8").split(f"{MARKER}\n")
+    put_between(page, MARKER, block(results, Path(os.path.relpath(report.parent, page.parent)).as_posix()))
+
+
+def put_between(page: Path, marker: str, text: str) -> None:
+    """Write a text between the two lines of a page that are a marker.
+
+    Raises:
+        FileNotFoundError: There is no such page.
+        ValueError: It has not exactly two such lines.
+    """
+    parts = page.read_text(encoding="utf-8").split(f"{marker}\n")
     if len(parts) != 3:
-        raise ValueError(f'{page}: must have two lines "{MARKER}", between which the tables go, got {len(parts) - 1}.')
-    folder = Path(os.path.relpath(report.parent, page.parent)).as_posix()
-    write_text(page, f"{parts[0]}{MARKER}\n{block(results, folder)}\n\n{MARKER}\n{parts[2]}")
+        raise ValueError(f'{page}: must have two lines "{marker}", between which the tables go, got {len(parts) - 1}.')
+    write_text(page, f"{parts[0]}{marker}\n{text}\n\n{marker}\n{parts[2]}")

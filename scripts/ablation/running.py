@@ -46,13 +46,15 @@ def chosen_size(arguments: argparse.Namespace) -> Size:
 
 def stages_of(plan: Plan, parallel: int) -> list[list[list[Step]]]:
     """What is done one after the other, each in chains of steps that may run side by side."""
+    output = plan.output
     chains = {
-        run.name: [*([train_step(plan, run)] if run.lora else []), measure_step(plan, run.name, run_tasks(plan, run).values())]
+        run.name: [*([train_step(output, run)] if run.lora else []), measure_step(output, run.name, run_tasks(plan, run).values())]
         for run in plan.runs
     }
     started = {run.start.parents[2].name for run in plan.runs if run.start}
+    prepared = [data_step(plan, parallel), cache_step(output, plan.data, plan.runs[0].config)]
     return [
-        [[data_step(plan, parallel), cache_step(plan), measure_step(plan, "real", real_tasks(plan).values())]],
+        [[*prepared, measure_step(output, "real", real_tasks(plan).values())]],
         [chain for name, chain in chains.items() if name in started],
         [chain for name, chain in chains.items() if name not in started],
     ]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from mosaic.data.cache.tensors import INDEX, NAMES
@@ -26,28 +27,28 @@ def data_step(plan: Plan, workers: int) -> Step:
     return Step("data", command, plan.output / "logs/data.log", folder.is_dir, lambda: shutil.rmtree(partial, ignore_errors=True))
 
 
-def cache_step(plan: Plan) -> Step:
-    """Encode the data once by preprocess/cache.py, which all trainings read: the same numbers in less time."""
-    command = [sys.executable, str(ROOT / "preprocess/cache.py"), str(plan.runs[0].config)]
+def cache_step(output: Path, data: Path, config: Path) -> Step:
+    """Encode a data set once by preprocess/cache.py, which all trainings read: the same numbers in less time."""
+    command = [sys.executable, str(ROOT / "preprocess/cache.py"), str(config)]
 
     def is_cached() -> bool:
-        return all((folder / name).is_file() for folder in caches_of(plan.data) for name in (INDEX, NAMES))
+        return all((folder / name).is_file() for folder in caches_of(data) for name in (INDEX, NAMES))
 
-    return Step("cache", command, plan.output / "logs/cache.log", is_cached)
+    return Step(f"cache of {data.name}", command, output / f"logs/{data.name}_cache.log", is_cached)
 
 
-def train_step(plan: Plan, run: Run) -> Step:
+def train_step(output: Path, run: Run) -> Step:
     """Train one arm at one seed by `bash train.sh CONFIG --resume auto`."""
     command = ["bash", str(ROOT / "train.sh"), str(run.config), "--resume", "auto"]
-    log = plan.output / "logs" / f"{run.name}.log"
+    log = output / "logs" / f"{run.name}.log"
     return Step(f"training of {run.name}", command, log, lambda: is_trained(run), ended=lambda seconds: _write_state(run, seconds))
 
 
-def measure_step(plan: Plan, name: str, tasks: Collection[Task]) -> Step:
+def measure_step(output: Path, name: str, tasks: Collection[Task]) -> Step:
     """Do measurements by scripts/ablation_measure.py."""
-    file = plan.output / "tasks" / f"{name}.json"
+    file = output / "tasks" / f"{name}.json"
     command = [sys.executable, str(ROOT / "scripts/ablation_measure.py"), str(file)]
-    log = plan.output / "logs" / f"{name}_measuring.log"
+    log = output / "logs" / f"{name}_measuring.log"
     return Step(f"measuring {name}", command, log, lambda: are_done(tasks), lambda: write_tasks(file, list(tasks)))
 
 

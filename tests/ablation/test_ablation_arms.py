@@ -199,7 +199,7 @@ def test_unknown_arms_and_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_settings_at_their_defaults_are_not_part_of_a_digest(plan: Plan) -> None:
     config = load_config(plan.of_part("late")[0].config)
-    kept = ablation_plan._what_matters(config)
+    kept = ablation_plan.what_matters(config)
     assert "max_pull" not in kept["loss"]
     assert config.loss.max_pull is None
-    assert ablation_plan._what_matters(config.replace(loss={"max_pull": 0.5}))["loss"]["max_pull"] == 0.5
+    assert ablation_plan.what_matters(config.replace(loss={"max_pull": 0.5}))["loss"]["max_pull"] == 0.5

@@ -15,7 +15,7 @@ from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from scripts.ablation import running as ablation
 from scripts.ablation.command import main
 from scripts.ablation.loop import Step, child_environment, last_line, run_chains
-from scripts.ablation.plan import SIZES, Cell, Plan, Run, make_plan
+from scripts.ablation.plan import SIZES, Cell, Run, make_plan
 from scripts.ablation.steps import train_step, training_state
 from scripts.ablation.tasks import Task, features_file, read_tasks, run_tasks, write_tasks
 from scripts.pocket.provenance import commit, hardware
@@ -102,13 +102,13 @@ def test_last_line_of_a_log_with_progress_bars(tmp_path: Path) -> None:
 
 
 def stand_in_steps(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    def training(plan: Plan, run: Run) -> Step:
+    def training(output: Path, run: Run) -> Step:
         return step(folder, f"train_{run.part}_{run.arm.name}", body="raise SystemExit(75)" if (folder / "signal").is_file() else "")
 
     monkeypatch.setattr(ablation, "data_step", lambda plan, workers: step(folder, "data"))
-    monkeypatch.setattr(ablation, "cache_step", lambda plan: step(folder, "cache"))
+    monkeypatch.setattr(ablation, "cache_step", lambda output, data, config: step(folder, "cache"))
     monkeypatch.setattr(ablation, "train_step", training)
-    monkeypatch.setattr(ablation, "measure_step", lambda plan, name, tasks: step(folder, f"measure_{name.split('_seed')[0]}"))
+    monkeypatch.setattr(ablation, "measure_step", lambda output, name, tasks: step(folder, f"measure_{name.split('_seed')[0]}"))
 
 
 def test_a_stopped_trial_goes_on_and_then_does_nothing(
@@ -143,7 +143,7 @@ def test_a_late_start_waits_for_what_it_starts_from(
 ) -> None:
     stand_in_steps(monkeypatch, tmp_path)
     monkeypatch.setattr(
-        ablation, "train_step", lambda plan, run: step(tmp_path, f"train_{run.part}", code=3 if run.part == "scratch" else 0)
+        ablation, "train_step", lambda output, run: step(tmp_path, f"train_{run.part}", code=3 if run.part == "scratch" else 0)
     )
     assert main(["--parallel", "2", "--parts", "late", "--arms", "light", "--output", str(tmp_path / "out")]) == 1
     assert order(tmp_path)[-1] == "train_scratch"
@@ -163,9 +163,9 @@ def test_exported_arms_load_and_carry_their_config(tmp_path: Path) -> None:
     shutil.copyfile("assets/pocket/lora.safetensors", scal.lora)
     ablation.export_arms(plan, tmp_path / "arms")
     assert not (tmp_path / "arms").exists()  # not known to be finished
-    train_step(plan, scal).ended(3.0)
+    train_step(plan.output, scal).ended(3.0)
     assert (training_state(scal)["status"], training_state(scal)["seconds"]) == ("finished", 3.0)
-    train_step(plan, scal).ended(4.0)
+    train_step(plan.output, scal).ended(4.0)
     assert training_state(scal)["seconds"] == 7.0
     assert training_state(scal)["versions"]["torch"] == version("torch")
     ablation.export_arms(plan, tmp_path / "arms")
