@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from mosaic.data import Manifest
 from mosaic.data.multi_reference.repository import HUB
+from mosaic.data.multi_reference.storage import DESCRIPTION
 from mosaic.files import move, write_text
 from mosaic.locks import new_folder, refuse_existing
+from preprocess.construct.licences import licence_of
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -133,7 +135,7 @@ def write_repository(
     Raises:
         FileExistsError: `folder` exists.
         FileNotFoundError: The data set, or a file of it, is missing.
-        ValueError: The data set or a points file is damaged, or a split's name is none for the hub.
+        ValueError: The data set or a points file is damaged, a split's name is none for the hub.
     """
     refuse_existing(folder)
     manifest = Manifest(data, None)
@@ -153,12 +155,31 @@ def write_repository(
             facts[split].add(row)
             shards[split].add(row)
         file_bytes = sum(writer.finish() for writer in shards.values())
-        write_text(aside / "README.md", card(columns, facts, file_bytes, license_id, address, _matching(manifest)))
+        write_text(aside / "README.md", card(columns, facts, file_bytes, license_id, address, _matching(manifest), _described(manifest)))
     return facts
 
 
+def license_of(data: str | Path) -> str:
+    """The licence that a data set's description names, as that of a constructed one does.
+
+    Raises:
+        FileNotFoundError: The data set is missing.
+        ValueError: It names none.
+    """
+    found = _described(Manifest(data, None)).get("license")
+    if not isinstance(found, str):
+        raise ValueError(f"--license must be given, for {data} names none: as the hub writes it, e.g. cc-by-4.0, or other.")
+    return found
+
+
 def card(
-    columns: "Features", facts: Mapping[str, SplitFacts], file_bytes: int, license_id: str, address: str, matching: Mapping[str, Any] | None
+    columns: "Features",
+    facts: Mapping[str, SplitFacts],
+    file_bytes: int,
+    license_id: str,
+    address: str,
+    matching: Mapping[str, Any] | None,
+    made: Mapping[str, Any],
 ) -> str:
     """The `README.md` of a repository: what the hub and `datasets` read of it, and what a person does.
 
@@ -169,6 +190,7 @@ def card(
         license_id: As the hub writes it.
         address: For `data.root`.
         matching: The settings file beside the points (`matching.json`); None: there is none.
+        made: The data set's description; where it was constructed, it says by which models.
     """
     from datasets import DatasetInfo, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
@@ -184,8 +206,31 @@ def card(
     MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(data)
     name = address.removeprefix(HUB).rstrip("/").rsplit("/", 1)[-1]
     parts = [f"---\n{data}\n---", f"# {name}", _INTRODUCTION, "## Samples", _counts(facts), "## Points", _points(facts, matching)]
-    parts += ["## Training on it", _TRAINING.format(address=address), "## Columns", _COLUMNS, "## Licence", f"`{license_id}`"]
+    parts += ["## Training on it", _TRAINING.format(address=address), "## Columns", _COLUMNS]
+    parts += ["## How it was made", models_table(made["construction"])] if isinstance(made.get("construction"), Mapping) else []
+    parts += ["## Licence", f"`{license_id}`"]
     return "\n\n".join(parts) + "\n"
+
+
+def models_table(construction: Mapping[str, Any]) -> str:
+    """The models of each stage of a construction, with their revisions and what is known of their licences."""
+    rows = ["By `preprocess/construct.py`.", "", "| stage | model | revision | licence |", "|---|---|---|---|"]
+    for stage, made in construction.items():
+        for model in _models(made):
+            known = licence_of(model["model"])
+            name, revision = (str(model.get(key) or "-").replace("|", "/") for key in ("model", "revision"))
+            rows.append(f"| {stage} | `{name}` | {revision[:12]} | {known.licence if known else 'see its card'} |")
+    return "\n".join(rows)
+
+
+def _models(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The entries of models anywhere in JSON values of a construction."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("model"), str) and "revision" in value:
+            yield value
+        for name, inner in value.items():
+            if name != "settings":  # where they are named once more
+                yield from _models(inner)
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:
@@ -212,6 +257,15 @@ def _rows(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
 def _picture(manifest: Manifest, path: str, place: str) -> dict[str, Any]:
     """A picture file as the hub's libraries store it."""
     return {"bytes": manifest.folder.read(path, place), "path": PurePosixPath(path).name}
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    """The data set's description; empty where it has none, as in the repository form."""
+    try:
+        found = json.loads(manifest.folder.read(DESCRIPTION))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _matching(manifest: Manifest) -> dict[str, Any] | None:

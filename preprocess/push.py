@@ -33,11 +33,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", help="the data set, in either form")
     parser.add_argument("--to", required=True, metavar="PLACE", help="user/name on the hub; or a folder to make: ./..., /... or file://...")
-    parser.add_argument("--license", required=True, metavar="ID", help="licence of the data as the hub writes it, e.g. cc-by-4.0")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the data as the hub writes it, e.g. cc-by-4.0 (default: output.license of the config that constructed them)",
+    )
     parser.add_argument("--private", action="store_true", help="make the data set on the hub a private one")
     parser.add_argument("--replace", action="store_true", help="replace the shards of a data set on the hub that has files already")
     args = parser.parse_args(argv)
-    if not LICENSE.fullmatch(args.license):
+    if args.license is not None and not LICENSE.fullmatch(args.license):
         parser.error(f"--license must be an id as the hub writes it, e.g. cc-by-4.0 or other, got {args.license!r}")
     return args
 
@@ -49,19 +53,20 @@ def publish(args: argparse.Namespace) -> str:
         FileExistsError: The folder exists, or the data set on the hub has files.
         FileNotFoundError, ValueError, OSError: The data set cannot be read, the place is none, or the hub refuses.
     """
-    from preprocess.publishing import write_repository  # and with it torch
+    from preprocess.publishing import license_of, write_repository  # and with it torch
 
+    license_id = args.license or license_of(args.data)
     folder = local_folder(args.to)
     if folder is not None:
         require_folder(folder.parent, "--to: the place of the folder")
-        facts = write_repository(args.data, folder, args.license, folder.name)
+        facts = write_repository(args.data, folder, license_id, folder.name)
         return f"wrote {sum(found.samples for found in facts.values())} samples to {folder}"
     hub = hub_id(args.to)
     if hub is None or hub.revision or looks_local(args.to):
         raise ValueError(
             f"--to: must be user/name or {HUB}user/name for the hub, and ./name, /name or {FILE}/name for a folder, got {args.to}."
         )
-    return upload(args, hub.id)
+    return upload(args, hub.id, license_id)
 
 
 def local_folder(place: str) -> Path | None:
@@ -71,7 +76,7 @@ def local_folder(place: str) -> Path | None:
     return Path(place) if place.startswith(("/", "./", "../")) else None
 
 
-def upload(args: argparse.Namespace, repo_id: str) -> str:
+def upload(args: argparse.Namespace, repo_id: str, license_id: str) -> str:
     """Write the repository into a temporary folder (`TMPDIR`), and have the hub take it in one commit.
 
     What is uploaded is what `--to ./folder` writes, which is what the tests read; `Dataset.push_to_hub` would make shards and a card of
@@ -97,7 +102,7 @@ def upload(args: argparse.Namespace, repo_id: str) -> str:
         raise FileExistsError(f"--to: {repo_id} has files already ({', '.join(found[:3])}). Choose another name, or give --replace.")
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "repository"
-        facts = write_repository(args.data, folder, args.license, HUB + repo_id)
+        facts = write_repository(args.data, folder, license_id, HUB + repo_id)
         message = f"{sum(one.samples for one in facts.values())} samples"
         api.upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message=message, delete_patterns=["data/*.parquet"]

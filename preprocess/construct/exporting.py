@@ -33,7 +33,11 @@ def export(config: ConstructConfig, passing: Callable[[], Iterator[Candidate]], 
     Returns:
         Whether it was written; False: it was there.
     """
-    wanted = {"construction": dict(made_by), "selection": selection_digest(config, islice(passing(), config.num_samples))}
+    wanted = {
+        "construction": dict(made_by),
+        "license": config.output.license,
+        "selection": selection_digest(config, islice(passing(), config.num_samples)),
+    }
     description = folder / DESCRIPTION
     if description.exists():
         found = read_json(description)

@@ -98,6 +98,7 @@ def test_samples_come_out(whole: Path) -> None:
         assert metadata["source"] == "construction"
         assert all(entry.phrase in row.prompt for entry in row.references)
     description = json.loads((whole / "dataset" / "dataset.json").read_text())
+    assert description["license"] == "other"
     assert description["construction"].keys() == {"prompts", "synthesis", "segmentation", "references", "points"}
     assert "<h1" in (whole / "report" / "index.html").read_text()
 

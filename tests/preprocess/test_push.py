@@ -174,6 +174,27 @@ def test_the_card_says_how_it_was_matched(tmp_path: Path) -> None:
     assert "/home/me" not in text
 
 
+def test_the_card_of_constructed_data_names_their_models_and_licence(tmp_path: Path) -> None:
+    data = write(tmp_path / "data", record(1, "train", 1))
+    flux = {"model": "black-forest-labs/FLUX.1-dev", "revision": "0123456789abcdef"}
+    construction = {
+        "synthesis": {"settings": {"model": "black-forest-labs/FLUX.1-dev"}, "models": {"pipeline": "FluxPipeline", **flux}},
+        "points": {"models": {"own": {"model": "a|b", "revision": None}}},
+    }
+    described = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**described, "construction": construction, "license": "apache-2.0"}))
+    assert push.main([str(data), "--to", f"file://{tmp_path}/out"]) == 0
+    text = (tmp_path / "out/README.md").read_text()
+    assert huggingface_hub.DatasetCard(text).data.license == "apache-2.0"
+    (rows,) = re.findall(r"\| stage .*\n\|---.*\n((?:\|.*\n)+)", text)
+    assert rows.splitlines() == [
+        "| synthesis | `black-forest-labs/FLUX.1-dev` | 0123456789ab | FLUX.1 [dev] Non-Commercial License |",
+        "| points | `a/b` | - | see its card |",
+    ]
+    assert push.main([str(data), "--to", f"file://{tmp_path}/other", "--license", "mit"]) == 0
+    assert huggingface_hub.DatasetCard((tmp_path / "other/README.md").read_text()).data.license == "mit"
+
+
 def test_the_same_data_give_the_same_files(made: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert push.main([str(made / "repository"), "--to", str(tmp_path / name), "--license", "mit"]) == 0
@@ -403,8 +424,8 @@ def test_what_the_command_refuses(made: Path, tmp_path: Path, monkeypatch: pytes
     ):
         assert push.main([data, "--to", place, "--license", "mit"]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        push.main([data, "--to", "./a"])
+    assert push.main([data, "--to", "user/name"]) == 2
+    assert "--license must be given, for" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         push.main([data, "--to", "./a", "--license", "My own"])
     data = write(tmp_path / "data", dataclasses.replace(record(1, "train", 1), split="a-b"))
