@@ -3,6 +3,7 @@ target tokens over the references.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -251,9 +252,10 @@ def _rows_at(query: Tensor, index: Tensor) -> Tensor:
     return query[torch.arange(len(index), device=index.device)[:, None], index]
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which operations on `x` take place in its own dtype."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device knows no autocast
+    device = "cpu" if x.is_meta else x.device.type  # the meta device knows no autocast
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _sum_of_rows(rows: Tensor, target_key: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from mosaic.model.attention_rows import CapturedRows, CaptureRequest, no_autocas
 from mosaic.model.branch import branch_linear, branch_vectors
 
 FLOAT16_LIMIT = 65504.0
-RotaryEmbedding = tuple[Tensor, Tensor]
+RotaryEmbedding = tuple[Tensor, Tensor] | Tensor
 NO_REFERENCES = Layout()
 
 
@@ -157,13 +157,16 @@ def _attend(
     return output._replace(main=output.main.flatten(2, 3).to(query.dtype), references=references)
 
 
+def turns(cosine: Tensor, sine: Tensor) -> Tensor:
+    """Cosine and sine of every token, [S, D] each, in which pairs of channels have one angle, as complex numbers [S, 1, D / 2]."""
+    return torch.complex(cosine[:, ::2].float(), sine[:, ::2].float())[:, None]
+
+
 def rotate(query: Tensor, key: Tensor, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
     """RoPE of queries and keys [B, S, H, D], in float32: what diffusers' `apply_rotary_emb` does in six passes, as one complex product."""
-    if torch.compiler.is_compiling():  # which knows no complex numbers, and fuses the passes
+    if isinstance(rotary, tuple):
         return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1)
-    cosine, sine = rotary
-    turn = torch.complex(cosine[:, ::2].float(), sine[:, ::2].float())[:, None]  # (S, 1, D / 2); pairs of channels have one angle
-    pairs = (torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn for x in (query, key))
+    pairs = (torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2)) * rotary for x in (query, key))
     turned_query, turned_key = (torch.view_as_real(pair).flatten(-2).to(query.dtype) for pair in pairs)
     return turned_query, turned_key
 
@@ -188,7 +191,8 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
                 apart.
             encoder_hidden_states: [B, T, d].
             temb: [B, 1 or 2, d]: the main and, if there are reference tokens, the reference conditioning vector.
-            image_rotary_emb: cos and sin of every token, [T + N_tgt + K * N_ref, D] each.
+            image_rotary_emb: cos and sin of every token, [T + N_tgt + K * N_ref, D] each, or the same as `turns`: less work, but compiled
+                blocks know no complex numbers (and fuse the passes that it saves).
             layout: The references' place and attention mode.
             capture: Which attention rows to return.
             reference_hidden_states: [B, K * N_ref, d], the reference tokens apart, for a step cache that looks at the target only.

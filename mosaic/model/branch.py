@@ -91,13 +91,12 @@ class _AddDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, tokens: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        """output [B * S, d_out] (written to), tokens [B, R, d_in], down [r, d_in], up [d_out, r]."""
-        with no_autocast(tokens):
-            flat = tokens.flatten(0, 1)
-            inner = flat @ down.T
-            delta = inner @ up.T if scale == 1 else (inner @ up.T).mul_(scale)
-        last = output.unflatten(0, (len(tokens), -1))[:, -tokens.shape[1] :]
-        last.add_(delta.unflatten(0, tokens.shape[:2]).to(output.dtype))
+        """output [B * S, d_out] (written to), tokens [B, R, d_in], down [r, d_in], up [d_out, r]; all but output of one dtype."""
+        batch, length, width = tokens.shape
+        flat = tokens.reshape(-1, width)
+        inner = flat.mm(down.t())
+        delta = inner.mm(up.t())
+        _last_rows(output, batch, length).add_(delta.view(batch, length, -1), alpha=scale)
         ctx.save_for_backward(flat, inner, down, up)
         ctx.shape, ctx.scale = tokens.shape, scale
         ctx.mark_dirty(output)
@@ -107,14 +106,20 @@ class _AddDelta(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Through the two products, for the last rows of every sample."""
         flat, inner, down, up = ctx.saved_tensors
-        last = gradient.unflatten(0, (ctx.shape[0], -1))[:, -ctx.shape[1] :].reshape(-1, gradient.shape[1]).to(flat.dtype)
+        batch, length, _ = ctx.shape
+        last = _last_rows(gradient, batch, length).reshape(-1, gradient.shape[1]).to(flat.dtype)
         with no_autocast(flat):
-            inner_gradient = last @ up
-            up_gradient = last.T @ inner
+            inner_gradient = last.mm(up)
+            up_gradient = last.t().mm(inner)
             if ctx.scale != 1:
                 inner_gradient, up_gradient = inner_gradient * ctx.scale, up_gradient * ctx.scale
-            tokens_gradient = (inner_gradient @ down).unflatten(0, ctx.shape[:2]) if ctx.needs_input_grad[1] else None
-            return gradient, tokens_gradient, inner_gradient.T @ flat, up_gradient, None
+            tokens_gradient = inner_gradient.mm(down).view(ctx.shape) if ctx.needs_input_grad[1] else None
+            return gradient, tokens_gradient, inner_gradient.t().mm(flat), up_gradient, None
+
+
+def _last_rows(tokens: Tensor, batch: int, length: int) -> Tensor:
+    """The last `length` of every sample's rows in [B * S, d], as a view [B, length, d]."""
+    return tokens.view(batch, -1, tokens.shape[1])[:, -length:]
 
 
 def _delta(layer: LoraLayer, name: str, tokens: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mosaic.model.attention import AttentionEdit, BlockReferences, Layout
 from mosaic.model.attention_rows import CaptureRequest, HeadWeights, resolve_capture_blocks
-from mosaic.model.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock
+from mosaic.model.blocks import BlockOutput, MosaicFluxSingleTransformerBlock, MosaicFluxTransformerBlock, RotaryEmbedding, turns
 from mosaic.model.branch import branch_linear
 from mosaic.model.reference_cache import KeptReferences
 from mosaic.model.strength import log_strength
@@ -164,7 +164,9 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         temb = self._conditioning(hidden_states.dtype, timestep, guidance, pooled_projections, branches)
         hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
-        rotary = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
+        rotary: RotaryEmbedding = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
+        if not torch.compiler.is_compiling() and all(block._compiled_call_impl is None for block in blocks):
+            rotary = turns(*rotary)
 
         # The blocks. A step cache compares and repeats a block's image tokens: the references go apart then, so it sees the target only.
         references = None
