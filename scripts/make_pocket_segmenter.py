@@ -19,8 +19,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the segmenter and of all that leads to it")
-    parser.add_argument("--num-scenes", type=int, default=3500, help="drawn for the training")
-    parser.add_argument("--tower-steps", type=int, default=900, help="in which the picture tower learns classes")
+    parser.add_argument("--num-scenes", type=int, default=6500, help="drawn for the training")
+    parser.add_argument("--tower-steps", type=int, default=3000, help="in which the picture tower learns classes")
     parser.add_argument("--decoder-steps", type=int, default=1000, help="in which the decoder learns to answer phrases")
     parser.add_argument("--batch-size", type=int, default=48, help="scenes per step; one phrase is asked of each")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the tower; twice as much of the decoder")
