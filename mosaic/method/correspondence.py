@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mosaic.method.grids import Grid
 
+LEAST_POINTS = 2  # of a padded sample in a compiled model: torch.compile takes sizes of 0 and 1 apart, each of which it would compile for
+
 
 @dataclass(frozen=True)
 class Points:
@@ -108,7 +110,11 @@ def _join(
 
 
 def batch_points(
-    samples: Sequence[Sequence[Tensor]], num_reference_tokens: int, num_target_tokens: int, device: torch.device | str | None = None
+    samples: Sequence[Sequence[Tensor]],
+    num_reference_tokens: int,
+    num_target_tokens: int,
+    device: torch.device | str | None = None,
+    at_least: int = 0,
 ) -> Points:
     """Join the correspondence sets C^(i,k) of Eq. 1 of several samples, which share K and both grids, into one `Points`.
 
@@ -117,6 +123,7 @@ def batch_points(
         num_reference_tokens: N_ref.
         num_target_tokens: N_tgt.
         device: Where the result lives.
+        at_least: The least P to which samples are padded.
 
     Raises:
         ValueError: If the samples differ in K, or by `validate_points`.
@@ -128,7 +135,7 @@ def batch_points(
     u, v, k, sample = _join(samples, num_reference_tokens, num_target_tokens, names)
     lengths = torch.bincount(sample, minlength=len(samples))
     # A True per point, sample by sample: assigning through the mask then fills the padded rows in the order of the points.
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    mask = torch.arange(max(int(lengths.max()), at_least))[None] < lengths[:, None]
     padded = torch.zeros(3, *mask.shape, dtype=torch.long)
     padded[:, mask] = torch.stack([global_index(u, k, num_reference_tokens), v, k])
     index, target_index, reference = padded

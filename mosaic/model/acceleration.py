@@ -5,6 +5,7 @@ the first block or none and repeats the last change that all blocks made. `pytho
 """
 
 import warnings
+from typing import Any
 
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
@@ -18,7 +19,10 @@ from mosaic.model.strength import CHANNELS
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 
 STEP_CACHES = ("none", "first_block", "mag")
-RECOMPILE_LIMIT = 64  # shapes and numbers of references of a cases file; PyTorch's default of 8 would end in uncompiled blocks
+# Graphs of a kind of block. In training a dozen: with one reference and with several, with text that needs no gradient (the first block)
+# and that does, for pictures one at a time and for batches; in inference those of a cases file with its shapes and numbers of references.
+# PyTorch's default of 8 would end in uncompiled blocks, or with `fullgraph` in an error.
+RECOMPILE_LIMIT = 64
 
 
 def accelerate(transformer: MosaicFluxTransformer2DModel, settings: InferenceConfig, device: torch.device) -> None:
@@ -83,10 +87,15 @@ def _runs(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.de
     return True
 
 
-def compile_blocks(transformer: MosaicFluxTransformer2DModel) -> None:
-    """Compile the two kinds of block, each once for all blocks of its kind; the first call with a new shape takes long."""
+def compile_blocks(transformer: MosaicFluxTransformer2DModel, **options: Any) -> None:
+    """Compile the two kinds of block, each once for all blocks of its kind; the first call with a new shape takes long.
+
+    Args:
+        transformer: Its blocks.
+        options: Of `torch.compile`.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    transformer.compile_repeated_blocks()
+    transformer.compile_repeated_blocks(**options)
 
 
 def set_step_cache(transformer: MosaicFluxTransformer2DModel, name: str, threshold: float | None, num_inference_steps: int) -> None:

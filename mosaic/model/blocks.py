@@ -112,6 +112,16 @@ def _output(encoder_hidden_states: Tensor, hidden_states: Tensor, attended: Atte
     return BlockOutput(encoder_hidden_states, hidden_states[:, :start], *captured, hidden_states[:, start:])
 
 
+def _cut(hidden_states: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first tokens and the others. Compiled blocks give copies, which costs nothing there: the next one then finds its inputs in memory
+    as the first one did, and is not compiled anew for slices.
+    """
+    first, others = hidden_states[:, :length], hidden_states[:, length:]
+    if torch.compiler.is_compiling():
+        return first.clone(memory_format=torch.contiguous_format), others.clone(memory_format=torch.contiguous_format)
+    return first, others
+
+
 def _clip_float16(hidden_states: Tensor) -> Tensor:
     return hidden_states.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT) if hidden_states.dtype == torch.float16 else hidden_states
 
@@ -251,4 +261,4 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         output = _linear(self.proj_out, joined, start)
         output = _clip_float16(residual + _gate(output, gate, start))
         apart = reference_hidden_states is not None
-        return _output(output[:, :text_length], output[:, text_length:], attended, start - text_length, apart)
+        return _output(*_cut(output, text_length), attended, start - text_length, apart)

@@ -165,7 +165,10 @@ class MosaicFluxTransformer2DModel(FluxTransformer2DModel):
         hidden_states = branch_linear(self.x_embedder, hidden_states, num_target_tokens)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
         rotary: RotaryEmbedding = self.pos_embed(torch.cat([txt_ids.to(img_ids), img_ids], dim=0))
-        if not torch.compiler.is_compiling() and all(block._compiled_call_impl is None for block in blocks):
+        if torch.compiler.is_compiling() or any(block._compiled_call_impl is not None for block in blocks):
+            # No views, as linear layers return them: the first block would be compiled apart for them.
+            hidden_states, encoder_hidden_states = hidden_states.clone(), encoder_hidden_states.clone()
+        else:
             rotary = turns(*rotary)
 
         # The blocks. A step cache compares and repeats a block's image tokens: the references go apart then, so it sees the target only.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mosaic.config.loading import Config, DataConfig, LossConfig
 from mosaic.data import MosaicBatch
-from mosaic.method.correspondence import Points, batch_points, draw_points
+from mosaic.method.correspondence import LEAST_POINTS, Points, batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import (
     MosaicLoss,
@@ -116,7 +116,7 @@ def draw_inputs(
     prompts = ["" if dropped else prompt for prompt, dropped in zip(batch.prompts, drop_text.tolist(), strict=True)]
     samples = [[p[:0] if dropped else p for p in pairs] for pairs, dropped in zip(batch.points, drop_image.tolist(), strict=True)]
     samples = [draw_points([sample], config.loss.max_points, own)[0] for sample, own in zip(samples, generators, strict=True)]
-    points = batch_points(samples, grids.reference.num_tokens, grids.target.num_tokens, device)
+    points = batch_points(samples, grids.reference.num_tokens, grids.target.num_tokens, device, LEAST_POINTS)
 
     # Eq. 3: targets are drawn from the VAE posterior, references take its mode. All frozen.
     encoded = encode_batch(encoders, batch, prompts, config.model.text_length, generators, device)

@@ -31,6 +31,7 @@ from mosaic.lora.files import LoraFile
 from mosaic.lora.loading import check_reference_lora, read_reference_lora
 from mosaic.lora.resize import resize_reference_lora
 from mosaic.lora.zeros import ALL_ZERO, changes_nothing
+from mosaic.model.acceleration import compile_blocks
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.encoders import LiveEncoders
@@ -312,7 +313,7 @@ def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, file: LoraFile 
         attach_reference_lora(transformer, settings.rank)
     set_gradient_checkpointing(transformer, config.model.gradient_checkpointing)
     if config.model.compile:
-        transformer.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(transformer, fullgraph=True)
     for key, parameter in reference_lora_parameters(transformer).items():
         parameter.data = parameter.data.float() if start is None else start[key].float()
         parameter.requires_grad_(True)

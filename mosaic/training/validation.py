@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mosaic.config.loading import Config
 from mosaic.data import BucketBatchSampler, MosaicBatch, TrainingDataset, collate
 from mosaic.images import PreparedReference
-from mosaic.method.correspondence import Points, batch_points
+from mosaic.method.correspondence import LEAST_POINTS, Points, batch_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.grids import Grid
 from mosaic.method.metrics import AttentionAccuracy, attention_accuracy, pool_accuracies
@@ -190,7 +190,7 @@ def captured_pass(
     device = pipeline.transformer.device
     encoded = encode_batch(pipeline.encoders, batch, batch.prompts, config.model.text_length, None, device)
     grids = encoded.grids
-    points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, device)
+    points = batch_points(batch.points, grids.reference.num_tokens, grids.target.num_tokens, device, LEAST_POINTS)
     timesteps = sample_timesteps(len(batch.prompts), grids.target.num_tokens, generator).to(encoded.latents)
     noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents)
     noisy_latents, call = add_noise(encoded.latents, noise, timesteps), call_settings(config, pipeline.transformer)

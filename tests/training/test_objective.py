@@ -12,7 +12,7 @@ from torch import nn
 from mosaic.config.loading import from_dict, resolved_dict
 from mosaic.data import collate
 from mosaic.lora.adapter import save_reference_lora
-from mosaic.method.correspondence import batch_points, draw_points
+from mosaic.method.correspondence import LEAST_POINTS, batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import MosaicLoss
 from mosaic.method.tokens import pack_latents, reference_position_ids
@@ -171,7 +171,8 @@ def test_condition_dropout(
     references = calls[0]["reference_hidden_states"]
     assert references.shape[:3] == (2, 2, 9)  # dropped or not, they stay in the sequence
     assert bool((references == 0).all()) == image_dropped
-    assert (calls[0]["capture"].global_index.shape[1] == 0) == image_dropped
+    index = calls[0]["capture"].global_index
+    assert (index.shape[1] == LEAST_POINTS and bool((index == 0).all())) == image_dropped  # nothing but padding
     assert bool(loss.correspondence == 0) == image_dropped
     assert bool(loss.disentanglement == 0) == image_dropped
     assert prompts == [["", ""] if text_dropped else batch.prompts]
