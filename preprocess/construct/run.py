@@ -55,7 +55,7 @@ def estimate(config: ConstructConfig, output: Path) -> str:
     """
     decisions, chunks = Decisions(stages_of(config), config.prompts.limits.max_uses), Chunks(output / WORK, config.chunk_size)
     measured = None
-    if (output / WORK).exists():
+    if chunks.folder("prompts", 0).exists():
         found = (one for chunk in range(chunks.count("prompts")) for one in chunks.candidates(decisions.stages, chunk))
         measured = measured_yields(decisions.stages, found, decisions.reasons)
     return dry_run(config, measured)

@@ -123,6 +123,8 @@ def test_a_dry_run_computes_nothing(config: Path, whole: Path, tmp_path: Path, c
     assert contents(whole) == before
     assert construct.main(arguments(config, tmp_path / "nothing", "--dry-run")) == 0
     assert not (tmp_path / "nothing").exists()
+    (tmp_path / "begun" / "work").mkdir(parents=True)  # killed before its first chunk
+    assert construct.main(arguments(config, tmp_path / "begun", "--dry-run")) == 0
 
 
 @pytest.mark.parametrize(
