@@ -66,6 +66,9 @@ class ModelConfig(Section):
     blocks, the least memory. About 1.4 times the operations of "none"."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: faster steps after slower first ones, on GPUs."""
+    attention_backend: Text | None = None
+    """Kernel of the attention in training by its name in diffusers, such as "_native_cudnn", "flash" or "_flash_3_hub"; inference has its
+    own, `inference.attention_backend`. None: PyTorch's choice."""
     text_length: Annotated[int, Field(ge=1, le=MAX_TEXT_LENGTH)] = 512
     """Length in tokens to which prompts are padded or cut for the T5 encoder."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mosaic.devices import to_device
 from mosaic.method.grids import Grid
 
 LEAST_POINTS = 2  # of a padded sample in a compiled model: torch.compile takes sizes of 0 and 1 apart, each of which it would compile for
@@ -41,9 +42,8 @@ class Points:
 
     def to(self, device: torch.device | str) -> "Points":
         """The same points on another device."""
-        return Points(
-            self.global_index.to(device), self.target_index.to(device), self.reference.to(device), self.mask.to(device), self.num_references
-        )
+        moved = (to_device(tensor, device) for tensor in (self.global_index, self.target_index, self.reference, self.mask))
+        return Points(*moved, self.num_references)
 
 
 def global_index(u: Tensor, reference: Tensor | int, num_reference_tokens: int) -> Tensor:

@@ -42,8 +42,21 @@ def accelerate(transformer: MosaicFluxTransformer2DModel, settings: InferenceCon
         compile_blocks(transformer)
 
 
-def set_attention_backend(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device) -> None:
+def set_attention_backend(
+    transformer: MosaicFluxTransformer2DModel,
+    name: str,
+    device: torch.device,
+    setting: str = "inference.attention_backend",
+    training: torch.dtype | None = None,
+) -> None:
     """Use one of diffusers' attention kernels, after a trial of it, as plain and as with reference strengths. No kernel ever gets a mask.
+
+    Args:
+        transformer: Whose attention it becomes.
+        name: The kernel's.
+        device: On which it will run.
+        setting: What has named it, for messages.
+        training: Number format of attention in training, whose backward pass is then tried as well; None: for sampling only.
 
     Raises:
         ValueError: There is none of that name, its package is missing, or it does not run on this device with these numbers, or only
@@ -51,9 +64,9 @@ def set_attention_backend(transformer: MosaicFluxTransformer2DModel, name: str, 
     """
     known = [backend.value for backend in AttentionBackendName]
     if name not in known:
-        raise ValueError(f"inference.attention_backend must be one of {', '.join(known)}, got {name!r}.")
+        raise ValueError(f"{setting} must be one of {', '.join(known)}, got {name!r}.")
     try:
-        _try_backend(transformer, name, device)
+        _try_backend(transformer, name, device, training=training)
         _try_backend(transformer, name, device, CHANNELS)
     except Exception as error:  # packages of all kinds fail in ways of their own
         usable = [backend for backend in known if "native" in backend and _runs(transformer, backend, device, CHANNELS)]
@@ -61,27 +74,36 @@ def set_attention_backend(transformer: MosaicFluxTransformer2DModel, name: str, 
         head_dim = transformer.config.attention_head_dim
         also = f"It runs with heads of {head_dim}, but reference strengths need another kernel: theirs are of {head_dim + CHANNELS}. "
         raise ValueError(
-            f"inference.attention_backend={name} does not run here ({device.type}, {transformer.dtype}). {reason} "
-            f"{also if _runs(transformer, name, device) else ''}"
+            f"{setting}={name} does not run here ({device.type}, {training or transformer.dtype}). {reason} "
+            f"{also if _runs(transformer, name, device, training=training) else ''}"
             f"What PyTorch itself has here: {', '.join(usable)}; null: its own choice."
         ) from error
     with attention_backend(AttentionBackendName.NATIVE):  # diffusers makes it every other model's kernel too; this gives them theirs back
         transformer.set_attention_backend(name)
 
 
-def _try_backend(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device, channels: int = 0) -> None:
-    """Attention of a few tokens with this kernel; with `channels` added to the heads, as reference strengths add them."""
-    head_dim, dtype = transformer.config.attention_head_dim, transformer.dtype
+def _try_backend(
+    transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device, channels: int = 0, training: torch.dtype | None = None
+) -> None:
+    """Attention of a few tokens with this kernel, in training with its gradient; `channels` are added to the heads, as strengths do it."""
+    head_dim, dtype = transformer.config.attention_head_dim, training or transformer.dtype
     scale = {"scale": head_dim**-0.5} if channels else {}
-    query, key = (torch.zeros(1, length, 2, head_dim + channels, device=device, dtype=dtype) for length in (64, 128))
-    with torch.no_grad(), warnings.catch_warnings(), attention_backend(AttentionBackendName(name)):
+    query, key = (
+        torch.zeros(1, length, 2, head_dim + channels, device=device, dtype=dtype, requires_grad=training is not None)
+        for length in (64, 128)
+    )
+    with torch.set_grad_enabled(training is not None), warnings.catch_warnings(), attention_backend(AttentionBackendName(name)):
         warnings.simplefilter("ignore")  # of kernels that refuse, why; the error says it too
-        dispatch_attention_fn(query, key, key, **scale)
+        attended = dispatch_attention_fn(query, key, key, **scale)
+        if training is not None:
+            attended.sum().backward()
 
 
-def _runs(transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device, channels: int = 0) -> bool:
+def _runs(
+    transformer: MosaicFluxTransformer2DModel, name: str, device: torch.device, channels: int = 0, training: torch.dtype | None = None
+) -> bool:
     try:
-        _try_backend(transformer, name, device, channels)
+        _try_backend(transformer, name, device, channels, training)
     except Exception:
         return False
     return True

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mosaic.devices import to_device
 from mosaic.files import shown
 from mosaic.pipeline.flux import FluxPipeline
 from mosaic.pipeline.latents import encode_images, images_to_tensor
@@ -109,7 +110,8 @@ class LiveEncoders(Encoders):
     def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """Encode pictures in the VAE's dtype (Eq. 3)."""
         vae = self._pipeline.vae
-        return encode_images(vae, images.to(self._device or self._pipeline._execution_device, vae.dtype), generator)
+        images = to_device(images, self._device or self._pipeline._execution_device)
+        return encode_images(vae, images.to(vae.dtype), generator)
 
 
 class GivenPrompts(Encoders):

@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
+
+from mosaic.devices import to_device
 
 
 def images_to_tensor(images: Sequence[Image.Image]) -> Tensor:
@@ -55,7 +58,12 @@ def draw_latents(
     Returns:
         [B, C, h, w].
     """
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    if generator is None:
+        return (posterior.mode() - shift_factor) * scaling_factor
+    # As `posterior.sample`, which would wait for the device to take the noise.
+    source = (generator[0] if isinstance(generator, list) else generator).device
+    noise = randn_tensor(posterior.mean.shape, generator=generator, device=source, dtype=posterior.parameters.dtype)
+    latents = posterior.mean + posterior.std * to_device(noise, posterior.mean.device)
     return (latents - shift_factor) * scaling_factor
 
 

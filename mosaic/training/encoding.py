@@ -10,6 +10,7 @@ from torch import Tensor
 from mosaic.config.loading import DataConfig
 from mosaic.data import MosaicBatch
 from mosaic.data.samples import Posteriors, TextEmbeddings
+from mosaic.devices import to_device
 from mosaic.method.grids import Grid, token_grid
 from mosaic.method.tokens import pack_latents
 from mosaic.pipeline.encoders import Encoders, PromptEmbeddings
@@ -75,7 +76,7 @@ def encode_batch(
     else:
         latents, references = draw_cached(batch.posteriors, device, generator)
     text = encoders.encode_prompts(prompts, text_length) if batch.text is None else select_cached(batch.text, prompts, device)
-    masks = None if batch.masks is None else batch.masks.to(device)
+    masks = None if batch.masks is None else to_device(batch.masks, device)
     return EncodedBatch(pack_latents(latents), pack_latents(references).unflatten(0, (len(latents), -1)), *text, grids, masks)
 
 
@@ -86,7 +87,7 @@ def draw_cached(
 
     A cache holds posteriors and not latents, so that a run draws a new target latent each time it sees a sample, as without a cache.
     """
-    posteriors = [DiagonalGaussianDistribution(moments.to(device)) for moments in (cached.target, cached.references.flatten(0, 1))]
+    posteriors = [DiagonalGaussianDistribution(to_device(moments, device)) for moments in (cached.target, cached.references.flatten(0, 1))]
     factors = cached.shift_factor, cached.scaling_factor
     return draw_latents(posteriors[0], *factors, generator), draw_latents(posteriors[1], *factors)
 
@@ -95,7 +96,8 @@ def select_cached(cached: TextEmbeddings, prompts: Sequence[str], device: torch.
     """[B, T, d_text] and [B, d_pooled] of the batch's prompts, of which dropped ones are empty."""
     is_empty = torch.tensor([not prompt for prompt in prompts])
     prompt_embeds = torch.where(is_empty[:, None, None], cached.empty_prompt_embeds, cached.prompt_embeds)
-    return PromptEmbeddings(prompt_embeds.to(device), torch.where(is_empty[:, None], cached.empty_pooled, cached.pooled).to(device))
+    pooled = torch.where(is_empty[:, None], cached.empty_pooled, cached.pooled)
+    return PromptEmbeddings(to_device(prompt_embeds, device), to_device(pooled, device))
 
 
 def batch_grids(batch: MosaicBatch, vae_scale_factor: int) -> Grids:

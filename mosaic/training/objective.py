@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mosaic.config.loading import Config, DataConfig, LossConfig
 from mosaic.data import MosaicBatch
+from mosaic.devices import to_device
 from mosaic.method.correspondence import LEAST_POINTS, Points, batch_points, draw_points
 from mosaic.method.flow import add_noise, sample_timesteps
 from mosaic.method.losses import (
@@ -39,7 +40,7 @@ class Draws:
     """What was drawn for a batch, beside its points and its target latents.
 
     Attributes:
-        has_references: bool [B], False for a sample that has lost its references to condition dropout.
+        has_references: bool [B], False for a sample that has lost its references to condition dropout; on the latents' device.
         timesteps: [B] float32 in (0, 1), on the model's device.
         noise: [B, N_tgt, C], in the latents' dtype and on their device.
     """
@@ -120,12 +121,13 @@ def draw_inputs(
 
     # Eq. 3: targets are drawn from the VAE posterior, references take its mode. All frozen.
     encoded = encode_batch(encoders, batch, prompts, config.model.text_length, generators, device)
-    has_references = ~drop_image
+    has_references = to_device(~drop_image, encoded.references.device)
     present = has_references.to(encoded.references)[:, None, None, None]
     encoded = replace(encoded, references=encoded.references * present)
 
-    timesteps = torch.cat([sample_timesteps(1, grids.target.num_tokens, own) for own in generators]).to(device)
-    noise = torch.stack([torch.randn(encoded.latents.shape[1:], generator=own) for own in generators]).to(encoded.latents)
+    timesteps = to_device(torch.cat([sample_timesteps(1, grids.target.num_tokens, own) for own in generators]), device)
+    noise = torch.stack([torch.randn(encoded.latents.shape[1:], generator=own) for own in generators])
+    noise = to_device(noise, encoded.latents.device).to(encoded.latents)
     return StepInputs(encoded, points, Draws(has_references, timesteps, noise))
 
 

@@ -31,7 +31,7 @@ from mosaic.lora.files import LoraFile
 from mosaic.lora.loading import check_reference_lora, read_reference_lora
 from mosaic.lora.resize import resize_reference_lora
 from mosaic.lora.zeros import ALL_ZERO, changes_nothing
-from mosaic.model.acceleration import compile_blocks
+from mosaic.model.acceleration import compile_blocks, set_attention_backend
 from mosaic.model.recomputation import set_gradient_checkpointing
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.pipeline.encoders import LiveEncoders
@@ -284,6 +284,22 @@ def training_sampler(
         )
         logger.warning(message, sampler.num_repeated, sampler.global_batch)
     return sampler
+
+
+def choose_attention(transformer: MosaicFluxTransformer2DModel, config: Config, device: torch.device) -> None:
+    """Apply `model.attention_backend`, after a trial.
+
+    Args:
+        transformer: The base.
+        config: The run's settings.
+        device: Of the training.
+
+    Raises:
+        ValueError: There is no such kernel, or it does not run here, forwards and backwards.
+    """
+    if config.model.attention_backend is not None:
+        dtype = torch.bfloat16 if config.training.mixed_precision == "bf16" else transformer.dtype
+        set_attention_backend(transformer, config.model.attention_backend, device, "model.attention_backend", dtype)
 
 
 def attach_adapter(pipeline: MosaicFluxPipeline, config: Config, file: LoraFile | None) -> None:

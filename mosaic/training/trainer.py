@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from mosaic.training.checkpoints.writer import CheckpointWriter
 from mosaic.training.distributed.comparison import ProcessesDiffer, check_adapter, check_base
 from mosaic.training.distributed.environment import check_distribution, uses_deepspeed
 from mosaic.training.distributed.sharding import is_sharded, place_models
-from mosaic.training.distributed.waiting import ProcessFailed, failing_together, in_step, main_alone, read_together
+from mosaic.training.distributed.waiting import ProcessFailed, failing_together, in_step, main_alone, on_any_process, read_together
 from mosaic.training.distributed.zero import ZeroUpdates
 from mosaic.training.objective import (
     call_settings,
@@ -45,6 +46,7 @@ from mosaic.training.signals import StopSignals, TrainingStopped, ignore_in_work
 from mosaic.training.starting import (
     attach_adapter,
     check_settings,
+    choose_attention,
     choose_checkpoint,
     load_base,
     open_run,
@@ -117,6 +119,7 @@ class Trainer:
         self.call = call_settings(config, self.pipeline.transformer)
         blocks = self.pipeline.transformer.config
         resolve_capture_blocks(config.loss.capture_blocks, blocks.num_layers, blocks.num_single_layers)
+        choose_attention(self.pipeline.transformer, config, self.accelerator.device)
         attach_adapter(self.pipeline, config, opened.adapter)
         check_base([self.pipeline.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2])
         check_adapter(list(reference_lora_parameters(self.pipeline.transformer).values()), 0)
@@ -160,6 +163,7 @@ class Trainer:
 
     def save(self) -> None:
         """Copy everything to the host and start writing a checkpoint, on the main process; does nothing if this step has one."""
+        self._look_back()
         if self._saved_step != self.step:
             self._settle()
             check_adapter(list(self.parameters.values()), self.step)
@@ -184,9 +188,15 @@ class Trainer:
             return
         try:
             self.writer.wait()
-            if self._saved_step != self.step and alone and not self._is_updating:
-                self._submit()
-                self.writer.wait()
+            if alone and not self._is_updating:
+                was_finite = self.non_finite.was_finite()
+                if was_finite:
+                    self._average()
+                elif was_finite is False:
+                    self.step -= 1
+                if self.step and self._saved_step != self.step:
+                    self._submit()
+                    self.writer.wait()
         except Exception as error:
             logger.error("the steps since the last checkpoint are lost: %s", in_one_line(error, with_kind=True))
             self._saved_step = None
@@ -206,17 +216,22 @@ class Trainer:
     def optimizer_step(self, batches: list[MosaicBatch], share: float = 1.0) -> MosaicLoss:
         """Accumulate the gradients of the micro-batches and update the adapter once; returns the mean terms over all processes.
 
+        All of it is put into the device's queue, and the numbers come to the host while it prepares the next step: so this looks at the
+        step before, and `_look_back` at the last one where something follows that needs to know.
+
         Args:
             batches: The micro-batches of this process.
             share: Factor on the gradient, not on the returned terms: of the sampler, for samples that are repeated to fill the step.
 
         Raises:
-            NonFiniteLoss: The loss or the gradient is not finite and `training.non_finite` is "stop"; the adapter is not changed.
+            NonFiniteLoss: The loss or the gradient of the step before is not finite and `training.non_finite` is "stop"; the adapter is as
+                it was before that step, and in a checkpoint.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         terms = []
         if self.pull_limit.is_due(self.step):
+            self._look_back()  # the limit's own numbers are waited for in any case
             self._measure_pull(batches[0])
         for micro_step, batch in enumerate(batches):
             generators = self._generators(batch, micro_step)
@@ -226,19 +241,41 @@ class Trainer:
                 self.updates.backward(loss.total * share / len(batches))
             terms.append(torch.stack([term.detach().float() for term in loss]))
         # All slices have one size, so the mean of their means is the mean over the samples.
-        loss = MosaicLoss(*self.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").cpu().unbind())
-        self.gradient_norm = norm = self.updates.gradient_norm()
-        accepted = self.non_finite.accept(loss, norm, self.step, self.step * self.global_batch, batches)
+        means = self.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean")
+        numbers = torch.cat([means, self.updates.gradient_norm().to(means)[None]])
+        self._look_back()
         self._is_updating = True
-        if accepted:
-            self.updates.apply()
-            if self.ema is not None:
-                self.ema.step(list(self.parameters.values()))
-        else:
-            self.updates.discard()
+        self.updates.apply(numbers.isfinite().all())
+        self.non_finite.note((*MosaicLoss._fields, "gradient_norm"), numbers, self.step, self.step * self.global_batch, batches)
         self.step += 1
         self._is_updating = False
-        return loss
+        return MosaicLoss(*means.unbind())
+
+    def _look_back(self) -> None:
+        """See whether the last update was taken, once its numbers are there, and do what depends on it; to be called on all processes.
+
+        Raises:
+            NonFiniteLoss: It was not, and the run is to stop; the steps before it are in a checkpoint.
+        """
+        was_finite = self.non_finite.was_finite()
+        if was_finite:
+            self._average()
+        if was_finite is not False:
+            return
+        try:
+            self.non_finite.refuse()
+        except NonFiniteLoss:
+            self.step -= 1
+            self.save()
+            self._settle()
+            raise
+
+    def _average(self) -> None:
+        """Have the moving average follow an update that was taken: the weights are still those."""
+        self._is_updating = True
+        if self.ema is not None:
+            self.ema.step(list(self.parameters.values()))
+        self._is_updating = False
 
     def _measure_pull(self, batch: MosaicBatch) -> None:
         """On the first micro-batch of the step, drawn as the step itself will draw it."""
@@ -274,7 +311,7 @@ class Trainer:
         progress = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_local_main_process)
         with contextlib.closing(loaded), progress:  # in any case: no loading process stays, and an error message begins a line
             try:
-                self._take_steps(read_together(islice(loaded, max(total - self.step, 0)), self._on_any_process), total, progress)
+                self._take_steps(read_together(islice(loaded, max(total - self.step, 0))), total, progress)
             except (TrainingStopped, CheckpointError, ProcessesDiffer):
                 raise
             except Exception:
@@ -291,19 +328,18 @@ class Trainer:
         elif self.step < total:
             self._stop_if_asked()
         for batches, share in self.meter.wait_for(batches_of_steps):
-            try:
-                loss = self.optimizer_step(batches, share)
-            except NonFiniteLoss:
-                self.save()  # the steps before this one
-                self._settle()
-                raise
+            self.optimizer_step(batches, share)
+            logs = self.step % training.log_every == 0 or self.step == total
+            saves = self.step % training.checkpoint_every == 0 or self.step == total
+            validates = self._validation_is_due(total)
+            if logs or saves or validates:
+                self._look_back()
             self.meter.end_step(batch_work(batch, self.pipeline, self.config) for batch in batches)
             progress.update()
-            if self.step % training.log_every == 0 or self.step == total:
-                self._log_step(loss, progress)
-            if self.step % training.checkpoint_every == 0 or self.step == total:
+            if logs:
+                self._log_step(progress)
+            if saves:
                 self.save()
-            validates = self._validation_is_due(total)
             if validates:
                 self.validate()
             if validates or self.step < total:  # the last step alone is finished in any case
@@ -317,18 +353,18 @@ class Trainer:
             self.speed_log.start(self.step)
         self.trackers.start(self.step, resolved_dict(self.config))
 
-    def _log_step(self, loss: MosaicLoss, progress: tqdm) -> None:
-        """Loss terms, gradient norm and learning rate of this step, and the speed since the last entry."""
+    def _log_step(self, progress: tqdm) -> None:
+        """Loss terms, gradient norm and learning rate of this step, which was looked at, and the speed since the last entry."""
         speed = self.meter.report()
         self._write(self.speed_log, speed)
-        if not all(map(torch.isfinite, (*loss, self.gradient_norm))):
+        given = self.non_finite.values
+        if not all(map(math.isfinite, given.values())):
             return  # the log has an entry of its own
-        given = loss._asdict()
         terms = {name: given[name] for name in logged_terms(self.config.loss)}
         progress.set_postfix({short: f"{terms[name]:.3f}" for name, short in SHORT_NAMES.items() if name in terms})
         rate = self.optimizer.param_groups[0]["lr"]
-        values = {f"loss/{name}": value.item() for name, value in terms.items()}
-        values |= {"optimizer/gradient_norm": self.gradient_norm.item(), "optimizer/learning_rate": rate}
+        values = {f"loss/{name}": value for name, value in terms.items()}
+        values |= {"optimizer/gradient_norm": given["gradient_norm"], "optimizer/learning_rate": rate}
         if self.config.loss.max_pull is not None:
             values |= {"optimizer/pull": self.pull_limit.pull, "optimizer/attention_scale": self.pull_limit.scale}
         self._write(self.log, values)
@@ -352,9 +388,10 @@ class Trainer:
         A failure is logged and does not end a run, but where a process has left the others in a sharded forward pass. A stop signal cuts
         it short; the run then makes it when it is continued.
         """
+        self._look_back()
         if is_sharded(self.transformer):
-            with self._going_on(), in_step() as on_any_process:
-                self._validate(lambda: on_any_process(self._asked_here()))
+            with self._going_on(), in_step() as agree:
+                self._validate(lambda: agree(self._asked_here()))
         else:
             main_alone(self._validate_here)
 
@@ -387,7 +424,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """At a step's end: end on all processes if a signal has come to any of them, or if a checkpoint could not be written."""
-        failed, asked = self._on_any_process(self.writer.failed, self._asked_here())
+        failed, asked = on_any_process(self.writer.failed, self._asked_here())
         if failed:
             self._settle()
         if asked:
@@ -395,11 +432,6 @@ class Trainer:
             self._settle()
             checkpoint = folder_of(self.writer.folder, self.step)
             raise TrainingStopped(self.step, checkpoint, self.signals.received or "a signal to another process")
-
-    def _on_any_process(self, *values: bool) -> list[bool]:
-        """Whether each is true on any process; all processes get the same answers at the same step."""
-        counts = torch.tensor([float(value) for value in values], device=self.accelerator.device)
-        return (self.accelerator.reduce(counts, reduction="sum") > 0).tolist()
 
     def _finish(self) -> Path:
         self._settle()

@@ -57,17 +57,23 @@ class Updates:
         self._norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
         return self._norm
 
-    def apply(self) -> None:
-        """Clip the gradient, take the optimizer's step and forget the gradient; after `gradient_norm`."""
-        if self.max_grad_norm is not None:
-            assert self._norm is not None  # that of this gradient
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, self._norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def apply(self, finite: Tensor) -> None:
+        """Clip the gradient, take the optimizer's step where that is to be, and forget the gradient; after `gradient_norm`.
 
-    def discard(self) -> None:
-        """Forget the gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
+        Args:
+            finite: bool, on the device, alike on all processes: False leaves adapter and optimizer as they are, bit for bit. A fused
+                optimizer reads it on the device, by what PyTorch has for gradient scalers (`found_inf`); for others the host waits for it.
+        """
+        optimizer: Any = self.optimizer
+        is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        if is_fused:
+            optimizer.found_inf = (~finite).float()
+        if is_fused or bool(finite):
+            if self.max_grad_norm is not None:
+                assert self._norm is not None  # that of this gradient
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, self._norm)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """`optimizer_tensors` on the main process, None on the others; to be called on all."""

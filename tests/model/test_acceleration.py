@@ -207,6 +207,20 @@ def test_a_kernel_changes_pictures_by_rounding_only(pipeline: MosaicFluxPipeline
     assert torch.equal(sample(pipeline), plain)
 
 
+def test_a_kernel_for_training_is_tried_backwards_too(pipeline: MosaicFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor) -> Tensor:
+            return query.clone()
+
+    monkeypatch.setattr(acceleration, "dispatch_attention_fn", lambda query, *_, **__: OneWay.apply(query))
+    set_attention_backend(pipeline.transformer, "_native_math", CPU)
+    with pytest.raises(
+        ValueError, match=r"model.attention_backend=_native_math does not run here \(cpu, torch.bfloat16\)\. NotImplementedError"
+    ):
+        set_attention_backend(pipeline.transformer, "_native_math", CPU, "model.attention_backend", torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

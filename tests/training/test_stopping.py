@@ -288,6 +288,75 @@ def test_not_finite_is_skipped_where_asked_for(
     assert all(value.isfinite().all() for value in load_file(tmp_path / "run/lora.safetensors").values())
 
 
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_late_as_on_a_device(
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Between log entries a bad step is found while the next one is computed: nothing of either is in the checkpoint, and the run that goes
+    on from there is the undisturbed one, bit for bit.
+    """
+    spoiled = {
+        "loss": lambda loss: MosaicLoss(*(term * math.nan for term in loss)),
+        "gradient": lambda loss: loss._replace(total=loss.total * 1e38 * 1e10),
+    }
+    seen = at_step(2, spoiled[kind], monkeypatch)
+    late = {**OPTIONS, "training__log_every": 100}
+    with pytest.raises(NonFiniteLoss, match="step 3: not finite: .*as it was after step 2"):
+        train(runs.make_config(world, tmp_path / "run", **late))
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    record = json.loads((tmp_path / "run/non_finite.json").read_text())
+    assert (record["step"], record["first_sample_index"], record["ids"]) == (3, 4, seen[2][1])
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
+    assert "the first 2 of 2 steps are in" in caplog.text
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    train(runs.make_config(world, tmp_path / "run", **late), resume="auto")
+    for name in ("lora", "optimizer", "ema"):
+        file = f"checkpoints/step_00000005/{name}.safetensors"
+        runs.assert_same_tensors(load_file(tmp_path / "run" / file), load_file(whole / file))
+
+
+def test_a_fused_optimizer_leaves_a_step_out_on_the_device(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU: weights, moments and their count stay as they are, bit for bit, and nobody asks whether they should."""
+    monkeypatch.setattr(training, "build_optimizer", lambda _, weights: torch.optim.AdamW(weights, fused=True))
+    seen = at_step(2, lambda loss: MosaicLoss(*(term * math.nan for term in loss)), monkeypatch)
+    trainer = Trainer(runs.make_config(world, tmp_path / "run", **OPTIONS, training__non_finite="skip", training__log_every=100))
+    states, step = [], trainer.optimizer_step
+
+    def spy(*batches: Any) -> MosaicLoss:
+        loss = step(*batches)
+        moments = {f"{i} {key}": value.clone() for i, state in enumerate(trainer.optimizer.state.values()) for key, value in state.items()}
+        states.append(runs.values(trainer) | moments)
+        return loss
+
+    monkeypatch.setattr(trainer, "optimizer_step", spy)
+    trainer.fit()
+    runs.assert_same_tensors(states[2], states[1])
+    assert [float(state["0 step"]) for state in states] == [1, 2, 2, 3, 4]
+    assert trainer.ema.optimization_step == 4
+    (message,) = [text for text in caplog.messages if "not finite" in text]
+    assert message.startswith("step 3: not finite: total nan")
+    assert message.endswith(f"ids {', '.join(seen[2][1])}; this batch is left out")
+
+
+def test_an_error_after_a_step_that_was_not_finite_keeps_the_steps_before_both(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before anybody has looked at that step."""
+
+    def change(step: int, loss: MosaicLoss) -> MosaicLoss:
+        if step == 3:
+            raise RuntimeError("a kernel failed")
+        return MosaicLoss(*(term * math.nan for term in loss)) if step == 2 else loss
+
+    runs.watch_steps(lambda *_: None, change, monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(runs.make_config(world, tmp_path / "run", **OPTIONS, training__log_every=100))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
+
+
 def test_skipping_everything_stops(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(non_finite, "MOST_IN_A_ROW", 2)
     monkeypatch.setattr(training, "train_step", lambda *arguments: MosaicLoss(*(term * math.inf for term in train_step(*arguments))))

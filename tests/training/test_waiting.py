@@ -98,14 +98,9 @@ def reads(rank: int) -> None:
             raise ValueError("manifest row 7 is damaged")
         yield 3
 
-    def on_any(answer: bool) -> list[bool]:
-        flag = torch.tensor(float(answer))
-        dist.all_reduce(flag)
-        return [bool(flag)]
-
     seen = []
     try:
-        for step in read_together(steps(), on_any):
+        for step in read_together(steps()):
             seen.append(step)
     finally:
         assert seen == [1, 2]
@@ -244,8 +239,8 @@ def lead_astray(config: str, what: str) -> int:
             yield next(load(*arguments))
             raise OSError("sample 3 is damaged")
 
-        def drifting(self: Updates) -> None:
-            apply(self)
+        def drifting(self: Updates, finite: Tensor) -> None:
+            apply(self, finite)
             with torch.no_grad():
                 next(iter(self.parameters.values())).add_(1e-6)
 

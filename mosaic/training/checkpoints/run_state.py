@@ -51,6 +51,7 @@ FREE_SETTINGS = frozenset({
     # other ways to the same numbers, up to rounding
     "model.gradient_checkpointing",
     "model.compile",
+    "model.attention_backend",
 })  # fmt: skip
 """Settings that a run may change when it is continued. Every other one, also one that is added later, must stay."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")

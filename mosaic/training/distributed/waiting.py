@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -27,6 +28,7 @@ FAILED = "mosaic/failed"
 
 Result = TypeVar("Result")
 Step = TypeVar("Step")
+_gloo: Any = None
 _turns = itertools.count()  # all processes wait for the same things in the same order
 
 
@@ -76,12 +78,29 @@ def gather_words(word: str, limit: timedelta) -> list[str]:
     return _read(keys, limit)
 
 
-def read_together(steps: Iterator[Step], on_any_process: Callable[[bool], list[bool]]) -> Iterator[Step]:
+def on_any_process(*values: bool) -> list[bool]:
+    """Whether each is true on any process; all get the same answers. To be called on all, at every step: no device takes part in it."""
+    if PartialState().num_processes == 1:
+        return list(values)
+    counts = torch.tensor([float(value) for value in values])
+    dist.all_reduce(counts, group=_host_group())
+    return (counts > 0).tolist()
+
+
+def _host_group() -> Any:
+    """A group whose messages are in host memory: the default one where its backend takes that, else one of gloo, made once."""
+    global _gloo
+    if "cpu:" in dist.get_backend_config():
+        return None
+    _gloo = _gloo or dist.new_group(backend="gloo", timeout=STEP_LIMIT)
+    return _gloo
+
+
+def read_together(steps: Iterator[Step]) -> Iterator[Step]:
     """Hand on what a loader gives; where one process cannot read its data, none begins the step that needs them.
 
     Args:
         steps: As many on all processes.
-        on_any_process: Whether something is true on any, as a list of one.
 
     Raises:
         ProcessFailed: Another process cannot read its data, by its reason; on that one its own error.

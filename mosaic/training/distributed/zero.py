@@ -66,13 +66,16 @@ class ZeroUpdates(Updates):
         self._norm = self.engine.optimizer.scaled_global_norm()  # nothing is scaled in float32
         return self._norm
 
-    def apply(self) -> None:
-        """Clip the gradient, take the optimizer's step, gather the adapter and forget the gradient."""
+    def apply(self, finite: Tensor) -> None:
+        """Clip the gradient, take the step, gather the adapter and forget the gradient; where `finite` is False, only forget it."""
+        if not finite:
+            self._discard()
+            return
         self.engine.step()
         if not self.engine.was_step_applied():
             raise RuntimeError("DeepSpeed has left out a step whose gradient was finite.")
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         """Forget the gradient: DeepSpeed leaves out a step that is not finite, and forgets its gradient."""
         from deepspeed.utils import safe_set_full_grad
 
@@ -132,7 +135,7 @@ class ZeroUpdates(Updates):
             group["lr"] = 0.0
         with self.micro_batch(is_last=True):
             self.backward(self.engine())
-        self.apply()
+        self.apply(torch.tensor(True))
 
 
 class _Adapter(nn.Module):
