@@ -132,8 +132,10 @@ def branch_attention(
     main_query, reference_query = query.split([main_length, layout.length], dim=1)
     text_key, target_key, reference_key = key.split([text_length, main_length - text_length, layout.length], dim=1)
     main_value, reference_value = value.split([main_length, layout.length], dim=1)
-    if layout.reference_attention == "joint":
-        main, references = attend_with_bias(attend, query, key, value, layout.key_bias).split([main_length, layout.length], dim=1)
+    # One reference alone sees the same in both modes.
+    if layout.reference_attention == "joint" or (layout.reference_attention == "target" and layout.num_references == 1):
+        attended = attend_with_bias(attend, query, key, value, layout.key_bias)
+        main, references = attended.split([main_length, layout.length], dim=1)
     else:
         if layout.reference_attention == "isolated":
             # One number added to all the logits of a row changes nothing, so that strengths are left out here.
@@ -196,11 +198,13 @@ def _attend_per_reference(
     bias = layout.key_bias
     keys, values = _per_reference(shared_keys, key, layout), _per_reference(shared_values, value, layout)
     # K copies of the main tokens' keys and values; kept for the backward pass they would be a quarter of all that is kept.
-    copies = [
-        (keys, partial(_per_reference, [piece.detach() for piece in shared_keys], key.detach(), layout)),
-        (values, partial(_per_reference, [piece.detach() for piece in shared_values], value.detach(), layout)),
-    ]
-    with made_anew(copies if shared_keys else []):
+    copies = []
+    if shared_keys and torch.is_grad_enabled():
+        copies = [
+            (keys, partial(_per_reference, [piece.detach() for piece in shared_keys], key.detach(), layout)),
+            (values, partial(_per_reference, [piece.detach() for piece in shared_values], value.detach(), layout)),
+        ]
+    with made_anew(copies):
         folded = attend_with_bias(
             attend,
             _per_reference([], query, layout),

@@ -41,8 +41,8 @@ class BlockOutput(NamedTuple):
 # apart by `start`, the index of the first reference token; without references everything is main.
 
 
-class _Vectors(NamedTuple):
-    """A shift, scale or gate: [B, 1, d] for the main tokens, and for the references (None without them)."""
+class _Branches(NamedTuple):
+    """Tokens [B, S, d], or a shift, scale or gate [B, 1, d]: of the main tokens, and of the references (None without them)."""
 
     main: Tensor
     references: Tensor | None
@@ -55,11 +55,11 @@ class _Tokens(NamedTuple):
     references: Tensor | None
 
 
-def _vectors(layer: nn.Module, temb: Tensor, count: int) -> list[_Vectors]:
+def _vectors(layer: nn.Module, conditioning: Tensor, count: int) -> list[_Branches]:
     """The AdaLN vectors of both branches, `count` of them."""
-    main, references = branch_vectors(layer, temb)
+    main, references = branch_vectors(layer, conditioning)
     return [
-        _Vectors(*pair)
+        _Branches(*pair)
         for pair in zip(main.chunk(count, -1), [None] * count if references is None else references.chunk(count, -1), strict=True)
     ]
 
@@ -70,20 +70,36 @@ def _normalize(norm: nn.Module, hidden_states: Tensor) -> Tensor:
         return norm(hidden_states)
 
 
-def _modulate(hidden_states: Tensor, shift: _Vectors, scale: _Vectors, start: int) -> _Tokens:
-    """x * (1 + scale) + shift, each branch with its own vectors."""
-    if scale.references is None or shift.references is None:
-        return _Tokens(hidden_states * (1 + scale.main) + shift.main, None)
-    main = hidden_states[:, :start] * (1 + scale.main) + shift.main
-    references = hidden_states[:, start:] * (1 + scale.references) + shift.references
-    return _Tokens(torch.cat([main, references], dim=1), references)
+def _modulate(hidden_states: Tensor, shift: _Branches, scale: _Branches, start: int) -> _Tokens:
+    """shift + (1 + scale) * x, each branch with its own vectors."""
+    factor = _Branches(1 + scale.main, None if scale.references is None else 1 + scale.references)
+    return _add_product(shift, factor, _branches(hidden_states, start))
 
 
-def _gate(hidden_states: Tensor, gate: _Vectors, start: int) -> Tensor:
-    """gate * x, each branch with its own vector."""
-    if gate.references is None:
-        return gate.main * hidden_states
-    return torch.cat([gate.main * hidden_states[:, :start], gate.references * hidden_states[:, start:]], dim=1)
+def _add_gated(residual: Tensor, gate: _Branches, hidden_states: Tensor, start: int) -> Tensor:
+    """residual + gate * x, each branch with its own vector."""
+    return _add_product(_branches(residual, start), gate, _branches(hidden_states, start)).joined
+
+
+def _branches(tokens: Tensor, start: int) -> _Branches:
+    length = tokens.shape[1] - start
+    return _Branches(*tokens.split_with_sizes([start, length], dim=1)) if length else _Branches(tokens, None)
+
+
+def _add_product(added: _Branches, factor: _Branches, tokens: _Branches) -> _Tokens:
+    """added + factor * tokens of both branches, in one tensor."""
+    if tokens.references is None or added.references is None or factor.references is None:
+        return _Tokens((factor.main * tokens.main).add_(added.main), None)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        main, references = (product.add_(summand) for product, summand in zip(map(torch.mul, factor, tokens), added, strict=True))
+        return _Tokens(torch.cat([main, references], dim=1), references)
+    # Where nothing is kept, both are written into their place at once.
+    start, length = tokens.main.shape[1], tokens.references.shape[1]
+    joined = tokens.main.new_empty(len(tokens.main), start + length, tokens.main.shape[2])
+    main, references = joined.split_with_sizes([start, length], dim=1)
+    torch.mul(factor.main, tokens.main, out=main).add_(added.main)
+    torch.mul(factor.references, tokens.references, out=references).add_(added.references)
+    return _Tokens(joined, references)
 
 
 def _join(main: Tensor, references: Tensor | None) -> _Tokens:
@@ -210,24 +226,27 @@ class MosaicFluxTransformerBlock(FluxTransformerBlock):
         hidden_states = _with_apart(hidden_states, reference_hidden_states)
         attn, text_length = self.attn, encoder_hidden_states.shape[1]
         start = hidden_states.shape[1] - layout.length
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, self.norm1.silu(temb), 6)
+        conditioning = self.norm1.silu(temb)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _vectors(self.norm1.linear, conditioning, 6)
         normed = _modulate(_normalize(self.norm1.norm, hidden_states), shift_msa, scale_msa, start)
-        text, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb[:, 0])
+        text_vectors = _vectors(self.norm1_context.linear, conditioning[:, :1], 6)  # of the main branch, as the text is
+        text_shift_msa, text_scale_msa, text_gate_msa, text_shift_mlp, text_scale_mlp, text_gate_mlp = text_vectors
+        text = _modulate(_normalize(self.norm1_context.norm, encoder_hidden_states), text_shift_msa, text_scale_msa, text_length).joined
 
         query, key, value = joint_projections(attn, text, normed, start)
         attended = _attend(attn, query, key, value, image_rotary_emb, layout, text_length, capture)
         attended_text, attended_target = attended.main.split([text_length, start], dim=1)
 
-        attended_image = _linear(attn.to_out[0], _join(attended_target.contiguous(), attended.references), start)
-        hidden_states = hidden_states + _gate(attn.to_out[1](attended_image), gate_msa, start)
+        attended_image = _linear(attn.to_out[0], _join(attended_target, attended.references), start)
+        hidden_states = _add_gated(hidden_states, gate_msa, attn.to_out[1](attended_image), start)
         normed = _modulate(_normalize(self.norm2, hidden_states), shift_mlp, scale_mlp, start)
         inner = _with_references(self.ff.net[1](self.ff.net[0].gelu(_linear(self.ff.net[0].proj, normed, start))), start)
-        hidden_states = hidden_states + _gate(_linear(self.ff.net[2], inner, start), gate_mlp, start)
+        hidden_states = _add_gated(hidden_states, gate_mlp, _linear(self.ff.net[2], inner, start), start)
 
         attended_text = attn.to_add_out(attended_text.contiguous())
-        encoder_hidden_states = encoder_hidden_states + text_gate_msa.unsqueeze(1) * attended_text
-        text = self.norm2_context(encoder_hidden_states) * (1 + text_scale_mlp[:, None]) + text_shift_mlp[:, None]
-        encoder_hidden_states = encoder_hidden_states + text_gate_mlp.unsqueeze(1) * self.ff_context(text)
+        encoder_hidden_states = _add_gated(encoder_hidden_states, text_gate_msa, attended_text, text_length)
+        text = _modulate(_normalize(self.norm2_context, encoder_hidden_states), text_shift_mlp, text_scale_mlp, text_length).joined
+        encoder_hidden_states = _add_gated(encoder_hidden_states, text_gate_mlp, self.ff_context(text), text_length)
         return _output(_clip_float16(encoder_hidden_states), hidden_states, attended, start, apart=reference_hidden_states is not None)
 
 
@@ -259,6 +278,6 @@ class MosaicFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 
         joined = _with_references(torch.cat([_join(attended.main, attended.references).joined, mlp], dim=2), start)
         output = _linear(self.proj_out, joined, start)
-        output = _clip_float16(residual + _gate(output, gate, start))
+        output = _clip_float16(_add_gated(residual, gate, output, start))
         apart = reference_hidden_states is not None
         return _output(*_cut(output, text_length), attended, start - text_length, apart)

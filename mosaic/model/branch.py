@@ -34,15 +34,16 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, reference
         return layer(hidden_states)
     # Token by token, not sample by sample: the product then is no view, and what is added to it costs the backward pass no copy.
     output = layer.base_layer(hidden_states.flatten(0, 1))
-    if type(layer.base_layer) is not nn.Linear:  # what a quantised layer returns may be a view that must not be written to
-        output = output.clone()
+    if type(layer.base_layer) is not nn.Linear and torch.is_grad_enabled():
+        output = output.clone()  # what a quantised layer returns may be a view, to which autograd lets nobody write
     length = hidden_states.shape[1]
     if ADAPTER_NAME in layer.lora_A and start < length:
         tokens = hidden_states[:, start:] if references is None else references
         output = _add_delta(layer, ADAPTER_NAME, tokens, output)
-    output = output.unflatten(0, hidden_states.shape[:2])
+    output = output.view(len(hidden_states), length, output.shape[1])
     for name in _style_adapters(layer):
-        output.narrow(1, 0, start).add_(_delta(layer, name, hidden_states[:, :start]).to(output.dtype))
+        main = output.narrow(1, 0, start)
+        main.add_(_delta(layer, name, hidden_states[:, :start], main), alpha=layer.scaling[name])
     return output
 
 
@@ -62,14 +63,16 @@ def branch_vectors(layer: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor | 
     output = layer.base_layer(vectors)
     main, reference = output[:, :1], output[:, 1:] if vectors.shape[1] > 1 else None
     if reference is not None and ADAPTER_NAME in layer.lora_A:
-        reference = reference + _delta(layer, ADAPTER_NAME, vectors[:, 1:]).to(output.dtype)
+        reference = torch.add(reference, _delta(layer, ADAPTER_NAME, vectors[:, 1:], reference), alpha=layer.scaling[ADAPTER_NAME])
     for name in _style_adapters(layer):
-        main = main + _delta(layer, name, vectors[:, :1]).to(output.dtype)
+        main = torch.add(main, _delta(layer, name, vectors[:, :1], main), alpha=layer.scaling[name])
     return main, reference
 
 
 def _style_adapters(layer: LoraLayer) -> list[str]:
     """The active adapters of a layer beside the reference LoRA; those that are fused are in the base layer already."""
+    if len(layer.lora_A) == 1 and ADAPTER_NAME in layer.lora_A:
+        return []
     apart = [name for name in layer.active_adapters if name in layer.lora_A and name not in layer.merged_adapters]
     return [] if layer.disable_adapters else [name for name in apart if name != ADAPTER_NAME]
 
@@ -77,7 +80,8 @@ def _style_adapters(layer: LoraLayer) -> list[str]:
 def _add_delta(layer: LoraLayer, name: str, tokens: Tensor, output: Tensor) -> Tensor:
     """Adds s B A x to the last rows of every sample's output [B * S, d_out], in place."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # nothing to be saved, but maybe hooks that bring the weights
-        output.unflatten(0, (len(tokens), -1))[:, -tokens.shape[1] :].add_(_delta(layer, name, tokens).to(output.dtype))
+        last = _last_rows(output, *tokens.shape[:2])
+        last.add_(_delta(layer, name, tokens, last), alpha=layer.scaling[name])
         return output
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     device = "cpu" if tokens.is_meta else tokens.device.type  # the meta device knows no autocast
@@ -122,7 +126,7 @@ def _last_rows(tokens: Tensor, batch: int, length: int) -> Tensor:
     return tokens.view(batch, -1, tokens.shape[1])[:, -length:]
 
 
-def _delta(layer: LoraLayer, name: str, tokens: Tensor) -> Tensor:
-    """s B A x, in the adapter's own dtype as PEFT does it."""
-    tokens = tokens.to(layer.lora_A[name].weight.dtype)
-    return layer.lora_B[name](layer.lora_A[name](tokens)) * layer.scaling[name]
+def _delta(layer: LoraLayer, name: str, tokens: Tensor, output: Tensor) -> Tensor:
+    """B A x of tokens [B, R, d_in], without s, in the adapter's own dtype as PEFT does it; returned in shape and dtype of `output`."""
+    down = layer.lora_A[name]
+    return layer.lora_B[name](down(tokens.flatten(0, 1).to(down.weight.dtype))).to(output.dtype).view(output.shape)
