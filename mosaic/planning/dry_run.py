@@ -25,7 +25,7 @@ from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import TEMPORARY, StorageMeter, storage_bytes
-from mosaic.training.objective import call_settings, draw_inputs, sample_generators, train_step
+from mosaic.training.objective import Transformer, call_settings, draw_inputs, sample_generators, train_step
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
 SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"
@@ -169,14 +169,30 @@ class StandInStep:
     """Forward pass and losses of `train_step` on the largest batch that a config allows; latents and embeddings are noise."""
 
     def __init__(
-        self, config: Config, shape: ModelShape, num_references: int, transformer: MosaicFluxTransformer2DModel, supervised: bool = True
+        self,
+        config: Config,
+        shape: ModelShape,
+        num_references: int,
+        transformer: MosaicFluxTransformer2DModel,
+        supervised: bool = True,
+        forward: Transformer | None = None,
     ) -> None:
+        """The batch is drawn once.
+
+        Args:
+            config: As in `dry_run`.
+            shape: As in `dry_run`.
+            num_references: As in `dry_run`.
+            transformer: Whose device and number format the batch has.
+            supervised: False leaves out the captured rows and the losses on them.
+            forward: What is called in the transformer's place; None: itself.
+        """
         data = config.data.replace(image_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
         self.config, self.supervised = config.replace(data=data), supervised
         self.encoders, self.device = NoiseEncoders(shape, transformer.device, transformer.dtype), transformer.device
         self.call = call_settings(config, transformer)
         self.batch = largest_batch(config, shape, num_references)
-        self.forward = transformer if supervised else _without_capture(transformer)
+        self.forward = (forward or transformer) if supervised else _without_capture(transformer)
         self.autocast = config.training.mixed_precision == "bf16" and transformer.device.type != "meta"
 
     def __call__(self) -> Tensor:

@@ -22,6 +22,7 @@ from mosaic.data.multi_reference.manifest import FORMAT, VERSION
 from mosaic.data.multi_reference.storage import DESCRIPTION, MANIFEST
 from mosaic.data.multi_reference.writer import ROWS_PER_GROUP, SCHEMA
 from mosaic.files import write_text
+from scripts.benchmarks.measuring import resident_mib
 
 GRID = 64  # cells per side of the grids that points are found on
 POINTS = 600  # per reference
@@ -134,16 +135,6 @@ def measure_opening(root: Path) -> dict[str, float]:
         "resident_mib": resident_mib("VmRSS") - before,
         "peak_while_opening_mib": peak - before,
     }
-
-
-def resident_mib(field: str) -> float:
-    """A field of /proc/self/status, such as VmRSS, in MiB.
-
-    Raises:
-        OSError: There is no such file: this is not Linux.
-    """
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def print_tables(result: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 Each mode is a whole sampling run of the pipeline on encoded inputs; the modes of a cell take turns. Beside the time of a picture stand what
 the FLOP model predicts, and how far latents and picture are from those of the plain path with the same weights, start noise and
-`reference_attention`. The pocket model is the trained one; FLUX.1-dev has random weights in its exact shape, and no VAE.
+`reference_attention`. The pocket model is the trained one; the others have random weights, and no VAE. A step is timed apart from the first
+of its run, in which references are kept; on a CPU the naive twin makes one, too.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import gc
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +25,6 @@ from diffusers.utils import logging
 from torch import Tensor
 from tqdm import tqdm
 
-from mosaic.config.loading import from_dict
 from mosaic.files import write_text
 from mosaic.lora.adapter import reference_lora_parameters
 from mosaic.method.grids import token_grid
@@ -36,22 +35,19 @@ from mosaic.pipeline.encoders import PromptEmbeddings
 from mosaic.pipeline.latents import decode_latents
 from mosaic.pipeline.options import SamplingOptions
 from mosaic.pipeline.pipeline import DTYPES, MosaicFluxPipeline
-from mosaic.planning.dry_run import build_transformer
 from mosaic.planning.memory_model import GIB
-from mosaic.planning.model_shape import FLUX_DEV_SHAPE
-from mosaic.planning.preflight import ASSUMED_PEAK_TFLOPS
 from mosaic.rendering.cases.reading import read_cases
-from mosaic.training.watch.throughput import known_peak
-from scripts.benchmarks.train import peak_bytes, timed
-from scripts.benchmarks.twin import ROOT
+from scripts.benchmarks import ROOT
+from scripts.benchmarks.measuring import StepClock, device_name, peak_bytes, timed
+from scripts.benchmarks.models import POCKET, MeasuredModel, measured_model
+from scripts.benchmarks.train import rates, shown
+from scripts.benchmarks.twin import INPUTS, Twin, check_agreement
 
-POCKET = ROOT / "assets" / "pocket"
 FLUX_DEV_BYTES = 30 * GIB  # weights in bfloat16, an adapter of rank 128 and its start in float32
 FLUX_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}  # FLUX.1-dev's; what is not named are diffusers' defaults
-LORA_STD = 0.02  # of the random adapter's B: not zero, so that references differ from the bare model
 COLUMNS = (
-    *("px", "K", "mode", "s", "peak GiB", "TFLOP", "MFU %", "speed-up", "predicted", "over plain", "predicted over plain"),
-    *("skipped", "latents", "levels", "mean level"),
+    *("px", "K", "mode", "s", "first s", "s/step", "of product %", "x twin", "peak GiB", "above the model GiB", "TFLOP", "MFU %"),
+    *("speed-up", "predicted", "over plain", "predicted over plain", "skipped", "latents", "levels", "mean level"),
 )
 
 
@@ -130,8 +126,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.clock == "cpu" and device.type != "cpu":
-        raise ValueError("--clock cpu times a CPU's work; leave it out on a GPU")
     modes = [parse_mode(text) for text in args.modes]
     modes = with_plain_paths(modes)
     pipeline = build_pipeline(args, device)
@@ -139,13 +133,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_mode(pipeline, mode, args.steps, device)
     if any(mode.compiled for mode in modes):
         compile_blocks(pipeline.transformer)
-    peak = args.peak_tflops or known_peak(device) or (ASSUMED_PEAK_TFLOPS if device.type == "cuda" else None)
+    rate, peak = rates(args, device.type, pipeline.transformer.dtype)
     rows = []
     for size, k in tqdm([(size, k) for size in args.sizes for k in args.references], desc="cells", unit="cell"):
-        rows += measure_cell(Cell(args, pipeline, size, k, max(mode.batch_size for mode in modes)), modes, peak)
-    name = torch.cuda.get_device_name(0) if device.type == "cuda" else f"{args.threads} CPU threads"
+        rows += measure_cell(Cell(args, pipeline, size, k, max(mode.batch_size for mode in modes)), modes, peak, rate)
     model = args.model if args.config is None else args.config.model.pretrained
-    result = {"model": model, "device": name, "dtype": str(pipeline.transformer.dtype), "peak_tflops": peak, "rows": rows}
+    result = {
+        "model": model,
+        "device": device_name(device.type, args.threads),
+        "clock": "device" if device.type == "cuda" else args.clock,
+        "dtype": str(pipeline.transformer.dtype),
+        "product_tflops": rate,
+        "peak_tflops": peak,
+        "rows": rows,
+    }
     print_table(args, result)
     if args.output:
         write_text(args.output, json.dumps(result, indent=2) + "\n")
@@ -174,7 +175,7 @@ def check_mode(pipeline: MosaicFluxPipeline, mode: Mode, steps: int, device: tor
 
 
 def build_pipeline(args: argparse.Namespace, device: torch.device) -> MosaicFluxPipeline:
-    """The pipeline of a config, the trained pocket pipeline, or a random transformer of FLUX.1-dev's shape in a pipeline without encoders.
+    """The pipeline of a config, the trained pocket pipeline, or a random transformer of another shape in a pipeline without encoders.
 
     Raises:
         ValueError: If there is no GPU for the large one.
@@ -192,20 +193,29 @@ def build_pipeline(args: argparse.Namespace, device: torch.device) -> MosaicFlux
         pipeline = MosaicFluxPipeline.from_pretrained(POCKET / "flux")
         pipeline.load_reference_lora(POCKET / "lora.safetensors")
     else:
+        pipeline = random_pipeline(measured_model(args.model, rank=args.rank), device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def random_pipeline(model: MeasuredModel, device: torch.device, quantization: str = "none") -> MosaicFluxPipeline:
+    """A random transformer with an adapter, in a pipeline without encoders and VAE.
+
+    Raises:
+        ValueError: If there is no GPU for the large one.
+    """
+    if model.half:
         memory = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else 0
         if memory < FLUX_DEV_BYTES:
             found = f"{torch.cuda.get_device_name(0)} has {memory / GIB:.0f} GiB" if memory else "there is none here"
             raise ValueError(f"--model flux_dev needs a CUDA GPU with {FLUX_DEV_BYTES / GIB:.0f} GiB, but {found}. Use --model pocket.")
-        config = from_dict({"model": {"gradient_checkpointing": "none"}, "lora": {"rank": args.rank}})
-        transformer = build_transformer(config, FLUX_DEV_SHAPE, device.type)
-        for key, parameter in reference_lora_parameters(transformer).items():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter.data, std=LORA_STD)
-        transformer.to(torch.bfloat16).requires_grad_(False).eval()
-        nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-        pipeline = MosaicFluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER), transformer=transformer, **nothing)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    config = model.config(1, quantization=quantization)
+    transformer = model.build(config, device.type)
+    for parameter in reference_lora_parameters(transformer).values():
+        parameter.data = parameter.data.to(DTYPES[config.model.dtype])
+    transformer.requires_grad_(False).eval()
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return MosaicFluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER), transformer=transformer, **nothing)
 
 
 class Cell:
@@ -224,7 +234,7 @@ class Cell:
             return torch.randn(shape, generator=generator).to(device, dtype)
 
         self.noise = draw(batch_size, self.grid.num_tokens, channels)
-        if args.model == "pocket":
+        if pipeline.vae is not None:
             cases = args.config.inference.cases if args.config else ROOT / "example_cases.json"
             self.embeds, self.references = encode_example(pipeline, cases, num_references, args.reference_size, args.text_tokens)
         else:
@@ -232,8 +242,8 @@ class Cell:
             self.embeds = PromptEmbeddings(draw(1, args.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim))
             self.references = draw(num_references, channels // 4, side, side)
 
-    def sample(self, mode: Mode, pictures: slice, steps: int | None = None) -> Tensor:
-        """Packed latents [B, N, C] of these of the pictures, B of them at once."""
+    def sample(self, mode: Mode, pictures: slice, steps: int | None = None, clock: StepClock | None = None) -> Tensor:
+        """Packed latents [B, N, C] of these of the pictures, B of them at once; a clock is marked after every step."""
         noise = self.noise[pictures]
         options = SamplingOptions(
             height=self.size,
@@ -251,19 +261,19 @@ class Cell:
                 reference_latents=[self.references] * len(noise),
                 latents=noise,
                 output_type="latent",
+                callback_on_step_end=None if clock is None else clock.mark,
                 **options.arguments,
             ).images
         assert isinstance(latents, Tensor)
         return latents
 
-    def flops(self, mode: Mode, skipped: int) -> float:
-        """FLOPs per picture that the model predicts."""
+    def flops(self, mode: Mode, steps: int, reference_steps: int, skipped: int = 0) -> float:
+        """FLOPs per picture of so many steps, in so many of which the references run."""
         transformer = self.pipeline.transformer
         rank = transformer.peft_config["reference"].r
         sizes = (self.grid.num_tokens, self.reference_grid.num_tokens, self.args.text_tokens)
-        steps = (self.args.steps, mode.reference_steps(self.args.steps), skipped)
         load = Workload(1, self.num_references, *sizes, rank, mode.reference_attention)
-        return sampling_flops(transformer.config, load, *steps)
+        return sampling_flops(transformer.config, load, steps, reference_steps, skipped)
 
     @torch.no_grad()
     def levels(self, latents: Tensor) -> Tensor | None:
@@ -293,7 +303,7 @@ def encode_example(
     return pipeline.encoders.encode_prompts([case.prompt], text_tokens), latents
 
 
-def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict[str, Any]]:
+def measure_cell(cell: Cell, modes: list[Mode], peak: float, rate: float) -> list[dict[str, Any]]:
     """The rows of a size and a K; the numbers of a mode that runs out of memory are None."""
     device = cell.pipeline.transformer.device.type
     plain: dict[str, Tensor] = {}
@@ -303,18 +313,18 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
             singles = [cell.sample(alone, slice(index, index + 1)) for index in range(len(cell.noise))]
             plain[mode.reference_attention] = torch.cat(singles)
     rows: dict[str, dict[str, Any]] = {mode.name: {"px": cell.size, "K": cell.num_references, "mode": mode.name} for mode in modes}
-    seconds: dict[str, list[float]] = {mode.name: [] for mode in modes}
+    seconds: dict[str, list[list[float]]] = {mode.name: [] for mode in modes}
     for turn in range(cell.args.runs + 1):
         for mode in modes:
             if "s" in rows[mode.name]:
                 continue  # does not fit
             try:
                 if turn == 0:  # the first run of each compiles, and is not timed
-                    rows[mode.name] |= quality(cell, mode, plain[mode.reference_attention])
-                    rows[mode.name]["peak GiB"] = peak_memory(cell, mode, device)
+                    rows[mode.name] |= quality(cell, mode, plain[mode.reference_attention]) | peak_memory(cell, mode, device)
                 else:
-                    whole = partial(cell.sample, mode, slice(mode.batch_size))
-                    seconds[mode.name].append(clocked(whole, device, cell.args.clock))
+                    clock = StepClock(device, cell.args.clock)
+                    cell.sample(mode, slice(mode.batch_size), clock=clock)
+                    seconds[mode.name].append(clock.seconds())
             except torch.OutOfMemoryError:
                 rows[mode.name] |= dict.fromkeys([column for column in COLUMNS if column not in ("px", "K", "mode")])
                 gc.collect()
@@ -322,8 +332,11 @@ def measure_cell(cell: Cell, modes: list[Mode], peak: float | None) -> list[dict
     for mode in modes:
         row = rows[mode.name]
         if "s" not in row:
-            row["s"] = statistics.median(seconds[mode.name]) / mode.batch_size
-            row["MFU %"] = None if peak is None else 100 * row["TFLOP"] / (row["s"] * peak)
+            row |= step_times(cell, mode, seconds[mode.name], rate)
+            row["MFU %"] = 100 * row["TFLOP"] / (row["s"] * peak)
+            row["x twin"] = None
+    if cell.args.twin and device == "cpu" and rows["target"]["s"] is not None:
+        rows["target"]["x twin"] = twin_seconds(cell) / rows["target"]["s/step"]
     for mode in modes:
         row = rows[mode.name]
         row["speed-up"], row["predicted"] = gains(row, rows["target"])
@@ -338,13 +351,35 @@ def gains(row: dict[str, Any], base: dict[str, Any] | None) -> tuple[float | Non
     return base["s"] / row["s"], base["TFLOP"] / row["TFLOP"]
 
 
-def clocked(function: Callable[[], Any], device: str, clock: str) -> float:
-    """Seconds that passed, or with "cpu" those that this process has really had: for a CPU that others use as well, with one thread."""
-    if clock == "wall":
-        return timed(function, device)
-    start = time.process_time()
-    function()
-    return time.process_time() - start
+def step_times(cell: Cell, mode: Mode, runs: list[list[float]], rate: float) -> dict[str, float]:
+    """Seconds per picture of a run, of its first step and of one of the others, and the rate of the latter over a large product's."""
+    later = statistics.median(own for run in runs for own in (run[1:] or run)) / mode.batch_size
+    # Of a step after the first one: the mean over those with references and those without.
+    steps, with_references = max(cell.args.steps - 1, 1), mode.reference_steps(cell.args.steps) - (cell.args.steps > 1)
+    return {
+        "s": statistics.median(map(sum, runs)) / mode.batch_size,
+        "first s": statistics.median(run[0] for run in runs) / mode.batch_size,
+        "s/step": later,
+        "of product %": 100 * cell.flops(mode, steps, with_references) / 1e12 / steps / (later * rate),
+    }
+
+
+def twin_seconds(cell: Cell) -> float:
+    """Seconds of one step of the naive twin in the mode `target`, on the inputs of a first step.
+
+    Raises:
+        RuntimeError: Its velocity is not ours.
+    """
+    transformer = cell.pipeline.transformer
+    seen: dict[str, Any] = {}
+    handle = transformer.register_forward_hook(lambda _, __, inputs, output: seen.update(inputs, output=output), with_kwargs=True)
+    cell.sample(parse_mode("target"), slice(1), steps=1)
+    handle.remove()
+    twin = Twin(transformer)
+    inputs = {name: seen[name] for name in INPUTS if name in seen}
+    with torch.inference_mode():
+        check_agreement(seen["output"][0], twin(**inputs).sample)
+        return statistics.median(timed(partial(twin, **inputs), "cpu", cell.args.clock) for _ in range(2))
 
 
 def quality(cell: Cell, mode: Mode, plain: Tensor) -> dict[str, Any]:
@@ -358,7 +393,7 @@ def quality(cell: Cell, mode: Mode, plain: Tensor) -> dict[str, Any]:
     distance = None if ours is None or theirs is None else (ours - theirs).abs()
     return {
         "skipped": skipped,
-        "TFLOP": cell.flops(mode, skipped) / 1e12,
+        "TFLOP": cell.flops(mode, cell.args.steps, mode.reference_steps(cell.args.steps), skipped) / 1e12,
         "latents": float((latents.float() - plain[pictures].float()).abs().max()),
         "levels": None if distance is None else float(distance.max()),
         "mean level": None if distance is None else float(distance.mean()),
@@ -377,31 +412,27 @@ def step_counter(cell: Cell) -> Iterator[list[None]]:
         handle.remove()
 
 
-def peak_memory(cell: Cell, mode: Mode, device: str) -> float | None:
-    """GiB at the fullest moment, weights included. On a CPU tensors are counted, which a compiled block would not show: None."""
+def peak_memory(cell: Cell, mode: Mode, device: str) -> dict[str, float | None]:
+    """GiB at the fullest moment, and above the transformer. On a CPU tensors are counted, which a compiled block would not show: None."""
     if device == "cpu" and mode.compiled:
-        return None
+        return {"peak GiB": None, "above the model GiB": None}
     steps = cell.args.steps if device == "cuda" else min(2, cell.args.steps)  # the second step has everything that is kept
-    weights = [*cell.pipeline.transformer.parameters()]
-    return peak_bytes(lambda: cell.sample(mode, slice(mode.batch_size), steps), weights, device) / GIB
+    transformer = cell.pipeline.transformer
+    weights = [*transformer.parameters(), *transformer.buffers()]
+    peak = peak_bytes(lambda: cell.sample(mode, slice(mode.batch_size), steps), weights, device)
+    return {"peak GiB": peak / GIB, "above the model GiB": (peak - sum(tensor.nbytes for tensor in weights)) / GIB}
 
 
 def print_table(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """The result as a Markdown table."""
-    rate = "no peak given: MFU n/a" if result["peak_tflops"] is None else f"MFU against {result['peak_tflops']:.4g} TFLOP/s"
     print(
         f"Sampling of {result['model']} ({result['dtype']}) on {result['device']}: {args.steps} steps, references of "
-        f"{args.reference_size} px, per picture, median of {args.runs} in turns ({args.clock} time); {rate}. Speed-up: measured over "
+        f"{args.reference_size} px, per picture, median of {args.runs} in turns ({result['clock']} time). s/step: of a step after the "
+        f"first; of product: its rate over {result['product_tflops']:.4g} TFLOP/s, a large product's here; x twin: the naive twin's step "
+        f"over it. MFU against {result['peak_tflops']:.4g} TFLOP/s. Speed-up: measured over "
         "`target`; predicted: the same of FLOPs. Over plain: both over the plain path of the same attention mode, that of "
         "`isolated-cache` over `isolated`. Latents, levels: largest difference from the plain path of the same attention mode.\n"
     )
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
     for row in result["rows"]:
-        fits = row["s"] is not None
-        print("| " + " | ".join(_shown(row[column], fits) for column in COLUMNS) + " |")
-
-
-def _shown(value: Any, fits: bool) -> str:
-    if value is None:
-        return "n/a" if fits else "does not fit"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        print("| " + " | ".join(shown(row[column], row["s"] is not None) for column in COLUMNS) + " |")

@@ -16,15 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mosaic import SPIN_VARIABLES
 from mosaic.files import write_text
+from scripts.benchmarks import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM_UP_STEPS = 2
 START_SECONDS = 120.0  # that a process may take to import and build
 BUSY = "while True: pass"
@@ -62,20 +61,20 @@ def measure_steps(args: argparse.Namespace) -> None:
     import torch
 
     from mosaic.lora.adapter import reference_lora_parameters
-    from mosaic.planning.dry_run import StandInStep, build_transformer
-    from scripts.benchmarks import train
+    from mosaic.planning.dry_run import StandInStep
+    from scripts.benchmarks.measuring import optimizer_step
+    from scripts.benchmarks.models import measured_model
 
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    pocket = argparse.Namespace(model="pocket", text_tokens=24, rank=32, reference_size=32, max_points=1024, batch_size=args.batch_size)
-    config, shape = train.config_of(pocket, 64, "none"), train.model_shape("pocket")
-    transformer = build_transformer(config, shape, "cpu")
+    model = measured_model("pocket", batch_size=args.batch_size)
+    config = model.config(4)
+    transformer = model.build(config, "cpu")
     parameters = list(reference_lora_parameters(transformer).values())
-    optimizer, loss = torch.optim.AdamW(parameters, lr=1e-4), StandInStep(config, shape, 4, transformer, True)
+    optimizer, loss = torch.optim.AdamW(parameters, lr=1e-4), StandInStep(config, model.shape, 4, transformer)
     print("ready", flush=True)
     while True:
         begin = time.perf_counter()
-        train.optimizer_step(loss, parameters, optimizer)
+        optimizer_step(loss, parameters, optimizer)
         print(time.perf_counter() - begin, flush=True)
 
 

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mosaic.config.loading import Config, from_dict
 from mosaic.files import write_text
 from mosaic.lora.adapter import reference_lora_parameters
-from mosaic.planning.dry_run import StandInStep, build_transformer
-from mosaic.planning.model_shape import FLUX_DEV_SHAPE, ModelShape
-from scripts.benchmarks.infer import clocked
-from scripts.benchmarks.train import WARM_UP_STEPS, model_shape, optimizer_step
+from mosaic.planning.dry_run import StandInStep
+from scripts.benchmarks.measuring import WARM_UP_STEPS, device_name, optimizer_step, timed
+from scripts.benchmarks.models import measured_model
 
 PAPER = "reference (the paper)"
 #: By name for tables, settings of `loss`; None: no rows are read at all.
@@ -33,16 +31,6 @@ ARMS: Mapping[str, dict[str, Any] | None] = {
     "target, over the references' keys": {"supervised_queries": "target", "target_keys": "references"},
     "target, every head": {"supervised_queries": "target", "heads": "each"},
 }
-#: Between the pocket model and FLUX.1-dev, for a CPU: 64 + 256 + 4 x 256 tokens of width 512. Of blocks there are few, for all cost alike.
-WIDE_SHAPE = ModelShape(
-    {**FLUX_DEV_SHAPE.transformer, "num_layers": 1, "num_single_layers": 2, "num_attention_heads": 8, "attention_head_dim": 64}
-    | {"joint_attention_dim": 512, "pooled_projection_dim": 512, "axes_dims_rope": [8, 28, 28]},
-    FLUX_DEV_SHAPE.vae_scale_factor,
-    {},
-    is_local=False,
-)
-#: By model: side of target and reference in px, text tokens, batch size, rank.
-SIZES = {"pocket": (64, 32, 24, 16, 32), "wide": (256, 256, 64, 1, 32), "flux_dev": (512, 512, 512, 1, 128)}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,47 +39,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = measure(args, device)
     rows = [{"supervised": name, **compared(found, seconds[PAPER])} for name, found in seconds.items()]
-    name = torch.cuda.get_device_name(0) if device == "cuda" else f"{args.threads} CPU threads"
     settings = {key: getattr(args, key) for key in ("model", "k", "max_points", "rounds")}
-    result = {"device": name, "clock": clock_of(device), "settings": settings, "rows": rows}
+    name, clock = device_name(device, args.threads), "cpu" if device == "cpu" else "wall"
+    result = {"device": name, "clock": clock, "settings": settings, "rows": rows}
     print_table(result)
     if args.output:
         write_text(args.output, json.dumps(result, indent=2) + "\n")
     return result
 
 
-def clock_of(device: str) -> str:
-    """What `clocked` measures on a device."""
-    return "wall" if device == "cuda" else "cpu"
-
-
-def config_of(args: argparse.Namespace, settings: Mapping[str, Any]) -> Config:
-    """The config of an arm."""
-    side, reference, text, batch_size, rank = SIZES[args.model]
-    large = args.model == "flux_dev"
-    return from_dict(
-        {
-            "model": {
-                "dtype": "bfloat16" if large else "float32",
-                "text_length": text,
-                "gradient_checkpointing": "block" if large else "none",
-            },
-            "lora": {"rank": rank},
-            "data": {"image_size": [side, side], "reference_size": reference},
-            "loss": {"max_points": args.max_points, **settings},
-            "training": {"batch_size": batch_size, "mixed_precision": "bf16" if large else "no"},
-        }
-    )
-
-
 def measure(args: argparse.Namespace, device: str) -> dict[str, list[float]]:
     """Seconds of each round's step, by arm."""
-    shape = WIDE_SHAPE if args.model == "wide" else model_shape(args.model)
-    transformer = build_transformer(config_of(args, {}), shape, device)
+    model = measured_model(args.model)
+    checkpointing = "block" if model.half else "none"
+    points = {"max_points": args.max_points}
+    configs = {name: model.config(args.k, checkpointing, loss=points | (settings or {})) for name, settings in ARMS.items()}
+    transformer = model.build(configs[PAPER], device)
     parameters = list(reference_lora_parameters(transformer).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     steps = {
-        name: StandInStep(config_of(args, settings or {}), shape, args.k, transformer, supervised=settings is not None)
+        name: StandInStep(configs[name], model.shape, args.k, transformer, supervised=settings is not None)
         for name, settings in ARMS.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -99,7 +66,7 @@ def measure(args: argparse.Namespace, device: str) -> dict[str, list[float]]:
         names = list(ARMS)
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
-            found = clocked(partial(optimizer_step, steps[name], parameters, optimizer), device, clock_of(device))
+            found = timed(partial(optimizer_step, steps[name], parameters, optimizer), device)
             if turn >= WARM_UP_STEPS:
                 seconds[name].append(found)
     return seconds
