@@ -60,7 +60,7 @@ def trace(config: ConstructConfig, output: Path, count: int, *, drawn: bool) -> 
         drawn: Whether the pictures are those of `scene_of`.
 
     Returns:
-        "yields": share that each stage passes; "references": how many samples have one, two, ...; "same_looks": share of the references in
+        "yields": share that each stage passes; "candidates": how many it took until the last sample; "references": how many samples have one, two, ...; "same_looks": share of the references in
         which the judge sees all that it sees of the subject in the picture, and of single attributes. Where the pictures are drawn also
         "found": subjects of all candidates that stage 3 came to; "iou": mean of the masks', "recognised": references that the judge takes
         for their individual among 8 of the class, "right": points within 0.1 of the subject's box, and "points" of a reference, all in the
@@ -93,7 +93,7 @@ def trace(config: ConstructConfig, output: Path, count: int, *, drawn: bool) -> 
     names = ("recognised", "right") if drawn else ()
     result: dict[str, Any] = {
         "yields": measured_yields(decisions.stages, candidates, decisions.reasons),
-        "candidates": len(candidates),
+        "candidates": samples[-1].number + 1,
         "references": {str(number): numbers.count(number) for number in sorted(set(numbers))},
         "same_looks": {key: asdict(proportion(hits[key])) for key in ("looks", *ATTRIBUTES)},
     }

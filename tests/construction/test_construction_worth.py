@@ -75,6 +75,8 @@ def test_an_exact_construction_is_found_exact(exact: Path, config: ConstructConf
     found = trace(config, exact, COUNT, drawn=True)
     assert found["yields"] == dict.fromkeys(("prompts", "synthesis", "segmentation", "references", "points"), 1.0)
     assert found["iou"] == found["found"]["iou"] == found["right"]["share"] == found["found"]["share"] == 1.0
+    assert found["candidates"] == COUNT
+    assert trace(config, exact, 2, drawn=True)["candidates"] == 2
     assert found["recognised"]["share"] > 0.8
     assert found["same_looks"]["palette"]["share"] > 0.8
     assert found["same_looks"]["looks"]["count"] == sum(len(candidate.prompt.subjects) for candidate in candidates)
