@@ -60,11 +60,11 @@ def trace(config: ConstructConfig, output: Path, count: int, *, drawn: bool) -> 
         drawn: Whether the pictures are those of `scene_of`.
 
     Returns:
-        "yields": share that each stage passes; "candidates": how many it took until the last sample; "references": how many samples have one, two, ...; "same_looks": share of the references in
-        which the judge sees all that it sees of the subject in the picture, and of single attributes. Where the pictures are drawn also
-        "found": subjects of all candidates that stage 3 came to; "iou": mean of the masks', "recognised": references that the judge takes
-        for their individual among 8 of the class, "right": points within 0.1 of the subject's box, and "points" of a reference, all in the
-        samples. Shares of things come with a 95 % Wilson interval and their number.
+        "yields": share that each stage passes; "candidates": how many it took until the last sample; "references": how many samples have
+        one, two, ...; "same_looks": share of the references in which the judge sees all that it sees of the subject in the picture, and of
+        single attributes. Where the pictures are drawn also "found": subjects of all candidates that stage 3 came to; "iou": mean of the
+        masks', "recognised": references that the judge takes for their individual among 8 of the class, "right": points within 0.1 of the
+        subject's box, and "points" of a reference, all in the samples. Shares of things come with a 95 % Wilson interval and their number.
     """
     decisions, candidates = every_candidate(config, output)
     samples, judge = samples_of(decisions, candidates, count), load_judge()
