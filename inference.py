@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosaic.commands import USERS_ERROR, command, is_meant, printable
+from mosaic.commands import USERS_ERROR, command, importing, is_meant, printable
 from mosaic.config.loading import Config, load_config
 from mosaic.files import in_one_line
 from mosaic.rendering.cases.reading import Case, CaseFile, read_cases
@@ -89,11 +89,12 @@ def run(config: Config, file: CaseFile) -> "RunResult":
     """Render the cases of a file, this process its share; see `mosaic.rendering.runner.run_cases`."""
     from datetime import timedelta
 
-    import torch
-    from accelerate import PartialState
+    with importing():
+        import torch
+        from accelerate import PartialState
 
-    from mosaic.rendering.checks import check_run
-    from mosaic.rendering.runner import run_cases
+        from mosaic.rendering.checks import check_run
+        from mosaic.rendering.runner import run_cases
 
     # Without `cpu`, accelerate takes several processes on a machine without an accelerator for one each. The first process to end waits
     # for the last one, however long that takes.

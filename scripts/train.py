@@ -13,7 +13,7 @@ from scripts.launching.processes import end_on_signals
 if __name__ == "__main__":
     end_on_signals()
 
-from mosaic.commands import command
+from mosaic.commands import command, importing
 from mosaic.config.loading import config_to_json, load_config
 
 
@@ -42,12 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         report = preflight(config, planned_environment(), arguments.resume, say=say)
         print(as_text(report))
         return 0 if report.ready else 1
-    import torch  # this and diffusers only once the config stands
+    with importing():  # these only once the config stands
+        import torch
 
-    from mosaic.planning.preflight import CURES
-    from mosaic.training import train
-    from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
-    from mosaic.weights.numbers import without_tiny_numbers
+        from mosaic.planning.preflight import CURES
+        from mosaic.training import train
+        from mosaic.training.signals import REQUEUE_EXIT_CODE, TrainingStopped
+        from mosaic.weights.numbers import without_tiny_numbers
 
     try:
         with without_tiny_numbers():

@@ -1,6 +1,7 @@
 """The frame of the commands: who is told what, and the exit code."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mosaic.commands import GOES_ON, command
+from mosaic.commands import GOES_ON, command, importing
 from mosaic.files import parse_json, require_file
 from mosaic.method.grids import token_grid
 
@@ -117,3 +118,15 @@ def test_ctrl_c_in_a_process(tmp_path: Path, moment: str) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
         assert process.stderr.read() == ("interrupted\n" if moment == "importing" else "interrupted: nothing was written\n")
+
+
+def test_the_garbage_collector_waits_for_imports() -> None:
+    assert gc.isenabled()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    with importing():
+        pass
+    assert not gc.isenabled()
+    gc.enable()

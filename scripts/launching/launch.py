@@ -10,6 +10,7 @@ train.sh calls this with its own arguments. What is read, each with its default:
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import re
@@ -243,10 +244,21 @@ def _integer(name: str, text: str, minimum: int, maximum: int | None = None) -> 
 
 
 def count_gpus() -> int:
-    """CUDA devices that this process may see."""
+    """CUDA devices that this process may see; torch, which takes two seconds to import, is asked only where there may be one."""
+    if not has_gpu_driver():
+        return 0
     import torch
 
     return torch.cuda.device_count()
+
+
+def has_gpu_driver() -> bool:
+    """Whether NVIDIA's driver can be loaded, or AMD's is there."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 @command(NOTHING)

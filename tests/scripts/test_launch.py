@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts.launching import launch
 from scripts.launching.launch import Machines, find_machines, first_host, make_plan, process_environments
@@ -242,6 +243,28 @@ def test_what_is_started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert call[:2] == (how, command)
         assert len(call[2]) == count
         assert capsys.readouterr().err.startswith("launch: ")
+
+
+def test_torch_is_asked_only_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for driver in (False, True):
+        monkeypatch.setattr(launch, "has_gpu_driver", lambda driver=driver: driver)
+        assert launch.count_gpus() == 3 * driver
+
+
+def test_the_launcher_of_one_process_imports_no_torch(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from scripts.launching import launch
+launch.has_gpu_driver = lambda: False
+os.execve = lambda *call: sys.exit(print("MODULES", *sys.modules))
+launch.main(["c.json"])
+"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    modules = set(done.stdout.partition("MODULES")[2].split())
+    assert "scripts.launching.launch" in modules
+    assert modules.isdisjoint(["torch", "accelerate", "diffusers", "numpy", "pydantic"])
 
 
 def test_mistakes_end_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
