@@ -58,9 +58,10 @@ class ModelConfig(Section):
     reference_position: Literal["width", "index"] = "width"
     """Position ids of the references. "width": left of the target, one behind the other (paper; the published weights need it); "index": in
     the target's place, told apart on the first axis, whose id is 1, 2, ... for them and 0 for text and target."""
-    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    quantization: Literal["none", "nf4", "int8", "fp8", "fp8_dynamic"] = "none"
     """Number format in which the frozen transformer's matrices are stored. "nf4" needs bitsandbytes; "int8" and "fp8" (weights only)
-    need torchao. Saves memory, not time."""
+    need torchao: they save memory, not time. "fp8_dynamic" multiplies in 8 bits as well, forward and backward, for time: GPUs from compute
+    capability 8.9 on; on a CPU it is emulated, for tests."""
     gradient_checkpointing: Literal["none", "block", "keep_attention"] = "block"
     """What the backward pass computes anew. "none": nothing; "keep_attention": the blocks but not their attention; "block": the whole
     blocks, the least memory. About 1.4 times the operations of "none"."""
@@ -443,7 +444,7 @@ class InferenceConfig(Section):
     """What is done to fit a device. "none" and "80gb": everything stays on it in `model.dtype`; "48gb": all prompts are encoded first, then
     the text encoders leave; "24gb": so, with the transformer in int8 (torchao); "16gb": so, in nf4 (bitsandbytes); "12gb": int8, block by
     block from CPU memory, T5 in int8; "auto": the first of them that is predicted to fit the free memory."""
-    quantization: Literal["none", "nf4", "int8", "fp8"] | None = None
+    quantization: Literal["none", "nf4", "int8", "fp8", "fp8_dynamic"] | None = None
     """Number format of the frozen transformer's matrices; None: that of `memory`."""
     gguf: Text | None = None
     """GGUF file with the transformer's weights, in place of those of `model.pretrained`. Needs the package gguf."""

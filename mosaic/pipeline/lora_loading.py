@@ -19,6 +19,7 @@ from mosaic.lora.formats import to_diffusers
 from mosaic.lora.loading import in_dtype_of, load_reference_lora
 from mosaic.method.tokens import REFERENCE_POSITIONS
 from mosaic.model.attention import REFERENCE_ATTENTION_MODES
+from mosaic.weights.float8 import Float8Linear
 from mosaic.weights.hub import STYLE_WEIGHT_NAME, resolve_lora_file, resolve_style_lora_file
 
 #: What keys of other kinds of adapters contain, and why these cannot be loaded.
@@ -136,11 +137,15 @@ class ReferenceLoraLoaderMixin(FluxLoraLoaderMixin):
         """As in diffusers, but refused while a reference LoRA is loaded: fused weights would reach the reference tokens.
 
         Raises:
-            ValueError: If a reference LoRA is loaded.
+            ValueError: If a reference LoRA is loaded, or the weights are in 8 bits of our own.
         """
         if lora.has_reference_lora(self.transformer):
             raise ValueError(
                 "fuse_lora() would apply style LoRAs to reference tokens too; leave them unfused, or unload_reference_lora() first."
+            )
+        if any(isinstance(layer, Float8Linear) for layer in self.transformer.modules()):
+            raise ValueError(
+                "fuse_lora() cannot add to weights in fp8_dynamic: what it adds would be rounded with them; leave LoRAs unfused."
             )
         super().fuse_lora(*args, **kwargs)
 

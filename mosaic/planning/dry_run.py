@@ -26,6 +26,7 @@ from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import TEMPORARY, StorageMeter, storage_bytes
 from mosaic.training.objective import Transformer, call_settings, draw_inputs, sample_generators, train_step
+from mosaic.weights.quantization import quantize_base
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER = "base weights", "adapter", "gradients", "optimizer state"
 SAVED, ROWS, TRANSIENT = "saved activations", "captured rows", "transient"
@@ -153,6 +154,8 @@ def build_transformer(config: Config, shape: ModelShape, device: str = "meta") -
         transformer = MosaicFluxTransformer2DModel(**{**values, **dict.fromkeys(blocks, 1)})
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(DTYPES[config.model.dtype])
+        if device != "meta":  # without memory a format is counted by the memory model
+            quantize_base(transformer, config.model.quantization, torch.device(device))
         attach_reference_lora(transformer, config.lora.rank)
     for parameter in reference_lora_parameters(transformer).values():
         parameter.data = parameter.data.float()

@@ -23,7 +23,7 @@ from mosaic.model.costs import lora_parameter_count, width
 from mosaic.model.reference_cache import reference_cache_bytes
 from mosaic.pipeline.pipeline import DTYPES
 from mosaic.planning.dry_run import build_transformer
-from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES
+from mosaic.planning.memory_model import CONTEXT, CONTEXT_BYTES, FORMAT_BYTES, QUANTIZED_BYTES, unpacked_bytes
 from mosaic.planning.meta_kernels import kernels_of
 from mosaic.planning.model_shape import ModelShape
 from mosaic.planning.storage_meter import StorageMeter
@@ -141,7 +141,10 @@ def step_activations(config: Config, shape: ModelShape, preset: MemoryPreset, de
     total = one * settings.batch_size
     element = FORMAT_BYTES[config.model.dtype]
     if preset.transformer != "none":
-        total += shape.largest_linear * element  # one layer is unpacked at a time
+        target = token_grid(demand.height, demand.width, shape.vae_scale_factor, where="height, width").num_tokens
+        reference = token_grid(side, side, shape.vae_scale_factor, where="data.reference_size").num_tokens
+        tokens = config.model.text_length + target + (demand.num_references * reference if lora_rank else 0)
+        total += unpacked_bytes(shape, preset.transformer, element, settings.batch_size * tokens, trains=False)
     if lora_rank and (settings.reference_cache or (settings.refresh_references or 1) > 1):
         tokens = token_grid(side, side, shape.vae_scale_factor, where="data.reference_size").num_tokens
         sizes = (demand.num_references, tokens, settings.batch_size, element)

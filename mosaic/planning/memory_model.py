@@ -23,8 +23,8 @@ from mosaic.training.distributed.zero import BUCKET_WEIGHTS
 EMA, BUCKETS, ENCODERS, CONTEXT = "EMA", "gradient buckets", "text encoders and VAE", "CUDA context"
 PARTS = (BASE, ADAPTER, GRADIENTS, BUCKETS, OPTIMIZER, EMA, SAVED, ROWS, TRANSIENT, ENCODERS, CONTEXT)
 
-#: Bytes per frozen weight. nf4: half a byte and a float32 scale per 64 weights; int8 and fp8: one byte (scales per row are negligible).
-QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
+#: Bytes per frozen weight. nf4: half a byte and a float32 scale per 64 weights; the others: one byte (scales per row are negligible).
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0, "fp8_dynamic": 1.0}
 #: Bytes per adapter weight of an optimizer's state. 8-bit: two bytes and two float32 scales per 256 weights; Prodigy: two moments, a sum
 #: and the starting weights.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "prodigy": 16.0}
@@ -65,7 +65,8 @@ def predict_memory(
     quantization = quantization or config.model.quantization
     if quantization != "none":
         parts[BASE] = int(shape.base_parameters * QUANTIZED_BYTES[quantization])
-        parts[TRANSIENT] += shape.largest_linear * element  # one layer is unpacked at a time
+        tokens = config.training.batch_size * sum(step_tokens(config, shape, num_references))
+        parts[TRANSIENT] += unpacked_bytes(shape, quantization, element, tokens, trains=True)
     parts[OPTIMIZER] = int(adapter_weights * OPTIMIZER_BYTES[config.optimizer.name])
     if config.optimizer.ema_decay is not None:
         parts[EMA] = 4 * adapter_weights
@@ -78,6 +79,24 @@ def predict_memory(
     if device_type == "cuda":
         parts[CONTEXT] = CONTEXT_BYTES
     return parts
+
+
+def unpacked_bytes(shape: ModelShape, quantization: str, element: int, tokens: int, trains: bool) -> int:
+    """What a product with quantised weights needs beside its operands, at most.
+
+    Args:
+        shape: The base model's shape.
+        quantization: Their number format, not "none".
+        element: Bytes of a number of the model.
+        tokens: That pass through the layer.
+        trains: Whether there is a backward pass.
+    """
+    if quantization != "fp8_dynamic":
+        return shape.largest_linear * element  # one layer is unpacked at a time
+    # What comes into the single-stream blocks' exit, 5 d per token, as float32 quotients and 8 bits. Backward the gradient of their MLP's
+    # entry, 4 d, times the weight's scales in float32 as well, and the weight transposed.
+    d = width(shape.transformer)
+    return max(5 * d * tokens * (4 + 1), trains * (4 * d * tokens * (4 + 4 + 1) + shape.largest_linear))
 
 
 def _share_out(parts: dict[str, int], shape: ModelShape, adapter_weights: int, element: int, distribution: Distribution) -> None:

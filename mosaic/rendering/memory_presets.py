@@ -24,7 +24,7 @@ class MemoryPreset:
 
     Attributes:
         name: Its value of `inference.memory`.
-        transformer: Format of the transformer's matrices: "none" (as `model.dtype`), "int8", "nf4", "fp8" or "gguf".
+        transformer: Format of the transformer's matrices: "none" (as `model.dtype`), "int8", "nf4", "fp8", "fp8_dynamic" or "gguf".
         text_encoder_2: Format of T5's matrices: "none" or "int8".
         encoders_leave: All prompts are encoded before the first picture, then the text encoders leave the memory.
         group_offload: The transformer's blocks wait in the CPU's memory; the next one comes while one computes.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mosaic.files import in_one_line, replacing, save_tensors
 from mosaic.weights.components import WEIGHTS, component_config
 from mosaic.weights.digests import weights_digest
+from mosaic.weights.float8 import Float8Linear
 from mosaic.weights.quantization import PACKAGES, quantize_base
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def quantized_model(
         component: Folder of the model's config and weights.
         load: Loads the model with its weights, in `dtype`, on the CPU.
         build: Makes the model without reading weights.
-        quantization: "nf4", "int8" or "fp8".
+        quantization: "nf4", "int8", "fp8" or "fp8_dynamic".
         dtype: Number format of what is not quantised.
         device: Where nf4 layers are quantised.
         cache: Folder of the files; None: no cache.
@@ -136,6 +137,8 @@ def read_quantized(model: nn.Module, path: Path, quantization: str, device: torc
             from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
             tensors, _ = unflatten_tensor_state_dict(tensors, json.loads(metadata[TORCHAO]))
+        elif quantization == "fp8_dynamic":
+            _put_float8(model, tensors)
         else:
             tensors = _put_nf4(model, tensors, device)
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
@@ -160,6 +163,13 @@ def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
         else:
             first[place], plain[name] = name, tensor.detach().cpu().contiguous()
     return plain, aliases
+
+
+def _put_float8(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Replace the layers that are stored in 8 bits by ones without numbers."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and f"{name}.scale" in tensors:
+            model.set_submodule(name, Float8Linear.empty_like(layer))
 
 
 def _put_nf4(model: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

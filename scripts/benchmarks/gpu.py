@@ -21,7 +21,7 @@ from scripts.benchmarks.models import MODELS, measured_model
 
 Rows = list[dict[str, Any]]
 
-FORMATS = ("none",)  # of model.quantization
+FORMATS = ("none", "fp8_dynamic")  # of model.quantization
 TRAIN_REFERENCES, INFER_REFERENCES = (4, 2), (4,)
 TRAIN_FLAGS = ("--steps", "5", "--no-twin")
 INFER_FLAGS = ("--steps", "6", "--runs", "2", "--modes", "target", "isolated", "isolated-cache", "--no-twin")

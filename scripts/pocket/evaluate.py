@@ -14,6 +14,7 @@ from mosaic.files import write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
 from mosaic.weights.digests import weights_digest
 from mosaic.weights.hub import resolve_lora_file
+from mosaic.weights.quantization import quantize_base
 from scripts.ablation.plan import WORLD_DIGEST, base_digest, judge_digest
 from scripts.pocket import world
 from scripts.pocket.evaluation import (
@@ -40,6 +41,7 @@ def evaluate(
     """One entry per K: both arms, attention accuracy and the judge's own accuracy."""
     judge = load_judge()
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
+    quantize_base(pipeline.transformer, config.inference.quantization or "none", torch.device(device))
     pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
     pipeline.to(device).set_progress_bar_config(disable=True)
     entries = []

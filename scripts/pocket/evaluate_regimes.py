@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mosaic.config.loading import Config
 from mosaic.files import without_nan, write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from mosaic.weights.quantization import quantize_base
 from scripts.pocket import world
 from scripts.pocket.deciding import measure_settling
 from scripts.pocket.evaluate import provenance
@@ -48,6 +49,7 @@ def evaluate_regimes(
     """
     judge = load_judge()
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
+    quantize_base(pipeline.transformer, config.inference.quantization or "none", torch.device(device))
     pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
     pipeline.to(device).set_progress_bar_config(disable=True)
     found: dict[str, Any] = {regime: {} for regime in wanted}

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mosaic.config.loading import Config
 from mosaic.files import write_text
 from mosaic.pipeline.pipeline import MosaicFluxPipeline
+from mosaic.weights.quantization import quantize_base
 from scripts.pocket.evaluate import provenance
 from scripts.pocket.evaluation import held_out_scenes
 from scripts.pocket.interventions import INTERVENTIONS, NOISE_LEVELS, PLAIN, changes, measure_interventions
@@ -32,6 +33,7 @@ def interval(values: Tensor) -> dict[str, float | None]:
 def measure(config: Config, regimes: Sequence[str], ks: Sequence[int], num_cases: int, batch_size: int, seed: int) -> Entries:
     """The changes of L_diff at held-out scenes, `scripts.pocket.interventions.changes`, by regime and K."""
     pipeline = MosaicFluxPipeline.from_pretrained(config.model.pretrained, dtype=torch.float32)
+    quantize_base(pipeline.transformer, config.inference.quantization or "none", torch.device("cpu"))
     pipeline.load_reference_lora(config.inference.lora, config.inference.lora_weight_name)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for regime, k in tqdm([(regime, k) for regime in regimes for k in ks], desc="interventions", unit="K"):

@@ -322,6 +322,10 @@ def test_parts_beside_the_dry_run() -> None:
     packed = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2, quantization="nf4")
     assert packed[BASE] == pytest.approx(6.7e9, rel=0.01)
     assert packed[TRANSIENT] == DRY["transient"] + 2 * 5 * 3072**2
+    packed = memory_model.predict_memory(flux(), FLUX_DEV_SHAPE, 2, quantization="fp8_dynamic")
+    assert packed[BASE] == pytest.approx(11.9e9, rel=0.01)
+    tokens = 512 + 1024 + 2 * 1024
+    assert packed[TRANSIENT] == DRY["transient"] + 4 * 3072 * tokens * 9 + 5 * 3072**2  # float32 gradients, and a matrix transposed
 
 
 @pytest.mark.usefixtures("quick")

