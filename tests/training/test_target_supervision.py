@@ -100,6 +100,28 @@ def test_terms_and_gradients_equal_the_twin(mode: str, settings: dict[str, Any])
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of norms, which are float32 inside
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_gradients_under_bfloat16_autocast_are_near_those_of_float64(base: torch.dtype) -> None:
+    """Of the whole objective, with the paper's terms and those of the target. What is left is rounding: 8 bits in every layer."""
+    transformer, batch = tiny.build_transformer().to(base), tiny.build_batch(3)
+    parameters, loss = tiny.attach_random_lora(transformer), LossConfig(**WEIGHTS, supervised_queries="both")
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step_of(transformer, batch, loss)
+    tensors = {key: parameter.detach().double().requires_grad_() for key, parameter in parameters.items()}
+    stock = tiny.build_transformer(stock=True).to(base).double()
+    expected = naive_loss(stock, tensors, batch, loss, "target")
+    gradients = torch.autograd.grad(found.total, list(parameters.values()), allow_unused=True)
+    wanted = torch.autograd.grad(expected["total"], list(tensors.values()), allow_unused=True)
+    differences = [(g.double() - w, w) for g, w in zip(gradients, wanted, strict=True) if w is not None]
+    assert all(g is not None or w is None or not w.any() for g, w in zip(gradients, wanted, strict=True))
+    error, norm = (torch.stack([pair[i].norm() for pair in differences]).norm() for i in range(2))
+    assert abs(found.total.double() - expected["total"]) < 0.01 * expected["total"].abs()
+    assert error < 0.03 * norm
+
+
 @pytest.mark.parametrize("blocks", ["double", [1, 3]])
 def test_rows_are_the_mean_over_the_wanted_blocks(transformer: MosaicFluxTransformer2DModel, batch: tiny.Batch, blocks: Any) -> None:
     parameters, points = tiny.attach_random_lora(transformer), batch.points
