@@ -42,8 +42,8 @@ class Points:
 
     def to(self, device: torch.device | str) -> "Points":
         """The same points on another device."""
-        moved = (to_device(tensor, device) for tensor in (self.global_index, self.target_index, self.reference, self.mask))
-        return Points(*moved, self.num_references)
+        global_index, target_index = to_device(self.global_index, device), to_device(self.target_index, device)
+        return Points(global_index, target_index, to_device(self.reference, device), to_device(self.mask, device), self.num_references)
 
 
 def global_index(u: Tensor, reference: Tensor | int, num_reference_tokens: int) -> Tensor:
