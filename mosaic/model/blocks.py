@@ -91,7 +91,8 @@ def _add_product(added: _Branches, factor: _Branches, tokens: _Branches) -> _Tok
     if tokens.references is None or added.references is None or factor.references is None:
         return _Tokens((factor.main * tokens.main).add_(added.main), None)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        main, references = (product.add_(summand) for product, summand in zip(map(torch.mul, factor, tokens), added, strict=True))
+        main = (factor.main * tokens.main).add_(added.main)
+        references = (factor.references * tokens.references).add_(added.references)
         return _Tokens(torch.cat([main, references], dim=1), references)
     # Where nothing is kept, both are written into their place at once.
     start, length = tokens.main.shape[1], tokens.references.shape[1]
