@@ -16,6 +16,7 @@ from mosaic.model.attention_rows import CaptureRequest
 from mosaic.model.costs import Workload, training_step_flops
 from mosaic.model.transformer import MosaicFluxTransformer2DModel
 from mosaic.planning.model_shape import ModelShape
+from mosaic.weights.float8 import Float8Linear
 from scripts.benchmarks import ROOT, against, gpu, measuring, models, page, supervision
 from scripts.benchmarks import command as benchmark
 from scripts.benchmarks import train as train_benchmark
@@ -195,10 +196,20 @@ def test_the_gpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "TRAIN_FLAGS", ("--steps", "1", "--no-twin"))
     monkeypatch.setattr(gpu, "INFER_FLAGS", ("--steps", "2", "--runs", "1", "--no-twin"))
+    built: list[type] = []
+    build = models.MeasuredModel.build
+
+    def noted(*arguments: object) -> MosaicFluxTransformer2DModel:
+        transformer = build(*arguments)
+        built.append(type(transformer.single_transformer_blocks[0].proj_mlp.base_layer))
+        return transformer
+
+    monkeypatch.setattr(models.MeasuredModel, "build", noted)
     output = tmp_path / "gpu.json"
     result = benchmark.measure(["gpu", "--model", "thin", "--minutes", "2", "--output", str(output)])
     assert json.loads(output.read_text()) == result
     assert result["left out"] == []
+    assert built == ([torch.nn.Linear] * 3 + [Float8Linear] * 3) * 2
     formats = list(gpu.FORMATS)
     cells = [(row["format"], row["px"], row["K"]) for row in result["train"]]
     assert cells == [(format_, px, k) for px in (32, 64) for format_ in formats for k in (4, 2)]
