@@ -139,10 +139,11 @@ def test_the_lora_is_never_computed_for_text_or_target(transformer: MosaicFluxTr
     seen: dict[str, int] = {}
     for name in reference_lora_modules(transformer):
         matrix = transformer.get_submodule(name).lora_A["reference"]
-        matrix.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].shape[1]}))
+        matrix.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].shape[:-1].numel()}))
     run(transformer, batch)
-    tokens = batch.inputs["reference_hidden_states"].shape[1] * batch.num_reference_tokens
-    assert seen == {name: 1 if name.endswith(".linear") else tokens for name in reference_lora_modules(transformer)}
+    size, num_references = batch.inputs["reference_hidden_states"].shape[:2]
+    tokens = num_references * batch.num_reference_tokens
+    assert seen == {name: size * (1 if name.endswith(".linear") else tokens) for name in reference_lora_modules(transformer)}
     seen.clear()
     with torch.no_grad():
         transformer(**tiny.without_references(batch.inputs))
