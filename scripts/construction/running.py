@@ -15,8 +15,10 @@ from mosaic.config.loading import load_config
 from mosaic.data import Manifest
 from mosaic.files import read_json, require_file, write_text
 from mosaic.locks import FolderLock
+from mosaic.weights.numbers import without_tiny_numbers
 from preprocess.construct.config import ConstructConfig, load_construct_config
 from preprocess.construct.run import DATASET, EXPORT, construct
+from preprocess.matching.run import one_thread
 from scripts.ablation.loop import Step, child_environment, run_chains
 from scripts.ablation.plan import BASE_CONFIG, ROOT, WORLD_DIGEST, Run, digest_of, judge_digest
 from scripts.ablation.readme import put_between
@@ -90,7 +92,8 @@ def make_drawn(config: ConstructConfig, output: Path, count: int, drawings: int)
     if not (output / DATASET).is_dir():
         draw_candidates(config, output, count * drawings)
         arguments = argparse.Namespace(output=output, stages=(3, EXPORT), device="cpu")
-        print(construct(arguments, config, PartialState(cpu=True)))
+        with one_thread(), without_tiny_numbers():  # as preprocess/construct.py runs it
+            print(construct(arguments, config, PartialState(cpu=True)))
     return output
 
 

@@ -83,8 +83,8 @@ def trace(config: ConstructConfig, output: Path, count: int, *, drawn: bool) -> 
                 hits[key].append(value)
             if drawn:
                 scene = scene_of(candidate.number, config)
-                options = candidate_lists(scene)[k]
-                hits["recognised"].append(options[int(judge.identify(judged_tensors([placed]), name, options))] == options_truth(scene, k))
+                options, truth = candidate_lists(scene)[k], scene.placements[k].identity
+                hits["recognised"].append(options[int(judge.identify(judged_tensors([placed]), name, options))] == truth)
                 right = right_points(config, candidate, scene, k)
                 hits["right"] += right
                 kept.append(len(right))
@@ -102,11 +102,6 @@ def trace(config: ConstructConfig, output: Path, count: int, *, drawn: bool) -> 
         result |= {name: asdict(proportion(hits[name])) for name in names}
         result |= {"found": found_subjects(seen, config), "iou": float(np.mean(ious)), "points": float(np.mean(kept))}
     return result
-
-
-def options_truth(scene: world.Scene, k: int) -> world.Identity:
-    """Who subject k is."""
-    return scene.placements[k].identity
 
 
 def found_subjects(candidates: Sequence[Candidate], config: ConstructConfig) -> dict[str, Any]:

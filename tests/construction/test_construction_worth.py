@@ -1,6 +1,7 @@
 """What constructed data are worth: a construction that is exact is found to be exact, and every kind of fault is found."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,6 @@ def test_an_exact_construction_is_found_exact(exact: Path, config: ConstructConf
 
 def test_faults_of_every_stage_are_found(exact: Path, config: ConstructConfig, tmp_path: Path) -> None:
     """Masks moved by eight pixels, the references of the candidate before, points moved by a quarter of the reference."""
-    import shutil
-
     spoilt = tmp_path / "spoilt"
     shutil.copytree(exact, spoilt)
     chunks = Chunks(spoilt / WORK, config.chunk_size)
