@@ -1,7 +1,7 @@
 """The two FLUX blocks with a reference branch: they only replace `forward`; weights and names are those of diffusers."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -109,8 +109,27 @@ def _join(main: Tensor, references: Tensor | None) -> _Tokens:
 
 def _with_references(hidden_states: Tensor, start: int) -> _Tokens:
     """Copies the references out where a backward pass will keep them, see `branch_linear`."""
-    copied = torch.is_grad_enabled() and start < hidden_states.shape[1]
-    return _Tokens(hidden_states, hidden_states[:, start:].clone() if copied else None)
+    if not torch.is_grad_enabled() or start == hidden_states.shape[1]:
+        return _Tokens(hidden_states, None)
+    if torch.compiler.is_compiling():
+        return _Tokens(hidden_states, hidden_states[:, start:].clone())
+    return _Tokens(*_CopyOut.apply(hidden_states, start))
+
+
+class _CopyOut(torch.autograd.Function):
+    """Tokens as they are, and a copy of the last ones; autograd by itself would add two gradients of full length, one of them zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """tokens [B, S, d]; the copy is of [:, start:]."""
+        ctx.start = start
+        return tokens.view_as(tokens), tokens[:, start:].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, of_copy: Tensor) -> tuple[Tensor, None]:
+        """Adds the copy's gradient where it belongs, in place: a linear layer's backward pass has made the other for nobody else."""
+        gradient[:, ctx.start :].add_(of_copy)
+        return gradient, None
 
 
 def _linear(layer: nn.Module, tokens: _Tokens, start: int) -> Tensor:
