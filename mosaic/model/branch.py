@@ -30,10 +30,11 @@ def branch_linear(layer: nn.Module, hidden_states: Tensor, start: int, reference
     Returns:
         [B, S, d_out].
     """
-    if not isinstance(layer, LoraLayer):
-        return layer(hidden_states)
     # Token by token, not sample by sample: the product then is no view, and what is added to it costs the backward pass no copy.
-    output = layer.base_layer(hidden_states.flatten(0, 1))
+    flat = hidden_states.flatten(0, 1)
+    if not isinstance(layer, LoraLayer):
+        return layer(flat).unflatten(0, hidden_states.shape[:2])  # in the same shape as with an adapter, for the same rounding
+    output = layer.base_layer(flat)
     if type(layer.base_layer) is not nn.Linear and torch.is_grad_enabled():
         output = output.clone()  # what a quantised layer returns may be a view, to which autograd lets nobody write
     length = hidden_states.shape[1]
